@@ -1,0 +1,17 @@
+"""Figure 4, middle row, one panel: one-hidden-layer network on CIFAR-10 (I = 1, 3, 5, 100; h = 8 per branch).
+
+    python scripts/run.py --config=configs/cifar_1layer.py:I=3
+
+The setting is that of mnist_1layer.py on CIFAR-10.
+"""
+
+from pathlib import Path
+
+from dualgap_jax.config import load
+
+
+def get_config(arg=None):
+    config = load(Path(__file__).with_name("mnist_1layer.py"), arg or "")
+    config.title = "CIFAR-10, one hidden layer, I = {I}"
+    config.data.name = "cifar10"
+    return config

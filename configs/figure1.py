@@ -1,0 +1,26 @@
+"""Figure 1: loss landscapes on synthetic ReLU data for I = 10, 30, 70, 1000, and their convexity scores against I.
+
+    python scripts/run.py --config=configs/figure1.py
+    python scripts/run.py --config=configs/figure1.py:I=2/5/10/20/50,seed=1,data_seed=3
+
+Each panel is synthetic_relu.py at that I.
+"""
+
+from pathlib import Path
+
+from dualgap_jax.config import experiment_config, load, parse_arg, to_spec
+from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.experiments.row import RowSpec
+
+
+def get_config(arg=None):
+    args = parse_arg(arg, I=(10, 30, 70, 1000), seed=0, data_seed=1, smoke=False)
+    cell = load(Path(__file__).with_name("synthetic_relu.py"), f"seed={args.seed},data_seed={args.data_seed},smoke={args.smoke}")
+    del cell.experiment
+    row = RowSpec(
+        title="Loss landscapes on synthetic ReLU data",
+        paper_item="Figure 1",
+        num_branches=args.I[:2] if args.smoke else args.I,
+        cell=to_spec(LandscapeSpec, cell),
+    )
+    return experiment_config("landscape_row", row)

@@ -1,0 +1,40 @@
+"""Figure 4: a row of loss landscapes on MNIST or CIFAR-10, and their convexity scores against I.
+
+    python scripts/run.py --config=configs/figure4.py:row=mnist
+    python scripts/run.py --config=configs/figure4.py:row=cifar_1layer
+    python scripts/run.py --config=configs/figure4.py:row=cifar_3layer,I=1/3/5/1000
+
+Rows: mnist (top; I = 1, 3, 5, 100), cifar_1layer (middle; the same I), cifar_3layer (bottom; the paper's last I is 50,000,
+which needs 5 GB for each of three networks).  Each panel is the config of that row at that I.
+"""
+
+from pathlib import Path
+
+from dualgap_jax.config import ConfigError, experiment_config, load, parse_arg, to_spec
+from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.experiments.row import RowSpec
+from dualgap_jax.registry import unknown
+
+ROWS = {
+    "mnist": ("mnist_1layer.py", "Figure 4, top row", "Loss landscapes on MNIST, one hidden layer", (1, 3, 5, 100)),
+    "cifar_1layer": ("cifar_1layer.py", "Figure 4, middle row", "Loss landscapes on CIFAR-10, one hidden layer", (1, 3, 5, 100)),
+    "cifar_3layer": ("cifar_3layer.py", "Figure 4, bottom row", "Loss landscapes on CIFAR-10, three hidden layers", (1, 3, 5, 50_000)),
+}
+
+
+def get_config(arg=None):
+    args = parse_arg(arg, row="mnist", I=(0,), seed=0, smoke=False)
+    if args.row not in ROWS:
+        raise ConfigError(unknown("row", args.row, ROWS))
+    file, item, title, counts = ROWS[args.row]
+    if args.I != (0,):
+        counts = args.I
+    cell = load(Path(__file__).with_name(file), f"seed={args.seed},smoke={args.smoke}")
+    del cell.experiment
+    row = RowSpec(
+        title=title,
+        paper_item=item,
+        num_branches=counts[:2] if args.smoke else counts,
+        cell=to_spec(LandscapeSpec, cell),
+    )
+    return experiment_config("landscape_row", row)

@@ -1,0 +1,31 @@
+"""Figure 4, top row, one panel: one-hidden-layer network on MNIST (I = 1, 3, 5, 100; h = 8 per branch).
+
+    python scripts/run.py --config=configs/mnist_1layer.py:I=100
+"""
+
+from dualgap_jax.branches import BRANCHES
+from dualgap_jax.config import component, experiment_config, parse_arg
+from dualgap_jax.data import DATASETS
+from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
+from dualgap_jax.losses import LOSSES
+from dualgap_jax.training import SCHEDULES, TrainingSpec
+
+
+def get_config(arg=None):
+    args = parse_arg(arg, I=100, seed=0, smoke=False)
+    spec = LandscapeSpec(
+        title="MNIST, one hidden layer, I = {I}",
+        num_branches=args.I,
+        seed=args.seed,
+        branch=component(BRANCHES, "mlp", hidden=(8,)),
+        data=component(DATASETS, "mnist"),
+        loss=component(LOSSES, "multi_margin"),
+        training=TrainingSpec(
+            batch_size=128,
+            max_steps=12_000,
+            learning_rate=0.1,
+            check_every=250,
+            schedule=component(SCHEDULES, "plateau", patience=6),
+        ),
+    )
+    return experiment_config("landscape", smoke(spec, num_examples=256) if args.smoke else spec)

@@ -1,0 +1,34 @@
+"""Figure 1, one panel: loss landscape on synthetic ReLU data (I = 10, 30, 70, 1000).
+
+    python scripts/run.py --config=configs/synthetic_relu.py:I=10
+
+1,000 points in R^10 labelled by a ReLU network with 11 hidden units; branches are single ReLU units with biases;
+hinge, tau = 1.  `data_seed` draws the teacher and the points; at 0 the teacher gives 96 % of them one label, so 1 is the
+default.
+"""
+
+from dualgap_jax.branches import BRANCHES
+from dualgap_jax.config import component, experiment_config, parse_arg
+from dualgap_jax.data import DATASETS
+from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
+from dualgap_jax.losses import LOSSES
+from dualgap_jax.training import SCHEDULES, TrainingSpec
+
+
+def get_config(arg=None):
+    args = parse_arg(arg, I=10, seed=0, data_seed=1, smoke=False)
+    spec = LandscapeSpec(
+        title="Synthetic ReLU data, I = {I}",
+        num_branches=args.I,
+        seed=args.seed,
+        branch=component(BRANCHES, "mlp", hidden=(1,)),
+        data=component(DATASETS, "synthetic_relu", seed=args.data_seed),
+        loss=component(LOSSES, "binary_hinge"),
+        training=TrainingSpec(
+            batch_size=100,
+            max_steps=40_000,
+            learning_rate=0.1,
+            schedule=component(SCHEDULES, "plateau", patience=20),
+        ),
+    )
+    return experiment_config("landscape", smoke(spec, n=64) if args.smoke else spec)

@@ -1,0 +1,344 @@
+"""Branches: the sub-networks f_i of Section 2 as pure functions, and adapters from Linen, NNX and bare functions.
+
+`BRANCHES` is the table that configs name.  Its entries are called with `out=` (the number of outputs that the data set
+asks for) and the settings under `config.branch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dualgap_jax.registry import Table, UnknownNameError, unknown
+from dualgap_jax.types import Branch, KeyArray, Params, State, Stem
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "gelu": jax.nn.gelu,
+    "identity": lambda a: a,
+}
+
+# Half-width of the uniform law or standard deviation of the normal law, as a function of the fan-in.
+KERNEL_INITS: Mapping[str, tuple[str, Callable[[int], float]]] = {
+    "torch": ("uniform", lambda fan_in: 1.0 / math.sqrt(fan_in)),
+    "lecun": ("normal", lambda fan_in: 1.0 / math.sqrt(fan_in)),
+    "he": ("normal", lambda fan_in: math.sqrt(2.0 / fan_in)),
+    "normal": ("normal", lambda fan_in: 1.0),
+}
+
+
+def _activation(activation: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
+    if callable(activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise UnknownNameError(unknown("activation", activation, ACTIVATIONS))
+    return ACTIVATIONS[activation]
+
+
+def mlp(
+    hidden: tuple[int, ...] = (8,),
+    out: int = 10,
+    activation: str | Callable[[Array], Array] = "relu",
+    use_bias: bool = True,
+    init: str = "torch",
+    init_scale: float = 1.0,
+) -> Branch:
+    """A fully connected branch: `f_i(w; x) = W_L psi(... psi(W_1 x + b_1) ...) + b_L` (Section 2).
+
+    Kernels are stored `[out, in]` and act on features-by-batch arrays, so that a vmap over branches turns the first
+    layer into one large matrix product.  Inputs of any shape `[batch, ...]` are flattened to `[batch, d]`.
+    Parameters: a tuple of `{'kernel': [out, in], 'bias': [out]}`, first layer first.  There is no state.
+
+    Args:
+      hidden: widths of the hidden layers; `()` gives an affine branch.
+      out: number of outputs.
+      activation: a name in `ACTIVATIONS`, or an elementwise function.
+      use_bias: whether layers carry biases.
+      init: law of the kernels.  'torch': uniform on ±1/sqrt(fan_in), the authors' choice, biases too; 'lecun': normal,
+        variance 1/fan_in; 'he': normal, variance 2/fan_in; 'normal': standard normal.  Except for 'torch' biases are 0.
+      init_scale: multiplies every initial kernel and bias.
+
+    Raises:
+      ValueError: for a width or `out` below 1, or `init_scale` not positive.
+      UnknownNameError: for an unknown activation or init.
+    """
+    hidden = tuple(hidden)
+    if any(int(width) != width or width < 1 for width in (*hidden, out)):
+        raise ValueError(f"mlp: hidden={hidden}, out={out}: every width must be a positive integer.")
+    if not init_scale > 0:
+        raise ValueError(f"mlp: init_scale={init_scale} must be positive.")
+    if init not in KERNEL_INITS:
+        raise UnknownNameError(unknown("init", init, KERNEL_INITS))
+    psi = _activation(activation)
+    law, spread = KERNEL_INITS[init]
+
+    def draw(key: KeyArray, shape: tuple[int, ...], width: float, dtype: Any) -> Array:
+        if law == "uniform":
+            return jax.random.uniform(key, shape, dtype, -width, width)
+        return width * jax.random.normal(key, shape, dtype)
+
+    def init_fn(key: KeyArray, x: Array, /) -> tuple[Params, State]:
+        fan_in = math.prod(x.shape[1:])
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+        layers = []
+        for index, width in enumerate((*hidden, out)):
+            kernel_key, bias_key = jax.random.split(jax.random.fold_in(key, index))
+            scale = init_scale * spread(fan_in)
+            layer = {"kernel": draw(kernel_key, (width, fan_in), scale, dtype)}
+            if use_bias:
+                layer["bias"] = draw(bias_key, (width,), scale if init == "torch" else 0.0, dtype)
+            layers.append(layer)
+            fan_in = width
+        return tuple(layers), ()
+
+    def affine(layer: Mapping[str, Array], a: Array) -> Array:
+        z = layer["kernel"] @ a
+        return z + layer["bias"][:, None] if use_bias else z
+
+    def preactivation(params: Params, x: Array, /) -> Array:
+        return affine(params[0], x.reshape(x.shape[0], -1).T)
+
+    def features(params: Params, z: Array) -> Array:
+        """The input of the last layer, `[features, batch]`."""
+        for layer in params[1:-1]:
+            z = affine(layer, psi(z))
+        return psi(z)
+
+    def rest(
+        params: Params, state: State, z: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        del key, train
+        return (affine(params[-1], features(params, z)) if hidden else z).T, state
+
+    def rest_sum(
+        params: Params, state: State, z: Array, /, *, key: Any = None, train: bool = False
+    ) -> tuple[Array, State]:
+        del key, train
+        if not hidden:
+            return z.sum(0).T, state
+        head = params[-1]
+        total = jnp.einsum("ioh,ihb->bo", head["kernel"], jax.vmap(features)(params, z))
+        return (total + head["bias"].sum(0)[None, :] if use_bias else total), state
+
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        return rest(params, state, preactivation(params, x), key=key, train=train)
+
+    return Branch(init_fn, apply, Stem(preactivation, rest, rest_sum))
+
+
+def mlp_output_bound(num_layers: int, radius: float, input_norm: float) -> float:
+    """Largest `|f_i(w; x)|` of a bias-free branch over the ball `||w|| <= radius`, `(radius/sqrt(L))^L ||x||`.
+
+    For L weight matrices and an activation with `|psi(a)| <= |a|` (ReLU, tanh, identity): the product of operator norms
+    is at most the product of Frobenius norms, largest on the ball when they are equal.  A certified bound for
+    Assumption 1.
+    """
+    if num_layers < 1 or radius < 0 or input_norm < 0:
+        raise ValueError(f"num_layers={num_layers} must be >= 1, radius={radius} and input_norm={input_norm} >= 0.")
+    return (radius / math.sqrt(num_layers)) ** num_layers * input_norm
+
+
+def from_functions(
+    init: Callable[[KeyArray, Array], Params], apply: Callable[[Params, Array], Array], *, stem: Stem | None = None
+) -> Branch:
+    """A branch without state from `init(key, x) -> params` and `apply(params, x) -> y [batch, out]`."""
+
+    def init_fn(key: KeyArray, x: Array, /) -> tuple[Params, State]:
+        return init(key, x), ()
+
+    def apply_fn(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        del key, train
+        return apply(params, x), state
+
+    return Branch(init_fn, apply_fn, stem)
+
+
+def _train_argument(call: Callable[..., Any]) -> Callable[[bool], dict[str, bool]]:
+    """How `train` is passed to a module: as `train`, as `deterministic` (inverted), or not at all."""
+    names = inspect.signature(call).parameters
+    if "train" in names:
+        return lambda train: {"train": train}
+    if "deterministic" in names:
+        return lambda train: {"deterministic": not train}
+    return lambda train: {}
+
+
+def from_linen(module: Any, *, rngs: tuple[str, ...] = ("dropout",)) -> Branch:
+    """A branch from a `flax.linen` module; every collection other than `params` (batch statistics, ...) is state.
+
+    `module.__call__(x)` may take `train: bool` or `deterministic: bool`; it is passed by name when it does.
+
+    Args:
+      module: the module; `module(x [batch, ...]) -> y [batch, out]`.
+      rngs: names of the random streams fed in training, each by its own key.
+    """
+    from flax import linen as nn
+    from flax.core import meta
+
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"from_linen takes a flax.linen.Module instance, got {type(module).__name__}.")
+    mode = _train_argument(module.__call__)
+
+    def streams(key: KeyArray) -> dict[str, KeyArray]:
+        return {name: jax.random.fold_in(key, index) for index, name in enumerate(rngs)}
+
+    def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
+        params_key, rest_key = jax.random.split(key)
+        variables = dict(meta.unbox(module.init({"params": params_key, **streams(rest_key)}, x, **mode(False))))
+        return variables.pop("params", {}), variables
+
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        feed = streams(key) if key is not None else {}
+        if not train or not state:
+            return module.apply({"params": params, **state}, x, rngs=feed, **mode(train)), state
+        y, updated = module.apply({"params": params, **state}, x, rngs=feed, mutable=list(state), **mode(train))
+        return y, dict(updated)
+
+    return Branch(init, apply)
+
+
+def from_nnx(constructor: Callable[[Any], Any]) -> Branch:
+    """A branch from a `flax.nnx` module constructor, `constructor(rngs: nnx.Rngs) -> module`.
+
+    Parameters are the `nnx.Param` leaves; everything else but random streams is state.  Random streams are rebuilt
+    from `key` at every call and never stored.  `train` sets `deterministic` and `use_running_average` in the module.
+    """
+    from flax import nnx
+
+    def split(module: Any) -> tuple[Any, Any, Any, Any]:
+        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+
+    @functools.cache
+    def skeleton() -> tuple[Any, Any]:
+        graph, _, streams, _ = split(nnx.eval_shape(lambda: constructor(nnx.Rngs(0))))
+        return graph, streams
+
+    def feed(streams: Any, key: KeyArray | None) -> Any:
+        leaves, treedef = jax.tree.flatten(streams)
+        root = jax.random.key(0) if key is None else key
+        filled = [
+            jax.random.fold_in(root, index)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jnp.zeros(leaf.shape, leaf.dtype)
+            for index, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(treedef, filled)
+
+    def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
+        del x
+        _, params, _, state = split(constructor(nnx.Rngs(key)))
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        graph, streams = skeleton()
+        if train and key is None and jax.tree.leaves(streams):
+            raise ValueError("this NNX module draws random numbers in training: pass key=.")
+        module = nnx.merge(graph, nnx.State(params), feed(streams, key), nnx.State(state))
+        module = nnx.view(
+            module, deterministic=not train, use_running_average=not train, raise_if_not_found=False
+        )
+        y = module(x)
+        return y, (nnx.to_pure_dict(split(module)[3]) if train else state)
+
+    return Branch(init, apply)
+
+
+def conv(
+    channels: tuple[int, ...] = (4, 8),
+    out: int = 10,
+    kernel_size: int = 3,
+    activation: str = "relu",
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Branch:
+    """A convolutional branch: per stage a convolution, optional batch norm, activation and 2x2 max pooling; then linear.
+
+    A small relative of the VGG branches in the authors' second program.  Inputs `[batch, height, width, channels]`; pooling stops when a side would fall below 2.
+
+    Raises:
+      ValueError: for empty or non-positive `channels`, or dropout outside [0, 1).
+      UnknownNameError: for an unknown activation.
+    """
+    from flax import linen as nn
+
+    channels = tuple(channels)
+    if not channels or min(*channels, out, kernel_size) < 1:
+        raise ValueError(f"conv: channels={channels}, out={out}, kernel_size={kernel_size} must be positive, not empty.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"conv: dropout={dropout} must lie in [0, 1).")
+    psi = _activation(activation)
+
+    class Conv(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, train: bool = False) -> Array:
+            if x.ndim != 4:
+                raise ValueError(f"conv branch: inputs must be [batch, height, width, channels], got shape {x.shape}.")
+            for features in channels:
+                size = (kernel_size, kernel_size)
+                x = nn.Conv(features, size, use_bias=not batch_norm, param_dtype=x.dtype)(x)
+                if batch_norm:
+                    x = nn.BatchNorm(use_running_average=not train, momentum=0.9, param_dtype=x.dtype)(x)
+                x = psi(x)
+                if min(x.shape[1:3]) >= 2:
+                    x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = x.reshape(x.shape[0], -1)
+            x = nn.Dropout(dropout, deterministic=not train)(x)
+            return nn.Dense(out, param_dtype=x.dtype)(x)
+
+    return from_linen(Conv())
+
+
+def gru(features: int = 8, out: int = 10) -> Branch:
+    """A recurrent branch: a GRU reads the input row by row; its last state is mapped linearly to the outputs.
+
+    Inputs `[batch, time, ...]` are flattened to `[batch, time, features_in]`; `[batch, d]` is read as a sequence of d
+    numbers.
+    """
+    from flax import linen as nn
+
+    if min(features, out) < 1:
+        raise ValueError(f"gru: features={features} and out={out} must be positive.")
+
+    class Gru(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            x = x.reshape(x.shape[0], x.shape[1], -1)
+            cell = nn.GRUCell(features, dtype=x.dtype, param_dtype=x.dtype)
+            return nn.Dense(out, param_dtype=x.dtype)(nn.RNN(cell)(x)[:, -1])
+
+    return from_linen(Gru())
+
+
+BRANCHES: Table[Callable[..., Branch]] = Table("branch", {"mlp": mlp, "conv": conv, "gru": gru})
+
+__all__ = [
+    "ACTIVATIONS",
+    "BRANCHES",
+    "KERNEL_INITS",
+    "conv",
+    "from_functions",
+    "from_linen",
+    "from_nnx",
+    "gru",
+    "mlp",
+    "mlp_output_bound",
+]

@@ -1,0 +1,80 @@
+"""What `scripts/run.py` does once flags are parsed; kept here so that it can be tested and called."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ml_collections
+
+from dualgap_jax import experiments
+from dualgap_jax.config import ConfigError, require
+from dualgap_jax.experiments import TABLES, Tables
+
+CONFIGS = Path("configs")
+
+
+def extended(modules: Sequence[str], tables: Tables = TABLES) -> Tables:
+    """The tables after `extend(tables)` of each module; the current folder is importable.
+
+    Raises:
+      ConfigError: if a module cannot be imported or has no `extend`.
+    """
+    if modules and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in modules:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"--extend={name}: {error}; give a module that can be imported from here.") from error
+        require(hasattr(module, "extend"), f"--extend={name}: the module defines no extend(tables) -> tables.")
+        tables = module.extend(tables)
+    return tables
+
+
+def listing(tables: Tables = TABLES, configs: Path = CONFIGS) -> str:
+    """The registered experiments, branches, data sets and losses, and the config files, a line each."""
+    lines = []
+    for title, table in zip(("Experiments", "Branches", "Data sets", "Losses"), tables, strict=True):
+        lines += [f"{title}:", *(f"  {name:<16} {table.describe(name)}" for name in table), ""]
+    lines.append(f"Configs (--config={configs}/NAME.py:KEY=VALUE,...):")
+    for path in sorted(configs.glob("*.py")):
+        head = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        lines.append(f"  {path.name:<20} {head}")
+    return "\n".join(lines)
+
+
+def run(
+    config: ml_collections.ConfigDict | None,
+    filename: str | None,
+    workdir: str | None,
+    tables: Tables,
+    command: Sequence[str],
+) -> None:
+    """Runs a config and prints its table and where everything is."""
+    if config is None:
+        raise ConfigError("no config given: use --config=configs/NAME.py:KEY=VALUE; --list prints the configs.")
+    name = Path(filename).stem if filename else None
+    report, folder, was_complete = experiments.run(config, tables=tables, name=name, workdir=workdir, command=command)
+    if was_complete:
+        print(f"Complete already; nothing was computed. To start over, delete {folder.path} or give another --workdir.\n")
+    print(report.text())
+    for path in sorted(folder.figures.glob("*.png")):
+        print(f"figure: {path}")
+    print(f"workdir: {folder.path}")
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turns the errors that a user can mend into one message on stderr and exit status 2, without a traceback."""
+    try:
+        yield
+    except (ValueError, LookupError, FileNotFoundError) as error:
+        if not type(error).__module__.startswith("dualgap_jax"):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

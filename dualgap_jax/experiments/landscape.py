@@ -1,0 +1,231 @@
+"""One landscape of Figures 1 and 4: three SGD solutions, the plane through them, the loss over it, convexity scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from dualgap_jax import convexity, landscape
+from dualgap_jax.config import Component, require
+from dualgap_jax.data import Dataset
+from dualgap_jax.experiments.base import Report, Tables
+from dualgap_jax.losses import Loss, check_assumption_1
+from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.records import Workdir, save_json, save_npz
+from dualgap_jax.training import Solution, TrainingSpec, evaluate, scaled_learning_rate, train
+from dualgap_jax.types import Branch
+
+PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
+
+
+class DivergedError(RuntimeError):
+    """A run of SGD ended in numbers that are not finite, so there is no plane through the solutions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaneSpec:
+    """The plane and the grid on it.
+
+    Attributes:
+      axes: 'authors' or 'orthonormal'; see `landscape.plane_through`.
+      half_width: the window is `[-half_width, half_width]^2` in plane coordinates.  In the authors' axes solutions of equal
+        length that are orthogonal lie at most 0.95 from the origin, so 1 shows all three; Figure 1 shows 0.6.  In
+        orthonormal axes it is a multiple of the largest distance of a solution from the origin.
+      points: grid points along each side.
+      edge_points: points along each edge between two solutions.
+      sample_chunk: samples at a time.
+      route: 'auto', 'stem' or 'plain'; see `landscape.evaluate_points`.
+    """
+
+    axes: Literal["authors", "orthonormal"] = "authors"
+    half_width: float = 1.0
+    points: int = 51
+    edge_points: int = 25
+    sample_chunk: int = 256
+    route: Literal["auto", "stem", "plain"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(0 < self.half_width < math.inf, f"plane.half_width={self.half_width} must be positive.")
+        require(self.points >= 3, f"plane.points={self.points} must be at least 3.")
+        require(self.edge_points >= 3, f"plane.edge_points={self.edge_points} must be at least 3.")
+        require(self.sample_chunk >= 1, f"plane.sample_chunk={self.sample_chunk} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LandscapeSpec:
+    """One landscape.
+
+    Attributes:
+      title: head of the figure; '{I}' stands for the number of branches.
+      num_branches: I.
+      reduce: 'mean' (Section 2) or 'sum' (Section 5).
+      seed: of initialisations and orders; the three solutions have independent keys.
+      chunk_size: branches at a time in training; 0 is all at once.
+      branch: an entry of the branch table and its settings; the number of outputs comes from the data.
+      data, loss: entries of their tables.
+      training, plane: how solutions are found, and what is drawn through them.
+      tensorboard: whether to write event files too.
+    """
+
+    title: str = "Loss landscape, I = {I}"
+    num_branches: int = 10
+    reduce: Literal["mean", "sum"] = "mean"
+    seed: int = 0
+    chunk_size: int = 0
+    branch: Component = Component("mlp", {"hidden": (8,)})
+    data: Component = Component("synthetic_relu", {})
+    loss: Component = Component("binary_hinge", {})
+    training: TrainingSpec = TrainingSpec()
+    plane: PlaneSpec = PlaneSpec()
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.num_branches >= 1, f"num_branches={self.num_branches} must be a positive integer.")
+        require(self.chunk_size >= 0, f"chunk_size={self.chunk_size} must be >= 0 (0: all branches at once).")
+
+
+def smoke(spec: LandscapeSpec, **data: Any) -> LandscapeSpec:
+    """The same landscape in seconds: few steps, a 7 x 7 grid, and the data settings given here (`num_examples=256`)."""
+    return dataclasses.replace(
+        spec,
+        data=Component(spec.data.name, {**spec.data.settings, **data}),
+        training=dataclasses.replace(
+            spec.training, batch_size=min(spec.training.batch_size, 32), max_steps=40, check_every=20
+        ),
+        plane=dataclasses.replace(spec.plane, points=7, edge_points=5),
+    )
+
+
+def build(spec: LandscapeSpec, tables: Tables) -> tuple[Dataset, Branch, Loss]:
+    """The data set, network and loss of a spec.  Names are looked up before any data is read."""
+    loss = tables.losses.build(spec.loss.name, **spec.loss.settings)
+    _ = tables.branches[spec.branch.name]
+    dataset = tables.datasets.build(spec.data.name, **spec.data.settings)
+    branch = tables.branches.build(spec.branch.name, **{**spec.branch.settings, "out": dataset.num_outputs})
+    net = multi_branch(branch, spec.num_branches, reduce=spec.reduce, chunk_size=spec.chunk_size or None)
+    return dataset, net, loss
+
+
+def regime(spec: LandscapeSpec) -> str:
+    """The training regime in a few words; the picture depends on it."""
+    rate = scaled_learning_rate(spec.training, spec.num_branches)
+    settings = ", ".join(f"{k} {v}" for k, v in spec.branch.settings.items() if k in ("init", "init_scale", "use_bias"))
+    return f"{spec.reduce} over branches, {settings or spec.branch.name}, learning rate {rate:g} ({spec.training.lr_scaling})"
+
+
+def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
+    """Loss landscape through three SGD solutions, with convexity scores (one panel of Figures 1 and 4)."""
+    dataset, net, loss = build(spec, tables)
+    with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
+        solutions = train(
+            net,
+            loss,
+            dataset,
+            spec.training,
+            learning_rate=scaled_learning_rate(spec.training, spec.num_branches),
+            seed=spec.seed,
+            checkpoints=workdir.checkpoints,
+            metrics=metrics,
+        )
+    evaluations = [evaluate(net, loss, dataset, s.params, s.state) for s in solutions]
+    rows = [
+        {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
+        for s, e in zip(solutions, evaluations, strict=True)
+    ]
+    save_json(workdir.results / "solutions.json", rows)
+    margins = np.stack([e.margins for e in evaluations]) if loss.margin is not None else np.zeros((3, 0))
+    record: dict[str, Any] = {
+        "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
+        "num_branches": spec.num_branches,
+        "regime": regime(spec),
+        "solutions": rows,
+        "assumption_1": check_assumption_1(loss, jnp.asarray(margins))._asdict(),
+        "data": dataset.info,
+        **_measure(spec, workdir, dataset, net, loss, solutions),
+    }
+    save_json(workdir.results / "landscape.json", record)
+    return report([record])
+
+
+def _measure(
+    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Branch, loss: Loss, solutions: list[Solution]
+) -> dict[str, Any]:
+    """Plane, surface and scores; writes `results/landscape.npz`."""
+    diverged = [k for k, s in enumerate(solutions) if s.status == "diverged"]
+    if diverged:
+        raise DivergedError(
+            f"solution {', '.join(map(str, diverged))} diverged after {solutions[diverged[0]].steps} steps at learning rate"
+            f" {scaled_learning_rate(spec.training, spec.num_branches):g}; lower --config.training.learning_rate."
+        )
+    plane = landscape.plane_through(
+        [s.params for s in solutions], spec.plane.axes, states=[s.state for s in solutions]
+    )
+    unit = 1.0 if spec.plane.axes == "authors" else float(np.linalg.norm(plane.anchors, axis=1).max())
+    xs = spec.plane.half_width * unit * np.linspace(-1, 1, spec.plane.points)
+    partial = workdir.results / "landscape.partial.npz"
+    options: dict[str, Any] = {"sample_chunk": spec.plane.sample_chunk, "route": spec.plane.route}
+    t, edge_loss = landscape.edges(
+        net, plane, dataset, loss, num_points=spec.plane.edge_points, label="edges", **options
+    )
+    surface = landscape.evaluate(net, plane, dataset, loss, xs, xs, partial=partial, label="landscape", **options)
+    zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
+    zero_loss = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
+    save_npz(
+        workdir.results / "landscape.npz",
+        **surface._asdict(),
+        anchors=plane.anchors,
+        edge_t=t,
+        edge_loss=edge_loss,
+    )
+    scores = convexity.scores(xs, xs, surface.loss, zero_loss=zero_loss, edge_t=t, edge_losses=edge_loss).to_json()
+    measured = {"axes": spec.plane.axes, "zero_loss": zero_loss, "definitions": scores.pop("definitions"), "scores": scores}
+    inner = np.abs(xs) <= PAPER_HALF_WIDTH + 1e-9
+    if spec.plane.axes == "authors" and 3 <= inner.sum() < len(xs):
+        window = surface.loss[np.ix_(inner, inner)]
+        inside = convexity.scores(xs[inner], xs[inner], window, zero_loss=zero_loss).to_json()
+        inside.pop("definitions")
+        measured["scores_paper_window"] = inside
+    return measured
+
+
+def report(records: list[dict[str, Any]]) -> Report:
+    """The table of one landscape, or of a row of them."""
+    columns = [
+        "I",
+        "train loss (3 solutions)",
+        "status",
+        "envelope max",
+        "/zero loss",
+        "/range",
+        "midpoint viol.",
+        "neg. curv.",
+        "barrier",
+        "env. max ±0.6",
+    ]
+    rows = []
+    for r in records:
+        scores, inner = r["scores"], r.get("scores_paper_window", {})
+        rows.append(
+            [
+                r["num_branches"],
+                " ".join(f"{s['loss']:.3g}" if s["loss"] is not None else "-" for s in r["solutions"]),
+                "/".join(sorted({s["status"] for s in r["solutions"]})),
+                scores["envelope_max"],
+                scores["envelope_max_per_zero_loss"],
+                scores["envelope_max_per_range"],
+                scores["midpoint_violation_rate"],
+                scores["negative_curvature_share"],
+                scores["barrier_max"],
+                inner.get("envelope_max"),
+            ]
+        )
+    first = records[0]
+    notes = [
+        f"Regime: {first['regime']}.",
+        "Scores: estimated from the grid; definitions in results/landscape.json. Losses are means over the full training set.",
+    ]
+    return Report(first["title"] if len(records) == 1 else "", columns, rows, notes)

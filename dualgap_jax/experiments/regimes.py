@@ -1,0 +1,140 @@
+"""How the convexity of the landscape depends on the training regime: init x learning-rate scaling x reduction x I.
+
+The paper does not state its regime; this map shows for which ones the landscape grows more convex with I.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, Literal
+
+import numpy as np
+
+from dualgap_jax.config import Component, require
+from dualgap_jax.convexity import DEFINITIONS
+from dualgap_jax.experiments import landscape
+from dualgap_jax.experiments.base import Report, Tables, execute
+from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.records import Workdir, load_json, save_json
+
+
+@dataclasses.dataclass(frozen=True)
+class RegimesSpec:
+    """The map of regimes.
+
+    Attributes:
+      title: head of the figure.
+      inits: laws of the initial kernels, optionally scaled: 'torch', 'torch*3', 'normal'.
+      lr_scalings, reduces, num_branches: the other axes of the map.
+      repeats: independent repetitions of each cell, each with its own teacher, data and seeds.
+      score: the score in the table and the figures (its `_per_zero_loss` and `_per_range` variants are drawn too).
+      cell: the landscape of a cell; its branch must take `init` and `init_scale`.
+    """
+
+    title: str = "Convexity against the training regime"
+    inits: tuple[str, ...] = ("torch", "torch*3", "normal")
+    lr_scalings: tuple[str, ...] = ("branches", "none")
+    reduces: tuple[str, ...] = ("mean", "sum")
+    num_branches: tuple[int, ...] = (10, 30, 70, 1000)
+    repeats: int = 3
+    score: Literal["envelope_max", "envelope_mean"] = "envelope_max"
+    cell: LandscapeSpec = LandscapeSpec()
+
+    def __post_init__(self) -> None:
+        for name in ("inits", "lr_scalings", "reduces", "num_branches"):
+            require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one.")
+        require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1.")
+        for init in self.inits:
+            parse_init(init)
+
+
+def parse_init(text: str) -> tuple[str, float]:
+    """'torch*3' -> ('torch', 3.0).  Raises ConfigError when the factor is not a positive number."""
+    name, star, factor = text.partition("*")
+    try:
+        scale = float(factor) if star else 1.0
+    except ValueError:
+        scale = -1.0
+    require(scale > 0, f"init {text!r}: write a law, or a law times a positive number, as in 'torch*3'.")
+    return name, scale
+
+
+def _cell(spec: RegimesSpec, init: str, scaling: str, reduce: str, count: int, repeat: int) -> LandscapeSpec:
+    law, scale = parse_init(init)
+    cell, data = spec.cell, dict(spec.cell.data.settings)
+    if "seed" in data:
+        data["seed"] = data["seed"] + repeat
+    return dataclasses.replace(
+        cell,
+        num_branches=count,
+        reduce=reduce,
+        seed=cell.seed + repeat,
+        branch=Component(cell.branch.name, {**cell.branch.settings, "init": law, "init_scale": scale}),
+        data=Component(cell.data.name, data),
+        training=dataclasses.replace(cell.training, lr_scaling=scaling),
+    )
+
+
+def regimes(spec: RegimesSpec, workdir: Workdir, tables: Tables) -> Report:
+    """Map of training regimes (init x learning-rate scaling x reduction x I) against the convexity scores."""
+    axes = (spec.inits, spec.lr_scalings, spec.reduces, spec.num_branches, range(spec.repeats))
+    cells: list[dict[str, Any]] = []
+    for init, scaling, reduce, count, repeat in itertools.product(*axes):
+        cell = _cell(spec, init, scaling, reduce, count, repeat)
+        folder = workdir.path / "cells" / f"{init}_{scaling}_{reduce}_{count}_{repeat}"
+        entry = {"init": init, "lr_scaling": scaling, "reduce": reduce, "num_branches": count, "repeat": repeat}
+        cells.append({**entry, **_scores(cell, folder, tables)})
+    document = {"title": spec.title, "score": spec.score, "cells": cells, "definitions": DEFINITIONS}
+    save_json(workdir.results / "regimes.json", document)
+    return _report(spec, cells)
+
+
+def _scores(cell: LandscapeSpec, folder: Any, tables: Tables) -> dict[str, Any]:
+    """The scores of one cell; a cell whose runs diverged has none, and says so."""
+    try:
+        execute(landscape.landscape_experiment, cell, folder, tables, draw=False)
+    except landscape.DivergedError:
+        solutions = load_json(folder / "results" / "solutions.json")
+        scores: dict[str, Any] = {}
+    else:
+        record = load_json(folder / "results" / "landscape.json")
+        solutions, scores = record["solutions"], record["scores"]
+    return {
+        "scores": scores,
+        "losses": [s["loss"] for s in solutions],
+        "statuses": [s["status"] for s in solutions],
+    }
+
+
+def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:
+    """One row a regime: the median score for each I, the trend, and the median training loss at the largest I."""
+    rows = []
+    for init, scaling, reduce in itertools.product(spec.inits, spec.lr_scalings, spec.reduces):
+        medians, losses, stopped = [], [], []
+        for count in spec.num_branches:
+            key = {"init": init, "lr_scaling": scaling, "reduce": reduce, "num_branches": count}
+            chosen = [c for c in cells if all(c[k] == v for k, v in key.items())]
+            found = [c["scores"][spec.score] for c in chosen if c["scores"].get(spec.score) is not None]
+            medians.append(float(np.median(found)) if found else None)
+            finite = [loss for c in chosen for loss in c["losses"] if loss is not None]
+            losses.append(float(np.median(finite)) if finite else None)
+            stopped += [s for c in chosen for s in c["statuses"]]
+        known = [m for m in medians if m is not None]
+        trend = "-" if len(known) < 2 else ("falls" if known[-1] < known[0] else "rises")
+        converged = f"{stopped.count('converged')}/{len(stopped)}"
+        rows.append([init, scaling, reduce, *medians, trend, losses[-1], converged])
+    columns = [
+        "init",
+        "lr scaling",
+        "reduce",
+        *(f"I={count}" for count in spec.num_branches),
+        "first to last I",
+        "loss at last I",
+        "converged",
+    ]
+    notes = [
+        f"Entries: median over {spec.repeats} repetitions (own teacher, data and seeds) of {spec.score} in units of loss;"
+        " estimated from the grid. A dash: every run diverged."
+    ]
+    return Report(spec.title, columns, rows, notes)

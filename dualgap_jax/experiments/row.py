@@ -1,0 +1,81 @@
+"""A row of Figure 1 or 4: the same landscape for several numbers of branches, and its scores against them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dualgap_jax.config import require
+from dualgap_jax.experiments import landscape
+from dualgap_jax.experiments.base import Report, Tables, execute
+from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.records import Workdir, load_json, save_json
+
+SCORES = (
+    "envelope_max",
+    "envelope_mean",
+    "envelope_max_per_zero_loss",
+    "envelope_mean_per_zero_loss",
+    "envelope_max_per_range",
+    "envelope_mean_per_range",
+    "midpoint_violation_rate",
+    "negative_curvature_share",
+    "curvature_ratio_mean",
+    "barrier_max",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+    """A row of landscapes.
+
+    Attributes:
+      title, paper_item: what the figure is called here and in the paper.
+      num_branches: the values of I, one panel each.
+      cell: the landscape; its `num_branches` is replaced by each value.
+    """
+
+    title: str = "Loss landscapes"
+    paper_item: str = ""
+    num_branches: tuple[int, ...] = (10, 30, 70, 1000)
+    cell: LandscapeSpec = LandscapeSpec()
+
+    def __post_init__(self) -> None:
+        require(len(self.num_branches) > 0, "num_branches is empty; give at least one, as in I=10/30/70.")
+        require(
+            len(set(self.num_branches)) == len(self.num_branches) and min(self.num_branches) >= 1,
+            f"num_branches={self.num_branches} must be distinct positive integers.",
+        )
+
+
+def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
+    """A row of landscapes over several numbers of branches, and every convexity score against it (Figures 1 and 4)."""
+    cells: list[dict[str, Any]] = []
+    records = []
+    for count in spec.num_branches:
+        folder = f"I_{count}"
+        cell = dataclasses.replace(spec.cell, num_branches=count)
+        _, inner, _ = execute(landscape.landscape_experiment, cell, workdir.path / folder, tables)
+        record = load_json(inner.results / "landscape.json")
+        records.append(record)
+        cells.append(
+            {
+                "num_branches": count,
+                "workdir": folder,
+                "scores": record["scores"],
+                "scores_paper_window": record.get("scores_paper_window"),
+                "solutions": record["solutions"],
+                "regime": record["regime"],
+            }
+        )
+        save_json(
+            workdir.results / "row.json",
+            {
+                "title": spec.title,
+                "paper_item": spec.paper_item,
+                "cells": cells,
+                "score_names": SCORES,
+                "definitions": record["definitions"],
+            },
+        )
+    return landscape.report(records)._replace(title=f"{spec.title} ({spec.paper_item})")

@@ -1,0 +1,203 @@
+"""The multi-branch network of Section 2: the mean (or sum) of I stacked copies of a branch, and mixtures.
+
+Branches talk to each other only through the sum of their outputs, `batch x out` numbers.  All that this package does to
+keep memory bounded, to stream and to shard rests on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dualgap_jax.types import Branch, KeyArray, Params, PyTree, Stacked, State, Stem
+
+REDUCTIONS = ("mean", "sum")
+
+
+def branch_keys(key: KeyArray | None, first: Array | int, count: int) -> Any:
+    """Keys `[count]` of branches `first, first + 1, ...`: branch i's key is `fold_in(key, i)`.  None stays None."""
+    if key is None:
+        return None
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(count))
+
+
+def sum_branches(
+    branch: Branch, params: Params, state: State, x: Array, *, keys: Any = None, train: bool = False
+) -> tuple[Array, State]:
+    """`sum_i f_i(w_i; x)` over the leading axis of `params` and `state`.
+
+    Args:
+      branch: the one-branch network.
+      params, state: leaves `[I, ...]`.
+      x: `[batch, ...]`, shared by all branches.
+      keys: `[I]` keys, or None.
+      train: passed on.
+
+    Returns:
+      The sum `[batch, out]` and the new state, leaves `[I, ...]`.
+    """
+    if branch.stem is not None:
+        z = jax.vmap(branch.stem.preactivation, (0, None))(params, x)
+        return sum_rest(branch, params, state, z, keys=keys, train=train)
+    y, state = jax.vmap(lambda p, s, k: branch.apply(p, s, x, key=k, train=train))(params, state, keys)
+    return y.sum(0), state
+
+
+def sum_rest(
+    branch: Branch, params: Params, state: State, z: PyTree, *, keys: Any = None, train: bool = False
+) -> tuple[Array, State]:
+    """`sum_branches` from the first layer's pre-activations `z`, leaves `[I, ...]`.  The branch must name a stem."""
+    if branch.stem is None:
+        raise ValueError("sum_rest needs a branch with a stem; this one names none. Use sum_branches.")
+    if branch.stem.rest_sum is not None:
+        return branch.stem.rest_sum(params, state, z, key=keys, train=train)
+    rest = branch.stem.rest
+    y, state = jax.vmap(lambda p, s, a, k: rest(p, s, a, key=k, train=train))(params, state, z, keys)
+    return y.sum(0), state
+
+
+def multi_branch(branch: Branch, num_branches: int, *, reduce: str = "mean", chunk_size: int | None = None) -> Branch:
+    """The network `f(w; x) = (1/I) sum_i f_i(w_i; x)` of Section 2; the same type as `branch`, so it nests.
+
+    Every parameter and state leaf leads with the branch axis `[I, ...]`.  Branch i is initialised with
+    `fold_in(key, i)`, so its draw depends on neither I nor the chunks; in training it gets `fold_in(key, i)` likewise.
+
+    Args:
+      branch: the one-branch network.
+      num_branches: I >= 1.
+      reduce: 'mean' (Section 2 and the authors' code: each branch's gradient carries 1/I) or 'sum' (Section 5).
+      chunk_size: evaluate at most this many branches at a time.  None: all at once.  The result does not depend on it
+        but for the order of the sum.  Gradients recompute each chunk, so that memory stays that of one chunk.
+
+    Raises:
+      ValueError: if num_branches or chunk_size is not a positive integer, or `reduce` is unknown.
+    """
+    for name, value in (("num_branches", num_branches), ("chunk_size", 1 if chunk_size is None else chunk_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce={reduce!r} is unknown. Allowed: {', '.join(REDUCTIONS)}.")
+    scale = 1.0 / num_branches if reduce == "mean" else 1.0
+    # A draw needs several times its own size in temporaries; a twentieth at a time keeps the peak near the result.
+    init_chunk = min(chunk_size or num_branches, max(1, num_branches // 20))
+
+    def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
+        def draw(first: Array | int) -> tuple[Params, State]:
+            return jax.vmap(lambda k: branch.init(k, x))(branch_keys(key, first, init_chunk))
+
+        def write(step: Array, stacked: PyTree) -> PyTree:
+            # The last chunk may overlap the one before: it draws the same branches again, with the same result.
+            first = jnp.minimum(step * init_chunk, num_branches - init_chunk)
+            return jax.tree.map(
+                lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, first, 0), stacked, draw(first)
+            )
+
+        shapes = jax.eval_shape(draw, 0)
+        empty = jax.tree.map(lambda s: jnp.empty((num_branches, *s.shape[1:]), s.dtype), shapes)
+        return lax.fori_loop(0, -(-num_branches // init_chunk), write, empty)
+
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        keys = branch_keys(key, 0, num_branches)
+        if chunk_size is None or chunk_size >= num_branches:
+            y, state = sum_branches(branch, params, state, x, keys=keys, train=train)
+            return scale * y, state
+
+        @jax.checkpoint
+        def chunk(part: PyTree) -> tuple[Array, State]:
+            params, state, keys = part
+            return sum_branches(branch, params, state, x, keys=keys, train=train)
+
+        tree = (params, state, keys)
+        whole = num_branches // chunk_size
+        body = jax.tree.map(
+            lambda a: a[: whole * chunk_size].reshape(whole, chunk_size, *a.shape[1:]), tree
+        )
+
+        def step(total: Array, part: PyTree) -> tuple[Array, State]:
+            y, new = chunk(part)
+            return total + y, new
+
+        out = jax.eval_shape(chunk, jax.tree.map(lambda a: a[0], body))[0]
+        total, new_state = lax.scan(step, jnp.zeros(out.shape, out.dtype), body)
+        new_state = jax.tree.map(lambda a: a.reshape(whole * chunk_size, *a.shape[2:]), new_state)
+        if whole * chunk_size < num_branches:
+            y, tail = chunk(jax.tree.map(lambda a: a[whole * chunk_size :], tree))
+            total = total + y
+            new_state = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new_state, tail)
+        return scale * total, new_state
+
+    stem = None
+    if branch.stem is not None:
+
+        def preactivation(params: Params, x: Array, /) -> PyTree:
+            return jax.vmap(branch.stem.preactivation, (0, None))(params, x)
+
+        def rest(
+            params: Params, state: State, z: PyTree, /, *, key: KeyArray | None = None, train: bool = False
+        ) -> tuple[Array, State]:
+            keys = branch_keys(key, 0, num_branches)
+            y, state = sum_rest(branch, params, state, z, keys=keys, train=train)
+            return scale * y, state
+
+        stem = Stem(preactivation, rest)
+    return Branch(init, apply, stem, Stacked(branch, num_branches, scale))
+
+
+def mixture(networks: Sequence[Branch], *, weights: Sequence[float] | None = None) -> Branch:
+    """`sum_k weights[k] * networks[k]`: branches of unlike architectures in one network (Section 2 lets f_i differ).
+
+    Parameters and state are tuples, one item a network.  For the mean over I_1 branches of one kind and I_2 of another,
+    take `multi_branch(..., reduce='sum')` of each and weights `1 / (I_1 + I_2)`.
+
+    Args:
+      networks: at least one network; all must give outputs of one shape.
+      weights: one a network; None is the mean, `1 / len(networks)` each.
+
+    Raises:
+      ValueError: if there is no network, or the weights do not match.
+    """
+    networks = tuple(networks)
+    if not networks:
+        raise ValueError("mixture needs at least one network.")
+    coefficients = tuple(weights) if weights is not None else (1.0 / len(networks),) * len(networks)
+    if len(coefficients) != len(networks):
+        raise ValueError(f"{len(networks)} networks need as many weights, got {len(coefficients)}.")
+
+    def child(key: KeyArray | None, index: int) -> KeyArray | None:
+        return None if key is None else jax.random.fold_in(key, index)
+
+    def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
+        drawn = [network.init(jax.random.fold_in(key, i), x) for i, network in enumerate(networks)]
+        return tuple(p for p, _ in drawn), tuple(s for _, s in drawn)
+
+    def combine(functions: Sequence[Any], params: Any, state: Any, inputs: Any, key: Any, train: bool) -> Any:
+        results = [
+            f(p, s, x, key=child(key, i), train=train)
+            for i, (f, p, s, x) in enumerate(zip(functions, params, state, inputs, strict=True))
+        ]
+        return sum(c * y for c, (y, _) in zip(coefficients, results, strict=True)), tuple(s for _, s in results)
+
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        return combine([n.apply for n in networks], params, state, [x] * len(networks), key, train)
+
+    stems = [network.stem for network in networks]
+    if any(stem is None for stem in stems):
+        return Branch(init, apply)
+
+    def preactivation(params: Params, x: Array, /) -> PyTree:
+        return tuple(stem.preactivation(p, x) for stem, p in zip(stems, params, strict=True))
+
+    def rest(
+        params: Params, state: State, z: PyTree, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        return combine([stem.rest for stem in stems], params, state, z, key, train)
+
+    return Branch(init, apply, Stem(preactivation, rest))

@@ -1,0 +1,96 @@
+"""Read-only tables that map a name to a plain function.
+
+There is one table each for experiments, branches, data sets and losses.  A table is never changed in place:
+`Table.extended` returns a new one, so a user's own entries need neither an edit of the package nor a patched global.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class UnknownNameError(KeyError):
+    """A name that is not in a table; the message gives near matches and the full list."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show its message in quotes
+
+
+class DuplicateNameError(ValueError):
+    """An extension that would replace an existing entry."""
+
+
+def unknown(kind: str, given: object, allowed: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+    """The sentence for a name that is not allowed: what was given, the near matches, all that is allowed."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    listing = ", ".join(names) if names else "none"
+    return f"unknown {kind} {given!r}.{hint} Allowed: {listing}."
+
+
+class Table(Mapping[str, F], Generic[F]):
+    """An immutable mapping from names to functions of one kind.
+
+    Args:
+      kind: what the entries are, in the singular ("branch"); used in messages.
+      entries: the name -> function pairs.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, F]) -> None:
+        self.kind = kind
+        self._entries = MappingProxyType(dict(entries))
+
+    def __getitem__(self, name: str) -> F:
+        """Returns the entry.  Raises `UnknownNameError` (a KeyError) for a name that is not in the table."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownNameError(unknown(self.kind, name, self._entries)) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Table({self.kind!r}: {', '.join(self._entries)})"
+
+    def extended(self, entries: Mapping[str, F]) -> Table[F]:
+        """A new table with `entries` added.  Raises `DuplicateNameError` if a name is taken already."""
+        taken = sorted(set(entries) & set(self._entries))
+        if taken:
+            raise DuplicateNameError(
+                f"{self.kind} {', '.join(map(repr, taken))} already registered; choose another name."
+                f" Taken: {', '.join(sorted(self._entries))}."
+            )
+        return Table(self.kind, {**self._entries, **entries})
+
+    def describe(self, name: str) -> str:
+        """The first line of the entry's docstring."""
+        return (inspect.getdoc(self[name]) or "").partition("\n")[0]
+
+    def build(self, name: str, /, **arguments: Any) -> Any:
+        """Calls the entry after checking the argument names against its signature.
+
+        Raises:
+          UnknownNameError: for an unknown entry, or an argument that the entry does not take.
+          TypeError: for a required argument that is missing.
+        """
+        entry = self[name]
+        parameters = inspect.signature(entry).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for given in arguments:
+                if given not in parameters:
+                    raise UnknownNameError(unknown(f"setting of {self.kind} {name!r}:", given, list(parameters)))
+        return entry(**arguments)

@@ -1,0 +1,640 @@
+"""Stochastic gradient descent from several initialisations at once, with the authors' schedule and exact resume.
+
+The loop runs in segments of `check_every` steps, each one compiled program; all solutions of a group go through one
+vmapped program.  Between segments the schedule looks at the mean loss of the segment, metrics are written, and
+checkpoints are saved.  Whatever is random at step t is a function of (seed, solution, t), so a resumed run repeats the
+uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from dualgap_jax.checkpoints import Checkpointer
+from dualgap_jax.config import Component, ConfigError, require
+from dualgap_jax.data import Dataset, standardise
+from dualgap_jax.losses import Loss
+from dualgap_jax.records import Metrics, Progress
+from dualgap_jax.registry import Table
+from dualgap_jax.types import Branch, KeyArray, Params, PyTree, State
+
+LearningRateScaling = Literal["branches", "none", "inverse_branches"]
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """A learning-rate schedule as pure functions of arrays, so that it also runs inside compiled loops.
+
+    Attributes:
+      init: `() -> state`.
+      rate: `(state, step) -> factor` on the base learning rate.
+      update: `(state, loss) -> state` after each segment, from its mean loss.
+      stop: `(state) -> bool`: no further step is wanted.
+    """
+
+    init: Callable[[], PyTree]
+    rate: Callable[[PyTree, Array], Array]
+    update: Callable[[PyTree, Array], PyTree]
+    stop: Callable[[PyTree], Array]
+
+
+class PlateauState(NamedTuple):
+    """Best mean loss so far, segments since it fell, decays done, and whether to stop."""
+
+    reference: Array
+    waited: Array
+    decays: Array
+    stop: Array
+
+
+def plateau(
+    max_steps: int, factor: float = 0.1, min_delta: float = 1e-5, max_decays: int = 3, patience: int = 1
+) -> Schedule:
+    """The authors' schedule: when the loss does not fall by `min_delta`, multiply the rate by `factor`; then stop.
+
+    The authors look at the loss every 100 steps and wait for nothing (`patience=1`).  With mini-batches the loss looked
+    at is the mean over the segment, and a patience of several segments keeps its noise from ending the run early.
+
+    Args:
+      max_steps: not used; the length of the run.
+      factor: of the learning rate at each decay, in (0, 1).
+      min_delta: the fall below the reference that counts.
+      max_decays: number of decays; at the next plateau the run stops.
+      patience: number of segments in a row without a fall that make a plateau.
+    """
+    del max_steps
+    require(0 < factor < 1, f"plateau: factor={factor} must lie in (0, 1).")
+    require(max_decays >= 0 and patience >= 1, f"plateau: max_decays={max_decays} >= 0, patience={patience} >= 1.")
+
+    def init() -> PlateauState:
+        return PlateauState(jnp.asarray(jnp.inf, jnp.float32), jnp.int32(0), jnp.int32(0), jnp.asarray(False))
+
+    def rate(state: PlateauState, step: Array) -> Array:
+        del step
+        return factor ** state.decays.astype(jnp.float32)
+
+    def update(state: PlateauState, loss: Array) -> PlateauState:
+        fell = loss < state.reference - min_delta
+        waited = jnp.where(fell, 0, state.waited + 1)
+        plateaued = waited >= patience
+        decays = state.decays + plateaued
+        return PlateauState(
+            jnp.where(fell, loss, state.reference).astype(jnp.float32),
+            jnp.where(plateaued, 0, waited),
+            jnp.minimum(decays, max_decays),
+            state.stop | (decays > max_decays),
+        )
+
+    return Schedule(init, rate, update, lambda state: state.stop)
+
+
+def constant(max_steps: int) -> Schedule:
+    """A constant learning rate up to `max_steps`."""
+    del max_steps
+    return Schedule(lambda: (), lambda _, step: jnp.ones_like(step, jnp.float32), lambda s, _: s, lambda _: False)
+
+
+def cosine(max_steps: int, final: float = 0.0, warmup: int = 0) -> Schedule:
+    """Linear warm-up over `warmup` steps, then a half cosine down to `final` times the learning rate at `max_steps`."""
+    require(0 <= final <= 1 and 0 <= warmup < max_steps, f"cosine: final={final} in [0, 1], 0 <= warmup={warmup} < steps.")
+
+    def rate(_: PyTree, step: Array) -> Array:
+        rising = (step + 1) / max(warmup, 1)
+        phase = jnp.clip((step - warmup) / (max_steps - warmup), 0, 1)
+        falling = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * phase))
+        return jnp.where(step < warmup, rising, falling).astype(jnp.float32)
+
+    return Schedule(lambda: (), rate, lambda s, _: s, lambda _: False)
+
+
+SCHEDULES: Table[Callable[..., Schedule]] = Table(
+    "schedule", {"plateau": plateau, "constant": constant, "cosine": cosine}
+)
+
+
+# --- the specification ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSpec:
+    """How solutions are found (Section 5.1: "by running the SGD algorithm ... until the algorithm converges").
+
+    Attributes:
+      batch_size: examples a step, drawn without replacement within an epoch; 0 is the full data set.
+      max_steps: a run that has not converged by then stops with status 'max_steps'.
+      learning_rate: base rate.
+      lr_scaling: 'branches' multiplies the rate by I (mean-field: with the mean over branches each branch's gradient
+        carries 1/I), 'inverse_branches' divides by I, 'none' leaves it.
+      momentum, nesterov: heavy-ball or Nesterov momentum; 0 is plain SGD.
+      weight_decay: added to the gradient, times the parameters.
+      chain: optax transformations put before momentum, as text: `('clip_by_global_norm(1.0)', 'scale_by_adam()')`.
+      schedule: an entry of `SCHEDULES`.
+      check_every: steps in a segment, between two looks of the schedule and two lines of metrics.
+      tolerance: a mean loss over a segment below this is status 'converged' (authors: 1e-5).
+      checkpoint_seconds: least time between two checkpoints; one is always written at the end.
+    """
+
+    batch_size: int = 128
+    max_steps: int = 10_000
+    learning_rate: float = 0.1
+    lr_scaling: LearningRateScaling = "branches"
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    chain: tuple[str, ...] = ()
+    schedule: Component = Component("plateau", {"factor": 0.1, "min_delta": 1e-5, "max_decays": 3, "patience": 1})
+    check_every: int = 100
+    tolerance: float = 1e-5
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 0, f"training.batch_size={self.batch_size} must be >= 0 (0: the full data set).")
+        require(self.max_steps >= 0, f"training.max_steps={self.max_steps} must be >= 0.")
+        require(self.check_every >= 1, f"training.check_every={self.check_every} must be >= 1.")
+        require(self.learning_rate > 0, f"training.learning_rate={self.learning_rate} must be positive.")
+        require(0 <= self.momentum < 1, f"training.momentum={self.momentum} must lie in [0, 1).")
+        require(self.weight_decay >= 0, f"training.weight_decay={self.weight_decay} must be >= 0.")
+
+
+def scaled_learning_rate(spec: TrainingSpec, num_branches: int) -> float:
+    """The rate that the optimiser uses, in units of parameter change per gradient."""
+    return spec.learning_rate * {"branches": num_branches, "none": 1.0, "inverse_branches": 1.0 / num_branches}[
+        spec.lr_scaling
+    ]
+
+
+def _transformation(text: str) -> optax.GradientTransformation:
+    """An optax factory call written as text, with literal arguments only."""
+    wrong = ConfigError(
+        f"training.chain: {text!r} is not an optax transformation; write a call with literal arguments,"
+        " as in 'clip_by_global_norm(1.0)' or 'scale_by_adam(b1=0.9)'."
+    )
+    try:
+        call = ast.parse(text, mode="eval").body
+        if isinstance(call, ast.Name):
+            call = ast.Call(call, [], [])
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise wrong
+        positional = [ast.literal_eval(a) for a in call.args]
+        named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        made = getattr(optax, call.func.id)(*positional, **named)
+    except (SyntaxError, ValueError, TypeError, AttributeError) as error:
+        raise wrong from error
+    if not isinstance(made, optax.GradientTransformation):
+        raise wrong
+    return made
+
+
+def optimizer(spec: TrainingSpec) -> optax.GradientTransformation:
+    """Weight decay, the spec's chain, then momentum; the caller multiplies by the learning rate and subtracts.
+
+    Raises:
+      ConfigError: for an item of `chain` that is not an optax transformation.
+    """
+    parts = []
+    if spec.weight_decay:
+        parts.append(optax.add_decayed_weights(spec.weight_decay))
+    parts += [_transformation(text) for text in spec.chain]
+    if spec.momentum:
+        parts.append(optax.trace(spec.momentum, spec.nesterov))
+    return optax.chain(*parts) if parts else optax.identity()
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+class Carry(NamedTuple):
+    """What a step changes, for one solution."""
+
+    params: Params
+    state: State
+    opt_state: PyTree
+
+
+class Batch(NamedTuple):
+    """A data set on the device: features as stored (images stay uint8), labels, and the standardisation."""
+
+    x: Array
+    y: Array
+    mean: Array
+    std: Array
+
+
+def on_device(dataset: Dataset) -> Batch:
+    """Moves a data set to the device as it is stored."""
+    return Batch(*(jnp.asarray(a) for a in (dataset.x, dataset.y, dataset.mean, dataset.std)))
+
+
+def example_input(data: Batch) -> Array:
+    """The standardised first example, `[1, ...]`: what `init` needs to know of the data."""
+    return standardise(data.x[:1], data.mean, data.std)
+
+
+def step(
+    net: Branch,
+    loss: Loss,
+    transformation: optax.GradientTransformation,
+    carry: Carry,
+    x: Array,
+    y: Array,
+    rate: Array,
+    key: KeyArray,
+) -> tuple[Carry, Array]:
+    """One step of gradient descent on the mean loss of a standardised batch; returns the loss before the step."""
+
+    def objective(params: Params) -> tuple[Array, State]:
+        outputs, state = net.apply(params, carry.state, x, key=key, train=True)
+        return jnp.mean(loss.per_example(outputs, y)), state
+
+    (value, state), gradient = jax.value_and_grad(objective, has_aux=True)(carry.params)
+    updates, opt_state = transformation.update(gradient, carry.opt_state, carry.params)
+    params = jax.tree.map(lambda w, u: (w - rate * u).astype(w.dtype), carry.params, updates)
+    return Carry(params, state, opt_state), value
+
+
+def make_segment(
+    net: Branch, loss: Loss, transformation: optax.GradientTransformation, schedule: Schedule
+) -> Callable[..., tuple[Carry, Array]]:
+    """The compiled loop over a segment, vmapped over solutions.
+
+    Returns:
+      A function of `(carry, schedule_state, keys [S], base_rate, data, indices [S, T, batch] or None, first step, T)`
+      whose carry leaves lead with `[S, ...]`; gives the new carry and the losses `[S, T]`.  `indices=None` is full batch.
+    """
+
+    def one(
+        carry: Carry, schedule_state: PyTree, key: KeyArray, indices: Array | None, base_rate: Array, data: Batch,
+        first: Array, length: int,
+    ) -> tuple[Carry, Array]:
+        whole = standardise(data.x, data.mean, data.std) if indices is None else None
+
+        def body(carry: Carry, at: tuple[Array, Array | None]) -> tuple[Carry, Array]:
+            now, picked = at
+            x = standardise(data.x[picked], data.mean, data.std) if whole is None else whole
+            y = data.y if picked is None else data.y[picked]
+            rate = base_rate * schedule.rate(schedule_state, now)
+            return step(net, loss, transformation, carry, x, y, rate, jax.random.fold_in(key, now))
+
+        return lax.scan(body, carry, (first + jnp.arange(length), indices), length=length)
+
+    @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
+    def segment(
+        carry: Carry, schedule_state: PyTree, keys: Array, base_rate: Array, data: Batch, indices: Array | None,
+        first: Array, length: int,
+    ) -> tuple[Carry, Array]:
+        return jax.vmap(lambda c, s, k, i: one(c, s, k, i, base_rate, data, first, length))(
+            carry, schedule_state, keys, indices
+        )
+
+    return segment
+
+
+class BatchOrder:
+    """The order in which one solution visits the data: a fresh permutation each epoch, a function of key and step only."""
+
+    def __init__(self, key: KeyArray, num_examples: int, batch_size: int) -> None:
+        self._key, self._n, self._batch = key, num_examples, batch_size
+        self._per_epoch = num_examples // batch_size
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def indices(self, first: int, length: int) -> np.ndarray:
+        """Indices `[length, batch]` of steps first, first + 1, ....  The rest of an epoch that fills no batch is left out."""
+        rows = []
+        for now in range(first, first + length):
+            epoch, place = divmod(now, self._per_epoch)
+            if self._epoch is None or self._epoch[0] != epoch:
+                order = jax.random.permutation(jax.random.fold_in(self._key, epoch), self._n)
+                self._epoch = (epoch, np.asarray(order, np.int32))
+            rows.append(self._epoch[1][place * self._batch : (place + 1) * self._batch])
+        return np.stack(rows)
+
+
+# --- solutions ------------------------------------------------------------------------------------------------------
+
+
+class Solution(NamedTuple):
+    """Where one run of SGD ended.
+
+    Attributes:
+      params, state: of the network.
+      steps: number of steps done.
+      status: 'converged' (segment loss below the tolerance), 'plateau' (the schedule gave up), 'max_steps', or
+        'diverged' (a loss that is not finite).
+      batch_loss: mean mini-batch loss over the last segment (NaN when no step was done).
+    """
+
+    params: Params
+    state: State
+    steps: int
+    status: str
+    batch_loss: float
+
+
+def solution_key(seed: int, index: int) -> KeyArray:
+    """The root key of solution `index` of an experiment with this seed."""
+    return jax.random.fold_in(jax.random.key(seed), index)
+
+
+def memory_available() -> int:
+    """Bytes that this process may still take on its first device (host memory on CPU)."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 8 * 2**30
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class _Run(NamedTuple):
+    """One solution under way.  `carry` and `schedule_state` are those after `steps` steps."""
+
+    index: int
+    keys: Array  # [2]: batch order, noise
+    carry: Carry
+    schedule_state: PyTree
+    steps: int
+    status: str
+    batch_loss: float
+
+
+def train(
+    net: Branch,
+    loss: Loss,
+    dataset: Dataset,
+    spec: TrainingSpec,
+    *,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    num_solutions: int = 3,
+    group_size: int | None = None,
+    checkpoints: Path | None = None,
+    metrics: Metrics | None = None,
+) -> list[Solution]:
+    """Trains `num_solutions` networks from independent initialisations.
+
+    Solutions are trained together in one vmapped program when four copies of each fit in half of the free memory, else
+    one after another; `group_size` overrides.  With `checkpoints`, progress is saved under `solution_K/`, and a second
+    call goes on from there.
+
+    Args:
+      net: the network; see `multi_branch`.
+      loss: a loss that fits `dataset.task`.
+      dataset: the training set.
+      spec: how to train.
+      learning_rate: the rate after scaling (`scaled_learning_rate`); None takes `spec.learning_rate` as it is.
+      seed: of initialisations, orders and dropout.
+      num_solutions: number of solutions.
+      group_size: number of solutions in one program.
+      checkpoints: folder, or None.
+      metrics: writer of one line a segment and solution, or None.
+
+    Raises:
+      ConfigError: if the loss does not fit the data set, or the batch is larger than it.
+    """
+    require(
+        dataset.task in loss.tasks,
+        f"the loss fits {' and '.join(loss.tasks)} labels, but data set {dataset.name!r} has {dataset.task} labels.",
+    )
+    require(
+        spec.batch_size <= len(dataset.y),
+        f"training.batch_size={spec.batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
+    )
+    transformation = optimizer(spec)
+    schedule = SCHEDULES.build(spec.schedule.name, max_steps=spec.max_steps, **spec.schedule.settings)
+    data = on_device(dataset)
+    example = example_input(data)
+
+    @jax.jit
+    def start(key: KeyArray) -> Carry:
+        params, state = net.init(key, example)
+        return Carry(params, state, transformation.init(params))
+
+    if group_size is None:
+        needed = 4 * _bytes(jax.eval_shape(start, jax.random.key(0))) * num_solutions
+        group_size = num_solutions if needed < memory_available() / 2 else 1
+    trainer = _Trainer(
+        segment=make_segment(net, loss, transformation, schedule),
+        schedule=schedule,
+        spec=spec,
+        base_rate=spec.learning_rate if learning_rate is None else learning_rate,
+        data=data,
+        metrics=metrics,
+    )
+    solutions: list[Solution] = []
+    for first in range(0, num_solutions, group_size):
+        group = range(first, min(first + group_size, num_solutions))
+        with contextlib.ExitStack() as stack:
+            savers = (
+                {i: stack.enter_context(Checkpointer(checkpoints / f"solution_{i}")) for i in group}
+                if checkpoints is not None
+                else {}
+            )
+            runs = []
+            for i in group:
+                keys = jax.random.split(solution_key(seed, i), 3)
+                runs.append(_begin(i, keys, start, schedule, savers.get(i), metrics))
+            solutions += trainer.run(runs, savers)
+    return solutions
+
+
+def _begin(
+    index: int,
+    keys: Array,
+    start: Callable[[KeyArray], Carry],
+    schedule: Schedule,
+    saver: Checkpointer | None,
+    metrics: Metrics | None,
+) -> _Run:
+    """A run at its first step, or at its newest checkpoint."""
+    if saver is not None:
+        template = {"carry": jax.eval_shape(start, keys[0]), "schedule": schedule.init(), "keys": keys[1:]}
+        restored = saver.restore_latest(template)
+        if restored is not None:
+            saved, meta = restored.state, restored.meta
+            if metrics is not None:
+                metrics.truncate_after(restored.step, solution=index)
+            batch_loss = float("nan") if meta["batch_loss"] is None else float(meta["batch_loss"])
+            return _Run(
+                index, saved["keys"], saved["carry"], saved["schedule"], restored.step, meta["status"], batch_loss
+            )
+    if metrics is not None:
+        metrics.truncate_after(-1, solution=index)
+    return _Run(index, keys[1:], start(keys[0]), schedule.init(), 0, "running", float("nan"))
+
+
+def _stack(trees: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _item(tree: PyTree, index: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+@dataclasses.dataclass
+class _Trainer:
+    """Runs groups of solutions to their ends, segment by segment."""
+
+    segment: Callable[..., tuple[Carry, Array]]
+    schedule: Schedule
+    spec: TrainingSpec
+    base_rate: float
+    data: Batch
+    metrics: Metrics | None
+
+    def run(self, runs: list[_Run], savers: Mapping[int, Checkpointer]) -> list[Solution]:
+        """Runs that stop leave the group; those that are behind (killed between two checkpoints) catch up first."""
+        done: dict[int, _Run] = {}
+        orders = {
+            r.index: BatchOrder(r.keys[0], len(self.data.y), self.spec.batch_size) if self.spec.batch_size else None
+            for r in runs
+        }
+        active = list(runs)
+        with Progress(self.spec.max_steps, "training") as progress:
+            while True:
+                for run in [r for r in active if r.status != "running" or r.steps >= self.spec.max_steps]:
+                    active.remove(run)
+                    done[run.index] = run._replace(status="max_steps") if run.status == "running" else run
+                if not active:
+                    break
+                behind = min(r.steps for r in active)
+                cohort = [r for r in active if r.steps == behind]
+                limit = min([r.steps for r in active if r.steps > behind], default=self.spec.max_steps)
+                active = [r for r in active if r.steps != behind]
+                active += self._advance(cohort, limit, orders, savers, progress)
+        return [
+            Solution(r.carry.params, r.carry.state, r.steps, r.status, r.batch_loss)
+            for r in (done[i] for i in sorted(done))
+        ]
+
+    def _advance(
+        self,
+        cohort: list[_Run],
+        limit: int,
+        orders: Mapping[int, BatchOrder | None],
+        savers: Mapping[int, Checkpointer],
+        progress: Progress,
+    ) -> list[_Run]:
+        """Takes runs that stand at one step forward together, until one of them stops or the limit is reached."""
+        carry = _stack([r.carry for r in cohort])
+        schedule_state = _stack([r.schedule_state for r in cohort])
+        noise_keys = jnp.stack([r.keys[1] for r in cohort])
+        cohort = [r._replace(carry=None) for r in cohort]  # type: ignore[arg-type]  # the stack is the only copy now
+        update = jax.jit(jax.vmap(self.schedule.update))
+        saved_at = time.monotonic()
+        while True:
+            first = cohort[0].steps
+            length = min(self.spec.check_every, limit - first)
+            indices = None
+            if self.spec.batch_size:
+                picked = [order.indices(first, length) for r in cohort if (order := orders[r.index]) is not None]
+                indices = jnp.asarray(np.stack(picked))
+            began = time.monotonic()
+            rates = [self._rate(_item(schedule_state, k), first) for k in range(len(cohort))]
+            carry, losses = self.segment(
+                carry, schedule_state, noise_keys, self.base_rate, self.data, indices, first, length
+            )
+            means = np.asarray(losses, np.float64).mean(axis=1)
+            speed = length / (time.monotonic() - began)
+            schedule_state = update(schedule_state, jnp.asarray(means, jnp.float32))
+            for k, run in enumerate(cohort):
+                status = self._status(means[k], _item(schedule_state, k))
+                cohort[k] = run._replace(steps=first + length, status=status, batch_loss=float(means[k]))
+                if self.metrics is not None:
+                    self.metrics.write(
+                        first + length,
+                        solution=run.index,
+                        loss=float(means[k]),
+                        learning_rate=rates[k],
+                        steps_per_second=speed,
+                        status=status,
+                    )
+            progress.update(first + length, f"loss {' '.join(f'{m:.3g}' for m in means)}")
+            over = first + length >= limit or any(r.status != "running" for r in cohort)
+            if savers and (over or time.monotonic() - saved_at > self.spec.checkpoint_seconds):
+                for k, run in enumerate(cohort):
+                    self._save(savers[run.index], run, _item(carry, k), _item(schedule_state, k))
+                saved_at = time.monotonic()
+            if over:
+                return [
+                    r._replace(carry=_item(carry, k), schedule_state=_item(schedule_state, k))
+                    for k, r in enumerate(cohort)
+                ]
+
+    def _rate(self, schedule_state: PyTree, step: int) -> float:
+        return float(self.base_rate * self.schedule.rate(schedule_state, jnp.asarray(step)))
+
+    def _status(self, mean_loss: float, schedule_state: PyTree) -> str:
+        if not np.isfinite(mean_loss):
+            return "diverged"
+        if mean_loss < self.spec.tolerance:
+            return "converged"
+        return "plateau" if bool(self.schedule.stop(schedule_state)) else "running"
+
+    @staticmethod
+    def _save(saver: Checkpointer, run: _Run, carry: Carry, schedule_state: PyTree) -> None:
+        state = {"carry": carry, "schedule": schedule_state, "keys": run.keys}
+        saver.save(run.steps, state, {"status": run.status, "batch_loss": run.batch_loss})
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+class Evaluation(NamedTuple):
+    """A network on a whole data set.
+
+    Attributes:
+      loss: mean loss, summed in float64.
+      accuracy: share of examples classified correctly; NaN for regression.
+      margins: `[n]`, or None for a loss without margin.
+    """
+
+    loss: float
+    accuracy: float
+    margins: np.ndarray | None
+
+
+def evaluate(
+    net: Branch, loss: Loss, dataset: Dataset, params: Params, state: State, *, batch_size: int = 1024
+) -> Evaluation:
+    """Loss, accuracy and margins of one network over a data set, streamed in batches in evaluation mode."""
+
+    @jax.jit
+    def one(params: Params, state: State, x: Array, y: Array, mean: Array, std: Array) -> tuple[Array, Array, Array]:
+        outputs, _ = net.apply(params, state, standardise(x, mean, std))
+        margins = loss.margin(outputs, y) if loss.margin is not None else jnp.zeros(len(y))
+        return loss.per_example(outputs, y), margins, correct(outputs, y)
+
+    def correct(outputs: Array, y: Array) -> Array:
+        if dataset.task == "multiclass":
+            return jnp.argmax(outputs, axis=-1) == y
+        return outputs[:, 0] * y > 0
+
+    parts = [
+        one(params, state, dataset.x[i : i + batch_size], dataset.y[i : i + batch_size], dataset.mean, dataset.std)
+        for i in range(0, len(dataset.y), batch_size)
+    ]
+    losses, margins, hits = (np.concatenate([np.asarray(p[k], np.float64) for p in parts]) for k in range(3))
+    accuracy = float("nan") if dataset.task == "regression" else float(hits.mean())
+    return Evaluation(float(losses.mean()), accuracy, margins if loss.margin is not None else None)

@@ -1,0 +1,84 @@
+"""The types that every layer shares: the branch protocol and the aliases used in annotations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Key
+
+PyTree = Any
+Params = PyTree
+State = PyTree
+KeyArray = Key[Array, ""]
+
+
+class InitFn(Protocol):
+    """`(key, x) -> (params, state)`; `x [batch, ...]` is an example batch that fixes shapes and dtypes."""
+
+    def __call__(self, key: KeyArray, x: Array, /) -> tuple[Params, State]: ...
+
+
+class ApplyFn(Protocol):
+    """`(params, state, x, *, key, train) -> (y [batch, out], state)`.
+
+    `key` feeds dropout and may be None when nothing random happens; `train` selects batch statistics and dropout.
+    """
+
+    def __call__(
+        self, params: Params, state: State, x: PyTree, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]: ...
+
+
+class StemFn(Protocol):
+    """`(params, x) -> z`: the first linear map, linear in `params` for fixed `x`."""
+
+    def __call__(self, params: Params, x: Array, /) -> PyTree: ...
+
+
+class Stem(NamedTuple):
+    """The split `apply = rest after preactivation` of a branch at its first linear map.
+
+    Attributes:
+      preactivation: `(params, x) -> z`, **linear in params** for fixed x (a kernel and a bias both are).  Along a line
+        or a plane of parameters z is therefore affine in the coordinates, which is what `landscape.evaluate` uses.
+      rest: `(params, state, z, *, key, train) -> (y, state)`: everything above the first linear map.
+      rest_sum: the same for parameters, state and z whose leaves lead with a branch axis `[I, ...]`, and `key` of shape
+        `[I]`: returns the sum of the I outputs, and the stacked state.  None: `rest` is vmapped and summed.  A branch
+        whose last map is linear contracts branches and features in one matrix product here.
+    """
+
+    preactivation: StemFn
+    rest: ApplyFn
+    rest_sum: ApplyFn | None = None
+
+
+class Branch(NamedTuple):
+    """A network as a pair of pure functions, in the manner of optax's `GradientTransformation` (Section 2, f_i).
+
+    One branch, the mean of fifty thousand branches, and a mixture of unlike branches all have this type, so they nest.
+
+    Attributes:
+      init: `(key, x) -> (params, state)`.
+      apply: `(params, state, x, *, key=None, train=False) -> (y [batch, out], state)`.
+      stem: the split at the first linear map, or None when the branch does not name one.
+      stacked: for a network made by `multi_branch`, what it is the sum of; None for every other.
+    """
+
+    init: InitFn
+    apply: ApplyFn
+    stem: Stem | None = None
+    stacked: Stacked | None = None
+
+
+class Stacked(NamedTuple):
+    """The structure `f(w; x) = scale * sum_i branch(w_i; x)`, for whoever streams over branches.
+
+    Attributes:
+      branch: the one-branch network; every parameter and state leaf of the sum leads with a branch axis `[I, ...]`.
+      num_branches: I.
+      scale: 1/I for the mean of Section 2, 1 for the plain sum of Section 5.
+    """
+
+    branch: Branch
+    num_branches: int
+    scale: float

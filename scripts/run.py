@@ -1,0 +1,43 @@
+"""Runs an experiment of the paper from a config file.
+
+  python scripts/run.py --config=configs/NAME.py:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v]
+  python scripts/run.py --list
+
+Examples:
+  python scripts/run.py --config=configs/figure1.py
+  python scripts/run.py --config=configs/mnist_1layer.py:I=100 --config.training.learning_rate=0.05
+  python scripts/run.py --config=configs/figure4.py:row=cifar_1layer,I=1/3/5
+
+The same command again resumes an unfinished run, or prints the results of a finished one.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dualgap_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder to work in; by default runs/NAME-HASH of the configuration.")
+_LIST = flags.DEFINE_bool("list", False, "Print the registered experiments and the config files, and exit.")
+_EXTEND = flags.DEFINE_multi_string(
+    "extend", [], "Module with `extend(tables) -> tables` that adds entries of your own; may be repeated."
+)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    tables = cli.extended(_EXTEND.value)
+    if _LIST.value:
+        print(cli.listing(tables))
+        return
+    cli.run(_CONFIG.value, config_flags.get_config_filename(flags.FLAGS["config"]), _WORKDIR.value, tables, sys.argv)
+
+
+if __name__ == "__main__":
+    with cli.errors_in_one_line():
+        app.run(main)

@@ -1,0 +1,775 @@
+"""Data sets: synthetic labels, image statistics, the cache, missing and bad data, the preparation script.
+
+The TFDS folders are written here by hand, record by record, so the tests need neither TensorFlow nor a download.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualgap_jax import data, registry
+
+SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+CODE = {"mnist": ("mnist", "3.0.1"), "cifar10": ("cifar10", "3.0.2")}
+SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+
+
+# --- synthetic data ---------------------------------------------------------------------------------------------------
+
+
+def slow_teacher(a: np.ndarray, w: np.ndarray, point: np.ndarray) -> float:
+    """f(x) = sum_i a_i max(0, w_i . x), one number at a time."""
+    total = 0.0
+    for a_i, w_i in zip(a, w, strict=True):
+        total += float(a_i) * max(0.0, sum(float(p) * float(q) for p, q in zip(w_i, point, strict=True)))
+    return total
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("labels", ["sign", "real"])
+def test_synthetic_labels_are_the_teachers(seed: int, labels: str) -> None:
+    dataset = data.synthetic_relu(n=60, d=4, teacher_width=5, teacher_scale=2.5, seed=seed, labels=labels)
+    a, w = data.relu_teacher(d=4, teacher_width=5, teacher_scale=2.5, seed=seed)
+    assert a.shape == (5,)
+    assert w.shape == (5, 4)
+    expected = np.array([slow_teacher(a, w, point) for point in dataset.x])
+    np.testing.assert_allclose(data.teacher_outputs(data.Teacher(a, w), dataset.x), expected, rtol=1e-12, atol=1e-12)
+    if labels == "sign":
+        assert dataset.task == "binary"
+        np.testing.assert_array_equal(dataset.y, np.sign(expected))
+        assert dataset.info["positive_fraction"] == (expected > 0).mean()
+    else:
+        assert dataset.task == "regression"
+        np.testing.assert_allclose(dataset.y, expected, rtol=1e-6)
+    assert dataset.x.shape == (60, 4)
+    assert (dataset.x.dtype, dataset.y.dtype, dataset.num_outputs) == (np.float32, np.float32, 1)
+    np.testing.assert_array_equal(dataset.mean, np.zeros(4))
+    np.testing.assert_array_equal(dataset.std, np.ones(4))
+    json.dumps(dataset.info)
+
+
+def test_synthetic_distributions() -> None:
+    x = data.synthetic_relu(n=20_000, d=3, labels="real").x
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=0.03)
+    np.testing.assert_allclose(np.cov(x.T), np.eye(3), atol=0.05)
+    a, w = data.relu_teacher(d=3, teacher_width=20_000, teacher_scale=0.5)
+    assert abs(a.std() - 0.5) < 0.02
+    assert abs(w.std() - 1.0) < 0.02
+    np.testing.assert_allclose(np.corrcoef(np.c_[w, a].T), np.eye(4), atol=0.03)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 11])
+def test_teacher_std_agrees_with_sampling(seed: int, rng: np.random.Generator) -> None:
+    teacher = data.relu_teacher(d=4, teacher_width=6, teacher_scale=3.0, seed=seed)
+    f = np.maximum(rng.standard_normal((200_000, 4)) @ teacher.w.T, 0) @ teacher.a
+    assert data.teacher_std(teacher) == pytest.approx(f.std(), rel=0.02)
+
+
+def test_the_seed_decides_and_longer_data_extend_shorter() -> None:
+    short, long = data.synthetic_relu(n=50, seed=4, min_margin=0.3), data.synthetic_relu(n=170, seed=4, min_margin=0.3)
+    np.testing.assert_array_equal(long.x[:50], short.x)
+    np.testing.assert_array_equal(long.y[:50], short.y)
+    np.testing.assert_array_equal(data.synthetic_relu(n=50, seed=4, min_margin=0.3).x, short.x)
+    assert not np.array_equal(data.synthetic_relu(n=50, seed=5, min_margin=0.3).x, short.x)
+    assert not np.array_equal(data.relu_teacher(seed=4).w, data.relu_teacher(seed=5).w)
+
+
+@pytest.mark.parametrize(("seed", "scale"), [(0, 1.0), (2, 10.0)])
+def test_min_margin_drops_the_points_near_the_boundary(seed: int, scale: float) -> None:
+    arguments: dict[str, Any] = {"n": 400, "d": 5, "teacher_scale": scale, "seed": seed}
+    free, filtered = data.synthetic_relu(**arguments), data.synthetic_relu(**arguments, min_margin=0.5)
+    teacher = data.relu_teacher(d=5, teacher_scale=scale, seed=seed)
+    least = 0.5 * data.teacher_std(teacher)
+    outputs = data.teacher_outputs(teacher, free.x)
+    assert (np.abs(outputs) < least).any()
+    assert (np.abs(data.teacher_outputs(teacher, filtered.x)) > least).all()
+    assert len(filtered.x) == 400
+    kept = free.x[np.abs(outputs) > least]
+    np.testing.assert_array_equal(filtered.x[: len(kept)], kept)
+    assert filtered.info["points_drawn"] > 400
+
+
+def test_points_without_a_sign_are_dropped() -> None:
+    """A one-unit teacher is exactly 0 on half the space; with real labels those points stay."""
+    signed = data.synthetic_relu(n=200, teacher_width=1)
+    outputs = data.teacher_outputs(data.relu_teacher(teacher_width=1), signed.x)
+    assert (signed.y * outputs > 0).all()
+    real = data.synthetic_relu(n=200, teacher_width=1, labels="real")
+    assert 50 < (real.y == 0).sum() < 150
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"d": 0}, "d must be at least 1"),
+        ({"teacher_width": -1}, "teacher_width must be at least 1"),
+        ({"teacher_scale": 0.0}, "teacher_scale must be positive"),
+        ({"teacher_scale": float("nan")}, "teacher_scale must be positive and finite"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"labels": "signs"}, "unknown labels 'signs'. Did you mean 'sign'"),
+        ({"min_margin": -0.1}, "min_margin must be 0 or more"),
+        ({"min_margin": float("inf")}, "finite"),
+        ({"min_margin": 0.5, "labels": "real"}, "needs labels='sign'"),
+        ({"min_margin": 50.0, "n": 30}, "leaves only 0 of 3000 drawn points, 30 are needed"),
+    ],
+)
+def test_synthetic_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.synthetic_relu(**arguments)
+
+
+# --- standardise, validate, take --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stats_shape", [(6, 5, 3), (1, 1, 3), (1, 1, 1)])
+def test_standardise_on_uint8_under_jit(stats_shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    x = rng.integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
+    mean, std = rng.normal(100, 20, stats_shape), rng.uniform(1, 60, stats_shape)
+    got = jax.jit(data.standardise)(jnp.asarray(x), mean.astype(np.float32), std.astype(np.float32))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, (x.astype(np.float64) - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_standardise_in_float64(rng: np.random.Generator) -> None:
+    x = rng.integers(0, 256, (5, 4), dtype=np.uint8)
+    mean, std = rng.normal(100, 20, 4), rng.uniform(1, 60, 4)
+    got = data.standardise(jnp.asarray(x), mean, std)
+    assert got.dtype == jnp.float64
+    np.testing.assert_allclose(got, (x - mean) / std, rtol=1e-14)
+    features = rng.standard_normal((5, 4))
+    got = data.standardise(jnp.asarray(features), np.zeros(4, np.float32), np.ones(4, np.float32))
+    np.testing.assert_array_equal(got, features)
+
+
+def image_dataset(rng: np.random.Generator, n: int = 20) -> data.Dataset:
+    x = rng.integers(0, 256, (n, 3, 2, 1), dtype=np.uint8)
+    y = rng.integers(0, 10, n).astype(np.int32)
+    stats = np.ones((3, 2, 1), np.float32)
+    return data.Dataset("tiny", x, y, 0 * stats, stats, 10, "multiclass", {"num_examples": n})
+
+
+def changed(array: np.ndarray, index: Any, value: Any) -> np.ndarray:
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+BAD_IMAGES: dict[str, tuple[Callable[[data.Dataset], dict[str, Any]], str]] = {
+    "label above": (
+        lambda s: {"y": changed(s.y, [3, 8], [10, 12])},
+        r"outside the classes 0\.\.9: 2 of 20, first at index 3 \(10\), 8 \(12\)",
+    ),
+    "label below": (lambda s: {"y": changed(s.y, 5, -1)}, r"outside the classes 0\.\.9: 1 of 20.*5 \(-1\)"),
+    "float labels": (lambda s: {"y": s.y.astype(np.float32)}, "must be integers, got float32"),
+    "more labels": (lambda s: {"y": s.y[:-1]}, r"got x \(20, 3, 2, 1\) and y \(19,\)"),
+    "labels 2-d": (lambda s: {"y": s.y[:, None]}, "need x"),
+    "empty": (lambda s: {"x": s.x[:0], "y": s.y[:0]}, "is empty"),
+    "no pixels": (lambda s: {"x": s.x[:, :0]}, "is empty"),
+    "integer x": (lambda s: {"x": s.x.astype(np.int64)}, "must be uint8 or float, got int64"),
+    "flat mean": (lambda s: {"mean": s.mean.ravel()}, r"mean \(6,\) does not fit one example \(3, 2, 1\)"),
+    "wide std": (lambda s: {"std": np.ones((3, 4, 1), np.float32)}, "std .* does not fit"),
+    "nan mean": (lambda s: {"mean": changed(s.mean, 0, np.nan)}, "mean is not finite"),
+    "zero std": (lambda s: {"std": changed(s.std, 0, 0)}, "std must be positive"),
+    "task": (lambda s: {"task": "multi"}, "unknown task 'multi'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_validate_refuses_images(case: str, rng: np.random.Generator) -> None:
+    dataset = image_dataset(rng)
+    assert data.validate(dataset) is dataset
+    change, message = BAD_IMAGES[case]
+    with pytest.raises(ValueError, match=f"'tiny'.*{message}"):
+        data.validate(dataset._replace(**change(dataset)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_validate_refuses_non_finite_numbers(bad: float) -> None:
+    signed, real = data.synthetic_relu(n=12, d=3), data.synthetic_relu(n=12, d=3, labels="real")
+    with pytest.raises(ValueError, match="non-finite features: 2 of 12, first at index 4, 9"):
+        data.validate(signed._replace(x=changed(signed.x, ([4, 9], [0, 2]), bad)))
+    with pytest.raises(ValueError, match="non-finite targets: 1 of 12"):
+        data.validate(real._replace(y=changed(real.y, 11, bad)))
+    with pytest.raises(ValueError, match=r"outside the classes -1, \+1: 1 of 12, first at index 7"):
+        data.validate(signed._replace(y=changed(signed.y, 7, bad)))
+
+
+def test_validate_refuses_binary_labels_and_outputs() -> None:
+    signed = data.synthetic_relu(n=12, d=3)
+    with pytest.raises(
+        ValueError, match=r"outside the classes -1, \+1: 2 of 12, first at index 0 \(0\.0\), 1 \(2\.0\)"
+    ):
+        data.validate(signed._replace(y=changed(signed.y, [0, 1], [0, 2])))
+    with pytest.raises(ValueError, match="has 1 output, got num_outputs=2"):
+        data.validate(signed._replace(num_outputs=2))
+
+
+def test_take(rng: np.random.Generator) -> None:
+    dataset = image_dataset(rng)
+    assert data.take(dataset, 0) is dataset
+    assert data.take(dataset, 20) is dataset
+    first = data.take(dataset, 6)
+    np.testing.assert_array_equal(first.x, dataset.x[:6])
+    np.testing.assert_array_equal(first.y, dataset.y[:6])
+    assert first.info["num_examples"] == 6
+    drawn = {seed: data.take(dataset, 6, seed=seed) for seed in (0, 1, 2)}
+    rows = [tuple(x.ravel()) for x in dataset.x]
+    for subset in drawn.values():
+        indices = [rows.index(tuple(x.ravel())) for x in subset.x]
+        assert indices == sorted(set(indices))
+        assert len(indices) == 6
+        np.testing.assert_array_equal(subset.y, dataset.y[indices])
+    assert len({subset.x.tobytes() for subset in drawn.values()}) > 1
+    np.testing.assert_array_equal(data.take(dataset, 6, seed=1).x, drawn[1].x)
+    for number in (-1, 21):
+        with pytest.raises(ValueError, match=r"must be 0 \(all\) to 20"):
+            data.take(dataset, number)
+
+
+# --- prepared folders -------------------------------------------------------------------------------------------------
+
+
+def write_tfds(
+    root: Path,
+    name: str,
+    splits: dict[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    shards: int = 1,
+    image_format: str = "PNG",
+) -> Path:
+    """Writes `{split: (x, y)}` as TFDS would prepare it; returns the version folder."""
+    from array_record.python import array_record_module
+    from PIL import Image
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder = root / CODE[name][0] / CODE[name][1]
+    folder.mkdir(parents=True)
+    split_infos = []
+    for split, (x, y) in splits.items():
+        parts = np.array_split(np.arange(len(x)), shards)
+        for k, part in enumerate(parts):
+            file = folder / f"{name}-{split}.array_record-{k:05d}-of-{shards:05d}"
+            writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+            for i in part:
+                encoded = io.BytesIO()
+                Image.fromarray(x[i].squeeze()).save(encoded, image_format)
+                example = tf_example_pb2.Example()
+                example.features.feature["image"].bytes_list.value.append(encoded.getvalue())
+                example.features.feature["label"].int64_list.value.append(int(y[i]))
+                writer.write(example.SerializeToString())
+            writer.close()
+        lengths = [str(len(part)) for part in parts]
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        split_infos.append({"filepathTemplate": template, "name": split, "numBytes": "1", "shardLengths": lengths})
+    info = {"name": name, "version": CODE[name][1], "fileFormat": "array_record", "splits": split_infos}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    kind = "tensorflow_datasets.core.features"
+    shape = {"dimensions": [str(size) for size in SHAPES[name]]}
+    features = {
+        "image": {"pythonClassName": f"{kind}.image_feature.Image", "image": {"dtype": "uint8", "shape": shape}},
+        "label": {
+            "pythonClassName": f"{kind}.class_label_feature.ClassLabel",
+            "classLabel": {"numClasses": "10"},
+        },
+    }
+    (folder / "features.json").write_text(
+        json.dumps({"pythonClassName": f"{kind}.features_dict.FeaturesDict", "featuresDict": {"features": features}})
+    )
+    return folder
+
+
+def random_split(rng: np.random.Generator, name: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images whose pixels differ in mean and spread, one pixel constant; labels of all classes."""
+    low = rng.integers(0, 128, SHAPES[name])
+    x = (low + rng.integers(0, 128, (n, *SHAPES[name])) * (rng.random(SHAPES[name]) < 0.7)).astype(np.uint8)
+    x[:, 2, 3, 0] = 200
+    return x, rng.permutation(np.arange(n) % 10)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, and no data folder in the environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    return tmp_path / "cache" / "dualgap_jax"
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """A data folder with a small MNIST, all arrays known."""
+    splits = {"train": random_split(rng, "mnist", 30), "test": random_split(rng, "mnist", 12)}
+    write_tfds(tmp_path / "tfds", "mnist", splits)
+    return tmp_path / "tfds"
+
+
+def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        pytest.fail("decoded although cached")
+
+    monkeypatch.setattr(data, "_decode", refuse)
+
+
+AXES: dict[str, tuple[int, ...]] = {"pixel": (0,), "channel": (0, 1, 2), "global": (0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize(("name", "shards", "n"), [("mnist", 1, 1003), ("cifar10", 3, 70)])
+def test_images_and_statistics_against_numpy(
+    name: str, shards: int, n: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The oracle takes mean and standard deviation of the whole float64 stack; n = 1003 crosses a decoding chunk."""
+    splits = {"train": random_split(rng, name, n), "test": random_split(rng, name, 25)}
+    write_tfds(tmp_path, name, splits, shards=shards)
+    stack = splits["train"][0].astype(np.float64)
+    for split, (x, y) in splits.items():
+        for axis, over in AXES.items():
+            dataset = data.DATASETS.build(name, data_dir=str(tmp_path), split=split, standardise=axis)
+            assert (dataset.x.dtype, dataset.y.dtype) == (np.uint8, np.int32)
+            np.testing.assert_array_equal(dataset.x, x)
+            np.testing.assert_array_equal(dataset.y, y)
+            mean, std = stack.mean(over, keepdims=True)[0], stack.std(over, keepdims=True)[0]
+            assert dataset.mean.dtype == dataset.std.dtype == np.float32
+            np.testing.assert_allclose(dataset.mean, mean, rtol=1e-6)
+            np.testing.assert_allclose(dataset.std, np.where(std == 0, 1, std), rtol=1e-6)
+            assert (dataset.num_outputs, dataset.task, dataset.name) == (10, "multiclass", name)
+            assert dataset.info["image_format"] == "PNG"
+            json.dumps(dataset.info)
+        plain = data.DATASETS.build(name, data_dir=str(tmp_path), split=split, standardise="none")
+        got = data.standardise(jnp.asarray(plain.x), plain.mean, plain.std)
+        np.testing.assert_allclose(got, x / 255, rtol=1e-6)
+    pixel = data.DATASETS.build(name, data_dir=str(tmp_path))
+    assert pixel.std[2, 3, 0] == 1
+    z = np.asarray(data.standardise(jnp.asarray(pixel.x), pixel.mean, pixel.std), np.float64)
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(z.std(axis=0), (stack.std(axis=0) > 0).astype(float), atol=1e-4)
+
+
+def test_statistics_are_exact_where_floats_cancel() -> None:
+    """One value of 254 among 255s: the variance, about 1e-5, is the difference of two numbers near 65,025."""
+    x = np.full((90_000, 1, 1, 1), 255, np.uint8)
+    x[17] = 254
+    total, squares = x.sum(axis=0, dtype=np.int64), np.square(x, dtype=np.int64).sum(axis=0)
+    arrays = data._Arrays(x, np.zeros(len(x), np.int32), total, squares, "PNG")
+    exact = np.sqrt((1 / 90_000) * (1 - 1 / 90_000))
+    for axis in AXES:
+        np.testing.assert_allclose(data._statistics(arrays, axis)[1], exact, rtol=1e-7)
+
+
+def test_a_lossy_copy_says_so(tmp_path: Path, rng: np.random.Generator) -> None:
+    split = random_split(rng, "cifar10", 11)
+    write_tfds(tmp_path, "cifar10", {"train": split, "test": split}, image_format="JPEG")
+    assert data.cifar10(data_dir=str(tmp_path)).info["image_format"] == "JPEG"
+
+
+def test_num_examples_keeps_the_statistics(prepared: Path) -> None:
+    full, part = data.mnist(data_dir=str(prepared)), data.mnist(data_dir=str(prepared), num_examples=7)
+    np.testing.assert_array_equal(part.x, full.x[:7])
+    np.testing.assert_array_equal(part.mean, full.mean)
+    assert part.info["num_examples"] == 7
+    with pytest.raises(ValueError, match="to 30"):
+        data.mnist(data_dir=str(prepared), num_examples=31)
+
+
+def test_unknown_names(prepared: Path) -> None:
+    with pytest.raises(registry.UnknownNameError, match=r"unknown data set 'mnits'. Did you mean 'mnist'.*cifar10"):
+        data.DATASETS["mnits"]
+    with pytest.raises(registry.UnknownNameError, match="'dir'"):
+        data.DATASETS.build("mnist", dir=str(prepared))
+    with pytest.raises(ValueError, match=r"unknown split 'trian'. Did you mean 'train'"):
+        data.mnist(data_dir=str(prepared), split="trian")
+    with pytest.raises(ValueError, match=r"unknown standardise 'pixels'. Did you mean 'pixel'"):
+        data.mnist(data_dir=str(prepared), standardise="pixels")
+
+
+def test_labels_outside_the_classes_in_the_files(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = random_split(rng, "mnist", 15)
+    y = changed(y, 6, 10)
+    write_tfds(tmp_path, "mnist", {"train": (x, y), "test": (x, y)})
+    with pytest.raises(ValueError, match=r"outside the classes 0\.\.9: 1 of 15, first at index 6 \(10\)"):
+        data.mnist(data_dir=str(tmp_path))
+
+
+def test_data_dir_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.resolve_data_dir() == tmp_path / "tensorflow_datasets"
+    monkeypatch.setenv("TFDS_DATA_DIR", "")
+    assert data.resolve_data_dir() == tmp_path / "tensorflow_datasets"
+    monkeypatch.setenv("TFDS_DATA_DIR", "/from/environment")
+    assert data.resolve_data_dir() == Path("/from/environment")
+    assert data.resolve_data_dir("/given") == Path("/given")
+    assert data.resolve_data_dir("~/given") == tmp_path / "given"
+
+
+def test_the_environment_names_the_folder(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    assert len(data.mnist().x) == 30
+
+
+def test_the_newest_version_is_read(prepared: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, n in (("3.0.10", 13), ("3.0.2", 14)):
+        monkeypatch.setitem(CODE, "mnist", ("mnist", version))
+        split = random_split(rng, "mnist", n)
+        write_tfds(prepared, "mnist", {"train": split, "test": split})
+    (prepared / "mnist" / "incomplete.X_9.0.0").mkdir()
+    (prepared / "mnist" / "incomplete.X_9.0.0" / "dataset_info.json").write_text("{}")
+    dataset = data.mnist(data_dir=str(prepared))
+    assert (len(dataset.x), dataset.info["version"]) == (13, "3.0.10")
+
+
+def edit_info(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    info = json.loads((folder / "dataset_info.json").read_text())
+    edit(info)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def empty_file(folder: Path) -> None:
+    (folder / "mnist-test.array_record-00000-of-00001").write_bytes(b"")
+
+
+SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no info": (lambda f: (f / "dataset_info.json").unlink(), "no mnist/<version>/dataset_info.json"),
+    "broken info": (lambda f: (f / "dataset_info.json").write_text('{"splits": ['), "cannot be read.*JSON"),
+    "info of no splits": (lambda f: (f / "dataset_info.json").write_text('{"fileFormat": "array_record"}'), "splits"),
+    "info a list": (lambda f: (f / "dataset_info.json").write_text("[1]"), "cannot be read"),
+    "no features": (lambda f: (f / "features.json").unlink(), "cannot be read.*features.json"),
+    "tfrecord": (lambda f: edit_info(f, lambda i: i.update(fileFormat="tfrecord")), "holds tfrecord files"),
+    "file gone": (
+        lambda f: (f / "mnist-train.array_record-00000-of-00001").unlink(),
+        "mnist-train.array_record-00000-of-00001 is missing or empty",
+    ),
+    "file empty": (empty_file, "mnist-test.array_record-00000-of-00001 is missing or empty"),
+    "no test split": (lambda f: edit_info(f, lambda i: i["splits"].pop()), "no examples in split 'test'"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_an_unusable_folder_names_the_remedy(case: str, prepared: Path) -> None:
+    spoil, reason = SPOILED[case]
+    spoil(prepared / "mnist" / "3.0.1")
+    with pytest.raises(data.DataNotFoundError, match=reason) as caught:
+        data.mnist(data_dir=str(prepared))
+    assert isinstance(caught.value, FileNotFoundError)
+    assert f"python scripts/prepare_data.py mnist --data_dir={prepared}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_missing_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "other" / "imagenet").mkdir(parents=True)
+    for folder, reason, quoted in (
+        ("missing", "does not exist", f"{tmp_path}/missing"),
+        ("empty", "is empty", f"{tmp_path}/empty"),
+        ("a file", "is not a folder", f"'{tmp_path}/a file'"),
+        ("other", f"it has no {name}/", f"{tmp_path}/other"),
+    ):
+        with pytest.raises(data.DataNotFoundError, match=reason) as caught:
+            data.DATASETS.build(name, data_dir=str(tmp_path / folder))
+        assert f"python scripts/prepare_data.py {name} --data_dir={quoted}" in str(caught.value)
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / folder))
+        with pytest.raises(data.DataNotFoundError, match=reason):
+            data.DATASETS.build(name)
+
+
+def test_missing_data_is_noticed_without_tfds(tmp_path: Path) -> None:
+    """So the error cannot wait for a network."""
+    code = (
+        "import sys; from dualgap_jax import data\n"
+        f"try: data.mnist(data_dir={str(tmp_path / 'none')!r})\n"
+        "except data.DataNotFoundError: print('tensorflow_datasets' in sys.modules)"
+    )
+    assert run_python(code) == "False\n"
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    ).stdout
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "fewer records"])
+def test_damaged_data_files(damage: str, prepared: Path, rng: np.random.Generator) -> None:
+    folder = prepared / "mnist" / "3.0.1"
+    file = folder / "mnist-train.array_record-00000-of-00001"
+    content = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "overwritten":
+        file.write_bytes(rng.bytes(len(content)))
+    else:
+        edit_info(folder, lambda info: info["splits"][0].update(shardLengths=["31"]))
+    with pytest.raises(ValueError, match=r"are damaged .*\. Remove that folder and run: python scripts/prepare_data"):
+        data.mnist(data_dir=str(prepared))
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def same(one: data.Dataset, other: data.Dataset) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(np.array_equal(p, q) if isinstance(p, np.ndarray) else p == q for p, q in pairs)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_second_load_is_cached_and_equal(
+    split: str, prepared: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = data.mnist(data_dir=str(prepared), split=split)
+    files = sorted(path.name for path in cache.iterdir())
+    checksum = first.info["checksum"]
+    assert files == [f"mnist-{s}-{checksum}.npz" for s in sorted({"train", split})]
+    forbid_decoding(monkeypatch)
+    assert same(data.mnist(data_dir=str(prepared), split=split), first)
+
+
+def test_a_cached_load_does_not_import_tfds(prepared: Path) -> None:
+    data.mnist(data_dir=str(prepared))
+    code = (
+        "import sys; from dualgap_jax import data\n"
+        f"print(len(data.mnist(data_dir={str(prepared)!r}).x), 'tensorflow_datasets' in sys.modules)"
+    )
+    assert run_python(code) == "30 False\n"
+
+
+def test_changed_data_are_decoded_again(prepared: Path, rng: np.random.Generator) -> None:
+    old = data.mnist(data_dir=str(prepared))
+    folder = prepared / "mnist" / "3.0.1"
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    split = random_split(rng, "mnist", 30)
+    write_tfds(prepared, "mnist", {"train": split, "test": split})
+    new = data.mnist(data_dir=str(prepared))
+    np.testing.assert_array_equal(new.x, split[0])
+    assert new.info["checksum"] != old.info["checksum"]
+
+
+def test_a_touched_data_file_changes_the_checksum(prepared: Path) -> None:
+    before = data.find_prepared("mnist", str(prepared)).checksum
+    assert data.find_prepared("mnist", str(prepared)).checksum == before
+    os.utime(prepared / "mnist" / "3.0.1" / "mnist-train.array_record-00000-of-00001", (1, 1))
+    assert data.find_prepared("mnist", str(prepared)).checksum != before
+
+
+def rewrite(path: Path, **arrays: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+DAMAGE: dict[str, Callable[[Path, bytes], Any]] = {
+    "empty": lambda path, _: path.write_bytes(b""),
+    "truncated": lambda path, content: path.write_bytes(content[: len(content) // 2]),
+    "one bit": lambda path, content: path.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]),
+    "text": lambda path, _: path.write_text("not a cache"),
+    "members missing": lambda path, _: rewrite(path, x=np.zeros((30, 28, 28, 1), np.uint8)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_cache_is_rebuilt(case: str, prepared: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = data.mnist(data_dir=str(prepared))
+    (path,) = cache.iterdir()
+    DAMAGE[case](path, path.read_bytes())
+    with pytest.warns(UserWarning, match="rebuilding the damaged cache file"):
+        assert same(data.mnist(data_dir=str(prepared)), good)
+    forbid_decoding(monkeypatch)
+    assert same(data.mnist(data_dir=str(prepared)), good)
+    assert list(cache.iterdir()) == [path]
+
+
+def test_a_folder_in_place_of_the_cache_file(prepared: Path, cache: Path) -> None:
+    good = data.mnist(data_dir=str(prepared))
+    (path,) = cache.iterdir()
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(UserWarning, match="cannot be written"), pytest.warns(UserWarning, match="rebuilding"):
+        assert same(data.mnist(data_dir=str(prepared)), good)
+
+
+def test_a_cache_of_another_shape_is_rebuilt(prepared: Path, cache: Path) -> None:
+    good = data.mnist(data_dir=str(prepared))
+    (path,) = cache.iterdir()
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    rewrite(path, **{**arrays, "x": arrays["x"][:-1]})
+    with pytest.warns(UserWarning, match="unexpected shape"):
+        assert same(data.mnist(data_dir=str(prepared)), good)
+
+
+def test_an_unwritable_cache_is_tolerated(
+    prepared: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = data.mnist(data_dir=str(prepared))
+    (tmp_path / "blocked").write_text("a file where the cache folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
+    with pytest.warns(UserWarning, match=r"not cached.*cannot be written"):
+        assert same(data.mnist(data_dir=str(prepared)), good)
+
+
+def test_a_failed_write_leaves_nothing(prepared: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any, **_: Any) -> None:
+        file.write(b"half a")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert len(data.mnist(data_dir=str(prepared)).x) == 30
+    assert list(cache.iterdir()) == []
+
+
+def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.cache_dir() == tmp_path / "cache" / "dualgap_jax"
+    for ignored in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert data.cache_dir() == tmp_path / ".cache" / "dualgap_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.cache_dir() == tmp_path / ".cache" / "dualgap_jax"
+
+
+# --- scripts/prepare_data.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The script's `main`; TensorFlow counts as installed."""
+    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+    sys.modules["tensorflow"].__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    return runpy.run_path(str(SCRIPT))["main"]
+
+
+def test_prepare_says_that_data_are_there(
+    prepare: Callable[..., int], prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepare(["mnist", f"--data_dir={prepared}"]) == 0
+    assert f"already prepared: {prepared}/mnist/3.0.1" in capsys.readouterr().out
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    assert prepare(["mnist"]) == 0
+
+
+def test_prepare_names_the_extra_without_tensorflow(
+    prepare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert prepare(["cifar10", f"--data_dir={tmp_path}"]) == 1
+    assert "pip install 'dualgap_jax[prepare]'" in capsys.readouterr().err
+
+
+def fake_builder(monkeypatch: pytest.MonkeyPatch, download: Callable[[str, str], Any]) -> None:
+    import tensorflow_datasets as tfds
+
+    def builder(name: str, *, data_dir: str, file_format: str) -> Any:
+        assert file_format == "array_record"
+        return types.SimpleNamespace(download_and_prepare=lambda: download(name, data_dir))
+
+    monkeypatch.setattr(tfds, "builder", builder)
+
+
+def test_prepare_downloads(
+    prepare: Callable[..., int],
+    tmp_path: Path,
+    rng: np.random.Generator,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split = random_split(rng, "cifar10", 10)
+    fake_builder(monkeypatch, lambda name, root: write_tfds(Path(root), name, {"train": split, "test": split}) and None)
+    target = tmp_path / "new" / "tfds"
+    assert prepare(["cifar10", f"--data_dir={target}"]) == 0
+    out = capsys.readouterr().out
+    assert f"downloading cifar10 into {target}" in out
+    assert f"prepared {target}/cifar10/3.0.2" in out
+    np.testing.assert_array_equal(data.cifar10(data_dir=str(target)).x, split[0])
+
+
+def test_prepare_reports_a_failed_download(
+    prepare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, root: str) -> None:
+        raise ConnectionError("no route to host")
+
+    fake_builder(monkeypatch, fail)
+    assert prepare(["mnist", f"--data_dir={tmp_path}"]) == 1
+    assert "could not be prepared" in (err := capsys.readouterr().err)
+    assert "ConnectionError: no route to host" in err
+
+
+@pytest.mark.parametrize("case", ["tfrecord", "file gone", "broken info"])
+def test_prepare_does_not_touch_an_unusable_folder(
+    case: str,
+    prepare: Callable[..., int],
+    prepared: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    SPOILED[case][0](prepared / "mnist" / "3.0.1")
+    fake_builder(monkeypatch, lambda *_: pytest.fail("downloaded over an existing folder"))
+    assert prepare(["mnist", f"--data_dir={prepared}"]) == 1
+    assert f"Remove {prepared}/mnist/3.0.1 and run this again" in capsys.readouterr().err
+
+
+def test_prepare_refuses_other_names(prepare: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prepare(["imagenet"])
+    assert "invalid choice: 'imagenet'" in capsys.readouterr().err
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+REAL_DATA = os.environ.get("TFDS_DATA_DIR", "")
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    available = bool(REAL_DATA) and any(Path(REAL_DATA).glob(f"{name}/*/dataset_info.json"))
+    return pytest.mark.skipif(not available, reason=f"TFDS_DATA_DIR names no folder with a prepared {name}")
+
+
+@pytest.mark.realdata
+@needs("mnist")
+def test_real_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, class counts and the global mean 0.1307 and standard deviation 0.3081 are the published ones."""
+    train = data.mnist(data_dir=REAL_DATA, standardise="global")
+    test = data.mnist(data_dir=REAL_DATA, split="test")
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert train.x.shape == (60_000, 28, 28, 1)
+    assert test.x.shape == (10_000, 28, 28, 1)
+    assert np.bincount(train.y).tolist() == counts
+    assert np.bincount(test.y).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert train.mean.item() / 255 == pytest.approx(0.1307, abs=5e-5)
+    assert train.std.item() / 255 == pytest.approx(0.3081, abs=5e-5)
+    pixels = train.x.reshape(60_000, -1)[:, ::97].astype(np.float64)
+    std = pixels.std(axis=0)
+    np.testing.assert_allclose(test.mean.ravel()[::97], pixels.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(test.std.ravel()[::97], np.where(std == 0, 1, std), rtol=1e-6)
+    forbid_decoding(monkeypatch)
+    assert same(data.mnist(data_dir=REAL_DATA, standardise="global"), train)
+    assert same(data.mnist(data_dir=REAL_DATA, split="test"), test)
+
+
+@pytest.mark.realdata
+@needs("cifar10")
+def test_real_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5,000 training images per class; the channel means 0.491, 0.482, 0.447 are the published ones."""
+    train = data.cifar10(data_dir=REAL_DATA, standardise="channel")
+    assert train.x.shape == (50_000, 32, 32, 3)
+    assert np.bincount(train.y).tolist() == [5000] * 10
+    np.testing.assert_allclose(train.mean.ravel() / 255, [0.4914, 0.4822, 0.4465], atol=1e-3)
+    np.testing.assert_allclose(train.std.ravel() / 255, [0.2470, 0.2435, 0.2616], atol=2e-3)
+    forbid_decoding(monkeypatch)
+    assert same(data.cifar10(data_dir=REAL_DATA, standardise="channel"), train)

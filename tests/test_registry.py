@@ -1,0 +1,133 @@
+"""The read-only tables: look-up, messages, extension, argument checks."""
+
+from __future__ import annotations
+
+import pytest
+
+from dualgap_jax.registry import DuplicateNameError, Table, UnknownNameError, unknown
+
+
+def squared(scale: float, shift: float = 0.0) -> tuple[str, float, float]:
+    """The squared loss.
+
+    A second paragraph.
+    """
+    return "squared", scale, shift
+
+
+def hinge(*, tau: float = 1.0) -> tuple[str, float]:
+    """The hinge loss."""
+    return "hinge", tau
+
+
+def anything(**settings: object) -> dict[str, object]:
+    return settings
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table("loss", {"squared": squared, "hinge": hinge})
+
+
+def test_a_table_is_a_mapping_in_the_order_given(table: Table) -> None:
+    assert list(table) == ["squared", "hinge"]
+    assert len(table) == 2
+    assert table["hinge"] is hinge
+    assert "hinge" in table
+    assert "logistic" not in table
+    assert repr(table) == "Table('loss': squared, hinge)"
+
+
+def test_entries_cannot_be_changed(table: Table) -> None:
+    with pytest.raises(TypeError):
+        table["hinge"] = squared  # type: ignore[index]
+    with pytest.raises(TypeError):
+        del table["hinge"]  # type: ignore[attr-defined]
+    with pytest.raises(TypeError):
+        table._entries["hinge"] = squared  # type: ignore[index]
+    assert table["hinge"] is hinge
+
+
+def test_a_table_keeps_no_hold_on_the_mapping_it_was_made_from() -> None:
+    entries = {"hinge": hinge}
+    table = Table("loss", entries)
+    entries["squared"] = squared
+    entries["hinge"] = squared
+    assert dict(table) == {"hinge": hinge}
+
+
+def test_an_unknown_name_raises_with_near_matches_and_the_full_list(table: Table) -> None:
+    with pytest.raises(UnknownNameError) as raised:
+        table["hing"]
+    assert str(raised.value) == "unknown loss 'hing'. Did you mean 'hinge'? Allowed: hinge, squared."
+    assert isinstance(raised.value, LookupError)
+    assert raised.value.__suppress_context__
+
+
+def test_a_name_like_no_other_gets_the_list_without_a_guess(table: Table) -> None:
+    with pytest.raises(UnknownNameError) as raised:
+        table["xyzzy"]
+    assert str(raised.value) == "unknown loss 'xyzzy'. Allowed: hinge, squared."
+
+
+def test_several_near_matches_are_all_named_and_the_list_is_sorted() -> None:
+    message = unknown("data set", "cifar", ["mnist", "cifar100", "cifar10"])
+    guess, _, listing = message.partition(" Allowed: ")
+    assert "'cifar10'" in guess
+    assert "'cifar100'" in guess
+    assert "mnist" not in guess
+    assert listing == "cifar10, cifar100, mnist."
+
+
+def test_an_empty_table_says_so() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown branch 'mlp'\. Allowed: none\."):
+        Table("branch", {})["mlp"]
+
+
+def test_extended_adds_to_a_new_table_and_leaves_the_original(table: Table) -> None:
+    longer = table.extended({"anything": anything})
+    assert list(longer) == ["squared", "hinge", "anything"]
+    assert longer.kind == "loss"
+    assert longer["anything"] is anything
+    assert list(table) == ["squared", "hinge"]
+    with pytest.raises(UnknownNameError):
+        table["anything"]
+
+
+@pytest.mark.parametrize("entry", [hinge, squared])
+def test_a_duplicate_raises_even_for_the_same_function(table: Table, entry: object) -> None:
+    with pytest.raises(DuplicateNameError, match=r"loss 'hinge' already registered.*Taken: hinge, squared") as raised:
+        table.extended({"anything": anything, "hinge": entry})
+    assert isinstance(raised.value, ValueError)
+    assert list(table) == ["squared", "hinge"]
+    assert table["hinge"] is hinge
+
+
+def test_describe_is_the_first_line_of_the_docstring(table: Table) -> None:
+    assert table.describe("squared") == "The squared loss."
+    assert table.extended({"anything": anything}).describe("anything") == ""
+    with pytest.raises(UnknownNameError, match="squared"):
+        table.describe("square")
+
+
+def test_build_calls_the_entry_with_the_arguments(table: Table) -> None:
+    assert table.build("squared", scale=3.0) == ("squared", 3.0, 0.0)
+    assert table.build("squared", scale=3.0, shift=-1.0) == ("squared", 3.0, -1.0)
+    assert table.build("hinge", tau=0.5) == ("hinge", 0.5)
+
+
+def test_build_names_the_argument_that_the_entry_does_not_take(table: Table) -> None:
+    with pytest.raises(UnknownNameError, match=r"'hinge'.*'taau'.*Did you mean 'tau'\? Allowed: tau\."):
+        table.build("hinge", taau=0.5)
+    with pytest.raises(UnknownNameError, match=r"unknown loss 'hingge'"):
+        table.build("hingge", tau=0.5)
+
+
+def test_build_raises_for_a_missing_argument(table: Table) -> None:
+    with pytest.raises(TypeError, match="scale"):
+        table.build("squared", shift=1.0)
+
+
+def test_build_passes_every_name_to_an_entry_that_takes_all(table: Table) -> None:
+    longer = table.extended({"anything": anything})
+    assert longer.build("anything", name="n", kind="k", entries=1) == {"name": "n", "kind": "k", "entries": 1}
