@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,10 @@ KERNEL_INITS: Mapping[str, tuple[str, Callable[[int], float]]] = {
 }
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _activation(activation: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
     if callable(activation):
         return activation
@@ -52,7 +57,7 @@ def mlp(
     activation: str | Callable[[Array], Array] = "relu",
     use_bias: bool = True,
     init: str = "torch",
-    init_scale: float = 1.0,
+    init_scale: int | float = 1.0,
 ) -> Branch:
     """A fully connected branch: `f_i(w; x) = W_L psi(... psi(W_1 x + b_1) ...) + b_L` (Section 2).
 
@@ -70,14 +75,14 @@ def mlp(
       init_scale: multiplies every initial kernel and bias.
 
     Raises:
-      ValueError: for a width or `out` below 1, or `init_scale` not positive.
+      ValueError: for a width or `out` that is not a positive integer, or `init_scale` not positive and finite.
       UnknownNameError: for an unknown activation or init.
     """
     hidden = tuple(hidden)
-    if any(int(width) != width or width < 1 for width in (*hidden, out)):
-        raise ValueError(f"mlp: hidden={hidden}, out={out}: every width must be a positive integer.")
-    if not init_scale > 0:
-        raise ValueError(f"mlp: init_scale={init_scale} must be positive.")
+    if not all(map(_is_count, (*hidden, out))):
+        raise ValueError(f"mlp: hidden={hidden}, out={out!r}: every width must be a positive integer.")
+    if not 0 < init_scale < math.inf:
+        raise ValueError(f"mlp: init_scale={init_scale} must be positive and finite.")
     if init not in KERNEL_INITS:
         raise UnknownNameError(unknown("init", init, KERNEL_INITS))
     psi = _activation(activation)
@@ -128,7 +133,9 @@ def mlp(
         if not hidden:
             return z.sum(0).T, state
         head = params[-1]
-        total = jnp.einsum("ioh,ihb->bo", head["kernel"], jax.vmap(features)(params, z))
+        # XLA's CPU backend is six times slower on the transposed product; the barrier keeps it from folding the transpose.
+        total = jnp.einsum("ioh,ihb->ob", head["kernel"], jax.vmap(features)(params, z))
+        total = jax.lax.optimization_barrier(total).T
         return (total + head["bias"].sum(0)[None, :] if use_bias else total), state
 
     def apply(
@@ -139,14 +146,17 @@ def mlp(
     return Branch(init_fn, apply, Stem(preactivation, rest, rest_sum))
 
 
-def mlp_output_bound(num_layers: int, radius: float, input_norm: float) -> float:
+def mlp_output_bound(num_layers: int, radius: int | float, input_norm: int | float) -> float:
     """Largest `|f_i(w; x)|` of a bias-free branch over the ball `||w|| <= radius`, `(radius/sqrt(L))^L ||x||`.
 
     For L weight matrices and an activation with `|psi(a)| <= |a|` (ReLU, tanh, identity): the product of operator norms
     is at most the product of Frobenius norms, largest on the ball when they are equal.  A certified bound for
     Assumption 1.
+
+    Raises:
+      ValueError: for num_layers below 1, or a radius or norm that is negative or NaN.
     """
-    if num_layers < 1 or radius < 0 or input_norm < 0:
+    if not (num_layers >= 1 and radius >= 0 and input_norm >= 0):
         raise ValueError(f"num_layers={num_layers} must be >= 1, radius={radius} and input_norm={input_norm} >= 0.")
     return (radius / math.sqrt(num_layers)) ** num_layers * input_norm
 
@@ -168,7 +178,7 @@ def from_functions(
     return Branch(init_fn, apply_fn, stem)
 
 
-def _train_argument(call: Callable[..., Any]) -> Callable[[bool], dict[str, bool]]:
+def _train_argument(call: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
     """How `train` is passed to a module: as `train`, as `deterministic` (inverted), or not at all."""
     names = inspect.signature(call).parameters
     if "train" in names:
@@ -178,20 +188,40 @@ def _train_argument(call: Callable[..., Any]) -> Callable[[bool], dict[str, bool
     return lambda train: {}
 
 
+def _widened(state: State, params: Params, x: Array) -> State:
+    """The state with floating leaves as wide as all else: Flax starts float32 statistics for float64 batches too."""
+
+    def floating(leaf: Array) -> bool:
+        return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    others = [leaf.dtype for leaf in (x, *jax.tree.leaves(params)) if floating(leaf)]
+    return jax.tree.map(lambda s: s.astype(jnp.result_type(s.dtype, *others)) if floating(s) else s, state)
+
+
+def _as_stored(new: State, old: State) -> State:
+    """The new state in the old one's dtypes, so that a loop can carry it."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
+
+
 def from_linen(module: Any, *, rngs: tuple[str, ...] = ("dropout",)) -> Branch:
     """A branch from a `flax.linen` module; every collection other than `params` (batch statistics, ...) is state.
 
     `module.__call__(x)` may take `train: bool` or `deterministic: bool`; it is passed by name when it does.
+    Floating state is at least as wide as the parameters and the example batch, and keeps its dtypes.
 
     Args:
       module: the module; `module(x [batch, ...]) -> y [batch, out]`.
       rngs: names of the random streams fed in training, each by its own key.
+
+    Raises:
+      TypeError: unless `module` is a Linen module.
     """
     from flax import linen as nn
     from flax.core import meta
 
     if not isinstance(module, nn.Module):
         raise TypeError(f"from_linen takes a flax.linen.Module instance, got {type(module).__name__}.")
+    module = typing.cast(Any, module)
     mode = _train_argument(module.__call__)
 
     def streams(key: KeyArray) -> dict[str, KeyArray]:
@@ -200,16 +230,18 @@ def from_linen(module: Any, *, rngs: tuple[str, ...] = ("dropout",)) -> Branch:
     def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
         params_key, rest_key = jax.random.split(key)
         variables = dict(meta.unbox(module.init({"params": params_key, **streams(rest_key)}, x, **mode(False))))
-        return variables.pop("params", {}), variables
+        params = variables.pop("params", {})
+        return params, _widened(variables, params, x)
 
     def apply(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
         feed = streams(key) if key is not None else {}
+        variables = {"params": params, **_widened(state, params, x)}
         if not train or not state:
-            return module.apply({"params": params, **state}, x, rngs=feed, **mode(train)), state
-        y, updated = module.apply({"params": params, **state}, x, rngs=feed, mutable=list(state), **mode(train))
-        return y, dict(updated)
+            return module.apply(variables, x, rngs=feed, **mode(train)), state
+        y, updated = module.apply(variables, x, rngs=feed, mutable=list(state), **mode(train))
+        return y, _as_stored(dict(updated), state)
 
     return Branch(init, apply)
 
@@ -217,13 +249,16 @@ def from_linen(module: Any, *, rngs: tuple[str, ...] = ("dropout",)) -> Branch:
 def from_nnx(constructor: Callable[[Any], Any]) -> Branch:
     """A branch from a `flax.nnx` module constructor, `constructor(rngs: nnx.Rngs) -> module`.
 
-    Parameters are the `nnx.Param` leaves; everything else but random streams is state.  Random streams are rebuilt
-    from `key` at every call and never stored.  `train` sets `deterministic` and `use_running_average` in the module.
+    Parameters are the `nnx.Param` leaves; everything else but random streams and sown values is state.  Random streams
+    are rebuilt from `key` at every call and never stored.  `train` sets `deterministic` and `use_running_average` in
+    the module, and is passed to a `__call__` that takes `train` or `deterministic`.  Parameters have the dtypes that
+    the constructor gives them; floating state is at least as wide as they and the example batch, and keeps its dtypes.
     """
     from flax import nnx
 
     def split(module: Any) -> tuple[Any, Any, Any, Any]:
-        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+        parts: Any = nnx.split(module, nnx.Param, nnx.Any(nnx.RngState, nnx.Intermediate), ...)
+        return parts
 
     @functools.cache
     def skeleton() -> tuple[Any, Any]:
@@ -242,9 +277,8 @@ def from_nnx(constructor: Callable[[Any], Any]) -> Branch:
         return jax.tree.unflatten(treedef, filled)
 
     def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
-        del x
         _, params, _, state = split(constructor(nnx.Rngs(key)))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+        return nnx.to_pure_dict(params), _widened(nnx.to_pure_dict(state), params, x)
 
     def apply(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
@@ -252,12 +286,10 @@ def from_nnx(constructor: Callable[[Any], Any]) -> Branch:
         graph, streams = skeleton()
         if train and key is None and jax.tree.leaves(streams):
             raise ValueError("this NNX module draws random numbers in training: pass key=.")
-        module = nnx.merge(graph, nnx.State(params), feed(streams, key), nnx.State(state))
-        module = nnx.view(
-            module, deterministic=not train, use_running_average=not train, raise_if_not_found=False
-        )
-        y = module(x)
-        return y, (nnx.to_pure_dict(split(module)[3]) if train else state)
+        module = nnx.merge(graph, nnx.State(params), feed(streams, key), nnx.State(_widened(state, params, x)))
+        module = nnx.view(module, deterministic=not train, use_running_average=not train, raise_if_not_found=False)
+        y = module(x, **_train_argument(module.__call__)(train))
+        return y, (_as_stored(nnx.to_pure_dict(split(module)[3]), state) if train else state)
 
     return Branch(init, apply)
 
@@ -270,19 +302,23 @@ def conv(
     batch_norm: bool = False,
     dropout: float = 0.0,
 ) -> Branch:
-    """A convolutional branch: per stage a convolution, optional batch norm, activation and 2x2 max pooling; then linear.
+    """A convolutional branch: stages of convolution, optional batch norm, activation and 2x2 max pooling; then linear.
 
-    A small relative of the VGG branches in the authors' second program.  Inputs `[batch, height, width, channels]`; pooling stops when a side would fall below 2.
+    A small relative of the VGG branches in the authors' second program.  Inputs `[batch, height, width, channels]`; a
+    stage whose map has a side of 1 does not pool.  Dropout acts on the input of the linear layer.
 
     Raises:
-      ValueError: for empty or non-positive `channels`, or dropout outside [0, 1).
+      ValueError: for no channels, a size that is not a positive integer, or dropout outside [0, 1).
       UnknownNameError: for an unknown activation.
     """
     from flax import linen as nn
 
     channels = tuple(channels)
-    if not channels or min(*channels, out, kernel_size) < 1:
-        raise ValueError(f"conv: channels={channels}, out={out}, kernel_size={kernel_size} must be positive, not empty.")
+    if not channels or not all(map(_is_count, (*channels, out, kernel_size))):
+        raise ValueError(
+            f"conv: channels={channels}, out={out!r}, kernel_size={kernel_size!r}: all must be positive integers,"
+            " with at least one in channels."
+        )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"conv: dropout={dropout} must lie in [0, 1).")
     psi = _activation(activation)
@@ -312,18 +348,22 @@ def gru(features: int = 8, out: int = 10) -> Branch:
 
     Inputs `[batch, time, ...]` are flattened to `[batch, time, features_in]`; `[batch, d]` is read as a sequence of d
     numbers.
+
+    Raises:
+      ValueError: for a size that is not a positive integer.
     """
     from flax import linen as nn
 
-    if min(features, out) < 1:
-        raise ValueError(f"gru: features={features} and out={out} must be positive.")
+    if not (_is_count(features) and _is_count(out)):
+        raise ValueError(f"gru: features={features!r} and out={out!r} must be positive integers.")
 
     class Gru(nn.Module):
         @nn.compact
         def __call__(self, x: Array) -> Array:
             x = x.reshape(x.shape[0], x.shape[1], -1)
             cell = nn.GRUCell(features, dtype=x.dtype, param_dtype=x.dtype)
-            return nn.Dense(out, param_dtype=x.dtype)(nn.RNN(cell)(x)[:, -1])
+            states: Any = nn.RNN(cell)(x)
+            return nn.Dense(out, param_dtype=x.dtype)(states[:, -1])
 
     return from_linen(Gru())
 

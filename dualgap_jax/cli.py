@@ -12,8 +12,9 @@ from pathlib import Path
 import ml_collections
 
 from dualgap_jax import experiments
-from dualgap_jax.config import ConfigError, require
+from dualgap_jax.config import ConfigError, load, require
 from dualgap_jax.experiments import TABLES, Tables
+from dualgap_jax.registry import unknown
 
 CONFIGS = Path("configs")
 
@@ -48,6 +49,33 @@ def listing(tables: Tables = TABLES, configs: Path = CONFIGS) -> str:
     return "\n".join(lines)
 
 
+def check_arguments(argv: Sequence[str]) -> None:
+    """Loads the config file and looks up the overridden keys, so that mistakes there get one clear line.
+
+    Args:
+      argv: the command line after the program's name.
+
+    Raises:
+      ConfigError: for a missing file, a bad argument after its colon, or an override of a key that is not there.
+    """
+    names = [item.lstrip("-") for item in argv if item.startswith("-")]
+    given = [n.partition("=")[2] for n in names if n.startswith("config=")]
+    given += [argv[i + 1] for i, item in enumerate(argv[:-1]) if item in ("-config", "--config")]
+    if not given:
+        return
+    config = load(given[-1])
+    for name in names:
+        if not name.startswith("config."):
+            continue
+        keys = name.partition("=")[0].split(".")[1:]
+        group = config
+        for depth, key in enumerate(keys):
+            allowed = list(group) if isinstance(group, ml_collections.ConfigDict) else []
+            if key not in allowed:
+                raise ConfigError(unknown(f"key in {'.'.join(['config', *keys[:depth]])}:", key, allowed))
+            group = group[key]
+
+
 def run(
     config: ml_collections.ConfigDict | None,
     filename: str | None,
@@ -70,10 +98,13 @@ def run(
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turns the errors that a user can mend into one message on stderr and exit status 2, without a traceback."""
+    """Turns the errors that a user can mend into one message and exit status 2, an interruption into status 130."""
     try:
         yield
-    except (ValueError, LookupError, FileNotFoundError) as error:
+    except KeyboardInterrupt as error:
+        print(f"\n{type(error).__name__}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, LookupError, FileNotFoundError, RuntimeError) as error:
         if not type(error).__module__.startswith("dualgap_jax"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

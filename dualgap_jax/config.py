@@ -1,7 +1,7 @@
 """Configs: the typed argument string of a config file, and the frozen spec that a ConfigDict is turned into.
 
-A config file defines `get_config(arg)` and reads `arg` ("I=100,seed=3,smoke") with `parse_arg`.  An experiment declares a
-frozen dataclass; `to_spec` fills it from the ConfigDict and rejects whatever does not fit, naming the key, what was
+A config file defines `get_config(arg)` and reads `arg` ("I=100,seed=3,smoke") with `parse_arg`.  An experiment declares
+a frozen dataclass; `to_spec` fills it from the ConfigDict and rejects whatever does not fit, naming the key, what was
 given and what is allowed.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from dualgap_jax.registry import Table, UnknownNameError, unknown
+from dualgap_jax.registry import Table, unknown
 
 T = TypeVar("T")
 
@@ -46,11 +47,14 @@ def component(table: Table[Any], name: str, /, **settings: Any) -> Component:
 
     Raises:
       UnknownNameError: for an unknown entry or setting.
+      ConfigError: for a setting that only the experiment supplies, or an entry with a parameter called `name`, which
+        would stand in the place of the entry's own name.
     """
+    table.check(name, **settings)
     parameters = inspect.signature(table[name]).parameters
+    require("name" not in parameters, f"{table.kind} {name!r} has a parameter called 'name'; rename it.")
     for given in settings:
-        if given not in parameters:
-            raise UnknownNameError(unknown(f"setting of {table.kind} {name!r}:", given, list(parameters)))
+        require(given not in FROM_CONTEXT, f"{table.kind} {name!r}: {given!r} comes from the experiment; leave it out.")
     defaults = {
         key: p.default
         for key, p in parameters.items()
@@ -63,11 +67,18 @@ class Arguments(types.SimpleNamespace):
     """The parsed argument string: one attribute for each name."""
 
 
+def _written(value: Any) -> str:
+    """A value as it is typed in an argument string."""
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _read(key: str, text: str, default: Any) -> Any:
     kind = type(default)
     if kind is tuple:
         item = default[0]
-        return tuple(_read(key, part, item) for part in text.split("/") if part)
+        if not all(text.split("/")):
+            raise ConfigError(f"{key}={text!r}: expected values with slashes between, as in {key}={_written(default)}.")
+        return tuple(_read(key, part, item) for part in text.split("/"))
     if kind is bool:
         values = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in values:
@@ -87,8 +98,8 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str | tuple[Any,
 
     Args:
       arg: the text after the colon of `--config=FILE:ARG`, or None.
-      defaults: every allowed key with its default, which fixes the type.  A bare key sets a boolean.  Tuples are written
-        with slashes.
+      defaults: every allowed key with its default, which fixes the type.  A bare key sets a boolean.  Tuples have at
+        least one item, all of the type of the default's first, and are written with slashes.
 
     Returns:
       A namespace with one attribute a key.
@@ -104,7 +115,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str | tuple[Any,
         if key in values:
             raise ConfigError(f"config argument {key!r} is given twice in {arg!r}.")
         if not equals and not isinstance(defaults[key], bool):
-            raise ConfigError(f"config argument {key!r} needs a value, as in {key}={defaults[key]}.")
+            raise ConfigError(f"config argument {key!r} needs a value, as in {key}={_written(defaults[key])}.")
         values[key] = _read(key, text, defaults[key]) if equals else True
     return Arguments(**{**defaults, **values})
 
@@ -135,7 +146,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is typing.Literal:
         allowed = typing.get_args(kind)
-        if value not in allowed:
+        if not any(type(value) is type(a) and value == a for a in allowed):
             raise ConfigError(unknown(f"value of {where}:", value, [str(a) for a in allowed]))
         return value
     if origin is tuple:
@@ -221,6 +232,7 @@ def load(path: str | Path, arg: str | None = None) -> ml_collections.ConfigDict:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} defines no get_config(arg).")

@@ -1,10 +1,11 @@
 """How convex a two-dimensional loss surface is, in numbers (Figures 1 and 4, where the paper judges by eye).
 
-A surface is a grid of losses `loss [ny, nx]` over the plane's coordinates `xs [nx]`, `ys [ny]`.  Four families of scores:
-(a) its distance to its lower convex envelope, the two-dimensional analogue of the duality gap of Theorem 1;
-(b) the rate of midpoint-convexity violations; (c) the sign and size of its negative curvature, after the maps of
-|lambda_min / lambda_max| in Li et al., "Visualizing the Loss Landscape of Neural Nets" (NeurIPS 2018), here for the Hessian
-of the surface in the plane; (d) the loss barriers along the edges between solutions.  `DEFINITIONS` states each one.
+A surface is a grid of losses `loss [ny, nx]` over the plane's coordinates `xs [nx]`, `ys [ny]`.  There are four
+families of scores: (a) the distance to the lower convex envelope, the two-dimensional analogue of the duality gap of
+Theorem 1; (b) the rate of midpoint-convexity violations; (c) the sign and size of the negative curvature, after the
+maps of |lambda_min / lambda_max| in Li et al., "Visualizing the Loss Landscape of Neural Nets" (NeurIPS 2018), here for
+the Hessian of the surface in the plane; (d) the loss barriers along the edges between solutions.  `DEFINITIONS` states
+each of them.
 
 Host code: NumPy and SciPy in float64.
 """
@@ -20,25 +21,26 @@ from jaxtyping import Bool, Float, Float64, Int
 from scipy.spatial import ConvexHull
 
 DEFINITIONS: dict[str, str] = {
-    "envelope_max": "largest value of loss - envelope over the finite grid points, in units of loss; the envelope is the"
-    " lower convex envelope of the finite grid samples; 0 for a convex surface",
+    "envelope_max": "largest value of loss - envelope over the finite grid points, in units of loss; the envelope is"
+    " the lower convex envelope of the finite grid samples; 0 for a convex surface",
     "envelope_mean": "mean of loss - envelope over the finite grid points, in units of loss",
     "envelope_max_per_zero_loss": "envelope_max / zero_loss",
     "envelope_mean_per_zero_loss": "envelope_mean / zero_loss",
     "envelope_max_per_range": "envelope_max / loss_range; 0 for a flat surface",
     "envelope_mean_per_range": "envelope_mean / loss_range; 0 for a flat surface",
-    "midpoint_violation_rate": "share, among all unordered pairs of distinct grid points a, b whose midpoint m is a grid"
-    " point (all three finite), of those with loss(m) > (loss(a) + loss(b)) / 2 + e(m) + (e(a) + e(b)) / 2, where"
+    "midpoint_violation_rate": "share, among all unordered pairs of distinct grid points a, b whose midpoint m is a"
+    " grid point (all three finite), of those with loss(m) > (loss(a) + loss(b)) / 2 + e(m) + (e(a) + e(b)) / 2, where"
     " e(p) = rtol * max(|loss(p)|, zero_loss) is the error allowed in each loss",
     "midpoint_pairs": "number of such pairs",
-    "negative_curvature_share": "share of the interior grid points (3x3 stencil finite) where the smaller eigenvalue of the"
-    " finite-difference Hessian in the plane's coordinates lies below zero by more than errors e(p) in the losses can cause",
-    "curvature_ratio_mean": "mean over the interior grid points (3x3 stencil finite) of |lambda_min| / max(|lambda_min|,"
-    " |lambda_max|) where lambda_min is negative as in negative_curvature_share, and of 0 elsewhere; this is"
-    " |lambda_min / lambda_max| cut off at 1",
+    "negative_curvature_share": "share of the interior grid points (3x3 stencil finite) where the smaller eigenvalue of"
+    " the finite-difference Hessian in the plane's coordinates lies below zero by more than errors e(p) in the losses"
+    " can cause",
+    "curvature_ratio_mean": "mean over the interior grid points (3x3 stencil finite) of |lambda_min| /"
+    " max(|lambda_min|, |lambda_max|) where lambda_min is negative as in negative_curvature_share, and of 0 elsewhere;"
+    " this is |lambda_min / lambda_max| cut off at 1",
     "curvature_ratio_max": "largest value of the same ratio",
-    "barriers": "for the edges between solutions 0-1, 1-2 and 2-0: the largest excess of the loss along the edge over the"
-    " linear interpolation between its end losses, at least 0, in units of loss; null when no edges were given",
+    "barriers": "for the edges between solutions 0-1, 1-2 and 2-0: the largest excess of the loss along the edge over"
+    " the linear interpolation between its end losses, at least 0, in units of loss; null when no edges were given",
     "barrier_max": "largest of the three barriers, in units of loss",
     "finite_share": "share of the grid points whose loss is finite; all other scores use the finite points only",
     "loss_range": "largest minus smallest finite loss in the window",
@@ -108,10 +110,11 @@ class Curvature(NamedTuple):
 def lower_convex_envelope(xs: np.ndarray, ys: np.ndarray, values: np.ndarray) -> Float64[np.ndarray, "ny nx"]:
     """The largest convex function below the samples, at the grid points.
 
-    At a point p it is the smallest `sum_k w_k values_k` over the convex combinations `p = sum_k w_k (x_k, y_k)` of grid
-    points.  The lower facets of the convex hull of the points `(x, y, value)` carry it; each facet is rasterised and a point
-    takes the smallest interpolated value.  A result is thus always the value of a convex combination of samples, and
-    rounding can only make it too large, by some 1e-13 of the samples' range (seen over thousands of random surfaces).  Never above `values`.
+    At a point p it is the smallest `sum_k w_k values_k` over the convex combinations `p = sum_k w_k (x_k, y_k)` of
+    grid points.  The lower facets of the convex hull of the points `(x, y, value)` carry it; each facet is rasterised
+    and a point takes the smallest interpolated value.  So a result is, up to rounding, the value of a convex
+    combination of samples; it is never above `values`.  On random surfaces with known envelopes the error stayed below
+    1e-12 of the largest |sample|, high peaks inside the window not counted.
 
     Args:
       xs, ys: coordinates `[nx]`, `[ny]`, finite and strictly monotone, not necessarily uniform.  Coordinates uniform to
@@ -181,14 +184,15 @@ def midpoint_violations(values: np.ndarray, error: np.ndarray) -> tuple[int, int
 def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarray) -> Curvature:
     """Eigenvalues of the Hessian by central differences (3x3 stencil with the mixed derivative) at interior points.
 
-    The Hessian is taken in the plane's own coordinates: the sign of lambda_min does not depend on the choice of axes in the
-    plane, the ratio does when the axes are not orthonormal.
+    The Hessian is taken in the plane's own coordinates: the sign of lambda_min does not depend on the choice of axes in
+    the plane, the ratio does when the axes are not orthonormal.
 
     Args:
       xs, ys: uniform coordinates `[nx]`, `[ny]`, at least 3 each.
       loss: `[ny, nx]`.
       error: allowed absolute error of each loss, `[ny, nx]`; lambda_min counts as negative when it is below
-        `-(4 / min(hx, hy)**2 + 1 / (hx hy))` times the largest error in the stencil, which bounds the effect of such errors.
+        `-(4 / min(hx, hy)**2 + 1 / (hx hy))` times the largest error in the stencil, which bounds the effect of such
+        errors.
 
     Returns:
       Maps `[ny - 2, nx - 2]`, entry [i, j] belonging to grid point [i + 1, j + 1].
@@ -230,8 +234,8 @@ def barrier(t: np.ndarray, losses: np.ndarray) -> float:
       losses: `[m]`, the loss at each position.
 
     Returns:
-      The barrier in units of loss; infinite for an infinite loss between finite ends; NaN when an end is not finite or any
-      loss is NaN.
+      The barrier in units of loss; infinite for an infinite loss between finite ends; NaN when an end is not finite or
+      any loss is NaN.
 
     Raises:
       ValueError: for shapes that differ, fewer than 2 points, or t that does not run strictly upwards from 0 to 1.
@@ -266,13 +270,14 @@ def scores(
       zero_loss: loss of the zero network, > 0.
       edge_t: positions `[m]` from 0 to 1 along an edge; goes with `edge_losses`.
       edge_losses: losses `[3, m]` along the edges between solutions 0-1, 1-2 and 2-0.
-      rtol: each loss is taken to be known to `rtol * max(|loss|, zero_loss)`; the default suits float32 losses, whose terms
-        are of the size of `zero_loss` before they cancel.  Violations (b) and negative curvature (c) must exceed what such
-        errors can cause.  The envelope and the barriers use no tolerance.
+      rtol: each loss is taken to be known to `rtol * max(|loss|, zero_loss)`; the default suits float32 losses, whose
+        terms are of the size of `zero_loss` before they cancel.  Violations (b) and negative curvature (c) must exceed
+        what such errors can cause.  The envelope and the barriers use no tolerance.
 
     Raises:
-      ValueError: for bad axes or shapes, fewer than 3 points on an axis, axes that are not uniform (midpoints and second
-        differences need uniform steps; `lower_convex_envelope` does not), zero_loss or rtol out of range, or bad edges.
+      ValueError: for bad axes or shapes, fewer than 3 points on an axis, axes that are not uniform (midpoints and
+        second differences need uniform steps; `lower_convex_envelope` does not), zero_loss or rtol out of range, or bad
+        edges.
     """
     xs, ys, loss = _checked(xs, ys, loss)
     _step("xs", xs)
@@ -363,8 +368,8 @@ def _step(name: str, axis: np.ndarray) -> float:
     if not _is_uniform(axis):
         steps = np.abs(np.diff(axis))
         raise ValueError(
-            f"{name} must be uniformly spaced for midpoints and curvature; got steps from {steps.min()} to {steps.max()}."
-            " Use np.linspace, or only lower_convex_envelope, which takes any monotone grid."
+            f"{name} must be uniformly spaced for midpoints and curvature; got steps from {steps.min()} to"
+            f" {steps.max()}. Use np.linspace, or only lower_convex_envelope, which takes any monotone grid."
         )
     return float(axis[-1] - axis[0]) / (axis.size - 1)
 
@@ -415,19 +420,19 @@ def _envelope_on_a_line(
 
 
 def _candidates(u: np.ndarray, v: np.ndarray, values: np.ndarray, finite: np.ndarray) -> Bool[np.ndarray, "ny nx"]:
-    """The finite points that can be vertices of the lower hull: those on the 1-D hulls of their row, then of their column.
+    """The finite points that can be vertices of the lower hull: on the 1-D hull of their row, then of their column.
 
-    The rest are convex combinations of these, or lie above one.  This keeps high peaks inside the window, which would spoil
-    the scaling, and most coplanar points away from Qhull.
+    The rest are convex combinations of these, or lie above one.  This keeps high peaks inside the window, which would
+    spoil the scaling, and most coplanar points away from Qhull.
     """
     keep = np.zeros_like(finite)
-    for i in range(values.shape[0]):
-        j = np.flatnonzero(finite[i])
-        keep[i, j[_lower_chain(u[i, j], values[i, j])]] = True
-    for j in range(values.shape[1]):
-        i = np.flatnonzero(keep[:, j])
-        keep[i, j] = False
-        keep[i[_lower_chain(v[i, j], values[i, j])], j] = True
+    for row in range(values.shape[0]):
+        at = np.flatnonzero(finite[row])
+        keep[row, at[_lower_chain(u[row, at], values[row, at])]] = True
+    for col in range(values.shape[1]):
+        at = np.flatnonzero(keep[:, col])
+        keep[at, col] = False
+        keep[at[_lower_chain(v[at, col], values[at, col])], col] = True
     return keep
 
 
@@ -442,7 +447,7 @@ def _lower_triangles(
     z = z / max(float(np.abs(z).max()), np.finfo(np.float64).tiny)
     points = np.stack([base[:, 0], base[:, 1], z], axis=1)
     # A point above everything else makes the hull three-dimensional even when the samples are coplanar.
-    apex = points.mean(axis=0) + [0.0, 0.0, 3.0]
+    apex = points.mean(axis=0) + np.array([0.0, 0.0, 3.0])
     hull = ConvexHull(np.concatenate([points, apex[None]]))
     # Facets that are upright up to rounding may stay: they only offer further convex combinations.
     lower = (hull.equations[:, 2] < 1e-9) & (hull.simplices < len(points)).all(axis=1)

@@ -63,9 +63,10 @@ _LINES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
 )
 _EDGES = ((0, 1), (1, 2), (2, 0))
-_UNDEFINED = "Crosses at the upper border: the score is undefined, for want of finite losses."
+_UNDEFINED = "Crosses at the upper border: the score is undefined (no finite loss, or a run that diverged)."
+_ZERO = "Axes that show 0 are linear below their smallest non-zero value."
 _NOTE_COLOR = "0.3"
-_SURFACE_CELLS = 101  # per side of a 3-D surface; a finer grid is drawn in full in the map and thinned in 3-D
+_SURFACE_POINTS = 101  # per side of a 3-D surface; a finer grid is drawn in full in the map and thinned in 3-D
 
 # What the coordinates a and b of the plane are.
 _PLANE_LABELS = {
@@ -318,11 +319,10 @@ def _scale(loss: Float[np.ndarray, "ny nx"]) -> _Scale:
         low, high = low - 0.5 * max(abs(low), 1e-3), high + 0.5 * max(abs(high), 1e-3)
         finite = np.asarray([low, high])
     upper_quartile, tail = (float(q) for q in np.quantile(finite, [0.75, 0.95]))
-    even = upper_quartile - low >= 0.1 * (high - low)
     levels = np.asarray(MaxNLocator(nbins=14).tick_values(low, high))
-    if not even:
-        quantiles = np.unique(np.quantile(finite, np.linspace(0.0, 1.0, 13)))
-        levels = quantiles if quantiles.size > 3 else levels
+    quantiles = np.unique(np.quantile(finite, np.linspace(0.0, 1.0, 13)))
+    even = upper_quartile - low >= 0.1 * (high - low) or quantiles.size < 4
+    levels = levels if even else quantiles
     positions = np.linspace(0.0, 1.0, levels.size)
     norm = FuncNorm(
         (lambda values: np.interp(values, levels, positions), lambda shares: np.interp(shares, positions, levels)),
@@ -339,13 +339,26 @@ def _cell_borders(points: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n_plus
 
 
 def _non_finite_cells(surface: _Surface) -> list[list[tuple[float, float]]]:
-    """The corners of the cell of each non-finite grid point."""
-    x, y = _cell_borders(surface.xs), _cell_borders(surface.ys)
-    rows, columns = np.nonzero(~np.isfinite(surface.loss))
-    return [
-        [(x[j], y[i]), (x[j + 1], y[i]), (x[j + 1], y[i + 1]), (x[j], y[i + 1])]
-        for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
-    ]
+    """The corners of the cells of non-finite grid points, neighbours in a row of the grid joined into one rectangle."""
+    x, y = _cell_borders(surface.xs).tolist(), _cell_borders(surface.ys).tolist()
+    corners = []
+    for i, broken in enumerate(~np.isfinite(surface.loss)):
+        starts_and_ends = np.flatnonzero(np.diff(np.concatenate([[False], broken, [False]]).astype(int)))
+        for j, k in starts_and_ends.reshape(-1, 2).tolist():
+            corners.append([(x[j], y[i]), (x[k], y[i]), (x[k], y[i + 1]), (x[j], y[i + 1])])
+    return corners
+
+
+def _quads(surface: _Surface, cap: float) -> Float[np.ndarray, "quads 4 3"]:
+    """The corners of the grid's cells with four finite losses, cut off at `cap`; a large grid is thinned evenly."""
+    rows, columns = (
+        np.unique(np.linspace(0, points.size - 1, min(points.size, _SURFACE_POINTS)).round().astype(int))
+        for points in (surface.ys, surface.xs)
+    )
+    x, y = np.meshgrid(surface.xs[columns], surface.ys[rows])
+    points = np.stack([x, y, np.minimum(_finite(surface.loss)[np.ix_(rows, columns)], cap)], axis=-1)
+    quads = np.stack([points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]], axis=2).reshape(-1, 4, 3)
+    return quads[np.isfinite(quads).all(axis=(1, 2))]
 
 
 def _draw_surface(axes: Any, surface: _Surface, scale: _Scale) -> None:
@@ -356,27 +369,25 @@ def _draw_surface(axes: Any, surface: _Surface, scale: _Scale) -> None:
 
     height = scale.cap - scale.low
     floor = scale.low - 0.08 * height
-    x, y = np.meshgrid(surface.xs, surface.ys)
-    shown = np.minimum(_finite(surface.loss), scale.cap)
-    if not scale.empty:
-        axes.plot_surface(
-            x,
-            y,
-            shown,
+    axes.computed_zorder = False
+    quads = _quads(surface, scale.cap)
+    if len(quads):
+        sheet = Poly3DCollection(
+            quads,
             cmap=colormaps[_COLORMAP],
             norm=scale.norm,
-            rcount=_SURFACE_CELLS,
-            ccount=_SURFACE_CELLS,
             linewidth=0.2,
             edgecolor=(0.0, 0.0, 0.0, 0.22),
-            antialiased=True,
-            rasterized=surface.loss.size > 80**2,
+            rasterized=len(quads) > 80**2,
             zorder=2,
         )
+        sheet.set_array(quads[:, :, 2].mean(axis=1))
+        axes.add_collection3d(sheet, autolim=False)
     cells = [[(*corner, floor) for corner in cell] for cell in _non_finite_cells(surface)]
     if cells:
-        axes.add_collection3d(Poly3DCollection(cells, facecolor="0.6", edgecolor="0.35", linewidth=0.2, zorder=1))
-    axes.computed_zorder = False
+        axes.add_collection3d(
+            Poly3DCollection(cells, facecolor="0.6", edgecolor="0.35", linewidth=0.2, zorder=1), autolim=False
+        )
     for index, (a, b) in enumerate(surface.anchors.tolist()):
         loss = float(surface.edge_loss[index, 0])
         if _inside(surface, a, b) and math.isfinite(loss):
@@ -392,7 +403,7 @@ def _draw_surface(axes: Any, surface: _Surface, scale: _Scale) -> None:
         (axes.zaxis, 5, None, 10.0**power),
     ):
         axis.set_major_locator(MaxNLocator(bins, prune=prune))
-        axis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: _number(value / unit)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: _number(value / unit, 6)))
         axis.set_pane_color((0.97, 0.97, 0.97, 1.0))
         axis._axinfo["grid"].update(color="0.85", linewidth=0.4)
     axes.set_xlabel("$a$", labelpad=-7)
@@ -469,7 +480,7 @@ def _colour_bar(figure: Figure, axes: Axes, filled: Any, scale: _Scale) -> None:
     place = axes.inset_axes((1.03, 0.0, 0.045, 1.0))
     bar = figure.colorbar(filled, cax=place, spacing="uniform")
     shown = scale.levels[:: 1 if scale.levels.size <= 8 else 2].tolist()
-    bar.set_ticks(shown, labels=[_number(level) for level in shown], minor=False)
+    bar.set_ticks(shown, labels=[_number(level, 6 if scale.even else 3) for level in shown], minor=False)
     bar.ax.minorticks_off()
     bar.outline.set_linewidth(0.6)
     place.tick_params(labelsize=7.5, length=2)
@@ -499,7 +510,7 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value, 6)))
 
 
 def _surface_notes(surface: _Surface, scale: _Scale) -> list[str]:
@@ -541,7 +552,9 @@ def landscape(workdir: str | Path) -> list[Path]:
     surface = _read_surface(workdir)
     scale = _scale(surface.loss)
     x_label, y_label = _PLANE_LABELS.get(record["axes"], ("first axis of the plane", "second axis of the plane"))
-    line = [f"$I$ = {record['num_branches']:,}", *_key_scores(record["scores"], list(_KEY_SCORES))]
+    branches = f"I = {record['num_branches']:,}"
+    line = _key_scores(record["scores"], list(_KEY_SCORES))
+    line = line if branches in record["title"] else [branches.replace("I", "$I$"), *line]
     broken = _non_finite(surface.edge_loss)
     edge_note = f"Crosses are losses along the edges that are not finite: {broken}." if broken else ""
     caption = [_describe_solutions(record["solutions"]), *_surface_notes(surface, scale), edge_note]
@@ -601,11 +614,11 @@ def _draw_row(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[
     for index, (surface, scale) in enumerate(zip(surfaces, scales, strict=True)):
         caption += [f"({_letter(index)}) {note}" for note in _surface_notes(surface, scale)]
     column = 2.8
-    with _page(0.2 + column * len(cells), 6.15, caption) as figure:
+    with _page(max(0.2 + column * len(cells), 5.8), 6.15, caption) as figure:
         _head(figure, record["title"], _plain(record["paper_item"]))
         width, height = figure.get_size_inches()
         for index, (cell, surface, scale) in enumerate(zip(cells, surfaces, scales, strict=True)):
-            left = 0.2 + index * column
+            left = (width + 0.2 - column * len(cells)) / 2 + index * column
             _draw_surface(figure.add_axes(_box(figure, left - 0.15, 0.6, 2.75, 2.3), projection="3d"), surface, scale)
             middle = (left + 1.3) / width
             name = f"({_letter(index)}) $I$ = {cell['num_branches']:,}."
@@ -643,7 +656,7 @@ def _branch_axis(axes: Axes, counts: Sequence[int]) -> None:
 
 def _score_axis(axes: Axes, values: Float[np.ndarray, " n"]) -> None:
     """A logarithmic vertical axis; linear below the smallest positive value when there are zeros or negative values."""
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     values = values[np.isfinite(values)]
     sizes = np.abs(values[values != 0])
@@ -651,19 +664,22 @@ def _score_axis(axes: Axes, values: Float[np.ndarray, " n"]) -> None:
         axes.set_ylim(-0.05, 1.0)
         axes.set_yticks([0.0])
         return
-    low, high = float(sizes.min()), float(sizes.max())
+    low, high, least = float(sizes.min()), float(sizes.max()), float(values.min())
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    stride = max(1, len(decades) // 6)
-    fine = (1.0, 2.0, 5.0) if len(decades) <= 3 else (1.0,)
-    ticks = [m * 10.0**d for d in list(decades)[::stride] for m in fine]
-    if values.min() > 0:
+    bottom, top = low / 1.35, high * 1.35
+    candidates = [
+        [m * 10.0**d for d in decades[:: max(1, len(decades) // 6)] for m in mantissas]
+        for mantissas in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0))
+    ]
+    candidates.append([float(tick) for tick in MaxNLocator(4).tick_values(bottom, top) if tick > 0])
+    ticks = next((c for c in candidates if sum(bottom <= tick <= top for tick in c) >= 3), candidates[-1])
+    if least > 0:
         axes.set_yscale("log")
-        axes.set_ylim(low / 1.35, high * 1.35)
+        axes.set_ylim(bottom, top)
     else:
         axes.set_yscale("symlog", linthresh=low, linscale=0.6)
-        axes.set_ylim(-0.35 * low if values.min() >= 0 else float(values.min()) * 1.35, high * 1.35)
-        ticks = [0.0, *(tick for tick in ticks if tick >= low)]
-        ticks += [-tick for tick in ticks if values.min() <= -tick < 0]
+        axes.set_ylim(-0.35 * low if least == 0 else 1.35 * least, max(0.35 * low, 1.35 * float(values.max())))
+        ticks = [0.0, *(sign * tick for tick in ticks if tick >= low for sign in (1, -1))]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
 
@@ -695,11 +711,9 @@ def _draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappi
             " name an entry of the cells' scores."
         )
     tables = [{name: np.asarray([_value(cell["scores"], name) for cell in cells]) for name in p[2]} for p in panels]
-    undefined = any(np.isnan(values).any() for table in tables for values in table.values())
+    caption = _value_notes(np.concatenate([values for table in tables for values in table.values()]))
     across = min(3, len(panels))
-    with _page(
-        0.4 + 3.3 * max(across, 2), 0.75 + 2.5 * math.ceil(len(panels) / across), [_UNDEFINED] * undefined
-    ) as figure:
+    with _page(0.4 + 3.3 * max(across, 2), 0.75 + 2.5 * math.ceil(len(panels) / across), caption) as figure:
         _head(figure, f"{record['title']}: convexity scores", _plain(record["paper_item"]))
         for index, ((title, label, lines), table) in enumerate(zip(panels, tables, strict=True)):
             place = (0.8 + 3.3 * (index % across), 1.15 + 2.5 * (index // across), 2.5, 1.55)
@@ -717,7 +731,12 @@ def _draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappi
         return _save(figure, workdir, "scores")
 
 
-def _mark_undefined(axes: Axes, xs: Sequence[float], values: Float[np.ndarray, " n"], color: str) -> None:
+def _value_notes(values: Float[np.ndarray, " n"]) -> list[str]:
+    """The caption's words for undefined scores and for zeros on a logarithmic axis, as far as there are any."""
+    return [_UNDEFINED] * bool(np.isnan(values).any()) + [_ZERO] * bool((values <= 0).any())
+
+
+def _mark_undefined(axes: Axes, xs: Sequence[int | float], values: Float[np.ndarray, " n"], color: str) -> None:
     """Crosses at the upper border where a value is not finite."""
     where = np.asarray(xs, dtype=np.float64)[~np.isfinite(values)]
     border = axes.get_xaxis_transform()
@@ -771,22 +790,24 @@ def _draw_regimes(
     from matplotlib.lines import Line2D
 
     inits, reductions, scalings = (_distinct(cells, key) for key in ("init", "reduce", "lr_scaling"))
+    repeats = len({cell["repeat"] for cell in cells})
     counts = sorted({cell["num_branches"] for cell in cells})
     rows = [(score, label, reduction) for score, label in scores.items() for reduction in reductions]
     styles = {scaling: _LINES[index % len(_LINES)] for index, scaling in enumerate(scalings)}
     statuses = Counter(str(status) for cell in cells for status in cell["statuses"])
     caption = [
-        "Lines: median over the repeats; bands: smallest to largest.",
+        f"Lines: median over {repeats} repeats; bands: smallest to largest." if repeats > 1 else "",
         f"Runs: {', '.join(f'{count:,} {_plain(status)}' for status, count in sorted(statuses.items()))}.",
         "Hollow markers: a run did not end as 'converged'." if set(statuses) != {"converged"} else "",
-        _UNDEFINED if any(math.isnan(_value(cell["scores"], score)) for cell in cells for score in scores) else "",
+        *_value_notes(np.asarray([_value(cell["scores"], score) for cell in cells for score in scores])),
     ]
     with _page(max(1.05 + 2.75 * len(inits), 6.6), 1.1 + 1.95 * len(rows), caption) as figure:
         _head(figure, title)
         for down, (score, label, reduction) in enumerate(rows):
             everything = np.asarray([_value(cell["scores"], score) for cell in cells])
             for across, init in enumerate(inits):
-                axes = figure.add_axes(_box(figure, 0.95 + 2.75 * across, 0.95 + 1.95 * down, 2.4, 1.45))
+                left = (figure.get_figwidth() + 0.85 - 2.75 * len(inits)) / 2 + 2.75 * across
+                axes = figure.add_axes(_box(figure, left, 0.95 + 1.95 * down, 2.4, 1.45))
                 for scaling, style in styles.items():
                     regime = (init, reduction, scaling)
                     line = [c for c in cells if (c["init"], c["reduce"], c["lr_scaling"]) == regime]
@@ -799,7 +820,7 @@ def _draw_regimes(
                 axes.set_xlabel("number of branches $I$" if down == len(rows) - 1 else "")
                 axes.set_ylabel(label if across == 0 else "", fontsize=8.5)
         handles = [
-            Line2D([], [], label=f"learning rate {_plain(scaling)}", markersize=4.8, **style)
+            Line2D([], [], label=f"learning-rate scaling: {_plain(scaling)}", markersize=4.8, **style)
             for scaling, style in styles.items()
         ]
         place = (0.5, 1 - 0.53 / figure.get_figheight())

@@ -35,6 +35,10 @@ AXES = ("authors", "orthonormal")
 ROUTES = ("auto", "stem", "plain")
 
 
+class DegeneratePlaneError(ValueError):
+    """Solutions that span no plane."""
+
+
 class Plane(NamedTuple):
     """A two-dimensional affine plane in parameter space.
 
@@ -113,8 +117,8 @@ def plane_through(
       states: the three network states; they are interpolated as the parameters are.
 
     Raises:
-      ValueError: if there are not three solutions, their structures differ, or they lie on a line (identical
-        solutions included), where they span no plane.
+      DegeneratePlaneError: if the solutions lie on a line (identical solutions included) or are not finite.
+      ValueError: if there are not three solutions, or their structures differ.
       UnknownNameError: for unknown axes.
     """
     if axes not in AXES:
@@ -128,11 +132,11 @@ def plane_through(
     d1, d2 = (_combine(jnp.asarray([1.0, -1.0]), (w0, w)) for w in (w1, w2))
     n1, n2, inner = math.sqrt(_dot(d1, d1)), math.sqrt(_dot(d2, d2)), _dot(d1, d2)
     if not all(map(math.isfinite, (n1, n2, inner))):
-        raise ValueError("a solution holds numbers that are not finite (a diverged run?); it spans no plane.")
+        raise DegeneratePlaneError("a solution holds numbers that are not finite (a diverged run?); it spans no plane.")
     norms = [math.sqrt(_dot(w, w)) for w in solutions]
     smallest = 1e-6 * max(*norms, 1e-30)
     if min(n1, n2) <= smallest or abs(inner) >= (1 - 1e-9) * n1 * n2:
-        raise ValueError(
+        raise DegeneratePlaneError(
             "the three solutions are identical or lie on a line, so they span no plane"
             f" (|w0 - w1| = {n1:.3g}, |w0 - w2| = {n2:.3g}); train them from different seeds, or longer."
         )
@@ -141,13 +145,13 @@ def plane_through(
     oblique = np.array([[third, third], [third - 1, third], [third, third - 1]])
     if axes == "authors":
         if norms[2] <= 0:
-            raise ValueError("the third solution is zero, so the authors' axes have no length; use axes='orthonormal'.")
+            raise DegeneratePlaneError("the third solution is zero, so the authors' axes have no length; use axes='orthonormal'.")
         basis = np.diag([norms[2] / n1, norms[2] / n2])  # columns: u, v in terms of d1, d2
     else:
         overlap = inner / n1**2
         height = math.sqrt(max(n2**2 - overlap * inner, 0.0))
         if height <= smallest:
-            raise ValueError("the three solutions lie on a line to rounding, so they span no plane.")
+            raise DegeneratePlaneError("the three solutions lie on a line to rounding, so they span no plane.")
         # e1 = -d1 / n1, e2 = -(d2 - overlap d1) / height
         basis = np.array([[-1.0 / n1, overlap / height], [0.0, -1.0 / height]])
     anchors = np.linalg.solve(basis, oblique.T).T
@@ -298,8 +302,8 @@ def evaluate_points(
     *,
     route: str = "auto",
     sample_chunk: int = 256,
-    branch_chunk: int = 16,
-    point_chunk: int = 32,
+    branch_chunk: int = 32,
+    point_chunk: int = 8,
     partial: Path | None = None,
     save_seconds: float = 30.0,
     label: str = "landscape",
@@ -339,7 +343,7 @@ def evaluate_points(
     workers = _workers()
     # Blocks small enough that all workers get some and an interruption loses little.
     multiple = point_chunk if use_stem else 1
-    block = max(1, min(8, math.ceil(num_points / (multiple * workers)))) * multiple
+    block = max(1, min(64 // multiple, math.ceil(num_points / (multiple * workers)))) * multiple
     identity = {"points": points, "samples": np.asarray([num_samples, sample_chunk]), "anchors": plane.anchors}
     work = _resume(partial, identity) or _Partial(np.zeros(num_points), np.zeros(num_points, np.int64))
 

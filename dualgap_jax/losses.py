@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from dualgap_jax.registry import Table
 
 Outputs = Float[Array, "batch out"]
+Labels = Num[Array, " batch"]
 PerExample = Float[Array, " batch"]
 
 
@@ -32,27 +34,36 @@ class Loss(NamedTuple):
     tasks: tuple[str, ...]
 
 
-def _check_tau(tau: float) -> float:
+def _check_tau(tau: int | float) -> float:
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < float("inf"):
         raise ValueError(f"tau must be a positive finite number (eq. (1)), got {tau!r}.")
     return float(tau)
 
 
+def _check_shapes(outputs: Array, labels: Array) -> None:
+    if outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"a loss takes outputs [batch, out] and labels [batch], got shapes {outputs.shape} and {labels.shape}."
+        )
+
+
 def _signed(outputs: Array, labels: Array) -> Array:
+    _check_shapes(outputs, labels)
     if outputs.shape[-1] != 1:
         raise ValueError(f"a binary loss needs one network output, got outputs of shape {outputs.shape}.")
     return labels.astype(outputs.dtype) * outputs[:, 0]
 
 
 def _is_label(outputs: Array, labels: Array) -> Array:
+    _check_shapes(outputs, labels)
     return jnp.arange(outputs.shape[-1])[None, :] == labels[:, None].astype(jnp.int32)
 
 
 def _differences(outputs: Array, labels: Array) -> tuple[Array, Array]:
     """`s_y - s_j [batch, out]`, and the mask of j = y."""
-    if outputs.shape[-1] < 2:
-        raise ValueError(f"a multi-class loss needs at least two network outputs, got outputs of shape {outputs.shape}.")
     own = _is_label(outputs, labels)
+    if outputs.shape[-1] < 2:
+        raise ValueError(f"a multi-class loss needs two network outputs or more, got outputs of shape {outputs.shape}.")
     return jnp.sum(jnp.where(own, outputs, 0), axis=-1, keepdims=True) - outputs, own
 
 
@@ -61,7 +72,7 @@ def _class_margin(outputs: Array, labels: Array) -> Array:
     return jnp.min(jnp.where(own, jnp.inf, difference), axis=-1)
 
 
-def binary_hinge(tau: float = 1.0) -> Loss:
+def binary_hinge(tau: int | float = 1.0) -> Loss:
     """The tau-hinge of eq. (1), `max(0, 1 - y f(w; x) / tau)`, labels -1 and +1; tau = 1 is the usual hinge.
 
     Raises:
@@ -69,13 +80,13 @@ def binary_hinge(tau: float = 1.0) -> Loss:
     """
     tau = _check_tau(tau)
 
-    def per_example(outputs: Outputs, labels: PerExample) -> PerExample:
+    def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         return jnp.maximum(0, 1 - _signed(outputs, labels) / tau)
 
     return Loss(per_example, _signed, tau, ("binary",))
 
 
-def multi_margin(tau: float = 1.0) -> Loss:
+def multi_margin(tau: int | float = 1.0) -> Loss:
     """The "10-class hinge" of Section 5 in the authors' form, `(1/C) sum_{j != y} max(0, 1 - (s_y - s_j) / tau)`.
 
     Raises:
@@ -83,7 +94,7 @@ def multi_margin(tau: float = 1.0) -> Loss:
     """
     tau = _check_tau(tau)
 
-    def per_example(outputs: Outputs, labels: Array) -> PerExample:
+    def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         difference, own = _differences(outputs, labels)
         terms = jnp.where(own, 0, jnp.maximum(0, 1 - difference / tau))
         return jnp.sum(terms, axis=-1) / outputs.shape[-1]
@@ -91,7 +102,7 @@ def multi_margin(tau: float = 1.0) -> Loss:
     return Loss(per_example, _class_margin, tau, ("multiclass",))
 
 
-def crammer_singer(tau: float = 1.0) -> Loss:
+def crammer_singer(tau: int | float = 1.0) -> Loss:
     """The Crammer-Singer hinge, `max(0, 1 - (s_y - max_{j != y} s_j) / tau)` (JMLR 2, 2001).
 
     Raises:
@@ -99,7 +110,7 @@ def crammer_singer(tau: float = 1.0) -> Loss:
     """
     tau = _check_tau(tau)
 
-    def per_example(outputs: Outputs, labels: Array) -> PerExample:
+    def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         return jnp.maximum(0, 1 - _class_margin(outputs, labels) / tau)
 
     return Loss(per_example, _class_margin, tau, ("multiclass",))
@@ -108,7 +119,7 @@ def crammer_singer(tau: float = 1.0) -> Loss:
 def logistic() -> Loss:
     """The logistic loss: `log(1 + exp(-y f))` for labels -1 and +1 (one output), softmax cross-entropy for classes."""
 
-    def per_example(outputs: Outputs, labels: Array) -> PerExample:
+    def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         if outputs.shape[-1] == 1:
             return jax.nn.softplus(-_signed(outputs, labels))
         return -jnp.sum(jnp.where(_is_label(outputs, labels), jax.nn.log_softmax(outputs), 0), axis=-1)
@@ -117,9 +128,13 @@ def logistic() -> Loss:
 
 
 def squared() -> Loss:
-    """The squared loss: `(f - y)^2 / 2` for one output, `||s - onehot(y)||^2 / 2` for classes (problem (4), per example)."""
+    """The squared loss: `(f - y)^2 / 2` for one output, `||s - onehot(y)||^2 / 2` for classes.
 
-    def per_example(outputs: Outputs, labels: Array) -> PerExample:
+    Problem (4), per example.  With one output the labels may be any real numbers.
+    """
+
+    def per_example(outputs: Outputs, labels: Labels) -> PerExample:
+        _check_shapes(outputs, labels)
         if outputs.shape[-1] == 1:
             return 0.5 * (outputs[:, 0] - labels.astype(outputs.dtype)) ** 2
         return 0.5 * jnp.sum((outputs - _is_label(outputs, labels)) ** 2, axis=-1)
@@ -131,8 +146,9 @@ class AssumptionCheck(NamedTuple):
     """Whether Assumption 1 (`tau > y f(w; x)` for all w in W and all samples) holds.
 
     Attributes:
-      status: 'certified' (a bound over W lies below tau), 'violated' (a margin at or above tau was seen), or 'not seen
-        violated' (estimated: no bound, but no margin seen reaches tau), or 'not applicable' (a loss without tau).
+      status: 'violated' (a margin at or above tau was seen), 'certified' (a bound over W lies below tau), 'not seen
+        violated' (estimated: no such bound, but no margin seen reaches tau), 'undecided' (a margin is not a number), or
+        'not applicable' (a loss without tau).
       tau: margin scale, or None.
       largest_margin: largest margin seen, over the parameters and samples given; NaN when not applicable.
       clipped_share: share of the given margins at or above tau, where the hinge is clipped to 0.
@@ -146,16 +162,21 @@ class AssumptionCheck(NamedTuple):
     bound: float | None
 
 
-def check_assumption_1(loss: Loss, margins: Array, *, bound: float | None = None) -> AssumptionCheck:
-    """Compares margins (any shape, e.g. `[solutions, samples]`) and a bound over W with tau (Assumption 1)."""
+def check_assumption_1(loss: Loss, margins: Array, *, bound: int | float | None = None) -> AssumptionCheck:
+    """Compares margins (any shape, e.g. `[solutions, samples]`) and a bound over W with tau (Assumption 1).
+
+    A margin that was seen outweighs the bound: a bound below it is none.
+    """
     if loss.tau is None or loss.margin is None:
         return AssumptionCheck("not applicable", None, float("nan"), float("nan"), None)
     largest, clipped = float(jnp.max(margins)), float(jnp.mean(margins >= loss.tau))
-    if bound is not None and bound < loss.tau:
-        status = "certified"
+    if math.isnan(largest):
+        status = "undecided"
+    elif largest >= loss.tau:
+        status = "violated"
     else:
-        status = "not seen violated" if largest < loss.tau else "violated"
-    return AssumptionCheck(status, loss.tau, largest, clipped, bound)
+        status = "certified" if bound is not None and bound < loss.tau else "not seen violated"
+    return AssumptionCheck(status, loss.tau, largest, clipped, None if bound is None else float(bound))
 
 
 LOSSES: Table[Callable[..., Loss]] = Table(

@@ -22,6 +22,10 @@ class UnknownNameError(KeyError):
         return str(self.args[0])  # a KeyError would show its message in quotes
 
 
+class SettingError(ValueError):
+    """A setting that a table entry refuses; the message names the entry."""
+
+
 class DuplicateNameError(ValueError):
     """An extension that would replace an existing entry."""
 
@@ -80,17 +84,24 @@ class Table(Mapping[str, F], Generic[F]):
         """The first line of the entry's docstring."""
         return (inspect.getdoc(self[name]) or "").partition("\n")[0]
 
+    def check(self, name: str, /, **arguments: Any) -> None:
+        """Raises `UnknownNameError` for an unknown entry, or an argument that the entry does not take."""
+        parameters = inspect.signature(self[name]).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for given in arguments:
+                if given not in parameters:
+                    raise UnknownNameError(unknown(f"setting of {self.kind} {name!r}:", given, list(parameters)))
+
     def build(self, name: str, /, **arguments: Any) -> Any:
         """Calls the entry after checking the argument names against its signature.
 
         Raises:
           UnknownNameError: for an unknown entry, or an argument that the entry does not take.
+          SettingError: for a value that the entry refuses with a ValueError.
           TypeError: for a required argument that is missing.
         """
-        entry = self[name]
-        parameters = inspect.signature(entry).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            for given in arguments:
-                if given not in parameters:
-                    raise UnknownNameError(unknown(f"setting of {self.kind} {name!r}:", given, list(parameters)))
-        return entry(**arguments)
+        self.check(name, **arguments)
+        try:
+            return self[name](**arguments)
+        except ValueError as error:
+            raise SettingError(f"{self.kind} {name!r}: {error}") from error

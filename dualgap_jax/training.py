@@ -12,10 +12,11 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
-from dualgap_jax.records import Metrics, Progress
-from dualgap_jax.registry import Table
+from dualgap_jax.records import Metrics, Progress, load_json, save_json
+from dualgap_jax.registry import Table, unknown
 from dualgap_jax.types import Branch, KeyArray, Params, PyTree, State
 
 LearningRateScaling = Literal["branches", "none", "inverse_branches"]
@@ -82,11 +83,11 @@ def plateau(
     require(max_decays >= 0 and patience >= 1, f"plateau: max_decays={max_decays} >= 0, patience={patience} >= 1.")
 
     def init() -> PlateauState:
-        return PlateauState(jnp.asarray(jnp.inf, jnp.float32), jnp.int32(0), jnp.int32(0), jnp.asarray(False))
+        return PlateauState(jnp.asarray(jnp.inf, float), jnp.int32(0), jnp.int32(0), jnp.asarray(False))
 
     def rate(state: PlateauState, step: Array) -> Array:
         del step
-        return factor ** state.decays.astype(jnp.float32)
+        return factor ** state.decays.astype(float)
 
     def update(state: PlateauState, loss: Array) -> PlateauState:
         fell = loss < state.reference - min_delta
@@ -94,7 +95,7 @@ def plateau(
         plateaued = waited >= patience
         decays = state.decays + plateaued
         return PlateauState(
-            jnp.where(fell, loss, state.reference).astype(jnp.float32),
+            jnp.where(fell, loss, state.reference).astype(state.reference.dtype),
             jnp.where(plateaued, 0, waited),
             jnp.minimum(decays, max_decays),
             state.stop | (decays > max_decays),
@@ -103,23 +104,34 @@ def plateau(
     return Schedule(init, rate, update, lambda state: state.stop)
 
 
+def _keep(state: PyTree, loss: Array) -> PyTree:
+    del loss
+    return state
+
+
+def _never(state: PyTree) -> Array:
+    del state
+    return jnp.asarray(False)
+
+
 def constant(max_steps: int) -> Schedule:
     """A constant learning rate up to `max_steps`."""
     del max_steps
-    return Schedule(lambda: (), lambda _, step: jnp.ones_like(step, jnp.float32), lambda s, _: s, lambda _: False)
+    return Schedule(lambda: (), lambda _, step: jnp.ones_like(step, float), _keep, _never)
 
 
 def cosine(max_steps: int, final: float = 0.0, warmup: int = 0) -> Schedule:
     """Linear warm-up over `warmup` steps, then a half cosine down to `final` times the learning rate at `max_steps`."""
-    require(0 <= final <= 1 and 0 <= warmup < max_steps, f"cosine: final={final} in [0, 1], 0 <= warmup={warmup} < steps.")
+    require(0 <= final <= 1, f"cosine: final={final} must lie in [0, 1].")
+    require(0 <= warmup <= max_steps, f"cosine: warmup={warmup} must lie between 0 and max_steps={max_steps}.")
 
     def rate(_: PyTree, step: Array) -> Array:
         rising = (step + 1) / max(warmup, 1)
-        phase = jnp.clip((step - warmup) / (max_steps - warmup), 0, 1)
+        phase = jnp.clip((step - warmup) / max(max_steps - warmup, 1), 0, 1)
         falling = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * phase))
-        return jnp.where(step < warmup, rising, falling).astype(jnp.float32)
+        return jnp.where(step < warmup, rising, falling).astype(float)
 
-    return Schedule(lambda: (), rate, lambda s, _: s, lambda _: False)
+    return Schedule(lambda: (), rate, _keep, _never)
 
 
 SCHEDULES: Table[Callable[..., Schedule]] = Table(
@@ -143,6 +155,7 @@ class TrainingSpec:
       momentum, nesterov: heavy-ball or Nesterov momentum; 0 is plain SGD.
       weight_decay: added to the gradient, times the parameters.
       chain: optax transformations put before momentum, as text: `('clip_by_global_norm(1.0)', 'scale_by_adam()')`.
+        They work on the gradient; a whole optimiser (`adam(0.1)`), which brings its own rate and sign, is refused.
       schedule: an entry of `SCHEDULES`.
       check_every: steps in a segment, between two looks of the schedule and two lines of metrics.
       tolerance: a mean loss over a segment below this is status 'converged' (authors: 1e-5).
@@ -166,37 +179,50 @@ class TrainingSpec:
         require(self.batch_size >= 0, f"training.batch_size={self.batch_size} must be >= 0 (0: the full data set).")
         require(self.max_steps >= 0, f"training.max_steps={self.max_steps} must be >= 0.")
         require(self.check_every >= 1, f"training.check_every={self.check_every} must be >= 1.")
-        require(self.learning_rate > 0, f"training.learning_rate={self.learning_rate} must be positive.")
+        require(
+            0 < self.learning_rate < math.inf,
+            f"training.learning_rate={self.learning_rate} must be positive and finite.",
+        )
+        scalings = get_args(LearningRateScaling)
+        require(self.lr_scaling in scalings, unknown("value of training.lr_scaling:", self.lr_scaling, scalings))
         require(0 <= self.momentum < 1, f"training.momentum={self.momentum} must lie in [0, 1).")
-        require(self.weight_decay >= 0, f"training.weight_decay={self.weight_decay} must be >= 0.")
+        for name in ("weight_decay", "tolerance", "checkpoint_seconds"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite.")
 
 
 def scaled_learning_rate(spec: TrainingSpec, num_branches: int) -> float:
     """The rate that the optimiser uses, in units of parameter change per gradient."""
-    return spec.learning_rate * {"branches": num_branches, "none": 1.0, "inverse_branches": 1.0 / num_branches}[
-        spec.lr_scaling
-    ]
+    factor = {"branches": num_branches, "none": 1.0, "inverse_branches": 1.0 / num_branches}[spec.lr_scaling]
+    return spec.learning_rate * factor
 
 
 def _transformation(text: str) -> optax.GradientTransformation:
     """An optax factory call written as text, with literal arguments only."""
-    wrong = ConfigError(
-        f"training.chain: {text!r} is not an optax transformation; write a call with literal arguments,"
-        " as in 'clip_by_global_norm(1.0)' or 'scale_by_adam(b1=0.9)'."
-    )
+
+    def wrong(why: str) -> ConfigError:
+        return ConfigError(
+            f"training.chain: {text!r} {why}; write a call with literal arguments,"
+            " as in 'clip_by_global_norm(1.0)' or 'scale_by_adam(b1=0.9)'."
+        )
+
     try:
         call = ast.parse(text, mode="eval").body
         if isinstance(call, ast.Name):
             call = ast.Call(call, [], [])
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise wrong
+            raise TypeError("not a call of one name")
         positional = [ast.literal_eval(a) for a in call.args]
         named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         made = getattr(optax, call.func.id)(*positional, **named)
+        if not isinstance(made, optax.GradientTransformation):
+            raise TypeError("not a GradientTransformation")
+        probe = jnp.ones(1)
+        update, _ = made.update(probe, made.init(probe), probe)
     except (SyntaxError, ValueError, TypeError, AttributeError) as error:
-        raise wrong from error
-    if not isinstance(made, optax.GradientTransformation):
-        raise wrong
+        raise wrong(f"is not an optax transformation of gradients ({error})") from error
+    if float(update[0]) < 0:
+        raise wrong("turns the gradient round (a whole optimiser brings its own rate and sign; training adds them)")
     return made
 
 
@@ -274,12 +300,19 @@ def make_segment(
 
     Returns:
       A function of `(carry, schedule_state, keys [S], base_rate, data, indices [S, T, batch] or None, first step, T)`
-      whose carry leaves lead with `[S, ...]`; gives the new carry and the losses `[S, T]`.  `indices=None` is full batch.
+      whose carry leaves lead with `[S, ...]`; gives the new carry and the losses `[S, T]`.  `indices=None` is the full
+      batch.
     """
 
     def one(
-        carry: Carry, schedule_state: PyTree, key: KeyArray, indices: Array | None, base_rate: Array, data: Batch,
-        first: Array, length: int,
+        carry: Carry,
+        schedule_state: PyTree,
+        key: KeyArray,
+        indices: Array | None,
+        base_rate: Array,
+        data: Batch,
+        first: Array,
+        length: int,
     ) -> tuple[Carry, Array]:
         whole = standardise(data.x, data.mean, data.std) if indices is None else None
 
@@ -294,8 +327,14 @@ def make_segment(
 
     @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
     def segment(
-        carry: Carry, schedule_state: PyTree, keys: Array, base_rate: Array, data: Batch, indices: Array | None,
-        first: Array, length: int,
+        carry: Carry,
+        schedule_state: PyTree,
+        keys: Array,
+        base_rate: Array,
+        data: Batch,
+        indices: Array | None,
+        first: Array,
+        length: int,
     ) -> tuple[Carry, Array]:
         return jax.vmap(lambda c, s, k, i: one(c, s, k, i, base_rate, data, first, length))(
             carry, schedule_state, keys, indices
@@ -305,15 +344,27 @@ def make_segment(
 
 
 class BatchOrder:
-    """The order in which one solution visits the data: a fresh permutation each epoch, a function of key and step only."""
+    """The order in which one solution visits the data: a fresh permutation each epoch.
+
+    What a step sees is a function of the key and the step only.  The rest of an epoch that fills no batch is left out.
+
+    Args:
+      key: of the permutations.
+      num_examples: size of the data set.
+      batch_size: examples a step, at most `num_examples`.
+
+    Raises:
+      ConfigError: for a batch size outside [1, num_examples].
+    """
 
     def __init__(self, key: KeyArray, num_examples: int, batch_size: int) -> None:
+        require(1 <= batch_size <= num_examples, f"batch_size={batch_size} must lie between 1 and {num_examples}.")
         self._key, self._n, self._batch = key, num_examples, batch_size
         self._per_epoch = num_examples // batch_size
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def indices(self, first: int, length: int) -> np.ndarray:
-        """Indices `[length, batch]` of steps first, first + 1, ....  The rest of an epoch that fills no batch is left out."""
+        """Indices `[length, batch]` of the examples at steps `first, first + 1, ...`."""
         rows = []
         for now in range(first, first + length):
             epoch, place = divmod(now, self._per_epoch)
@@ -370,9 +421,9 @@ def _bytes(tree: PyTree) -> int:
 class _Run(NamedTuple):
     """One solution under way.  `carry` and `schedule_state` are those after `steps` steps."""
 
-    index: int
+    solution: int
     keys: Array  # [2]: batch order, noise
-    carry: Carry
+    carry: PyTree  # a `Carry`; None while `_Trainer` holds it in a stack with the others
     schedule_state: PyTree
     steps: int
     status: str
@@ -396,7 +447,7 @@ def train(
 
     Solutions are trained together in one vmapped program when four copies of each fit in half of the free memory, else
     one after another; `group_size` overrides.  With `checkpoints`, progress is saved under `solution_K/`, and a second
-    call goes on from there.
+    call goes on from there, with the same groups, so that its numbers are those of an uninterrupted run bit for bit.
 
     Args:
       net: the network; see `multi_branch`.
@@ -405,18 +456,21 @@ def train(
       spec: how to train.
       learning_rate: the rate after scaling (`scaled_learning_rate`); None takes `spec.learning_rate` as it is.
       seed: of initialisations, orders and dropout.
-      num_solutions: number of solutions.
-      group_size: number of solutions in one program.
+      num_solutions: number of solutions, at least 1.
+      group_size: number of solutions in one program; results depend on it through rounding only.
       checkpoints: folder, or None.
       metrics: writer of one line a segment and solution, or None.
 
     Raises:
-      ConfigError: if the loss does not fit the data set, or the batch is larger than it.
+      ConfigError: if the loss does not fit the data set, the batch is larger than it, or `num_solutions`,
+        `group_size` or `learning_rate` is not positive.
+      CheckpointMismatchError: if `checkpoints` holds solutions of another network or optimiser.
     """
-    require(
-        dataset.task in loss.tasks,
-        f"the loss fits {' and '.join(loss.tasks)} labels, but data set {dataset.name!r} has {dataset.task} labels.",
-    )
+    base_rate = spec.learning_rate if learning_rate is None else learning_rate
+    require(0 < base_rate < math.inf, f"learning_rate={base_rate} must be positive and finite.")
+    require(num_solutions >= 1, f"num_solutions={num_solutions} must be at least 1.")
+    require(group_size is None or group_size >= 1, f"group_size={group_size} must be at least 1, or None.")
+    _check_fits(loss, dataset)
     require(
         spec.batch_size <= len(dataset.y),
         f"training.batch_size={spec.batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
@@ -432,13 +486,14 @@ def train(
         return Carry(params, state, transformation.init(params))
 
     if group_size is None:
-        needed = 4 * _bytes(jax.eval_shape(start, jax.random.key(0))) * num_solutions
-        group_size = num_solutions if needed < memory_available() / 2 else 1
+        one = 4 * _bytes(jax.eval_shape(start, jax.random.key(0)))
+        group_size = _group_size(one, num_solutions, checkpoints)
     trainer = _Trainer(
         segment=make_segment(net, loss, transformation, schedule),
         schedule=schedule,
+        update=jax.jit(jax.vmap(schedule.update)),
         spec=spec,
-        base_rate=spec.learning_rate if learning_rate is None else learning_rate,
+        base_rate=base_rate,
         data=data,
         metrics=metrics,
     )
@@ -451,16 +506,41 @@ def train(
                 if checkpoints is not None
                 else {}
             )
-            runs = []
-            for i in group:
-                keys = jax.random.split(solution_key(seed, i), 3)
-                runs.append(_begin(i, keys, start, schedule, savers.get(i), metrics))
+            keys = {i: jax.random.split(solution_key(seed, i), 3) for i in group}
+            runs = {i: _begin(i, keys[i], start, schedule, savers.get(i), metrics) for i in group}
             solutions += trainer.run(runs, savers)
     return solutions
 
 
+def _check_fits(loss: Loss, dataset: Dataset) -> None:
+    require(
+        dataset.task in loss.tasks,
+        f"the loss fits {' and '.join(loss.tasks)} labels, but data set {dataset.name!r} has {dataset.task} labels.",
+    )
+
+
+def _group_size(one: int, num_solutions: int, checkpoints: Path | None) -> int:
+    """All solutions or one, by the free memory; training that goes on keeps to what it was begun with, if that fits.
+
+    Args:
+      one: bytes that one solution needs.
+      num_solutions: number of solutions.
+      checkpoints: folder where `groups.json` keeps the choice, or None.
+    """
+    free = memory_available()
+    record = checkpoints / "groups.json" if checkpoints is not None else None
+    if record is not None and record.exists():
+        begun = int(load_json(record)["group_size"])
+        if begun == 1 or one * begun < free:
+            return begun
+    chosen = num_solutions if one * num_solutions < free / 2 else 1
+    if record is not None:
+        save_json(record, {"group_size": chosen})
+    return chosen
+
+
 def _begin(
-    index: int,
+    solution: int,
     keys: Array,
     start: Callable[[KeyArray], Carry],
     schedule: Schedule,
@@ -474,14 +554,12 @@ def _begin(
         if restored is not None:
             saved, meta = restored.state, restored.meta
             if metrics is not None:
-                metrics.truncate_after(restored.step, solution=index)
-            batch_loss = float("nan") if meta["batch_loss"] is None else float(meta["batch_loss"])
-            return _Run(
-                index, saved["keys"], saved["carry"], saved["schedule"], restored.step, meta["status"], batch_loss
-            )
+                metrics.truncate_after(restored.step, solution=solution)
+            progress = restored.step, meta["status"], float(meta["batch_loss"])
+            return _Run(solution, saved["keys"], saved["carry"], saved["schedule"], *progress)
     if metrics is not None:
-        metrics.truncate_after(-1, solution=index)
-    return _Run(index, keys[1:], start(keys[0]), schedule.init(), 0, "running", float("nan"))
+        metrics.truncate_after(-1, solution=solution)
+    return _Run(solution, keys[1:], start(keys[0]), schedule.init(), 0, "running", float("nan"))
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:
@@ -494,93 +572,111 @@ def _item(tree: PyTree, index: int) -> PyTree:
 
 @dataclasses.dataclass
 class _Trainer:
-    """Runs groups of solutions to their ends, segment by segment."""
+    """Runs groups of solutions to their ends, segment by segment.
+
+    At each step those that are still under way go through one program.  After a kill between two checkpoints some stand
+    further on than others; then those ahead ride along, their results unused, while the others catch up: a program for
+    fewer solutions may round otherwise, and a resumed run must not differ from an uninterrupted one.
+    """
 
     segment: Callable[..., tuple[Carry, Array]]
     schedule: Schedule
+    update: Callable[[PyTree, Array], PyTree]
     spec: TrainingSpec
     base_rate: float
     data: Batch
     metrics: Metrics | None
 
-    def run(self, runs: list[_Run], savers: Mapping[int, Checkpointer]) -> list[Solution]:
-        """Runs that stop leave the group; those that are behind (killed between two checkpoints) catch up first."""
-        done: dict[int, _Run] = {}
+    def run(self, runs: dict[int, _Run], savers: Mapping[int, Checkpointer]) -> list[Solution]:
+        """Takes a group to its end; `runs` holds one entry a solution and is brought up to date in place."""
         orders = {
-            r.index: BatchOrder(r.keys[0], len(self.data.y), self.spec.batch_size) if self.spec.batch_size else None
-            for r in runs
+            i: BatchOrder(r.keys[0], len(self.data.y), self.spec.batch_size)
+            for i, r in runs.items()
+            if self.spec.batch_size
         }
-        active = list(runs)
-        with Progress(self.spec.max_steps, "training") as progress:
-            while True:
-                for run in [r for r in active if r.status != "running" or r.steps >= self.spec.max_steps]:
-                    active.remove(run)
-                    done[run.index] = run._replace(status="max_steps") if run.status == "running" else run
-                if not active:
-                    break
-                behind = min(r.steps for r in active)
-                cohort = [r for r in active if r.steps == behind]
-                limit = min([r.steps for r in active if r.steps > behind], default=self.spec.max_steps)
-                active = [r for r in active if r.steps != behind]
-                active += self._advance(cohort, limit, orders, savers, progress)
+        done = min(r.steps for r in runs.values())
+        with Progress(self.spec.max_steps, "training", done=done) as progress:
+            while standing := [r.steps for r in runs.values() if self._is_under_way(r)]:
+                first = min(standing)
+                together = [
+                    i for i, r in runs.items() if r.steps > first or (r.steps == first and self._is_under_way(r))
+                ]
+                limit = min([r.steps for r in runs.values() if r.steps > first], default=self.spec.max_steps)
+                self._advance(runs, together, min(limit, self.spec.max_steps), orders, savers, progress)
         return [
-            Solution(r.carry.params, r.carry.state, r.steps, r.status, r.batch_loss)
-            for r in (done[i] for i in sorted(done))
+            Solution(
+                r.carry.params,
+                r.carry.state,
+                r.steps,
+                "max_steps" if r.status == "running" else r.status,
+                r.batch_loss,
+            )
+            for r in runs.values()
         ]
+
+    def _is_under_way(self, run: _Run) -> bool:
+        return run.status == "running" and run.steps < self.spec.max_steps
 
     def _advance(
         self,
-        cohort: list[_Run],
+        runs: dict[int, _Run],
+        together: Sequence[int],
         limit: int,
-        orders: Mapping[int, BatchOrder | None],
+        orders: Mapping[int, BatchOrder],
         savers: Mapping[int, Checkpointer],
         progress: Progress,
-    ) -> list[_Run]:
-        """Takes runs that stand at one step forward together, until one of them stops or the limit is reached."""
-        carry = _stack([r.carry for r in cohort])
-        schedule_state = _stack([r.schedule_state for r in cohort])
-        noise_keys = jnp.stack([r.keys[1] for r in cohort])
-        cohort = [r._replace(carry=None) for r in cohort]  # type: ignore[arg-type]  # the stack is the only copy now
-        update = jax.jit(jax.vmap(self.schedule.update))
+    ) -> None:
+        """Takes the runs that stand furthest back forward together, until one of them stops or the limit is reached.
+
+        Args:
+          runs: the group; the runs that move are replaced.
+          together: the solutions in the program, in order: those that move, and those ahead that ride along.
+          limit: the step to stop at.
+          orders, savers: one a solution; none for the full batch, or without checkpoints.
+          progress: the line on the terminal.
+        """
+        first = min(runs[i].steps for i in together)
+        moving = {i: lane for lane, i in enumerate(together) if runs[i].steps == first}
+        carry = _stack([runs[i].carry for i in together])
+        schedule_state = _stack([runs[i].schedule_state for i in together])
+        noise_keys = jnp.stack([runs[i].keys[1] for i in together])
+        for i in moving:
+            runs[i] = runs[i]._replace(carry=None)  # the stack is the only copy now
         saved_at = time.monotonic()
-        while True:
-            first = cohort[0].steps
+        over = False
+        while not over:
             length = min(self.spec.check_every, limit - first)
-            indices = None
-            if self.spec.batch_size:
-                picked = [order.indices(first, length) for r in cohort if (order := orders[r.index]) is not None]
-                indices = jnp.asarray(np.stack(picked))
+            indices = jnp.asarray(np.stack([orders[i].indices(first, length) for i in together])) if orders else None
             began = time.monotonic()
-            rates = [self._rate(_item(schedule_state, k), first) for k in range(len(cohort))]
+            rates = {i: self._rate(_item(schedule_state, lane), first) for i, lane in moving.items()}
             carry, losses = self.segment(
                 carry, schedule_state, noise_keys, self.base_rate, self.data, indices, first, length
             )
             means = np.asarray(losses, np.float64).mean(axis=1)
             speed = length / (time.monotonic() - began)
-            schedule_state = update(schedule_state, jnp.asarray(means, jnp.float32))
-            for k, run in enumerate(cohort):
-                status = self._status(means[k], _item(schedule_state, k))
-                cohort[k] = run._replace(steps=first + length, status=status, batch_loss=float(means[k]))
+            schedule_state = self.update(schedule_state, jnp.asarray(means, float))
+            first += length
+            for i, lane in moving.items():
+                loss = float(means[lane])
+                status = self._status(loss, _item(schedule_state, lane))
+                runs[i] = runs[i]._replace(steps=first, status=status, batch_loss=loss)
                 if self.metrics is not None:
                     self.metrics.write(
-                        first + length,
-                        solution=run.index,
-                        loss=float(means[k]),
-                        learning_rate=rates[k],
+                        first,
+                        solution=i,
+                        loss=loss,
+                        learning_rate=rates[i],
                         steps_per_second=speed,
                         status=status,
                     )
-            progress.update(first + length, f"loss {' '.join(f'{m:.3g}' for m in means)}")
-            over = first + length >= limit or any(r.status != "running" for r in cohort)
+            progress.update(first, f"loss {' '.join(f'{means[lane]:.3g}' for lane in moving.values())}")
+            over = first >= limit or any(runs[i].status != "running" for i in moving)
             if savers and (over or time.monotonic() - saved_at > self.spec.checkpoint_seconds):
-                for k, run in enumerate(cohort):
-                    self._save(savers[run.index], run, _item(carry, k), _item(schedule_state, k))
+                for i, lane in moving.items():
+                    self._save(savers[i], runs[i], _item(carry, lane), _item(schedule_state, lane))
                 saved_at = time.monotonic()
-            if over:
-                return [
-                    r._replace(carry=_item(carry, k), schedule_state=_item(schedule_state, k))
-                    for k, r in enumerate(cohort)
-                ]
+        for i, lane in moving.items():
+            runs[i] = runs[i]._replace(carry=_item(carry, lane), schedule_state=_item(schedule_state, lane))
 
     def _rate(self, schedule_state: PyTree, step: int) -> float:
         return float(self.base_rate * self.schedule.rate(schedule_state, jnp.asarray(step)))
@@ -618,7 +714,13 @@ class Evaluation(NamedTuple):
 def evaluate(
     net: Branch, loss: Loss, dataset: Dataset, params: Params, state: State, *, batch_size: int = 1024
 ) -> Evaluation:
-    """Loss, accuracy and margins of one network over a data set, streamed in batches in evaluation mode."""
+    """Loss, accuracy and margins of one network over a data set, streamed in batches in evaluation mode.
+
+    Raises:
+      ConfigError: if the loss does not fit the data set, or the batch size is not positive.
+    """
+    _check_fits(loss, dataset)
+    require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
 
     @jax.jit
     def one(params: Params, state: State, x: Array, y: Array, mean: Array, std: Array) -> tuple[Array, Array, Array]:
@@ -631,10 +733,11 @@ def evaluate(
             return jnp.argmax(outputs, axis=-1) == y
         return outputs[:, 0] * y > 0
 
-    parts = [
-        one(params, state, dataset.x[i : i + batch_size], dataset.y[i : i + batch_size], dataset.mean, dataset.std)
-        for i in range(0, len(dataset.y), batch_size)
-    ]
+    with jax.default_matmul_precision("highest"):
+        parts = [
+            one(params, state, dataset.x[i : i + batch_size], dataset.y[i : i + batch_size], dataset.mean, dataset.std)
+            for i in range(0, len(dataset.y), batch_size)
+        ]
     losses, margins, hits = (np.concatenate([np.asarray(p[k], np.float64) for p in parts]) for k in range(3))
     accuracy = float("nan") if dataset.task == "regression" else float(hits.mean())
     return Evaluation(float(losses.mean()), accuracy, margins if loss.margin is not None else None)

@@ -35,9 +35,11 @@ def main(argv: list[str]) -> None:
     if _LIST.value:
         print(cli.listing(tables))
         return
-    cli.run(_CONFIG.value, config_flags.get_config_filename(flags.FLAGS["config"]), _WORKDIR.value, tables, sys.argv)
+    filename = config_flags.get_config_filename(flags.FLAGS["config"]) if _CONFIG.value is not None else None
+    cli.run(_CONFIG.value, filename, _WORKDIR.value, tables, sys.argv)
 
 
 if __name__ == "__main__":
     with cli.errors_in_one_line():
+        cli.check_arguments(sys.argv[1:])
         app.run(main)

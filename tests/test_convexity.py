@@ -65,7 +65,7 @@ def random_axis(rng, n, uniform):
     return axis[::-1] if rng.random() < 0.5 else axis
 
 
-# --- the envelope -------------------------------------------------------------------------------------------------------
+# --- the envelope ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -179,7 +179,7 @@ def test_float32_coordinates_count_as_uniform():
     np.testing.assert_allclose(convexity.lower_convex_envelope(xs, xs, values), values, rtol=0, atol=1e-12)
 
 
-# --- surfaces with known scores -----------------------------------------------------------------------------------------
+# --- surfaces with known scores -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -204,8 +204,8 @@ def test_convex_quadratic_scores_zero(rng, seed, dtype):
 
 @pytest.mark.parametrize(("n", "a"), [(11, 1.0), (25, 0.7), (51, 2.0)])
 def test_saddle(n, a):
-    # On [-a, a]^2 the envelope of x^2 - y^2 is x^2 - a^2: it is convex and below, and every (x, y) is a convex combination
-    # of (x, -a) and (x, a), where the two agree.  The distance is a^2 - y^2.
+    # On [-a, a]^2 the envelope of x^2 - y^2 is x^2 - a^2: it is convex and below, and every (x, y) is a convex
+    # combination of (x, -a) and (x, a), where the two agree.  The distance is a^2 - y^2.
     xs = np.linspace(-a, a, n)
     x, y = grid(xs, xs)
     np.testing.assert_allclose(
@@ -236,8 +236,8 @@ def test_number_of_midpoint_pairs_on_the_usual_grid():
 
 
 def test_two_wells():
-    # (x^2 - 1)^2 has envelope 0 on [-1, 1] and is convex beyond; on a rectangle the envelope of g(x) + h(y) is the sum of
-    # the two envelopes.  The grid holds 0 and -/+ 1.
+    # (x^2 - 1)^2 has envelope 0 on [-1, 1] and is convex beyond; on a rectangle the envelope of g(x) + h(y) is the sum
+    # of the two envelopes.  The grid holds 0 and -/+ 1.
     xs, ys = np.linspace(-1.5, 1.5, 25), np.linspace(-0.5, 1.0, 13)
     x, y = grid(xs, ys)
     wells = (x**2 - 1) ** 2
@@ -299,7 +299,7 @@ def test_concave_surface_falls_to_its_corners():
     assert (s.midpoint_violation_rate, s.negative_curvature_share, s.curvature_ratio_max) == (1.0, 1.0, 1.0)
 
 
-# --- midpoints and curvature --------------------------------------------------------------------------------------------
+# --- midpoints and curvature ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -383,7 +383,7 @@ def test_curvature_leaves_out_stencils_with_a_hole():
     assert (maps.negative[~hole] == 1).all()
 
 
-# --- invariance and refinement ------------------------------------------------------------------------------------------
+# --- invariance and refinement --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -447,7 +447,7 @@ def test_scores_converge_as_the_grid_is_refined(rng, seed):
         assert c == pytest.approx(a, abs=3 * tolerance), name
 
 
-# --- barriers -----------------------------------------------------------------------------------------------------------
+# --- barriers -------------------------------------------------------------------------------------
 
 
 def test_barrier_over_unequal_ends():
@@ -475,7 +475,7 @@ def test_barrier_with_non_finite_losses():
     assert math.isnan(convexity.barrier(t, np.array([np.inf, 1.0, 1.0, 0.0])))
 
 
-# --- non-finite surfaces, json, bad input -------------------------------------------------------------------------------
+# --- non-finite surfaces, json, bad input ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tfds_files import CODE, SHAPES, random_split, write_tfds
 
 from dualgap_jax import data, registry
 
-SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
-CODE = {"mnist": ("mnist", "3.0.1"), "cifar10": ("cifar10", "3.0.2")}
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 
 
@@ -84,7 +83,8 @@ def test_the_seed_decides_and_longer_data_extend_shorter() -> None:
     np.testing.assert_array_equal(long.x[:50], short.x)
     np.testing.assert_array_equal(long.y[:50], short.y)
     np.testing.assert_array_equal(data.synthetic_relu(n=50, seed=4, min_margin=0.3).x, short.x)
-    assert not np.array_equal(data.synthetic_relu(n=50, seed=5, min_margin=0.3).x, short.x)
+    unfiltered = [data.synthetic_relu(n=50, seed=seed, labels="real").x for seed in (4, 5)]
+    assert not np.array_equal(*unfiltered)
     assert not np.array_equal(data.relu_teacher(seed=4).w, data.relu_teacher(seed=5).w)
 
 
@@ -243,63 +243,6 @@ def test_take(rng: np.random.Generator) -> None:
 
 
 # --- prepared folders -------------------------------------------------------------------------------------------------
-
-
-def write_tfds(
-    root: Path,
-    name: str,
-    splits: dict[str, tuple[np.ndarray, np.ndarray]],
-    *,
-    shards: int = 1,
-    image_format: str = "PNG",
-) -> Path:
-    """Writes `{split: (x, y)}` as TFDS would prepare it; returns the version folder."""
-    from array_record.python import array_record_module
-    from PIL import Image
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    folder = root / CODE[name][0] / CODE[name][1]
-    folder.mkdir(parents=True)
-    split_infos = []
-    for split, (x, y) in splits.items():
-        parts = np.array_split(np.arange(len(x)), shards)
-        for k, part in enumerate(parts):
-            file = folder / f"{name}-{split}.array_record-{k:05d}-of-{shards:05d}"
-            writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
-            for i in part:
-                encoded = io.BytesIO()
-                Image.fromarray(x[i].squeeze()).save(encoded, image_format)
-                example = tf_example_pb2.Example()
-                example.features.feature["image"].bytes_list.value.append(encoded.getvalue())
-                example.features.feature["label"].int64_list.value.append(int(y[i]))
-                writer.write(example.SerializeToString())
-            writer.close()
-        lengths = [str(len(part)) for part in parts]
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        split_infos.append({"filepathTemplate": template, "name": split, "numBytes": "1", "shardLengths": lengths})
-    info = {"name": name, "version": CODE[name][1], "fileFormat": "array_record", "splits": split_infos}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    kind = "tensorflow_datasets.core.features"
-    shape = {"dimensions": [str(size) for size in SHAPES[name]]}
-    features = {
-        "image": {"pythonClassName": f"{kind}.image_feature.Image", "image": {"dtype": "uint8", "shape": shape}},
-        "label": {
-            "pythonClassName": f"{kind}.class_label_feature.ClassLabel",
-            "classLabel": {"numClasses": "10"},
-        },
-    }
-    (folder / "features.json").write_text(
-        json.dumps({"pythonClassName": f"{kind}.features_dict.FeaturesDict", "featuresDict": {"features": features}})
-    )
-    return folder
-
-
-def random_split(rng: np.random.Generator, name: str, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images whose pixels differ in mean and spread, one pixel constant; labels of all classes."""
-    low = rng.integers(0, 128, SHAPES[name])
-    x = (low + rng.integers(0, 128, (n, *SHAPES[name])) * (rng.random(SHAPES[name]) < 0.7)).astype(np.uint8)
-    x[:, 2, 3, 0] = 200
-    return x, rng.permutation(np.arange(n) % 10)
 
 
 @pytest.fixture(autouse=True)

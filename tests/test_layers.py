@@ -18,6 +18,7 @@ GROUPS = {
     "host": {"data", "checkpoints", "records", "figures"},
     "work": {"training", "landscape"},
     "top": {"experiments"},
+    "entry": {"cli"},
 }
 # The groups that each group may import.  Pure functions stay clear of files; host modules know nothing of one another.
 MAY_IMPORT = {
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "host": {"base", "pure"},
     "work": {"base", "pure", "host", "work"},
     "top": {"base", "pure", "host", "work", "top"},
+    "entry": {"base", "pure", "host", "work", "top", "entry"},
 }
 GROUP_OF = {module: group for group, modules in GROUPS.items() for module in modules}
 

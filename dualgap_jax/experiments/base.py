@@ -1,7 +1,8 @@
 """What every experiment shares: the tables it draws on, its report, and the way it is run in a workdir.
 
 An experiment is a plain function `(spec, workdir, tables) -> Report`.  The annotation of `spec` is the frozen dataclass
-that the config is turned into; its first docstring line is what `--list` prints.
+that the config is turned into; if it has a method `validate(tables)`, that is called before anything is written.  The
+first line of the function's docstring is what `--list` prints.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def execute(
     Raises:
       WorkdirError: see `Workdir.open`; and whatever the experiment raises, after recording it.
     """
+    if hasattr(spec, "validate"):
+        spec.validate(tables)
     workdir = Workdir.open(path, identity(spec), command=command)
     record = workdir.path / "results" / "report.json"
     if workdir.status == "complete" and record.exists():

@@ -16,7 +16,7 @@ from dualgap_jax.experiments.base import Report, Tables
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.multibranch import multi_branch
 from dualgap_jax.records import Workdir, save_json, save_npz
-from dualgap_jax.training import Solution, TrainingSpec, evaluate, scaled_learning_rate, train
+from dualgap_jax.training import SCHEDULES, Solution, TrainingSpec, evaluate, optimizer, scaled_learning_rate, train
 from dualgap_jax.types import Branch
 
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
@@ -87,6 +87,16 @@ class LandscapeSpec:
         require(self.num_branches >= 1, f"num_branches={self.num_branches} must be a positive integer.")
         require(self.chunk_size >= 0, f"chunk_size={self.chunk_size} must be >= 0 (0: all branches at once).")
 
+    def validate(self, tables: Tables) -> None:
+        """Looks every name and setting up, so that a bad config fails before anything is written or read."""
+        tables.losses.build(self.loss.name, **self.loss.settings)
+        tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
+        tables.datasets.check(self.data.name, **self.data.settings)
+        SCHEDULES.build(
+            self.training.schedule.name, max_steps=self.training.max_steps, **self.training.schedule.settings
+        )
+        optimizer(self.training)
+
 
 def smoke(spec: LandscapeSpec, **data: Any) -> LandscapeSpec:
     """The same landscape in seconds: few steps, a 7 x 7 grid, and the data settings given here (`num_examples=256`)."""
@@ -101,9 +111,8 @@ def smoke(spec: LandscapeSpec, **data: Any) -> LandscapeSpec:
 
 
 def build(spec: LandscapeSpec, tables: Tables) -> tuple[Dataset, Branch, Loss]:
-    """The data set, network and loss of a spec.  Names are looked up before any data is read."""
+    """The data set, network and loss of a spec."""
     loss = tables.losses.build(spec.loss.name, **spec.loss.settings)
-    _ = tables.branches[spec.branch.name]
     dataset = tables.datasets.build(spec.data.name, **spec.data.settings)
     branch = tables.branches.build(spec.branch.name, **{**spec.branch.settings, "out": dataset.num_outputs})
     net = multi_branch(branch, spec.num_branches, reduce=spec.reduce, chunk_size=spec.chunk_size or None)

@@ -17,6 +17,7 @@ from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.records import Workdir, load_json, save_json
+from dualgap_jax.training import LearningRateScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class RegimesSpec:
 
     title: str = "Convexity against the training regime"
     inits: tuple[str, ...] = ("torch", "torch*3", "normal")
-    lr_scalings: tuple[str, ...] = ("branches", "none")
-    reduces: tuple[str, ...] = ("mean", "sum")
+    lr_scalings: tuple[LearningRateScaling, ...] = ("branches", "none")
+    reduces: tuple[Literal["mean", "sum"], ...] = ("mean", "sum")
     num_branches: tuple[int, ...] = (10, 30, 70, 1000)
     repeats: int = 3
     score: Literal["envelope_max", "envelope_mean"] = "envelope_max"
@@ -47,6 +48,13 @@ class RegimesSpec:
         require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1.")
         for init in self.inits:
             parse_init(init)
+
+    def validate(self, tables: Tables) -> None:
+        """As `LandscapeSpec.validate`, for every cell."""
+        for init, scaling, reduce, count in itertools.product(
+            self.inits, self.lr_scalings, self.reduces, self.num_branches
+        ):
+            _cell(self, init, scaling, reduce, count, 0).validate(tables)
 
 
 def parse_init(text: str) -> tuple[str, float]:
@@ -60,7 +68,7 @@ def parse_init(text: str) -> tuple[str, float]:
     return name, scale
 
 
-def _cell(spec: RegimesSpec, init: str, scaling: str, reduce: str, count: int, repeat: int) -> LandscapeSpec:
+def _cell(spec: RegimesSpec, init: str, scaling: LearningRateScaling, reduce: Literal["mean", "sum"], count: int, repeat: int) -> LandscapeSpec:
     law, scale = parse_init(init)
     cell, data = spec.cell, dict(spec.cell.data.settings)
     if "seed" in data:

@@ -47,6 +47,10 @@ class RowSpec:
             f"num_branches={self.num_branches} must be distinct positive integers.",
         )
 
+    def validate(self, tables: Tables) -> None:
+        """As `LandscapeSpec.validate`."""
+        self.cell.validate(tables)
+
 
 def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
     """A row of landscapes over several numbers of branches, and every convexity score against it (Figures 1 and 4)."""

@@ -1,0 +1,150 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     name: 01_quickstart.ipynb
+#     provenance: []
+#     toc_visible: true
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Three solutions, one plane, and how convex it looks
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dualgap-jax/dualgap_jax/blob/main/notebooks/01_quickstart.ipynb)
+#
+# *Deep Neural Networks with Multi-Branch Architectures Are Intrinsically Less Non-Convex* (AISTATS 2019) draws the loss over
+# the plane through three SGD solutions, and sees it grow more convex with the number of branches $I$ (Figure 1).  This
+# notebook draws that picture on the synthetic data and turns "more convex" into numbers.
+
+# %% [markdown]
+# ## Set-up
+#
+# The cell below does something on Colab only: it installs the package with the right `jax` for a TPU, a GPU or a CPU.
+# When it has upgraded `jax`, restart the runtime once.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "COLAB_RELEASE_TAG" in os.environ:
+    if "COLAB_TPU_ADDR" in os.environ or "TPU_WORKER_ID" in os.environ or os.path.exists("/dev/accel0"):
+        extra = "tpu"
+    elif os.path.exists("/proc/driver/nvidia/version"):
+        extra = "cuda"
+    else:
+        extra = "tensorboard"
+    url = "git+https://github.com/dualgap-jax/dualgap_jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"dualgap_jax[{extra}] @ {url}"], check=True)
+
+# %%
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+import dualgap_jax as dg
+from dualgap_jax import convexity, data, landscape, training
+from dualgap_jax.config import Component
+
+print(jax.devices())
+
+# DUALGAP_SMOKE=1 runs everything in seconds, with fewer steps and points.
+SMOKE = os.environ.get("DUALGAP_SMOKE") == "1"
+MAX_STEPS, POINTS = (200, 9) if SMOKE else (40_000, 51)
+
+# %% [markdown]
+# ## A network is a mean of branches
+#
+# A branch is a pair of pure functions; `multi_branch` returns the same type.  Every parameter leads with the branch axis.
+
+# %%
+dataset = data.synthetic_relu(seed=1)
+print(f"{len(dataset.y)} points in R^{dataset.x.shape[1]}, {dataset.info['positive_fraction']:.0%} labelled +1")
+
+net = dg.multi_branch(dg.branches.mlp(hidden=(1,), out=1), 30)
+params, state = net.init(jax.random.key(0), dataset.x[:1])
+print(jax.tree.map(np.shape, params))
+
+# %% [markdown]
+# ## Three solutions
+#
+# Plain SGD from three seeds in one compiled program, hinge loss with $\tau = 1$, until the loss is below $10^{-5}$.  With the
+# mean over branches each branch's gradient carries $1/I$, so the learning rate is scaled by $I$.
+
+# %%
+loss = dg.losses.binary_hinge(tau=1.0)
+spec = training.TrainingSpec(
+    batch_size=100,
+    max_steps=MAX_STEPS,
+    learning_rate=0.1,
+    schedule=Component("plateau", {"patience": 20}),
+)
+
+
+def solve(num_branches):
+    net = dg.multi_branch(dg.branches.mlp(hidden=(1,), out=1), num_branches)
+    rate = training.scaled_learning_rate(spec, num_branches)
+    return net, training.train(net, loss, dataset, spec, learning_rate=rate)
+
+
+net, solutions = solve(30)
+for s in solutions:
+    full = training.evaluate(net, loss, dataset, s.params, s.state)
+    print(f"{s.status} after {s.steps} steps: loss {full.loss:.2e}, accuracy {full.accuracy:.3f}")
+
+# %% [markdown]
+# ## The plane through them
+
+# %%
+xs = np.linspace(-1, 1, POINTS)
+
+
+def surface_of(net, solutions):
+    plane = landscape.plane_through([s.params for s in solutions], axes="authors")
+    surface = landscape.evaluate(net, plane, dataset, loss, xs, xs)
+    t, edges = landscape.edges(net, plane, dataset, loss)
+    # The hinge of the zero network is 1.
+    return plane, surface, convexity.scores(xs, xs, surface.loss, zero_loss=1.0, edge_t=t, edge_losses=edges)
+
+
+plane, surface, scores = surface_of(net, solutions)
+figure, axes = plt.subplots(figsize=(4.6, 3.8))
+filled = axes.contourf(surface.xs, surface.ys, surface.loss, levels=20)
+axes.plot(*plane.anchors.T, "wo", markeredgecolor="black")
+axes.set(xlabel="along $w_0 - w_1$", ylabel="along $w_0 - w_2$", aspect="equal", title="loss, I = 30")
+figure.colorbar(filled);
+
+# %% [markdown]
+# ## How convex?
+#
+# The distance of the surface to its lower convex envelope is the two-dimensional analogue of the duality gap; it is zero for
+# a convex surface.  `convexity.DEFINITIONS` says what each score means.
+
+# %%
+for name in ("envelope_max", "envelope_max_per_zero_loss", "envelope_max_per_range", "midpoint_violation_rate", "barrier_max"):
+    print(f"{name:28s} {getattr(scores, name):.4f}   {convexity.DEFINITIONS[name]}")
+
+# %% [markdown]
+# ## Against the number of branches
+
+# %%
+counts = [5, 20] if SMOKE else [10, 30, 70, 300]
+table = {count: surface_of(*solve(count))[2] for count in counts}
+figure, axes = plt.subplots(figsize=(4.6, 3.4))
+axes.loglog(counts, [table[c].envelope_max for c in counts], "o-", label="largest envelope distance")
+axes.loglog(counts, [table[c].barrier_max for c in counts], "s--", label="largest barrier")
+axes.set(xlabel="number of branches I", ylabel="loss")
+axes.legend();
+
+# %% [markdown]
+# In this regime (mean over branches, PyTorch initialisation, rate scaled by $I$) both fall with $I$, in units of loss.  The
+# picture depends on the regime: `configs/regimes.py` maps it.

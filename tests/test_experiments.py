@@ -1,0 +1,374 @@
+"""Every registered experiment and every config at smoke size; workdirs that resume, refuse and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tfds_files import random_split, write_tfds
+
+from dualgap_jax import config as config_lib
+from dualgap_jax import convexity, experiments, figures, losses
+from dualgap_jax.branches import BRANCHES, from_functions
+from dualgap_jax.checkpoints import load
+from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
+from dualgap_jax.data import DATASETS, Dataset
+from dualgap_jax.experiments import EXPERIMENTS, TABLES, Report, base
+from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec
+from dualgap_jax.experiments.row import RowSpec
+from dualgap_jax.records import Workdir, WorkdirError, load_json, load_npz, read_metrics
+from dualgap_jax.registry import SettingError, UnknownNameError
+from dualgap_jax.training import TrainingSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture
+def tfds_dir(tmp_path_factory: pytest.TempPathFactory, rng: np.random.Generator, monkeypatch: Any) -> Path:
+    """A prepared TFDS folder with a few hundred random images of each data set."""
+    folder = tmp_path_factory.mktemp("tfds")
+    for name in ("mnist", "cifar10"):
+        write_tfds(folder, name, {split: random_split(rng, name, 300) for split in ("train", "test")})
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    return folder
+
+
+def tiny(**changes: Any) -> LandscapeSpec:
+    spec = LandscapeSpec(
+        num_branches=3,
+        branch=Component("mlp", {"hidden": (2,)}),
+        data=Component("synthetic_relu", {"n": 40, "d": 4, "seed": 3}),
+        training=TrainingSpec(batch_size=10, max_steps=20, check_every=10),
+        plane=PlaneSpec(points=5, edge_points=4),
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+def run(spec: Any, workdir: Path, experiment: str = "landscape", **options: Any) -> tuple[Report, Workdir, bool]:
+    return experiments.run(experiment_config(experiment, spec), workdir=workdir, **options)
+
+
+# --- conformance ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_runs_at_smoke_size(path: Path, tfds_dir: Path, tmp_path: Path) -> None:
+    config = config_lib.load(path, "smoke")
+    report, workdir, was_complete = experiments.run(config, workdir=tmp_path / "w", name=path.stem)
+    assert not was_complete
+    assert workdir.status == "complete"
+    assert len(report.rows) >= 1
+    assert all(len(row) == len(report.columns) for row in report.rows)
+    card = load_json(workdir.path / "run.json")
+    assert {"command", "git", "packages", "devices", "start", "end", "status", "reason"} <= card.keys()
+    assert load_json(workdir.path / "config.json") == base.identity(spec_of(config))
+    assert list(workdir.figures.glob("*.png"))
+    assert list(workdir.figures.glob("*.pdf"))
+    before = {p: p.stat().st_mtime_ns for p in workdir.path.rglob("*") if p.is_file()}
+    again, _, was_complete = experiments.run(config_lib.load(path, "smoke"), workdir=tmp_path / "w", name=path.stem)
+    assert was_complete
+    assert again.text() == report.text()
+    assert {p: p.stat().st_mtime_ns for p in workdir.path.rglob("*") if p.is_file()} == before
+
+
+def spec_of(config: Any) -> Any:
+    values = config_lib.as_dict(config)
+    return to_spec(base.spec_type(EXPERIMENTS[values.pop("experiment")]), values)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_says_what_it_is(path: Path) -> None:
+    head = path.read_text().split('"""')[1]
+    assert f"--config=configs/{path.name}" in head
+    assert head.partition("\n")[0].endswith(".")
+    config = config_lib.load(path)
+    assert config.experiment in EXPERIMENTS
+    spec_of(config).validate(TABLES)
+    with pytest.raises(ConfigError, match="unknown config argument 'nosuch'"):
+        config_lib.load(path, "nosuch=1")
+
+
+def test_every_experiment_has_a_config() -> None:
+    assert {config_lib.load(path).experiment for path in CONFIGS} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_every_experiment_describes_itself(name: str) -> None:
+    assert EXPERIMENTS.describe(name).endswith(".")
+    spec_type = base.spec_type(EXPERIMENTS[name])
+    spec = spec_type()
+    assert to_spec(spec_type, config_lib.to_config(spec)) == spec
+
+
+@pytest.mark.parametrize("name", list(BRANCHES))
+def test_every_branch_trains_and_is_drawn(name: str, tfds_dir: Path, tmp_path: Path) -> None:
+    spec = tiny(
+        branch=Component(name, {}),
+        data=Component("mnist", {"num_examples": 20}),
+        loss=Component("multi_margin", {}),
+        training=TrainingSpec(batch_size=10, max_steps=2, check_every=2),
+        plane=PlaneSpec(points=3, edge_points=3),
+    )
+    _, workdir, _ = run(spec, tmp_path / "w")
+    assert np.isfinite(load_npz(workdir.results / "landscape.npz")["loss"]).all()
+
+
+@pytest.mark.parametrize("name", list(losses.LOSSES))
+@pytest.mark.parametrize("data", ["synthetic_relu", "mnist"])
+def test_every_loss_trains_or_refuses(name: str, data: str, tfds_dir: Path, tmp_path: Path) -> None:
+    settings = {"n": 40, "d": 4, "seed": 3} if data == "synthetic_relu" else {"num_examples": 40}
+    task = "binary" if data == "synthetic_relu" else "multiclass"
+    spec = tiny(
+        data=Component(data, settings),
+        loss=Component(name, {}),
+        training=TrainingSpec(batch_size=10, max_steps=2, check_every=2, learning_rate=0.01),
+    )
+    if task in losses.LOSSES.build(name).tasks:
+        _, workdir, _ = run(spec, tmp_path / "w")
+        assert all(math.isfinite(s["loss"]) for s in load_json(workdir.results / "landscape.json")["solutions"])
+    else:
+        with pytest.raises(ConfigError, match=f"{task} labels"):
+            run(spec, tmp_path / "w")
+        assert load_json(tmp_path / "w" / "run.json")["status"] == "failed"
+
+
+# --- what a landscape leaves ------------------------------------------------------------------------------------------
+
+
+def test_the_records_of_a_landscape(tmp_path: Path) -> None:
+    _, workdir, _ = run(tiny(), tmp_path / "w")
+    arrays = load_npz(workdir.results / "landscape.npz")
+    assert {k: v.shape for k, v in arrays.items()} == {
+        "xs": (5,), "ys": (5,), "loss": (5, 5), "anchors": (3, 2), "edge_t": (4,), "edge_loss": (3, 4),
+    }  # fmt: skip
+    record = load_json(workdir.results / "landscape.json")
+    scores = convexity.scores(
+        arrays["xs"], arrays["ys"], arrays["loss"], zero_loss=record["zero_loss"],
+        edge_t=arrays["edge_t"], edge_losses=arrays["edge_loss"],
+    ).to_json()  # fmt: skip
+    assert record["definitions"] == scores.pop("definitions")
+    assert record["scores"] == scores
+    assert record["zero_loss"] == 1.0  # the hinge of the zero network
+    # The ends of the edges are the solutions, whose losses were computed by another route.
+    for k in range(3):
+        assert arrays["edge_loss"][k, 0] == pytest.approx(record["solutions"][k]["loss"], rel=1e-4, abs=1e-6)
+    rows = read_metrics(workdir.path / "metrics.jsonl")
+    assert [(r["step"], r["solution"]) for r in rows] == [(s, k) for s in (10, 20) for k in range(3)]
+    assert {"loss", "learning_rate", "steps_per_second", "status"} <= rows[0].keys()
+    restored = load(workdir.checkpoints / "solution_1")
+    assert restored.step == 20
+    assert not list(workdir.results.glob("*.partial*"))
+
+
+def test_figures_are_drawn_again_from_the_records(tmp_path: Path) -> None:
+    _, workdir, _ = run(tiny(), tmp_path / "w")
+    shutil.rmtree(workdir.path / "checkpoints")
+    shutil.rmtree(workdir.path / "figures")
+    figures.draw(workdir.path)
+    assert (workdir.path / "figures" / "landscape.png").stat().st_size > 10_000
+
+
+def test_seeds_and_data_decide(tmp_path: Path) -> None:
+    """The same config gives the same surface; another seed another one."""
+    surfaces = [
+        load_npz(run(tiny(seed=seed), tmp_path / name)[1].results / "landscape.npz")["loss"]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    np.testing.assert_array_equal(surfaces[0], surfaces[1])
+    assert not np.allclose(surfaces[0], surfaces[2])
+
+
+def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny(training=TrainingSpec(batch_size=10, max_steps=60, check_every=10, checkpoint_seconds=0.0))
+    _, whole, _ = run(spec, tmp_path / "whole")
+
+    from dualgap_jax.records import Metrics
+
+    write = Metrics.write
+
+    def interrupting(self: Metrics, step: int, **values: Any) -> None:
+        if step == 40:
+            raise KeyboardInterrupt
+        write(self, step, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, tmp_path / "broken")
+    assert load_json(tmp_path / "broken" / "run.json")["status"] == "interrupted"
+    _, resumed, was_complete = run(spec, tmp_path / "broken")
+    assert not was_complete
+    for name, value in load_npz(whole.results / "landscape.npz").items():
+        np.testing.assert_array_equal(load_npz(resumed.results / "landscape.npz")[name], value)
+    keys = ("step", "solution", "loss", "status")
+    rows = [[{k: r[k] for k in keys} for r in read_metrics(w.path / "metrics.jsonl")] for w in (whole, resumed)]
+    assert rows[0] == rows[1]
+
+
+def test_an_interrupted_row_keeps_its_finished_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RowSpec(num_branches=(1, 2), cell=tiny())
+    from dualgap_jax.experiments import landscape as module
+
+    real = module.landscape_experiment
+    calls: list[int] = []
+
+    def failing(spec: LandscapeSpec, workdir: Workdir, tables: Any) -> Report:
+        calls.append(spec.num_branches)
+        if spec.num_branches == 2 and len(calls) == 2:
+            raise RuntimeError("power cut")
+        return real(spec, workdir, tables)
+
+    monkeypatch.setattr(module, "landscape_experiment", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(spec, tmp_path / "w", "landscape_row")
+    card = load_json(tmp_path / "w" / "run.json")
+    assert (card["status"], card["reason"]) == ("failed", "RuntimeError: power cut")
+    report, _, _ = run(spec, tmp_path / "w", "landscape_row")
+    assert calls == [1, 2, 2]
+    assert [row[0] for row in report.rows] == [1, 2]
+
+
+def test_diverged_cells_of_the_regimes_are_named(tmp_path: Path) -> None:
+    from dualgap_jax.experiments.regimes import RegimesSpec
+
+    cell = tiny(training=TrainingSpec(batch_size=10, max_steps=20, check_every=10, learning_rate=1e30))
+    cell = dataclasses.replace(cell, loss=Component("squared", {}))
+    spec = RegimesSpec(inits=("torch",), lr_scalings=("none",), reduces=("sum",), num_branches=(2,), repeats=2, cell=cell)
+    report, workdir, _ = run(spec, tmp_path / "w", "regimes")
+    cells = load_json(workdir.results / "regimes.json")["cells"]
+    assert [c["statuses"] for c in cells] == [["diverged"] * 3] * 2
+    assert report.rows[0][3] is None
+
+
+# --- entries of one's own -----------------------------------------------------------------------------------------
+
+
+def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
+    def quadratic(*, out: int, scale: float = 1.0) -> Any:
+        """Outputs quadratic in a linear map."""
+        return from_functions(
+            lambda key, x: {"w": np.ones((x.shape[1], out), np.float32)}, lambda p, x: scale * (x @ p["w"]) ** 2
+        )
+
+    def ring(*, n: int = 30, seed: int = 0) -> Dataset:
+        """Points on a ring."""
+        angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, n)
+        x = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+        y = np.where(angle > np.pi, 1, -1).astype(np.float32)
+        return Dataset("ring", x, y, np.zeros(2, np.float32), np.ones(2, np.float32), 1, "binary", {})
+
+    seen: list[str] = []
+
+    def probe(spec: LandscapeSpec, workdir: Workdir, tables: Any) -> Report:
+        """Builds and counts."""
+        from dualgap_jax.experiments.landscape import build
+
+        dataset, _, _ = build(spec, tables)
+        seen.append(dataset.name)
+        (workdir.results / "landscape.json").write_text("{}")
+        return Report("probe", ["n"], [[len(dataset.y)]])
+
+    tables = TABLES._replace(
+        experiments=EXPERIMENTS.extended({"probe": probe}),
+        branches=BRANCHES.extended({"quadratic": quadratic}),
+        datasets=DATASETS.extended({"ring": ring}),
+    )
+    spec = tiny(branch=Component("quadratic", {"scale": 2.0}), data=Component("ring", {"n": 12}))
+    workdir = tmp_path / "w"
+    config = experiment_config("probe", spec)
+    with pytest.raises(UnknownNameError, match="unknown experiment 'probe'"):
+        experiments.run(config, workdir=workdir)
+    assert not workdir.exists()
+    values = {k: v for k, v in config_lib.as_dict(config).items() if k != "experiment"}
+    report, _, _ = base.execute(probe, to_spec(base.spec_type(probe), values), workdir, tables, draw=False)
+    assert seen == ["ring"]
+    assert report.rows == [[12]]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"num_branches": 0}, ConfigError, "num_branches=0 must be a positive integer"),
+        ({"num_branches": -3}, ConfigError, "num_branches=-3"),
+        ({"num_branches": 2.0}, ConfigError, "config.num_branches=2.0: expected int"),
+        ({"num_branches": True}, ConfigError, "expected int, got bool"),
+        ({"reduce": "max"}, ConfigError, "'max'.*mean, sum"),
+        ({"nosuch": 1}, ConfigError, "unknown key in config: 'nosuch'"),
+        ({"branch": {"name": "mpl"}}, UnknownNameError, "unknown branch 'mpl'. Did you mean 'mlp'"),
+        ({"branch": {"name": "mlp", "hiden": (3,)}}, UnknownNameError, "'hiden'. Did you mean 'hidden'"),
+        ({"branch": {"name": "mlp", "hidden": (0,)}}, SettingError, "positive integer"),
+        ({"data": {"name": "mnits"}}, UnknownNameError, "unknown data set 'mnits'. Did you mean 'mnist'"),
+        ({"data": {"name": "synthetic_relu", "n": 0}}, SettingError, "n must be at least 1"),
+        ({"loss": {"name": "hinge"}}, UnknownNameError, "unknown loss 'hinge'"),
+        ({"loss": {"name": "binary_hinge", "tau": 0.0}}, SettingError, "tau must be a positive"),
+        ({"loss": {"name": "binary_hinge", "tau": -1.0}}, SettingError, "tau must be a positive"),
+        ({"plane": {"axes": "author"}}, ConfigError, "'author'. Did you mean 'authors'"),
+        ({"plane": {"points": 2}}, ConfigError, "at least 3"),
+        ({"training": {"schedule": {"name": "cosin"}}}, UnknownNameError, "Did you mean 'cosine'"),
+        ({"training": {"learning_rate": 0.0}}, ConfigError, "learning_rate=0.0 must be positive"),
+        ({"training": {"chain": ("clip(",)}}, ConfigError, "is not an optax transformation"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(
+    change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    config = {"experiment": "landscape", **config_lib.as_dict(config_lib.to_config(tiny())), **change}
+    if change == {"data": {"name": "synthetic_relu", "n": 0}}:  # a value that only the data set's own code can refuse
+        with pytest.raises(error, match=message):
+            experiments.run(config, workdir=tmp_path / "w")
+        return
+    with pytest.raises(error, match=message):
+        experiments.run(config, workdir=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_another_config_in_the_workdir_is_refused_with_the_difference(tmp_path: Path) -> None:
+    run(tiny(), tmp_path / "w")
+    with pytest.raises(WorkdirError, match=r"num_branches: 3 there, 4 asked for"):
+        run(tiny(num_branches=4), tmp_path / "w")
+
+
+def test_identical_solutions_span_no_plane(tmp_path: Path) -> None:
+    """Zero-step training from one constant initialisation gives three equal solutions."""
+    constant = from_functions(
+        lambda key, x: {"w": np.ones((x.shape[1], 1), np.float32)}, lambda p, x: x @ p["w"]
+    )
+
+    def fixed(*, out: int) -> Any:
+        """A linear map that starts at one point."""
+        return constant
+
+    tables = TABLES._replace(branches=BRANCHES.extended({"fixed": fixed}))
+    spec = tiny(branch=Component("fixed", {}), training=TrainingSpec(batch_size=10, max_steps=0))
+    with pytest.raises(ValueError, match="span no plane"):
+        run(spec, tmp_path / "w", tables=tables)
+    assert "DegeneratePlaneError" in load_json(tmp_path / "w" / "run.json")["reason"]
+    assert len(load_json(tmp_path / "w" / "results" / "solutions.json")) == 3
+
+
+def test_the_place_of_the_data_is_not_part_of_the_identity(tfds_dir: Path, tmp_path: Path) -> None:
+    spec = tiny(
+        data=Component("mnist", {"num_examples": 20, "data_dir": ""}), loss=Component("multi_margin", {}),
+        training=TrainingSpec(batch_size=10, max_steps=0),
+    )  # fmt: skip
+    run(spec, tmp_path / "w")
+    moved = shutil.copytree(tfds_dir, tmp_path / "elsewhere")
+    spec = dataclasses.replace(spec, data=Component("mnist", {"num_examples": 20, "data_dir": str(moved)}))
+    assert run(spec, tmp_path / "w")[2]
+
+
+def test_a_report_reads_as_a_table() -> None:
+    text = Report("Title", ["I", "value"], [[1000, 0.123456], [2, None]], ["Note."]).text()
+    assert text.splitlines()[2:6] == ["    I   value", "-------------", "1,000  0.1235", "    2       -"]
+    json.dumps(Report("t", ["a"], [[1]])._asdict())

@@ -1,0 +1,545 @@
+"""Figures from saved records: what is drawn, what is said, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from dualgap_jax import figures
+from dualgap_jax.registry import Table, UnknownNameError
+
+ROOT = Path(__file__).resolve().parents[1]
+INSIDE = ((0.3, 0.1), (-0.35, 0.2), (0.05, -0.4))
+OUTSIDE = ((0.47, 0.47), (-0.94, 0.47), (0.47, -0.94))
+
+
+def wells(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return 8 * (x**2 - 0.15) ** 2 + 3 * y**2 + 0.2 * x
+
+
+def bowl(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return 1.5 * x**2 + 2 * y**2 + 0.01
+
+
+def steep(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.exp(18 * np.hypot(x, y))
+
+
+def plateau(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return 0.25 + 0 * x * y
+
+
+def write_landscape(
+    workdir: Path,
+    surface: Callable[[np.ndarray, np.ndarray], np.ndarray] = wells,
+    *,
+    change: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
+    anchors: tuple[tuple[float, float], ...] = INSIDE,
+    **record: Any,
+) -> Path:
+    """A landscape record on a grid of 17 by 13 points; `change` edits the arrays before they are written."""
+    results = workdir / "results"
+    results.mkdir(parents=True)
+    xs, ys, t = np.linspace(-0.6, 0.6, 17), np.linspace(-0.6, 0.6, 13), np.linspace(0, 1, 11)
+    points = np.asarray(anchors)
+    ends = [(points[i], points[j]) for i, j in ((0, 1), (1, 2), (2, 0))]
+    edge_loss = np.stack([surface(*((1 - t) * a[:, None] + t * b[:, None])) for a, b in ends])
+    arrays = {"xs": xs, "ys": ys, "loss": surface(xs[None], ys[:, None]), "anchors": points}
+    arrays |= {"edge_t": t, "edge_loss": edge_loss}
+    change(arrays)
+    np.savez(results / "landscape.npz", **arrays)
+    solution = {"loss": 2e-6, "status": "converged", "steps": 1200}
+    scores = {"envelope_max": 0.4321, "barrier_max": None, "status": "ok", "barriers": [0.1, 0.2, 0.3]}
+    content = {"title": "A title for $5", "num_branches": 50_000, "solutions": [solution] * 3, "scores": scores}
+    content |= {"definitions": {}, "axes": "authors", "zero_loss": 1.0}
+    (results / "landscape.json").write_text(json.dumps(content | record))
+    return workdir
+
+
+def write_row(workdir: Path, scores: dict[int, dict[str, Any]], score_names: list[str]) -> Path:
+    cells = []
+    for count, values in scores.items():
+        write_landscape(workdir / f"cells/I{count}", bowl if count > 5 else wells, num_branches=count)
+        cells.append({"num_branches": count, "workdir": f"cells/I{count}", "scores": values, "solutions": []})
+    (workdir / "results").mkdir()
+    record = {"title": "Row", "paper_item": "Figure 1", "cells": cells, "score_names": score_names, "definitions": {}}
+    (workdir / "results" / "row.json").write_text(json.dumps(record))
+    return workdir
+
+
+def write_regimes(workdir: Path, rng: np.random.Generator, counts: tuple[int, ...] = (10, 30, 1000)) -> Path:
+    cells = [
+        {
+            "init": init,
+            "lr_scaling": scaling,
+            "reduce": reduction,
+            "num_branches": count,
+            "repeat": repeat,
+            "scores": {f"envelope_max{unit}": float(rng.lognormal()) for unit in ("", "_per_zero_loss", "_per_range")},
+            "losses": [0.0, 0.0, 0.0],
+            "statuses": ["converged", "converged", "max_steps" if count == 1000 else "converged"],
+        }
+        for init in ("torch", "normal")
+        for reduction in ("mean", "sum")
+        for scaling in ("constant", "by_I")
+        for count in counts
+        for repeat in range(3)
+    ]
+    (workdir / "results").mkdir(parents=True)
+    record = {"title": "Regimes", "cells": cells, "score": "envelope_max", "definitions": {}}
+    (workdir / "results" / "regimes.json").write_text(json.dumps(record))
+    return workdir
+
+
+def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
+    """A work folder that holds a record of the given name."""
+    scores = {1: {"envelope_max": 2.0}, 10: {"envelope_max": 0.5}}
+    return {
+        "landscape.json": lambda: write_landscape(workdir),
+        "row.json": lambda: write_row(workdir, scores, ["envelope_max"]),
+        "regimes.json": lambda: write_regimes(workdir, rng),
+    }[name]()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Keeps the figures instead of writing them, by their stem."""
+    kept: dict[str, Figure] = {}
+
+    def keep(figure: Figure, workdir: Path, stem: str) -> list[Path]:
+        kept[stem] = figure
+        figure.canvas.draw()
+        return []
+
+    monkeypatch.setattr(figures, "_save", keep)
+    return kept
+
+
+def texts(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.texts)
+
+
+# Every entry of the table ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(figures.FIGURES))
+def test_every_entry_draws_png_and_pdf_the_same_each_time(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    workdir = sample(name, tmp_path / "run", rng)
+    assert figures.FIGURES.describe(name)
+    paths = figures.FIGURES[name](workdir)
+    first = {path: path.read_bytes() for path in paths}
+    assert {path: path.read_bytes() for path in figures.draw(str(workdir))} == first
+    assert {path.parent for path in paths} == {workdir / "figures"}
+    assert sorted(p.suffix for p in paths) == [".pdf"] * (len(paths) // 2) + [".png"] * (len(paths) // 2)
+    for path in paths:
+        assert path.read_bytes().startswith(b"%PDF" if path.suffix == ".pdf" else b"\x89PNG")
+        if path.suffix == ".png":
+            assert np.ptp(imread(path)[..., :3]) > 0.5  # not blank
+
+
+def test_the_table_is_read_only_and_open_to_extension(tmp_path: Path) -> None:
+    assert isinstance(figures.FIGURES, Table)
+    with pytest.raises(TypeError):
+        figures.FIGURES["mine.json"] = figures.row  # type: ignore[index]
+    with pytest.raises(UnknownNameError, match=r"landscape\.json"):
+        figures.FIGURES["landscap.json"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.json").write_text("{}")
+    mine = figures.FIGURES.extended({"mine.json": lambda workdir: [Path(workdir) / "seen"]})
+    assert figures.draw(tmp_path, mine) == [tmp_path / "seen"]
+
+
+def test_the_style_stays_inside(tmp_path: Path) -> None:
+    with matplotlib.rc_context({"font.size": 31, "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        loud = imread(figures.draw(write_landscape(tmp_path / "a"))[0])
+        assert dict(matplotlib.rcParams) == before
+    assert np.array_equal(loud, imread(figures.draw(write_landscape(tmp_path / "b"))[0]))
+
+
+# One landscape --------------------------------------------------------------------------------------------------------
+
+
+def test_the_map_marks_the_solutions_and_the_edges_show_the_losses(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    figures.landscape(write_landscape(tmp_path / "run"))
+    _, flat, edges = drawn["landscape"].axes[:3]
+    assert {note.get_text(): note.xy for note in flat.texts} == {str(k): p for k, p in enumerate(INSIDE)}
+    stored = np.load(tmp_path / "run/results/landscape.npz")
+    lines = {line.get_label(): line for line in edges.lines if not line.get_label().startswith("_")}
+    assert list(lines) == ["0–1", "1–2", "2–0"]
+    for line, losses in zip(lines.values(), stored["edge_loss"], strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), losses)
+    assert flat.get_aspect() == 1.0
+    words = texts(drawn["landscape"])
+    assert r"A title for \$5" in words
+    assert "$I$ = 50,000" in words
+    assert "largest envelope distance 0.432 in loss" in words
+    assert "largest barrier undefined" in words
+    assert "converged after 1,200 steps" in words
+
+
+def test_solutions_outside_the_window_widen_the_map(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    figures.landscape(write_landscape(tmp_path / "run", anchors=OUTSIDE))
+    flat = drawn["landscape"].axes[1]
+    (left, right), (low, high) = flat.get_xlim(), flat.get_ylim()
+    assert all(left < x < right and low < y < high for x, y in OUTSIDE)
+    assert "solutions 1 at (\N{MINUS SIGN}0.94, 0.47), 2 at" in texts(drawn["landscape"])
+    assert "solutions 0" not in texts(drawn["landscape"])
+
+
+def test_far_solutions_do_not_shrink_the_window_to_a_dot(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    figures.landscape(write_landscape(tmp_path / "run", anchors=((0.0, 0.0), (500.0, 0.1), (0.0, 0.3))))
+    left, right = drawn["landscape"].axes[1].get_xlim()
+    assert right - left < 4 * 1.2
+    assert "1 at (500, 0.1)" in texts(drawn["landscape"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_non_finite_points_are_seen_and_counted(seed: int, tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice([0.0, np.nan, np.inf, -np.inf], size=(13, 17), p=[0.7, 0.1, 0.1, 0.1])
+
+    def spoil(arrays: dict[str, np.ndarray]) -> None:
+        arrays["loss"] = arrays["loss"] + kinds
+        arrays["edge_loss"][1, 3:6] = np.nan
+
+    figures.landscape(write_landscape(tmp_path / "run", change=spoil))
+    solid, flat, edges = drawn["landscape"].axes[:3]
+    nan, infinite = int(np.isnan(kinds).sum()), int(np.isinf(kinds).sum())
+    assert f"{nan} NaN and {infinite} infinite of 221" in texts(drawn["landscape"])
+    assert "not finite: 3 NaN of 33" in texts(drawn["landscape"])
+    (hatched,) = [c for c in flat.collections if c.get_hatch()]
+    boxes = [(path.vertices.min(axis=0), path.vertices.max(axis=0)) for path in hatched.get_paths()]
+    for i, y in enumerate(np.linspace(-0.6, 0.6, 13)):
+        for j, x in enumerate(np.linspace(-0.6, 0.6, 17)):
+            point = np.asarray([x, y]) * 0.99  # off the window's border
+            covered = sum(bool((low < point).all() and (point < high).all()) for low, high in boxes)
+            assert covered == (not np.isfinite(kinds[i, j]))
+    assert any(c.get_facecolor().shape[0] and to_hex(c.get_facecolor()[0]) == "#999999" for c in solid.collections)
+    crosses = [line.get_xdata() for line in edges.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    np.testing.assert_allclose(np.concatenate(crosses), [0.3, 0.4, 0.5])
+
+
+def test_hatched_cells_reach_the_page(tmp_path: Path) -> None:
+    def spoil(arrays: dict[str, np.ndarray]) -> None:
+        arrays["loss"][2:6, 3:8] = np.nan
+
+    grey = np.round(0.82 * 255) / 255
+
+    def count(path: Path) -> int:
+        return int((np.abs(imread(path)[..., :3] - grey).max(axis=-1) < 1e-3).sum())
+
+    whole = count(figures.draw(write_landscape(tmp_path / "whole"))[0])
+    assert count(figures.draw(write_landscape(tmp_path / "holes", change=spoil))[0]) > whole + 2000
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_surface_without_any_finite_loss_is_still_drawn(
+    value: float, tmp_path: Path, drawn: dict[str, Figure]
+) -> None:
+    def spoil(arrays: dict[str, np.ndarray]) -> None:
+        arrays["loss"][:] = value
+        arrays["edge_loss"][:] = value
+
+    figures.landscape(write_landscape(tmp_path / "run", change=spoil))
+    assert f"221 {'NaN' if np.isnan(value) else 'infinite'} of 221" in texts(drawn["landscape"])
+    assert not drawn["landscape"].axes[1].child_axes  # no colour bar with invented numbers
+
+
+@pytest.mark.parametrize(("surface", "axes"), [(bowl, "authors"), (steep, "orthonormal"), (plateau, "another")])
+def test_other_surfaces_and_axes(surface: Any, axes: str, tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    figures.landscape(write_landscape(tmp_path / "run", surface, axes=axes))
+    label = drawn["landscape"].axes[1].get_xlabel()
+    assert {"authors": r"\|w_2\|", "orthonormal": "parameter distance", "another": "first axis"}[axes] in label
+    assert ("quantiles" in texts(drawn["landscape"])) == (surface is steep)
+
+
+def test_a_lone_spike_neither_hides_the_surface_nor_goes_unsaid(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    def spoil(arrays: dict[str, np.ndarray]) -> None:
+        arrays["loss"][0, 0] = 1e9
+
+    figures.landscape(write_landscape(tmp_path / "run", bowl, change=spoil))
+    assert drawn["landscape"].axes[0].get_zlim()[1] < 2
+    assert "the largest loss is $10^{9}$" in texts(drawn["landscape"])
+
+
+@pytest.mark.parametrize(("ny", "nx"), [(5, 7), (40, 230)])
+def test_the_3d_surface_stands_at_the_recorded_losses(ny: int, nx: int, rng: np.random.Generator) -> None:
+    xs, ys, loss = np.sort(rng.random(nx)), np.sort(rng.random(ny)), rng.random((ny, nx))
+    loss[2, 3] = np.nan
+    surface = figures._Surface(xs, ys, loss, np.zeros((3, 2)), np.zeros(1), np.zeros((3, 1)))
+    quads = figures._quads(surface, 0.9)
+    heights = {(x, y): min(z, 0.9) for z, (y, x) in zip(loss.ravel(), ((y, x) for y in ys for x in xs), strict=True)}
+    assert all(heights[x, y] == z for x, y, z in quads.reshape(-1, 3).tolist())
+    assert len(quads) == (ny - 1) * (nx - 1) - 4 if nx < 100 else len(quads) <= (ny - 1) * 100
+    assert (quads[..., 0].min(), quads[..., 0].max()) == (xs[0], xs[-1])
+    assert (quads[..., 1].min(), quads[..., 1].max()) == (ys[0], ys[-1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("power", [0.1, 1.0, 30.0])
+def test_levels_cover_every_finite_loss(seed: int, power: float) -> None:
+    rng = np.random.default_rng(seed)
+    loss = rng.normal() + np.exp(power * rng.normal(size=(9, 8)))
+    loss[rng.random(loss.shape) < 0.2] = np.nan
+    scale = figures._scale(loss)
+    finite = loss[np.isfinite(loss)]
+    assert np.all(np.diff(scale.levels) > 0)
+    assert scale.levels[0] <= finite.min()
+    assert finite.max() <= scale.levels[-1]
+    bands = np.histogram(finite, scale.levels)[0]
+    assert bands.max() < 0.8 * finite.size  # no single band swallows the surface
+    colours = np.asarray(scale.norm(np.sort(finite)))
+    assert np.all(np.diff(colours) >= 0)
+    assert colours.min() >= 0
+    assert colours.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1.0, "1"),
+        (0.1 + 0.2, "0.3"),
+        (-0.5, "\N{MINUS SIGN}0.5"),
+        (1234.0, "1,230"),
+        (0.00123, "0.00123"),
+        (0.0009999, "0.001"),
+        (2.7e-5, r"$2.7\times10^{-5}$"),
+        (1e9, "$10^{9}$"),
+        (-1e9, "$-10^{9}$"),
+        (99_999.0, "$10^{5}$"),
+        (3e20, r"$3\times10^{20}$"),
+        (np.nan, "nan"),
+    ],
+)
+def test_numbers_for_labels(value: float, text: str) -> None:
+    assert figures._number(value) == text
+
+
+# A row ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_stands_in_the_order_of_branches_with_the_papers_subcaptions(
+    tmp_path: Path, drawn: dict[str, Figure]
+) -> None:
+    scores = {1000: {"envelope_max": 0.1}, 3: {"envelope_max": None}, 30: {"envelope_max": 0.7}}
+    figures.row(write_row(tmp_path / "run", scores, ["envelope_max"]))
+    words = texts(drawn["row"])
+    places = [words.index(part) for part in ("(a) $I$ = 3.", "(b) $I$ = 30.", "(c) $I$ = 1,000.")]
+    assert places == sorted(places)
+    assert sum(axes.name == "3d" for axes in drawn["row"].axes) == 3
+    assert "own scale" in words
+    assert "distance undefined in loss" in words
+    assert "distance 0.7 in loss" in words
+
+
+def test_the_scores_chart_shows_the_recorded_numbers(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    scores = {
+        1: {"envelope_max": 2.0, "envelope_mean": 0.5, "midpoint_violation_rate": 0.3, "mine": 1.0, "status": "ok"},
+        3: {"envelope_max": 1.0, "envelope_mean": None, "midpoint_violation_rate": 0.1, "mine": 4.0, "status": "ok"},
+        100: {"envelope_max": 0.01, "envelope_mean": 0.1, "midpoint_violation_rate": 0.0, "mine": -2.0, "status": "ok"},
+    }
+    names = ["envelope_max", "envelope_mean", "midpoint_violation_rate", "mine", "status", "not there"]
+    figures.row(write_row(tmp_path / "run", scores, names))
+    figure = drawn["scores"]
+    by_title = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert list(by_title) == ["Distance to the lower convex envelope", "Midpoint-convexity violations", "mine"]
+    envelope, violations, mine = by_title.values()
+    lines = {line.get_label(): line for line in envelope.lines}
+    np.testing.assert_array_equal(lines["largest"].get_xdata(), [1, 3, 100])
+    np.testing.assert_array_equal(lines["largest"].get_ydata(), [2.0, 1.0, 0.01])
+    np.testing.assert_array_equal(lines["mean"].get_ydata(), [0.5, np.nan, 0.1])
+    crosses = [x for line in envelope.lines if line.get_marker() == "x" for x in line.get_xdata()]
+    assert crosses == [3.0]
+    assert "Crosses" in texts(figure)
+    scales = [(axes.get_xscale(), axes.get_yscale()) for axes in (envelope, violations, mine)]
+    assert scales == [("log", "log"), ("log", "symlog"), ("log", "symlog")]
+    for axes, values in ((envelope, [0.01, 2.0]), (violations, [0.0, 0.3]), (mine, [-2.0, 4.0])):
+        assert axes.get_ylim()[0] < min(values)
+        assert axes.get_ylim()[1] > max(values)
+    assert [label.get_text() for label in mine.get_xticklabels()] == ["1", "3", "100"]
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0, 0.0], [None, None], [1e-14, 3.0], [-1.0, -2.0], [5.0, 5.0], [0.8, 0.9], [0, 1]]
+)
+def test_odd_scores_are_drawn(values: list[float | None], tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    scores = {i + 1: {"envelope_max": value} for i, value in enumerate(values)}
+    figures.row(write_row(tmp_path / "run", scores, ["envelope_max"]))
+    (axes,) = drawn["scores"].axes
+    low, high = axes.get_ylim()
+    assert all(low < value < high for value in values if value is not None)
+    ticks = sum(low <= tick <= high for tick in axes.get_yticks())
+    assert ticks >= (2 if any(values) else 1)
+    assert ticks <= 9
+
+
+# Regimes --------------------------------------------------------------------------------------------------------------
+
+
+def test_regimes_show_median_and_range_over_the_repeats(
+    tmp_path: Path, drawn: dict[str, Figure], rng: np.random.Generator
+) -> None:
+    workdir = write_regimes(tmp_path / "run", rng)
+    cells = json.loads((workdir / "results/regimes.json").read_text())["cells"]
+    figures.regimes(workdir)
+    assert len(drawn["regimes"].axes) == 4
+    assert len(drawn["regimes_normalised"].axes) == 8
+    for axes in drawn["regimes"].axes:
+        _, init, reduction, *_ = axes.get_title(loc="left").replace(",", "").split()
+        curves = [line.get_ydata() for line in axes.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None"]
+        for curve, band, scaling in zip(curves, axes.collections, ("constant", "by_I"), strict=True):
+            repeats = np.asarray(
+                [
+                    [
+                        c["scores"]["envelope_max"]
+                        for c in cells
+                        if (c["init"], c["reduce"], c["lr_scaling"], c["num_branches"]) == (init, reduction, scaling, I)
+                    ]
+                    for I in (10, 30, 1000)  # noqa: E741
+                ]
+            )
+            np.testing.assert_allclose(curve, np.sort(repeats, axis=1)[:, 1])
+            heights = band.get_paths()[0].vertices[:, 1]
+            np.testing.assert_allclose([heights.min(), heights.max()], [repeats.min(), repeats.max()])
+        fills = {line.get_xdata()[0]: line.get_markerfacecolor() for line in axes.lines if len(line.get_xdata()) == 1}
+        assert fills[1000] == "white"
+        assert fills[10] != "white"
+    assert "48 max_steps" not in texts(drawn["regimes"])
+    assert "192 converged, 24 max_steps" in texts(drawn["regimes"])
+    assert len({axes.get_ylim() for axes in drawn["regimes"].axes}) == 1
+
+
+def test_undefined_and_zero_regimes(tmp_path: Path, drawn: dict[str, Figure], rng: np.random.Generator) -> None:
+    workdir = write_regimes(tmp_path / "run", rng, counts=(10,))
+    path = workdir / "results/regimes.json"
+    record = json.loads(path.read_text())
+    record["cells"][0]["scores"]["envelope_max"] = None
+    record["cells"][-1]["scores"]["envelope_max"] = 0.0
+    path.write_text(json.dumps(record))
+    figures.regimes(workdir)
+    crosses = [
+        x for axes in drawn["regimes"].axes for line in axes.lines if line.get_marker() == "x" for x in line.get_xdata()
+    ]
+    assert crosses == [10.0]
+    assert "Crosses" in texts(drawn["regimes"])
+    assert "Crosses" not in texts(drawn["regimes_normalised"])
+    assert "Axes that show 0" in texts(drawn["regimes"])
+    assert "Axes that show 0" not in texts(drawn["regimes_normalised"])
+    assert {axes.get_yscale() for axes in drawn["regimes"].axes} == {"symlog"}
+    assert {axes.get_yscale() for axes in drawn["regimes_normalised"].axes} == {"log"}
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_records_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw") as caught:
+        figures.draw(tmp_path)
+    assert all(name in str(caught.value) for name in (*figures.FIGURES, str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", sorted(figures.FIGURES))
+def test_bad_records_are_named(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    workdir = sample(name, tmp_path / "run", rng)
+    path = workdir / "results" / name
+    content = json.loads(path.read_text())
+    for broken, match in (("{", "is not JSON"), ("[]", "lacks"), ("null", "lacks")):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=match):
+            figures.draw(workdir)
+    del content["title"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{name} lacks title"):
+        figures.draw(workdir)
+    path.unlink()
+    with pytest.raises(ValueError, match=name):
+        figures.FIGURES[name](workdir)
+
+
+@pytest.mark.parametrize("name", ["row.json", "regimes.json"])
+def test_bad_cells_are_named(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    workdir = sample(name, tmp_path / "run", rng)
+    path = workdir / "results" / name
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"cells": []}))
+    with pytest.raises(ValueError, match="no cells"):
+        figures.draw(workdir)
+    del content["cells"][1]["scores"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="cell 1 lacks scores"):
+        figures.draw(workdir)
+
+
+def test_a_row_refuses_a_missing_surface_and_scores_that_are_no_numbers(tmp_path: Path) -> None:
+    workdir = write_row(tmp_path / "a", {1: {"envelope_max": 1.0}, 5: {"envelope_max": 1.0}}, ["envelope_max"])
+    (workdir / "cells/I5/results/landscape.npz").unlink()
+    with pytest.raises(ValueError, match=r"I5.*landscape\.npz"):
+        figures.row(workdir)
+    with pytest.raises(ValueError, match="no numeric score"):
+        figures.row(write_row(tmp_path / "b", {1: {"status": "ok"}}, ["status"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda arrays: arrays.pop("edge_loss"), "lacks edge_loss"),
+        (lambda arrays: arrays.update(loss=arrays["loss"].T), r"loss has shape \(17, 13\); expected \(13, 17\)"),
+        (lambda arrays: arrays.update(anchors=arrays["anchors"][:2]), r"anchors has shape \(2, 2\)"),
+        (lambda arrays: arrays.update(anchors=arrays["anchors"] * np.nan), "anchors must be finite"),
+        (lambda arrays: arrays.update(xs=arrays["xs"][::-1]), "xs must be at least two increasing"),
+        (lambda arrays: arrays.update(ys=arrays["ys"] * np.nan), "ys must be at least two increasing"),
+    ],
+)
+def test_bad_arrays_are_named(change: Callable[[dict[str, np.ndarray]], None], match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        figures.landscape(write_landscape(tmp_path / "run", change=change))
+
+
+# The script, and what drawing loads -----------------------------------------------------------------------------------
+
+
+def test_the_script_draws_each_folder_and_reports_those_it_cannot(tmp_path: Path) -> None:
+    good, bad = write_landscape(tmp_path / "good"), tmp_path / "bad"
+    done = subprocess.run(
+        [sys.executable, "scripts/plot.py", str(bad), str(good)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout.split() == [str(good / "figures/landscape.png"), str(good / "figures/landscape.pdf")]
+    assert "nothing to draw" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_drawing_loads_neither_jax_nor_pyplot(tmp_path: Path) -> None:
+    workdir = write_landscape(tmp_path / "run")
+    # The package's own front door may load jax; a bare stand-in for it shows what this module loads.
+    program = f"""
+import sys, types
+package = types.ModuleType("dualgap_jax")
+package.__path__ = [{str(ROOT / "dualgap_jax")!r}]
+sys.modules["dualgap_jax"] = package
+from dualgap_jax import figures
+print("matplotlib" in sys.modules)
+figures.draw({str(workdir)!r})
+print([name for name in ("jax", "matplotlib.pyplot", "scipy", "tensorflow") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["False", "[]"]

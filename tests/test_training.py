@@ -1,0 +1,948 @@
+"""The SGD loop against steps written out in NumPy, the authors' schedule, exact resume, and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from dualgap_jax import training
+from dualgap_jax.branches import conv, mlp
+from dualgap_jax.checkpoints import Checkpointer, CheckpointMismatchError
+from dualgap_jax.config import Component, ConfigError
+from dualgap_jax.data import Dataset
+from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
+from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.records import Metrics, read_metrics
+from dualgap_jax.registry import UnknownNameError
+from dualgap_jax.training import BatchOrder, Carry, Solution, TrainingSpec, evaluate, optimizer, solution_key, train
+from dualgap_jax.types import Branch
+
+CONSTANT = Component("constant", {})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that several tests share are compiled once: compiling takes most of the time here."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+def labelled(
+    rng: np.random.Generator, n: int = 24, d: int = 5, task: str = "binary", dtype: Any = np.float64
+) -> Dataset:
+    """Random features, labels of a random linear rule (classes: three)."""
+    x = rng.normal(size=(n, d)).astype(dtype)
+    scores = x @ rng.normal(size=(d, 3))
+    y, outputs = {
+        "binary": (np.where(scores[:, 0] > 0, 1.0, -1.0).astype(np.float32), 1),
+        "multiclass": (scores.argmax(1).astype(np.int32), 3),
+        "regression": (scores[:, 0].astype(np.float32), 1),
+    }[task]
+    zero, one = np.zeros(d, np.float32), np.ones(d, np.float32)
+    return Dataset("drawn", x, y, zero, one, outputs, task, {})
+
+
+def images(rng: np.random.Generator, n: int = 20) -> Dataset:
+    """uint8 images `[n, 4, 4, 1]` in three classes, with a mean and a deviation for each pixel."""
+    x = rng.integers(0, 256, (n, 4, 4, 1), dtype=np.uint8)
+    mean, std = rng.uniform(100, 150, (4, 4, 1)), rng.uniform(50, 90, (4, 4, 1))
+    y = rng.integers(0, 3, n).astype(np.int32)
+    return Dataset("images", x, y, mean.astype(np.float32), std.astype(np.float32), 3, "multiclass", {})
+
+
+def same_bits(a: Any, b: Any) -> None:
+    """Trees equal in structure, dtype and every bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert x.tobytes() == y.tobytes()
+
+
+def close(a: Any, b: Any, rtol: float = 1e-11) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=rtol, atol=rtol), a, b)
+
+
+def same_solutions(got: list[Solution], expected: list[Solution]) -> None:
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        same_bits((a.params, a.state), (b.params, b.state))
+        assert (a.steps, a.status) == (b.steps, b.status)
+        assert a.batch_loss == b.batch_loss or (math.isnan(a.batch_loss) and math.isnan(b.batch_loss))
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The metrics, less the one number that is a clock's; in the order of steps and solutions."""
+    kept = [{k: v for k, v in row.items() if k != "steps_per_second"} for row in read_metrics(path)]
+    return sorted(kept, key=lambda row: (row["step"], row["solution"]))
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+def to_numpy(params: Any) -> list[np.ndarray]:
+    """W [I, h, d], b [I, h], V [I, h], c [I] of a one-hidden-layer mlp with one output, as float64 copies."""
+    first, second = params
+    return [
+        np.array(first["kernel"], np.float64),
+        np.array(first["bias"], np.float64),
+        np.array(second["kernel"], np.float64)[:, 0],
+        np.array(second["bias"], np.float64)[:, 0],
+    ]
+
+
+def hinge_gradient(
+    w: list[np.ndarray], x: np.ndarray, y: np.ndarray, scale: float, tau: float = 1.0
+) -> tuple[float, list[np.ndarray]]:
+    """Mean tau-hinge of `scale * sum_i (V_i relu(W_i x + b_i) + c_i)` and its gradient, written out."""
+    kernel, bias, head, shift = w
+    y = y.astype(np.float64)
+    a = np.einsum("ihd,nd->inh", kernel, x) + bias[:, None]
+    f = scale * (np.einsum("ih,inh->n", head, np.maximum(a, 0)) + shift.sum())
+    loss = np.maximum(0, 1 - y * f / tau)
+    df = np.where(loss > 0, -y / tau, 0.0) * scale / len(y)
+    da = df[None, :, None] * head[:, None, :] * (a > 0)
+    gradient = [
+        np.einsum("inh,nd->ihd", da, x),
+        da.sum(1),
+        np.einsum("n,inh->ih", df, np.maximum(a, 0)),
+        np.full(len(shift), df.sum()),
+    ]
+    return float(loss.mean()), gradient
+
+
+class NumpySgd:
+    """Weight decay, then heavy-ball or Nesterov momentum, then `w - rate * update`."""
+
+    def __init__(self, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> None:
+        self.momentum, self.nesterov, self.decay = momentum, nesterov, weight_decay
+        self.velocity: list[np.ndarray] | None = None
+
+    def __call__(self, w: list[np.ndarray], g: list[np.ndarray], rate: float) -> list[np.ndarray]:
+        g = [gi + self.decay * wi for gi, wi in zip(g, w, strict=True)]
+        if self.momentum:
+            before = self.velocity or [np.zeros_like(gi) for gi in g]
+            self.velocity = [gi + self.momentum * v for gi, v in zip(g, before, strict=True)]
+            pushed = [gi + self.momentum * v for gi, v in zip(g, self.velocity, strict=True)]
+            g = pushed if self.nesterov else self.velocity
+        return [wi - rate * gi for wi, gi in zip(w, g, strict=True)]
+
+
+class OptaxSgd:
+    """The same with an optax chain called directly."""
+
+    def __init__(self, *parts: optax.GradientTransformation) -> None:
+        self.chain, self.state = optax.chain(*parts), None
+
+    def __call__(self, w: list[np.ndarray], g: list[np.ndarray], rate: float) -> list[np.ndarray]:
+        w, g = [jnp.asarray(a) for a in w], [jnp.asarray(a) for a in g]
+        updates, self.state = self.chain.update(g, self.chain.init(w) if self.state is None else self.state, w)
+        return [np.asarray(wi) - rate * np.asarray(u) for wi, u in zip(w, updates, strict=True)]
+
+
+STEPS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    "plain": ({}, NumpySgd),
+    "momentum": ({"momentum": 0.9}, lambda: NumpySgd(0.9)),
+    "nesterov": ({"momentum": 0.8, "nesterov": True}, lambda: NumpySgd(0.8, True)),
+    "decay": ({"weight_decay": 0.3}, lambda: NumpySgd(weight_decay=0.3)),
+    "all": ({"momentum": 0.7, "weight_decay": 0.2}, lambda: NumpySgd(0.7, False, 0.2)),
+    "clip": ({"chain": ("clip_by_global_norm(0.05)",)}, lambda: OptaxSgd(optax.clip_by_global_norm(0.05))),
+    "adam": ({"chain": ("scale_by_adam(b1=0.8)",)}, lambda: OptaxSgd(optax.scale_by_adam(b1=0.8))),
+    "bare name": ({"chain": ("scale_by_adam",)}, lambda: OptaxSgd(optax.scale_by_adam())),
+    "two": (
+        {"chain": ("clip_by_global_norm(0.05)", "scale_by_adam()"), "weight_decay": 0.1, "momentum": 0.5},
+        lambda: OptaxSgd(
+            optax.add_decayed_weights(0.1), optax.clip_by_global_norm(0.05), optax.scale_by_adam(), optax.trace(0.5)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.usefixtures("x64")
+def test_steps_are_those_written_out_in_numpy(case: str, rng: np.random.Generator) -> None:
+    settings, oracle = STEPS[case]
+    data = labelled(rng)
+    net = multi_branch(mlp((4,), 1), 3)
+    transformation = optimizer(TrainingSpec(**settings))
+    params, state = net.init(jax.random.key(int(rng.integers(1000))), jnp.asarray(data.x[:1]))
+    carry = Carry(params, state, transformation.init(params))
+    w, update = to_numpy(params), oracle()
+    for rate in (0.5, 0.5, 0.2, 0.7):
+        picked = rng.choice(len(data.y), 10, replace=False)
+        x, y = data.x[picked], data.y[picked]
+        carry, value = training.step(
+            net,
+            binary_hinge(),
+            transformation,
+            carry,
+            jnp.asarray(x),
+            jnp.asarray(y),
+            jnp.asarray(rate),
+            jax.random.key(0),
+        )
+        loss, gradient = hinge_gradient(w, x, y, 1 / 3)
+        assert float(value) == pytest.approx(loss, rel=1e-12)
+        assert max(np.abs(g).max() for g in gradient) > 1e-3
+        w = update(w, gradient, rate)
+        close(to_numpy(carry.params), w, 1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [0, 7])
+@pytest.mark.usefixtures("x64")
+def test_a_whole_run_is_the_numpy_loop_over_its_batches(batch_size: int, rng: np.random.Generator) -> None:
+    data = labelled(rng)
+    net = multi_branch(mlp((4,), 1), 2)
+    spec = TrainingSpec(batch_size, max_steps=11, learning_rate=0.3, momentum=0.6, schedule=CONSTANT, check_every=4)
+    got = train(net, binary_hinge(), data, spec, seed=5, num_solutions=2)
+    begun = train(net, binary_hinge(), data, dataclasses.replace(spec, max_steps=0), seed=5, num_solutions=2)
+    for k in range(2):
+        w, update, losses = to_numpy(begun[k].params), NumpySgd(0.6), []
+        order = BatchOrder(jax.random.split(solution_key(5, k), 3)[1], 24, 7)
+        for t in range(11):
+            picked = order.indices(t, 1)[0] if batch_size else np.arange(24)
+            loss, gradient = hinge_gradient(w, data.x[picked], data.y[picked], 0.5)
+            losses.append(loss)
+            w = update(w, gradient, 0.3)
+        close(to_numpy(got[k].params), w, 1e-11)
+        assert got[k].batch_loss == pytest.approx(np.mean(losses[8:]), rel=1e-11)
+        assert (got[k].steps, got[k].status) == (11, "max_steps")
+
+
+@pytest.mark.parametrize("num_branches", [1, 4, 9])
+def test_learning_rate_scalings(num_branches: int) -> None:
+    rates = [
+        training.scaled_learning_rate(TrainingSpec(learning_rate=0.3, lr_scaling=scaling), num_branches)
+        for scaling in ("branches", "none", "inverse_branches")
+    ]
+    assert rates == pytest.approx([0.3 * num_branches, 0.3, 0.3 / num_branches])
+
+
+@pytest.mark.usefixtures("x64")
+def test_mean_field_scaling_moves_each_branch_as_if_it_carried_no_factor(rng: np.random.Generator) -> None:
+    # With the mean f over branches and the rate eta I, branch i moves by -eta E[l'(f) grad f_i(w_i)]: the pull of the
+    # plain sum's gradient with the slope of the loss taken at the mean.
+    data, eta, count = labelled(rng), 0.3, 5
+    x, y = jnp.asarray(data.x), jnp.asarray(data.y)
+    mean, total = (multi_branch(mlp((4,), 1), count, reduce=r) for r in ("mean", "sum"))
+    params, _ = mean.init(jax.random.key(3), x[:1])
+    transformation = optimizer(TrainingSpec())
+    carry = Carry(params, (), transformation.init(params))
+    rate = training.scaled_learning_rate(TrainingSpec(learning_rate=eta, lr_scaling="branches"), count)
+    args = (carry, x, y, jnp.asarray(rate), jax.random.key(0))
+    moved, _ = training.step(mean, binary_hinge(), transformation, *args)
+    f, _ = mean.apply(params, (), x)
+    y64 = data.y.astype(np.float64)
+    slope = np.where(y64 * np.asarray(f[:, 0]) < 1, -y64, 0.0) / len(y64)
+    _, pull = jax.vjp(lambda p: total.apply(p, (), x)[0], params)
+    (gradient,) = pull(jnp.asarray(slope)[:, None])
+    close(moved.params, jax.tree.map(lambda w, g: w - eta * g, params, gradient), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_mean_field_branches_that_start_equal_follow_the_single_branch(rng: np.random.Generator) -> None:
+    data, single, count = labelled(rng), multi_branch(mlp((4,), 1), 1), 6
+    many = multi_branch(mlp((4,), 1), count)
+
+    def copies(key: Any, x: Any, /) -> Any:
+        params, _ = single.init(key, x)
+        return jax.tree.map(lambda a: jnp.repeat(a, count, 0), params), ()
+
+    runs = []
+    for net, branches in ((single, 1), (many._replace(init=copies), count)):
+        spec = TrainingSpec(batch_size=8, max_steps=12, learning_rate=0.2, lr_scaling="branches", schedule=CONSTANT)
+        rate = training.scaled_learning_rate(spec, branches)
+        runs.append(train(net, binary_hinge(), data, spec, learning_rate=rate, num_solutions=1)[0])
+    close(jax.tree.map(lambda a: jnp.repeat(a, count, 0), runs[0].params), runs[1].params, 1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_mean_with_tau_and_the_sum_with_tau_times_branches_train_alike(rng: np.random.Generator) -> None:
+    data, count = labelled(rng), 4
+    spec = TrainingSpec(batch_size=8, max_steps=9, learning_rate=0.5, schedule=CONSTANT)
+    mean = train(multi_branch(mlp((4,), 1), count), binary_hinge(0.7), data, spec, num_solutions=1)
+    total = train(
+        multi_branch(mlp((4,), 1), count, reduce="sum"), binary_hinge(0.7 * count), data, spec, num_solutions=1
+    )
+    close(mean[0].params, total[0].params, 1e-11)
+    assert mean[0].batch_loss == pytest.approx(total[0].batch_loss)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def authors_schedule(
+    losses: np.ndarray, factor: float, min_delta: float, max_decays: int, patience: int
+) -> list[float]:
+    """The factors on the learning rate after each look, up to and including the look that stops the run (0 there)."""
+    factors, lowest, bad, rate, decays = [], math.inf, 0, 1.0, 0
+    for loss in losses:
+        if loss < lowest - min_delta:
+            lowest, bad = loss, 0
+        else:
+            bad += 1
+        if bad == patience:
+            if decays == max_decays:
+                return [*factors, 0.0]
+            decays, rate, bad = decays + 1, rate * factor, 0
+        factors.append(rate)
+    return factors
+
+
+@pytest.mark.parametrize("settings", [(0.1, 1e-5, 3, 1), (0.5, 1e-2, 3, 2), (0.1, 0.0, 0, 1), (0.3, 1e-3, 5, 3)])
+@pytest.mark.usefixtures("x64")
+def test_plateau_is_the_authors_schedule(settings: Any, rng: np.random.Generator) -> None:
+    factor, min_delta, max_decays, patience = settings
+    schedule = training.plateau(10, factor, min_delta, max_decays, patience)
+    update = jax.jit(schedule.update)
+    stopped = 0
+    for _ in range(12):
+        # Falls on average, with noise, and with repeats of the very same loss.
+        losses = np.round(np.cumsum(rng.normal(-0.02, 0.05, 30)) + rng.normal(0, 0.01, 30) + 3, 2)
+        expected = authors_schedule(losses, *settings)
+        state, got = schedule.init(), []
+        for loss in losses:
+            state = update(state, jnp.asarray(loss))
+            got.append(0.0 if schedule.stop(state) else float(schedule.rate(state, jnp.asarray(7))))
+            if got[-1] == 0:
+                break
+        assert got == pytest.approx(expected, rel=1e-12)
+        stopped += got[-1] == 0
+    assert stopped > 0
+
+
+def test_plateau_counts_a_loss_that_is_not_a_number_as_no_fall() -> None:
+    schedule = training.plateau(10)
+    state = schedule.update(schedule.init(), jnp.asarray(1.0))
+    state = schedule.update(state, jnp.asarray(jnp.nan))
+    assert (float(state.reference), int(state.decays)) == (1.0, 1)
+
+
+def test_a_run_on_a_plateau_decays_three_times_and_stops(tmp_path: Path, rng: np.random.Generator) -> None:
+    # No fall is large enough: the first look sets the reference, three decay, the fifth stops.
+    data = labelled(rng, dtype=np.float32)
+    schedule = Component("plateau", {"factor": 0.5, "min_delta": 100.0})
+    spec = TrainingSpec(8, max_steps=1000, learning_rate=0.4, schedule=schedule, check_every=3)
+    with Metrics(tmp_path / "m.jsonl") as metrics:
+        (got,) = train(multi_branch(mlp((4,), 1), 2), binary_hinge(), data, spec, num_solutions=1, metrics=metrics)
+    assert (got.steps, got.status) == (15, "plateau")
+    seen = rows(tmp_path / "m.jsonl")
+    assert [r["step"] for r in seen] == [3, 6, 9, 12, 15]
+    assert [r["learning_rate"] for r in seen] == pytest.approx([0.4, 0.4, 0.2, 0.1, 0.05])
+    assert [r["status"] for r in seen] == ["running"] * 4 + ["plateau"]
+
+
+@pytest.mark.parametrize(("final", "warmup", "steps"), [(0.0, 0, 20), (0.1, 5, 20), (1.0, 3, 10), (0.0, 4, 4)])
+def test_cosine_and_constant(final: float, warmup: int, steps: int) -> None:
+    schedule = training.cosine(steps, final, warmup)
+    for t in range(steps + 1):
+        if t < warmup:
+            expected = (t + 1) / warmup
+        else:
+            expected = final + (1 - final) * (1 + math.cos(math.pi * (t - warmup) / max(steps - warmup, 1))) / 2
+        assert float(schedule.rate((), jnp.asarray(t))) == pytest.approx(expected, abs=1e-6)
+        assert float(training.constant(steps).rate((), jnp.asarray(t))) == 1
+    for made in (schedule, training.constant(steps)):
+        assert made.update(made.init(), jnp.asarray(3.0)) == made.init()
+        assert not made.stop(made.init())
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_cosine_rate_is_that_of_the_step_not_of_the_segment(rng: np.random.Generator) -> None:
+    data = labelled(rng)
+    net = multi_branch(mlp((3,), 1), 2)
+    spec = TrainingSpec(0, max_steps=6, learning_rate=0.4, schedule=Component("cosine", {"warmup": 2}), check_every=4)
+    (got,) = train(net, binary_hinge(), data, spec, num_solutions=1)
+    w = to_numpy(train(net, binary_hinge(), data, dataclasses.replace(spec, max_steps=0, schedule=CONSTANT))[0].params)
+    for t in range(6):
+        rate = 0.4 * ((t + 1) / 2 if t < 2 else (1 + math.cos(math.pi * (t - 2) / 4)) / 2)
+        w = NumpySgd()(w, hinge_gradient(w, data.x, data.y, 0.5)[1], rate)
+    close(to_numpy(got.params), w, 1e-11)
+
+
+# --- the order of the data --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "batch"), [(20, 5), (23, 5), (7, 7), (9, 1), (10, 6)])
+def test_an_epoch_is_a_permutation_and_random_access_equals_sequential(
+    n: int, batch: int, rng: np.random.Generator
+) -> None:
+    key = jax.random.key(int(rng.integers(2**31)))
+    per_epoch = n // batch
+    steps = 3 * per_epoch + 1
+    whole = BatchOrder(key, n, batch).indices(0, steps)
+    assert whole.shape == (steps, batch)
+    for epoch in range(3):
+        seen = whole[epoch * per_epoch : (epoch + 1) * per_epoch].ravel()
+        assert len(set(seen.tolist())) == len(seen) == n - n % batch
+        assert set(seen.tolist()) <= set(range(n))
+    if batch > 1 or n > 1:
+        assert not np.array_equal(whole[:per_epoch], whole[per_epoch : 2 * per_epoch])
+    order = BatchOrder(key, n, batch)
+    for first in rng.permutation(steps):
+        np.testing.assert_array_equal(order.indices(int(first), 1)[0], whole[first])
+    np.testing.assert_array_equal(BatchOrder(key, n, batch).indices(per_epoch - 1, 2), whole[per_epoch - 1 :][:2])
+    assert not np.array_equal(BatchOrder(jax.random.key(2**31 + 1), n, batch).indices(0, steps), whole)
+
+
+def test_what_an_epoch_leaves_out_changes_from_epoch_to_epoch() -> None:
+    order = BatchOrder(jax.random.key(0), 7, 3)
+    left_out = {(set(range(7)) - set(order.indices(2 * e, 2).ravel().tolist())).pop() for e in range(20)}
+    assert len(left_out) > 3
+
+
+@pytest.mark.parametrize("batch", [0, -1, 11])
+def test_an_order_refuses_a_batch_that_does_not_fit(batch: int) -> None:
+    with pytest.raises(ConfigError, match=f"batch_size={batch} must lie between 1 and 10"):
+        BatchOrder(jax.random.key(0), 10, batch)
+
+
+# --- several solutions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+@pytest.mark.usefixtures("x64")
+def test_solutions_do_not_depend_on_the_group_or_on_their_number(task: str, rng: np.random.Generator) -> None:
+    data = labelled(rng, task=task)
+    loss = {"binary": logistic(), "multiclass": multi_margin(), "regression": squared()}[task]
+    net = multi_branch(mlp((4, 3), data.num_outputs), 3)
+    spec = TrainingSpec(8, max_steps=20, learning_rate=0.2, momentum=0.5, check_every=5)
+    together = train(net, loss, data, spec, seed=1, num_solutions=3, group_size=3)
+    for other in (
+        train(net, loss, data, spec, seed=1, num_solutions=3, group_size=1),
+        train(net, loss, data, spec, seed=1, num_solutions=2),
+    ):
+        for a, b in zip(together, other, strict=False):
+            close(a.params, b.params, 1e-11)
+            assert (a.steps, a.status) == (b.steps, b.status)
+    kernels = [np.asarray(s.params[0]["kernel"]) for s in together]
+    assert all(np.abs(kernels[i] - kernels[j]).max() > 0.01 for i, j in ((0, 1), (0, 2), (1, 2)))
+    again = train(net, loss, data, spec, seed=2, num_solutions=1)
+    assert np.abs(np.asarray(again[0].params[0]["kernel"]) - kernels[0]).max() > 0.01
+
+
+@pytest.mark.usefixtures("x64")
+def test_groups_of_two_leave_a_last_group_of_one(rng: np.random.Generator) -> None:
+    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
+    spec = TrainingSpec(8, max_steps=6, check_every=3)
+    got = train(net, binary_hinge(), data, spec, num_solutions=3, group_size=2)
+    expected = train(net, binary_hinge(), data, spec, num_solutions=3, group_size=3)
+    for a, b in zip(got, expected, strict=True):
+        close(a.params, b.params, 1e-12)
+
+
+def test_little_memory_means_one_solution_at_a_time(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    widths: list[int] = []
+    make = training.make_segment
+
+    def watched(*args: Any) -> Any:
+        segment = make(*args)
+
+        def wrapped(carry: Any, *rest: Any) -> Any:
+            widths.append(jax.tree.leaves(carry)[0].shape[0])
+            return segment(carry, *rest)
+
+        return wrapped
+
+    monkeypatch.setattr(training, "make_segment", watched)
+    spec = TrainingSpec(8, max_steps=4, check_every=2, schedule=CONSTANT)
+    one = 4 * 4 * 2 * (4 * 5 + 4 + 4 + 1)  # four copies of 29 float32 in each of two branches
+    for free, expected in ((6 * one - 2, [1] * 6), (6 * one + 2, [3] * 2)):
+        widths.clear()
+        monkeypatch.setattr(training, "memory_available", lambda free=free: free)
+        train(net, binary_hinge(), data, spec, num_solutions=3)
+        assert widths == expected
+    # Begun together, it goes on together, unless even one copy of all no longer fits.
+    monkeypatch.setattr(training, "memory_available", lambda: 6 * one + 2)
+    train(net, binary_hinge(), data, spec, num_solutions=3, checkpoints=tmp_path)
+    for free, expected in ((3 * one + 1, [3]), (3 * one, [1] * 3)):
+        widths.clear()
+        monkeypatch.setattr(training, "memory_available", lambda free=free: free)
+        spec = dataclasses.replace(spec, max_steps=spec.max_steps + 2)
+        train(net, binary_hinge(), data, spec, num_solutions=3, checkpoints=tmp_path)
+        assert widths == expected
+
+
+# --- how a run ends ---------------------------------------------------------------------------------------------------
+
+
+def test_converged_stops_below_the_tolerance(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = labelled(rng, dtype=np.float32)
+    schedule = Component("plateau", {"patience": 1000})
+    spec = TrainingSpec(0, max_steps=20_000, learning_rate=0.5, schedule=schedule, check_every=50, tolerance=1e-3)
+    net = multi_branch(mlp((16,), 1), 2)
+    with Metrics(tmp_path / "m.jsonl") as metrics:
+        got = train(net, binary_hinge(), data, spec, num_solutions=3, metrics=metrics)
+    assert [s.status for s in got] == ["converged"] * 3
+    seen = rows(tmp_path / "m.jsonl")
+    for k, s in enumerate(got):
+        own = [r for r in seen if r["solution"] == k]
+        assert own[-1] == {**own[-1], "step": s.steps, "loss": s.batch_loss, "status": "converged"}
+        assert [r["step"] for r in own] == list(range(50, s.steps + 1, 50))
+        assert all(r["loss"] >= 1e-3 and r["status"] == "running" for r in own[:-1])
+        assert own[-1]["loss"] < 1e-3
+
+
+def test_solutions_that_stop_at_different_steps_stop_as_alone(rng: np.random.Generator) -> None:
+    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((8,), 1), 2)
+    spec = TrainingSpec(6, max_steps=900, learning_rate=0.3, check_every=10, tolerance=0.02)
+    with jax.enable_x64(True):
+        data = data._replace(x=data.x.astype(np.float64))
+        together = train(net, binary_hinge(), data, spec, num_solutions=4)
+        alone = train(net, binary_hinge(), data, spec, num_solutions=4, group_size=1)
+    assert len({s.steps for s in together}) > 1
+    for a, b in zip(together, alone, strict=True):
+        assert (a.steps, a.status) == (b.steps, b.status)
+        close(a.params, b.params, 1e-9)
+
+
+def test_a_huge_learning_rate_is_named_diverged(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = labelled(rng, task="regression", dtype=np.float32)
+    spec = TrainingSpec(8, max_steps=200, learning_rate=1e8, check_every=10)
+    with Metrics(tmp_path / "m.jsonl") as metrics:
+        got = train(multi_branch(mlp((4,), 1), 2), squared(), data, spec, num_solutions=2, metrics=metrics)
+    assert [s.status for s in got] == ["diverged"] * 2
+    assert all(s.steps < 200 and not math.isfinite(s.batch_loss) for s in got)
+    assert rows(tmp_path / "m.jsonl")[-1]["status"] == "diverged"
+
+
+def test_one_that_diverges_leaves_the_others_alone(rng: np.random.Generator) -> None:
+    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    bad = solution_key(0, 1)
+
+    def init(key: Any, x: Any, /) -> Any:
+        params, state = net.init(key, x)
+        bits = jax.random.key_data(jax.random.split(bad, 3)[0])
+        is_bad = jnp.all(jax.random.key_data(key) == bits)
+        return jax.tree.map(lambda w: jnp.where(is_bad, jnp.nan, w), params), state
+
+    spec = TrainingSpec(8, max_steps=12, check_every=4, schedule=CONSTANT)
+    got = train(net._replace(init=init), binary_hinge(), data, spec, num_solutions=3)
+    assert [(s.status, s.steps) for s in got] == [("max_steps", 12), ("diverged", 4), ("max_steps", 12)]
+    expected = train(net, binary_hinge(), data, spec, num_solutions=3)
+    for k in (0, 2):
+        close(got[k].params, expected[k].params, 1e-5)
+
+
+def test_no_step_gives_the_initial_point(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    with Metrics(tmp_path / "m.jsonl") as metrics:
+        spec = TrainingSpec(8, max_steps=0)
+        got = train(net, binary_hinge(), data, spec, seed=4, num_solutions=2, metrics=metrics, checkpoints=tmp_path)
+    assert [(s.steps, s.status) for s in got] == [(0, "max_steps")] * 2
+    assert all(math.isnan(s.batch_loss) for s in got)
+    assert rows(tmp_path / "m.jsonl") == []
+    for k, s in enumerate(got):
+        key = jax.random.split(solution_key(4, k), 3)[0]
+        close(s.params, net.init(key, jnp.asarray(data.x[:1]))[0], 1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_full_batch_is_a_batch_of_all_examples(rng: np.random.Generator) -> None:
+    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
+    spec = TrainingSpec(0, max_steps=10, check_every=5)
+    full = train(net, logistic(), data, spec, num_solutions=2)
+    explicit = train(net, logistic(), data, dataclasses.replace(spec, batch_size=len(data.y)), num_solutions=2)
+    for a, b in zip(full, explicit, strict=True):
+        close(a.params, b.params, 1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_segments_do_not_change_the_run_and_the_last_may_be_short(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
+    spec = TrainingSpec(5, max_steps=17, momentum=0.5, schedule=CONSTANT, check_every=7)
+    with Metrics(tmp_path / "m.jsonl") as metrics:
+        (got,) = train(net, binary_hinge(), data, spec, num_solutions=1, metrics=metrics)
+    assert [r["step"] for r in rows(tmp_path / "m.jsonl")] == [7, 14, 17]
+    (whole,) = train(net, binary_hinge(), data, dataclasses.replace(spec, check_every=100), num_solutions=1)
+    assert (got.steps, whole.steps) == (17, 17)
+    close(got.params, whole.params, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_images_standardised_on_the_fly_equal_float_data(rng: np.random.Generator) -> None:
+    data = images(rng)
+    data = data._replace(mean=data.mean.astype(np.float64), std=data.std.astype(np.float64))
+    ready = data._replace(
+        x=(data.x.astype(np.float64) - data.mean) / data.std, mean=np.zeros((1, 1, 1)), std=np.ones((1, 1, 1))
+    )
+    net = multi_branch(mlp((4,), 3), 2)
+    for batch_size in (0, 6):
+        spec = TrainingSpec(batch_size, max_steps=6, check_every=3)
+        on_the_fly, floats = (train(net, crammer_singer(), d, spec, num_solutions=1)[0] for d in (data, ready))
+        close(on_the_fly.params, floats.params, 1e-11)
+        assert on_the_fly.params[0]["kernel"].dtype == np.float64
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class KillingMetrics(Metrics):
+    """Raises in place of the n-th line."""
+
+    left: int
+
+    def write(self, step: Any, **values: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        super().write(step, **values)
+
+
+def killed_at(line: int, folder: Path, call: Callable[..., Any]) -> None:
+    metrics = KillingMetrics(folder / "metrics.jsonl")
+    metrics.left = line
+    with metrics, pytest.raises(Killed):
+        call(checkpoints=folder / "checkpoints", metrics=metrics)
+
+
+def finished(folder: Path, call: Callable[..., Any]) -> list[Solution]:
+    with Metrics(folder / "metrics.jsonl") as metrics:
+        return call(checkpoints=folder / "checkpoints", metrics=metrics)
+
+
+def mlp_case(seed: int) -> Callable[..., Any]:
+    # Odd sizes in float32: programs for one, two and three solutions round differently.
+    rng = np.random.default_rng(seed)
+    data = labelled(rng, 61, 37, "multiclass", np.float32)
+    spec = TrainingSpec(
+        13,
+        max_steps=23,
+        learning_rate=0.5,
+        momentum=0.9,
+        weight_decay=1e-3,
+        chain=("scale_by_adam()",),
+        schedule=Component("plateau", {"min_delta": 0.05}),
+        check_every=4,
+        checkpoint_seconds=0.0,
+    )
+    net = multi_branch(mlp((17,), 3), 5)
+    return lambda **files: train(net, multi_margin(), data, spec, learning_rate=0.02, seed=seed, **files)
+
+
+def conv_case(seed: int) -> Callable[..., Any]:
+    data = images(np.random.default_rng(seed), 22)
+    net = multi_branch(conv((3,), 3, batch_norm=True, dropout=0.3), 2)
+    spec = TrainingSpec(5, max_steps=9, momentum=0.5, check_every=3, checkpoint_seconds=0.0, schedule=CONSTANT)
+    return lambda **files: train(net, logistic(), data, spec, seed=seed, num_solutions=2, **files)
+
+
+@pytest.mark.parametrize(
+    ("case", "seed", "kills"),
+    [(mlp_case, 0, (7,)), (mlp_case, 1, (1, 5, 2)), (mlp_case, 2, (12, 3)), (conv_case, 3, (3,))],
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
+    case: Any, seed: int, kills: tuple[int, ...], tmp_path: Path
+) -> None:
+    call = case(seed)
+    expected = finished(tmp_path / "whole", call)
+    for line in kills:
+        killed_at(line, tmp_path / "cut", call)
+    same_solutions(finished(tmp_path / "cut", call), expected)
+    assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("saves", [4, 5, 7])
+def test_solutions_left_at_different_steps_catch_up_bit_for_bit(
+    saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = mlp_case(saves)
+    expected = finished(tmp_path / "whole", call)
+    save, left = Checkpointer.save, saves
+
+    def killing(self: Checkpointer, *args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        save(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpointer, "save", killing)
+        with pytest.raises(Killed):
+            finished(tmp_path / "cut", call)
+    steps = []
+    for k in range(3):
+        with Checkpointer(tmp_path / "cut" / "checkpoints" / f"solution_{k}") as saver:
+            steps.append(saver.steps()[-1])
+    assert len(set(steps)) == 2
+    same_solutions(finished(tmp_path / "cut", call), expected)
+    assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_a_kill_in_the_second_group_keeps_the_first(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    spec = TrainingSpec(8, max_steps=9, momentum=0.5, check_every=3, checkpoint_seconds=0.0)
+
+    def call(**files: Any) -> list[Solution]:
+        return train(net, binary_hinge(), data, spec, num_solutions=2, group_size=1, **files)
+
+    expected = finished(tmp_path / "whole", call)
+    killed_at(5, tmp_path / "cut", call)
+    same_solutions(finished(tmp_path / "cut", call), expected)
+    assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_finished_solutions_are_read_not_trained_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    spec = TrainingSpec(8, max_steps=8, check_every=4)
+
+    def call(net: Branch, **files: Any) -> list[Solution]:
+        return train(net, binary_hinge(), data, spec, num_solutions=2, **files)
+
+    expected = finished(tmp_path, lambda **files: call(net, **files))
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def no_step(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("trained again")
+
+    same_solutions(finished(tmp_path, lambda **files: call(net._replace(apply=no_step), **files)), expected)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    with pytest.raises(RuntimeError, match="trained again"):
+        call(net._replace(apply=no_step))
+
+
+def test_status_and_batch_loss_of_a_diverged_run_are_restored(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, net = labelled(rng, task="regression", dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    spec = TrainingSpec(8, max_steps=50, learning_rate=1e8, check_every=10)
+
+    def call(**files: Any) -> list[Solution]:
+        return train(net, squared(), data, spec, num_solutions=1, **files)
+
+    expected = finished(tmp_path, call)
+    assert expected[0].status == "diverged"
+    same_solutions(finished(tmp_path, call), expected)
+
+
+def test_checkpoints_of_another_network_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, spec = labelled(rng, dtype=np.float32), TrainingSpec(8, max_steps=2, check_every=2)
+    train(multi_branch(mlp((4,), 1), 2), binary_hinge(), data, spec, num_solutions=1, checkpoints=tmp_path)
+    with pytest.raises(CheckpointMismatchError, match="kernel"):
+        train(multi_branch(mlp((5,), 1), 2), binary_hinge(), data, spec, num_solutions=1, checkpoints=tmp_path)
+
+
+def test_segments_share_their_compiled_programs(rng: np.random.Generator) -> None:
+    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    traces = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return net.apply(*args, **kwargs)
+
+    def count(max_steps: int) -> int:
+        nonlocal traces
+        traces = 0
+        spec = TrainingSpec(8, max_steps=max_steps, check_every=2, schedule=CONSTANT)
+        train(net._replace(apply=counted), binary_hinge(), data, spec, num_solutions=2)
+        return traces
+
+    one = count(2)
+    assert one > 0
+    assert count(40) == one
+    assert count(41) == 2 * one  # and one more program for the short segment at the end
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 24, 1000])
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+@pytest.mark.usefixtures("x64")
+def test_evaluate_equals_numpy_on_the_whole_set(task: str, batch_size: int, rng: np.random.Generator) -> None:
+    data = labelled(rng, 24, 5, task)
+    mean, std = rng.normal(size=5), rng.uniform(0.5, 2, 5)
+    data = data._replace(mean=mean, std=std)
+    params = tuple(
+        {"kernel": jnp.asarray(rng.normal(size=(2, o, i))), "bias": jnp.asarray(rng.normal(size=(2, o)))}
+        for i, o in ((5, 4), (4, data.num_outputs))
+    )
+    x = (data.x - mean) / std
+    s = np.zeros((24, data.num_outputs))
+    for i in range(2):
+        (w, b), (v, c) = (tuple(np.asarray(layer[k][i]) for k in ("kernel", "bias")) for layer in params)
+        s += (np.maximum(x @ w.T + b, 0) @ v.T + c) / 2
+    loss: Loss
+    if task == "binary":
+        margins, loss = data.y * s[:, 0], binary_hinge(0.5)
+        expected, accuracy = np.maximum(0, 1 - margins / 0.5).mean(), (margins > 0).mean()
+    elif task == "multiclass":
+        own = s[np.arange(24), data.y]
+        margins, loss = np.array([min(own[k] - np.delete(s[k], data.y[k])) for k in range(24)]), crammer_singer()
+        expected, accuracy = np.maximum(0, 1 - margins).mean(), (s.argmax(1) == data.y).mean()
+    else:
+        margins, loss = None, squared()
+        expected, accuracy = 0.5 * np.mean((s[:, 0] - data.y.astype(np.float64)) ** 2), math.nan
+    got = evaluate(multi_branch(mlp((4,), data.num_outputs), 2), loss, data, params, (), batch_size=batch_size)
+    assert got.loss == pytest.approx(expected, rel=1e-12)
+    assert got.accuracy == pytest.approx(accuracy, nan_ok=True)
+    if margins is None:
+        assert got.margins is None
+    else:
+        np.testing.assert_allclose(got.margins, margins, rtol=1e-11, atol=1e-12)
+
+
+def test_evaluate_uses_the_stored_statistics_of_batch_norm(rng: np.random.Generator) -> None:
+    data = images(rng)
+    net = multi_branch(conv((3,), 3, batch_norm=True, dropout=0.5), 2)
+    x = jnp.asarray((data.x.astype(np.float32) - data.mean) / data.std)
+    params, state = net.init(jax.random.key(0), x[:1])
+    state = jax.tree.map(lambda a: a + 0.3, state)
+    outputs = np.asarray(net.apply(params, state, x)[0], np.float64)
+    expected = np.log(np.exp(outputs).sum(1)) - outputs[np.arange(20), data.y]
+    got = evaluate(net, logistic(), data, params, state, batch_size=6)
+    assert got.loss == pytest.approx(expected.mean(), rel=1e-5)
+    assert got.accuracy == pytest.approx((outputs.argmax(1) == data.y).mean())
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": -1}, "batch_size=-1 must be >= 0"),
+        ({"max_steps": -5}, "max_steps=-5 must be >= 0"),
+        ({"check_every": 0}, "check_every=0 must be >= 1"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0 must be positive"),
+        ({"learning_rate": -0.1}, r"learning_rate=-0\.1 must be positive"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be positive"),
+        ({"learning_rate": math.inf}, "learning_rate=inf must be positive and finite"),
+        ({"momentum": -0.1}, r"momentum=-0\.1 must lie in \[0, 1\)"),
+        ({"momentum": 1.0}, r"momentum=1\.0 must lie in \[0, 1\)"),
+        ({"weight_decay": -1e-4}, r"weight_decay=-0\.0001 must be >= 0"),
+        ({"tolerance": -1e-5}, "tolerance=-1e-05 must be >= 0"),
+        ({"checkpoint_seconds": -1.0}, r"checkpoint_seconds=-1\.0 must be >= 0"),
+    ],
+)
+def test_a_specification_refuses_values_out_of_range(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainingSpec(**settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "clip_by_global_norm(",
+        "clip_by_global_norm()",
+        "clip_by_globl_norm(1.0)",
+        "scale_by_adam(b9=1)",
+        "scale_by_adam(b1=open('x'))",
+        "optax.scale_by_adam()",
+        "__import__('os').getcwd()",
+        "linear_schedule(1.0, 0.0, 5)",
+        "1 + 1",
+        "adam(0.1)",
+        "sgd(0.1)",
+        "scale(-1.0)",
+    ],
+)
+def test_a_chain_takes_optax_transformations_of_gradients_only(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        optimizer(TrainingSpec(chain=("scale_by_adam()", text)))
+    assert str(caught.value).startswith(f"training.chain: {text!r} ")
+    assert "clip_by_global_norm(1.0)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "message"),
+    [
+        ("plateau", {"factor": 1.0}, r"factor=1\.0 must lie in \(0, 1\)"),
+        ("plateau", {"max_decays": -1}, "max_decays=-1"),
+        ("plateau", {"patience": 0}, "patience=0"),
+        ("cosine", {"final": -0.1}, r"final=-0\.1"),
+        ("cosine", {"warmup": 11}, "warmup=11 must lie between 0 and max_steps=10"),
+        ("cosine", {"warmup": -1}, "warmup=-1"),
+    ],
+)
+def test_schedules_refuse_values_out_of_range(schedule: str, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training.SCHEDULES.build(schedule, max_steps=10, **settings)
+
+
+@pytest.fixture
+def small(rng: np.random.Generator) -> tuple[Branch, Dataset]:
+    return multi_branch(mlp((4,), 1), 2), labelled(rng, dtype=np.float32)
+
+
+def test_unknown_names_are_named_with_near_matches(small: tuple[Branch, Dataset]) -> None:
+    net, data = small
+    with pytest.raises(UnknownNameError, match=r"unknown schedule 'plateu'. Did you mean 'plateau'"):
+        train(net, binary_hinge(), data, TrainingSpec(8, schedule=Component("plateu", {})))
+    with pytest.raises(
+        UnknownNameError, match=r"unknown setting of schedule 'plateau': 'pacience'. Did you mean 'pati"
+    ):
+        train(net, binary_hinge(), data, TrainingSpec(8, schedule=Component("plateau", {"pacience": 1})))
+
+
+def test_an_unknown_scaling_is_named_with_near_matches() -> None:
+    spec = TrainingSpec()
+    object.__setattr__(spec, "lr_scaling", "branch")  # the type checker of the tests would not let it in
+    with pytest.raises(ConfigError, match=r"training.lr_scaling: 'branch'. Did you mean 'branches'"):
+        spec.__post_init__()
+
+
+def test_a_loss_that_does_not_fit_the_labels_is_refused(small: tuple[Branch, Dataset]) -> None:
+    net, data = small
+    for call in (
+        lambda: train(net, multi_margin(), data, TrainingSpec(8, max_steps=1)),
+        lambda: evaluate(net, multi_margin(), data, *net.init(jax.random.key(0), jnp.asarray(data.x[:1]))),
+    ):
+        with pytest.raises(ConfigError, match="loss fits multiclass labels, but data set 'drawn' has binary labels"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spec": TrainingSpec(25)}, "batch_size=25 exceeds the 24 examples; use 0 for the full data set"),
+        ({"num_solutions": 0}, "num_solutions=0 must be at least 1"),
+        ({"group_size": 0}, "group_size=0 must be at least 1"),
+        ({"learning_rate": -0.5}, r"learning_rate=-0\.5 must be positive"),
+    ],
+)
+def test_train_refuses_numbers_out_of_range(options: Any, message: str, small: tuple[Branch, Dataset]) -> None:
+    net, data = small
+    with pytest.raises(ConfigError, match=message):
+        train(net, binary_hinge(), data, **{"spec": TrainingSpec(8), **options})
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_evaluate_refuses_a_batch_size_below_one(batch_size: int, small: tuple[Branch, Dataset]) -> None:
+    net, data = small
+    params, state = net.init(jax.random.key(0), jnp.asarray(data.x[:1]))
+    with pytest.raises(ConfigError, match=f"batch_size={batch_size} must be at least 1"):
+        evaluate(net, binary_hinge(), data, params, state, batch_size=batch_size)
+
+
+def test_memory_available_is_a_number_of_bytes() -> None:
+    assert 2**20 < training.memory_available() < 2**60
