@@ -68,6 +68,24 @@ def judge(row: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Any]:
     }
 
 
+def disagreement(values: Any, expected: np.ndarray, what: str) -> float:
+    """Largest difference from the expected losses, relative to the range of these.
+
+    The mean loss of random labels stays near 0.9 whatever the network does, so a difference relative to the loss itself
+    would show nothing; what the losses of several points or steps differ by does depend on the weights.
+
+    Raises:
+      RuntimeError: if it is 1% or more, or not a number: the two do not do the same work.
+    """
+    worst = float(np.max(np.abs(np.asarray(values, np.float64) - expected)) / np.ptp(expected))
+    if not worst < 1e-2:
+        raise RuntimeError(
+            f"the losses of {what} differ from the package's by {worst:.2g} of their range ({np.ptp(expected):.2g}):"
+            " the two do not do the same work, so their times cannot be compared."
+        )
+    return worst
+
+
 def random_images(shape: tuple[int, ...], num_examples: int) -> Dataset:
     """Random uint8 images `[n, *shape]` of ten classes, with the standardisation of each pixel that real ones have."""
     rng = np.random.default_rng(0)
@@ -107,7 +125,7 @@ def per_branch_network(torch: ModuleType, params: Sequence[Mapping[str, Any]]) -
             modules += [torch.nn.ReLU()] * (number > 0) + [linear]
         return torch.nn.Sequential(*modules)
 
-    class PerBranch(torch.nn.Module):  # type: ignore[misc, name-defined]
+    class PerBranch(torch.nn.Module):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.branches = torch.nn.ModuleList(branch(i) for i in range(len(layers[0]["bias"])))

@@ -136,7 +136,13 @@ def bare_products(case: Case, batch: int, repeats: int) -> dict[str, Callable[[]
 
 
 def peer_segment(torch: Any, case: Case, setup: Setup, steps: int) -> Callable[[], list[float]]:
-    """A call that trains the first solution in PyTorch by `steps` steps and returns the losses."""
+    """A call that trains the first solution in PyTorch by `steps` steps and returns the losses.
+
+    Raises:
+      ValueError: if `steps` exceeds the batches of the setup.
+    """
+    if steps > setup.indices.shape[1]:
+        raise ValueError(f"{steps} peer steps need as many batches; the setup has {setup.indices.shape[1]}.")
     net = common.per_branch_network(torch, jax.tree.map(lambda leaf: leaf[0], setup.carry.params))
     criterion = torch.nn.MultiMarginLoss()
     sgd = torch.optim.SGD(net.parameters(), lr=_LEARNING_RATE * case.num_branches)
@@ -166,10 +172,10 @@ def measure(case: Case, batch: int, steps: int, peer_steps: int, rounds: int, to
     """One row of results.
 
     Raises:
-      RuntimeError: if the package and the peer disagree on the losses of the first steps from the same weights.
+      RuntimeError: if from the same weights, on the same batches, the peer's losses are others than the package's.
     """
     setup, segment = package_segment(case, batch, steps)
-    first_losses = np.asarray(segment())[0]
+    first_losses = np.asarray(segment(), np.float64)[0]
     limits = bare_products(case, batch, repeats=steps * case.num_solutions)
     seconds = common.interleave({"step": segment, **limits}, rounds)
     done = operations(case.widths, case.num_branches, batch) * case.num_solutions * steps
@@ -190,20 +196,13 @@ def measure(case: Case, batch: int, steps: int, peer_steps: int, rounds: int, to
         _PEER: common.NOT_MEASURED,
         "peer_disagreement": common.NOT_MEASURED,
     }
-    if torch is not None:
+    if torch is not None and case.num_solutions == 1:
         peer = peer_segment(torch, case, setup, peer_steps)
-        expected = np.asarray(peer())
-        disagreement = float(np.max(np.abs(first_losses[: len(expected)] / expected - 1)))
-        if not disagreement < 1e-3:
-            raise RuntimeError(
-                f"{case.name}: from the same weights and on the same batches the losses of the first {peer_steps} steps"
-                f" differ by {disagreement:.2g} (relative) from PyTorch's; the two do not do the same work."
-            )
-        pair = common.interleave({"step": segment, "peer": peer}, max(3, rounds // 2))
-        peer_seconds = case.num_solutions * pair["peer"] / peer_steps
+        row["peer_disagreement"] = common.disagreement(peer(), first_losses[:peer_steps], f"PyTorch on {case.name}")
+        pair = common.interleave({"step": segment, "peer": peer}, rounds)
+        peer_seconds = pair["peer"] / peer_steps
         row["peer_step_ms"] = common.spread(1e3 * peer_seconds)
         row[_PEER] = common.spread(peer_seconds / (pair["step"] / steps))
-        row["peer_disagreement"] = disagreement
     return row | {"targets": common.judge(row, case.targets)}
 
 
@@ -214,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     where = common.environment()
     torch = None if flags.no_torch else common.load_torch()
-    batch, steps, peer_steps, rounds = (8, 3, 2, 2) if flags.smoke else (128, 20, 3, flags.rounds)
+    batch, steps, peer_steps, rounds = (8, 3, 3, 1) if flags.smoke else (128, 20, 3, flags.rounds)
     cases = SMOKE if flags.smoke else [c for c in CASES if not flags.case or c.name in flags.case]
     rows = []
     for case in cases:
@@ -231,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _PEER: "PyTorch / step",
     }
     notes = [
-        "Medians (least-largest) over the rounds. S solutions train in one program; times are for all S of them, and",
-        "for S > 1 the PyTorch time is S times that of one.",
+        "Medians (least-largest) over the rounds. S solutions train in one program, and a step is one of all S; PyTorch"
+        " trains one and is measured for S = 1 only.",
     ]
     common.report(results, columns, notes, flags.json)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import typing
 from collections.abc import Callable, Mapping
@@ -88,23 +89,25 @@ def mlp(
     psi = _activation(activation)
     law, spread = KERNEL_INITS[init]
 
-    def draw(key: KeyArray, shape: tuple[int, ...], width: float, dtype: Any) -> Array:
-        if law == "uniform":
-            return jax.random.uniform(key, shape, dtype, -width, width)
-        return width * jax.random.normal(key, shape, dtype)
-
     def init_fn(key: KeyArray, x: Array, /) -> tuple[Params, State]:
-        fan_in = math.prod(x.shape[1:])
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+        widths = (math.prod(x.shape[1:]), *hidden, out)
+        random_bias = use_bias and init == "torch"
+        columns = [fan_in + random_bias for fan_in in widths[:-1]]
+        sizes = [width * c for width, c in zip(widths[1:], columns, strict=True)]
+        # One draw for all layers: the random generator takes most of the time to compile and to run an initialisation.
+        if law == "uniform":
+            numbers = jax.random.uniform(key, (sum(sizes),), dtype, -1.0, 1.0)
+        else:
+            numbers = jax.random.normal(key, (sum(sizes),), dtype)
         layers = []
-        for index, width in enumerate((*hidden, out)):
-            kernel_key, bias_key = jax.random.split(jax.random.fold_in(key, index))
-            scale = init_scale * spread(fan_in)
-            layer = {"kernel": draw(kernel_key, (width, fan_in), scale, dtype)}
+        for fan_in, width in itertools.pairwise(widths):
+            block, numbers = jnp.split(numbers, [sizes[len(layers)]])
+            block = init_scale * spread(fan_in) * block.reshape(width, -1)
+            layer = {"kernel": block[:, :fan_in]}
             if use_bias:
-                layer["bias"] = draw(bias_key, (width,), scale if init == "torch" else 0.0, dtype)
+                layer["bias"] = block[:, fan_in] if random_bias else jnp.zeros((width,), dtype)
             layers.append(layer)
-            fan_in = width
         return tuple(layers), ()
 
     def affine(layer: Mapping[str, Array], a: Array) -> Array:

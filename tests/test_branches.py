@@ -44,6 +44,12 @@ def numpy_mlp(params: Any, x: np.ndarray, psi: Callable[[Any], Any]) -> np.ndarr
     return np.stack(rows)
 
 
+def random_params(branch: Branch, x: np.ndarray, rng: np.random.Generator) -> Any:
+    """Standard normal float64 parameters of the right structure, without the branch's own draws."""
+    params, _ = jax.eval_shape(branch.init, jax.random.key(0), jnp.asarray(x))
+    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
+
+
 def assert_trees_close(actual: Any, expected: Any, rtol: float) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -67,11 +73,10 @@ def test_mlp_is_the_formula_of_section_2(
 ) -> None:
     branch = branches.mlp(hidden, 3, activation, use_bias)
     x = rng.standard_normal((5, 2, 4))
-    params, state = branch.init(jax.random.key(int(rng.integers(1 << 30))), jnp.asarray(x))
-    params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
-    y, new_state = branch.apply(params, state, jnp.asarray(x), train=True, key=jax.random.key(0))
+    params = random_params(branch, x, rng)
+    y, new_state = jax.jit(branch.apply, static_argnames="train")(params, (), jnp.asarray(x), train=True)
     np.testing.assert_allclose(y, numpy_mlp(params, x, NUMPY_ACTIVATIONS[activation]), rtol=1e-12, atol=1e-12)
-    assert new_state == state == ()
+    assert new_state == ()
     assert y.dtype == jnp.float64
 
 
@@ -82,13 +87,14 @@ def test_every_activation_has_an_oracle() -> None:
 def test_mlp_takes_an_activation_as_a_function(rng: np.random.Generator, x64: None) -> None:
     branch = branches.mlp((4,), 2, activation=jnp.sin)
     x = rng.standard_normal((3, 5))
-    params, state = branch.init(jax.random.key(1), jnp.asarray(x))
-    np.testing.assert_allclose(branch.apply(params, state, jnp.asarray(x))[0], numpy_mlp(params, x, np.sin), rtol=1e-12)
+    params = random_params(branch, x, rng)
+    np.testing.assert_allclose(branch.apply(params, (), jnp.asarray(x))[0], numpy_mlp(params, x, np.sin), rtol=1e-12)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_mlp_parameters_are_one_group_a_layer(use_bias: bool) -> None:
-    params, _ = branches.mlp((7, 4), 3, use_bias=use_bias).init(jax.random.key(0), jnp.zeros((2, 3, 5)))
+    branch = branches.mlp((7, 4), 3, use_bias=use_bias)
+    params, _ = jax.eval_shape(branch.init, jax.random.key(0), jnp.zeros((2, 3, 5)))
     shapes = [{k: v.shape for k, v in layer.items()} for layer in params]
     expected: list[dict[str, tuple[int, ...]]] = [
         {"kernel": (7, 15), "bias": (7,)},
@@ -103,7 +109,7 @@ def test_mlp_parameters_are_one_group_a_layer(use_bias: bool) -> None:
 
 def test_mlp_draws_float32_for_integer_inputs_and_float64_for_float64(x64: None) -> None:
     for dtype, expected in (("uint8", "float32"), ("float32", "float32"), ("float64", "float64")):
-        params, _ = branches.mlp().init(jax.random.key(0), jnp.zeros((1, 4), dtype))
+        params, _ = jax.eval_shape(branches.mlp().init, jax.random.key(0), jnp.zeros((1, 4), dtype))
         assert {str(a.dtype) for a in jax.tree.leaves(params)} == {expected}
 
 
@@ -183,12 +189,12 @@ def test_mlp_stem_contract(hidden: tuple[int, ...], use_bias: bool, rng: np.rand
     assert stem is not None
     assert stem.rest_sum is not None
     x = jnp.asarray(rng.standard_normal((6, 2, 3)))
-    template, state = branch.init(jax.random.key(0), x)
-    params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal((4, *a.shape))), template)
-    each = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(4)]
+    each = [random_params(branch, x, rng) for _ in range(4)]
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    apply = jax.jit(branch.apply)
 
     for p in each:
-        whole = branch.apply(p, (), x)[0]
+        whole = apply(p, (), x)[0]
         np.testing.assert_allclose(stem.rest(p, (), stem.preactivation(p, x))[0], whole, rtol=1e-13, atol=1e-13)
 
     c = rng.standard_normal(4)
@@ -201,24 +207,23 @@ def test_mlp_stem_contract(hidden: tuple[int, ...], use_bias: bool, rng: np.rand
     )
 
     z = jax.vmap(stem.preactivation, (0, None))(params, x)
-    total, new_state = stem.rest_sum(params, state, z)
+    total, new_state = stem.rest_sum(params, (), z)
     expected = jax.vmap(lambda p, a: stem.rest(p, (), a)[0])(params, z).sum(0)
     np.testing.assert_allclose(total, expected, rtol=1e-12, atol=1e-12)
     assert total.shape == (6, 3)
-    assert new_state == state
+    assert new_state == ()
 
 
 # -------------------------------------------------------------------------------------------------------------- bound
 
 
-@pytest.mark.parametrize("activation", ["relu", "tanh", "identity"])
-@pytest.mark.parametrize("hidden", [(), (4,), (3, 5)])
+@pytest.mark.parametrize(("activation", "hidden"), [("relu", ()), ("relu", (3, 5)), ("tanh", (4,)), ("identity", (4,))])
 def test_output_bound_is_never_exceeded_on_the_ball(
     activation: str, hidden: tuple[int, ...], rng: np.random.Generator, x64: None
 ) -> None:
     branch = branches.mlp(hidden, 2, activation, use_bias=False)
     x = jnp.asarray(rng.standard_normal((1, 3)))
-    flat, unravel = jax.flatten_util.ravel_pytree(branch.init(jax.random.key(0), x)[0])
+    flat, unravel = jax.flatten_util.ravel_pytree(random_params(branch, x, rng))
     radius = 2.5
     bound = branches.mlp_output_bound(len(hidden) + 1, radius, float(jnp.linalg.norm(x)))
 
@@ -348,7 +353,7 @@ def test_dropout_follows_the_key_in_training_and_is_off_in_evaluation(
 ) -> None:
     branch = make(0.5)
     x = jnp.asarray(rng.standard_normal((16, 4)), jnp.float32)
-    params, state = branch.init(jax.random.key(0), x)
+    params, state = jax.jit(branch.init)(jax.random.key(0), x)
 
     def y(key: int | None, train: bool) -> np.ndarray:
         return np.asarray(
@@ -366,7 +371,7 @@ def test_dropout_follows_the_key_in_training_and_is_off_in_evaluation(
 def test_dropout_drops_its_share_and_keeps_the_mean(make: Callable[[float], Branch]) -> None:
     branch = make(0.4)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)), jnp.float32)
-    params, state = branch.init(jax.random.key(0), x)
+    params, state = jax.jit(branch.init)(jax.random.key(0), x)
     keys = jax.random.split(jax.random.key(1), 4000)
     y = jax.vmap(lambda k: branch.apply(params, state, x, key=k, train=True)[0])(keys)
     still = make(0.0).apply(params, state, x, key=keys[0], train=True)[0]
@@ -385,7 +390,7 @@ def test_state_keeps_its_structure_and_dtypes_so_that_a_loop_can_carry_it(
     branch = make(0.1)
     shape = (6, 4) if make in (linen_branch, nnx_branch) else (6, 5, 5, 2)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
-    params, state = branch.init(jax.random.key(0), x)
+    params, state = jax.jit(branch.init)(jax.random.key(0), x)
     assert {a.dtype for a in jax.tree.leaves(state)} == {jnp.result_type(x, *jax.tree.leaves(params))}
 
     def body(state: Any, key: Any) -> tuple[Any, Array]:
@@ -443,7 +448,7 @@ class NnxTrainArgument(nnx.Module):
 )
 def test_train_reaches_modules_that_take_it_by_another_name(make: Callable[[], Branch]) -> None:
     branch, x = make(), jnp.ones((50, 2))
-    params, state = branch.init(jax.random.key(0), x)
+    params, state = jax.jit(branch.init)(jax.random.key(0), x)
     np.testing.assert_array_equal(branch.apply(params, state, x, key=jax.random.key(1))[0], x)
     dropped = branch.apply(params, state, x, key=jax.random.key(1), train=True)[0]
     assert set(np.unique(dropped)) == {0.0, 2.0}
@@ -469,7 +474,7 @@ class LinenSow(nn.Module):
 @pytest.mark.parametrize("make", [lambda: branches.from_linen(LinenSow()), lambda: branches.from_nnx(NnxSow)])
 def test_sown_values_do_not_enter_the_state(make: Callable[[], Branch]) -> None:
     branch, x = make(), jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
-    params, state = branch.init(jax.random.key(0), x)
+    params, state = jax.jit(branch.init)(jax.random.key(0), x)
     new = branch.apply(params, state, x, train=True)[1]
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert len(jax.tree.leaves(state)) == 2
@@ -515,8 +520,8 @@ def test_from_functions_passes_parameters_and_leaves_the_state_alone(rng: np.ran
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (2, 1, 6, 1), (2, 2, 2, 1)])
 def test_conv_takes_any_image_and_stops_pooling_at_one(shape: tuple[int, ...]) -> None:
     branch = branches.conv((2, 3, 4), out=5)
-    params, state = branch.init(jax.random.key(0), jnp.ones(shape))
-    assert branch.apply(params, state, jnp.ones(shape))[0].shape == (2, 5)
+    params, state = jax.eval_shape(branch.init, jax.random.key(0), jnp.ones(shape))
+    assert jax.eval_shape(branch.apply, params, state, jnp.ones(shape))[0].shape == (2, 5)
     height, width = shape[1:3]
     for _ in range(3):
         if min(height, width) >= 2:
@@ -553,8 +558,7 @@ def test_conv_matches_a_numpy_loop(batch_norm: bool, rng: np.random.Generator, x
 def test_gru_matches_a_numpy_loop_over_rows(rng: np.random.Generator, x64: None) -> None:
     branch = branches.gru(4, out=3)
     x = rng.standard_normal((2, 5, 3))
-    params, state = branch.init(jax.random.key(0), jnp.asarray(x))
-    params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
+    params = random_params(branch, x, rng)
     cell = jax.tree.map(np.asarray, params["GRUCell_0"])
 
     def gate(name: str, value: np.ndarray) -> np.ndarray:
@@ -570,20 +574,19 @@ def test_gru_matches_a_numpy_loop_over_rows(rng: np.random.Generator, x64: None)
         n = np.tanh(gate("in", x[:, t]) + r * gate("hn", h))
         h = (1 - z) * n + z * h
     expected = h @ np.asarray(params["Dense_0"]["kernel"]) + np.asarray(params["Dense_0"]["bias"])
-    y = branch.apply(params, state, jnp.asarray(x))[0]
+    y = branch.apply(params, {}, jnp.asarray(x))[0]
     np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_gru_reads_a_vector_as_a_sequence_of_numbers_and_an_image_by_rows(rng: np.random.Generator) -> None:
     branch = branches.gru(4, out=3)
     x = jnp.asarray(rng.standard_normal((2, 6, 2, 2)), jnp.float32)
-    params, state = branch.init(jax.random.key(0), x)
-    np.testing.assert_array_equal(branch.apply(params, state, x)[0], branch.apply(params, state, x.reshape(2, 6, 4))[0])
+    apply = jax.jit(branch.apply)
+    params = jax.tree.map(lambda a: a.astype(jnp.float32), random_params(branch, x, rng))
+    np.testing.assert_array_equal(apply(params, {}, x)[0], apply(params, {}, x.reshape(2, 6, 4))[0])
     flat = x[:, :, 0, 0]
-    params, state = branch.init(jax.random.key(0), flat)
-    np.testing.assert_array_equal(
-        branch.apply(params, state, flat)[0], branch.apply(params, state, flat[:, :, None])[0]
-    )
+    params = jax.tree.map(lambda a: a.astype(jnp.float32), random_params(branch, flat, rng))
+    np.testing.assert_array_equal(apply(params, {}, flat)[0], apply(params, {}, flat[:, :, None])[0])
 
 
 @pytest.mark.parametrize(
@@ -619,10 +622,14 @@ def test_conv_refuses_inputs_that_are_no_images() -> None:
 def test_every_entry_gives_the_outputs_asked_for_and_a_gradient(name: str, rng: np.random.Generator) -> None:
     branch = branches.BRANCHES.build(name, out=4)
     x = jnp.asarray(rng.standard_normal((3, 8, 8, 1)), jnp.float32)
-    params, state = branch.init(jax.random.key(0), x)
-    y, _ = branch.apply(params, state, x)
+    params, state = jax.jit(branch.init)(jax.random.key(0), x)
+    assert branches.BRANCHES.describe(name)
+
+    def total(params: Any) -> tuple[Array, Array]:
+        y, _ = branch.apply(params, state, x, train=True)
+        return jnp.sum(y**2), y
+
+    gradient, y = jax.jit(jax.grad(total, has_aux=True))(params)
     assert y.shape == (3, 4)
     assert y.dtype == jnp.float32
-    assert branches.BRANCHES.describe(name)
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(branch.apply(p, state, x, train=True)[0] ** 2)))(params)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))

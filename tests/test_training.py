@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,14 @@ from dualgap_jax.training import BatchOrder, Carry, Solution, TrainingSpec, eval
 from dualgap_jax.types import Branch
 
 CONSTANT = Component("constant", {})
+# Most tests run the same few programs, which are compiled once.
+SPEC = TrainingSpec(
+    8, max_steps=9, learning_rate=0.3, momentum=0.5, schedule=CONSTANT, check_every=3, checkpoint_seconds=0.0
+)
+
+
+def spec_with(**settings: Any) -> TrainingSpec:
+    return dataclasses.replace(SPEC, **settings)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,6 +77,21 @@ def images(rng: np.random.Generator, n: int = 20) -> Dataset:
     mean, std = rng.uniform(100, 150, (4, 4, 1)), rng.uniform(50, 90, (4, 4, 1))
     y = rng.integers(0, 3, n).astype(np.int32)
     return Dataset("images", x, y, mean.astype(np.float32), std.astype(np.float32), 3, "multiclass", {})
+
+
+def network(hidden: tuple[int, ...] = (4,), num_branches: int = 2, out: int = 1, **options: Any) -> Branch:
+    """A multi-branch mlp, initialised from one uniform draw: compiling the usual draws takes most of a small run."""
+    net = multi_branch(mlp(hidden, out), num_branches, **options)
+
+    def init(key: Any, x: Any, /) -> Any:
+        shapes = jax.eval_shape(net.init, key, x)
+        leaves, treedef = jax.tree.flatten(shapes)
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        draw = jax.random.uniform(key, (int(ends[-1]),), leaves[0].dtype, -0.5, 0.5)
+        parts = [p.reshape(leaf.shape) for p, leaf in zip(jnp.split(draw, ends[:-1]), leaves, strict=True)]
+        return jax.tree.unflatten(treedef, parts)
+
+    return net._replace(init=init)
 
 
 def same_bits(a: Any, b: Any) -> None:
@@ -132,6 +156,10 @@ def hinge_gradient(
     return float(loss.mean()), gradient
 
 
+def one_step(net: Branch, loss: Loss, transformation: optax.GradientTransformation) -> Callable[..., Any]:
+    return jax.jit(functools.partial(training.step, net, loss, transformation))
+
+
 class NumpySgd:
     """Weight decay, then heavy-ball or Nesterov momentum, then `w - rate * update`."""
 
@@ -184,24 +212,16 @@ STEPS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
 def test_steps_are_those_written_out_in_numpy(case: str, rng: np.random.Generator) -> None:
     settings, oracle = STEPS[case]
     data = labelled(rng)
-    net = multi_branch(mlp((4,), 1), 3)
+    net = network((4,), 3)
     transformation = optimizer(TrainingSpec(**settings))
     params, state = net.init(jax.random.key(int(rng.integers(1000))), jnp.asarray(data.x[:1]))
     carry = Carry(params, state, transformation.init(params))
+    step = one_step(net, binary_hinge(), transformation)
     w, update = to_numpy(params), oracle()
     for rate in (0.5, 0.5, 0.2, 0.7):
         picked = rng.choice(len(data.y), 10, replace=False)
         x, y = data.x[picked], data.y[picked]
-        carry, value = training.step(
-            net,
-            binary_hinge(),
-            transformation,
-            carry,
-            jnp.asarray(x),
-            jnp.asarray(y),
-            jnp.asarray(rate),
-            jax.random.key(0),
-        )
+        carry, value = step(carry, jnp.asarray(x), jnp.asarray(y), jnp.asarray(rate), jax.random.key(0))
         loss, gradient = hinge_gradient(w, x, y, 1 / 3)
         assert float(value) == pytest.approx(loss, rel=1e-12)
         assert max(np.abs(g).max() for g in gradient) > 1e-3
@@ -209,24 +229,23 @@ def test_steps_are_those_written_out_in_numpy(case: str, rng: np.random.Generato
         close(to_numpy(carry.params), w, 1e-12)
 
 
-@pytest.mark.parametrize("batch_size", [0, 7])
+@pytest.mark.parametrize("batch_size", [0, 8])
 @pytest.mark.usefixtures("x64")
 def test_a_whole_run_is_the_numpy_loop_over_its_batches(batch_size: int, rng: np.random.Generator) -> None:
-    data = labelled(rng)
-    net = multi_branch(mlp((4,), 1), 2)
-    spec = TrainingSpec(batch_size, max_steps=11, learning_rate=0.3, momentum=0.6, schedule=CONSTANT, check_every=4)
-    got = train(net, binary_hinge(), data, spec, seed=5, num_solutions=2)
-    begun = train(net, binary_hinge(), data, dataclasses.replace(spec, max_steps=0), seed=5, num_solutions=2)
-    for k in range(2):
-        w, update, losses = to_numpy(begun[k].params), NumpySgd(0.6), []
-        order = BatchOrder(jax.random.split(solution_key(5, k), 3)[1], 24, 7)
+    data, net = labelled(rng, 26), network()
+    spec = spec_with(batch_size=batch_size, max_steps=11)
+    got = train(net, binary_hinge(), data, spec, seed=5, num_solutions=3)
+    begun = train(net, binary_hinge(), data, spec_with(max_steps=0), seed=5, num_solutions=3)
+    for k in range(3):
+        w, update, losses = to_numpy(begun[k].params), NumpySgd(0.5), []
+        order = BatchOrder(jax.random.split(solution_key(5, k), 3)[1], 26, 8)
         for t in range(11):
-            picked = order.indices(t, 1)[0] if batch_size else np.arange(24)
+            picked = order.indices(t, 1)[0] if batch_size else np.arange(26)
             loss, gradient = hinge_gradient(w, data.x[picked], data.y[picked], 0.5)
             losses.append(loss)
             w = update(w, gradient, 0.3)
         close(to_numpy(got[k].params), w, 1e-11)
-        assert got[k].batch_loss == pytest.approx(np.mean(losses[8:]), rel=1e-11)
+        assert got[k].batch_loss == pytest.approx(np.mean(losses[9:]), rel=1e-11)
         assert (got[k].steps, got[k].status) == (11, "max_steps")
 
 
@@ -245,13 +264,13 @@ def test_mean_field_scaling_moves_each_branch_as_if_it_carried_no_factor(rng: np
     # plain sum's gradient with the slope of the loss taken at the mean.
     data, eta, count = labelled(rng), 0.3, 5
     x, y = jnp.asarray(data.x), jnp.asarray(data.y)
-    mean, total = (multi_branch(mlp((4,), 1), count, reduce=r) for r in ("mean", "sum"))
+    mean, total = (network((4,), count, reduce=r) for r in ("mean", "sum"))
     params, _ = mean.init(jax.random.key(3), x[:1])
     transformation = optimizer(TrainingSpec())
     carry = Carry(params, (), transformation.init(params))
     rate = training.scaled_learning_rate(TrainingSpec(learning_rate=eta, lr_scaling="branches"), count)
     args = (carry, x, y, jnp.asarray(rate), jax.random.key(0))
-    moved, _ = training.step(mean, binary_hinge(), transformation, *args)
+    moved, _ = one_step(mean, binary_hinge(), transformation)(*args)
     f, _ = mean.apply(params, (), x)
     y64 = data.y.astype(np.float64)
     slope = np.where(y64 * np.asarray(f[:, 0]) < 1, -y64, 0.0) / len(y64)
@@ -262,8 +281,8 @@ def test_mean_field_scaling_moves_each_branch_as_if_it_carried_no_factor(rng: np
 
 @pytest.mark.usefixtures("x64")
 def test_mean_field_branches_that_start_equal_follow_the_single_branch(rng: np.random.Generator) -> None:
-    data, single, count = labelled(rng), multi_branch(mlp((4,), 1), 1), 6
-    many = multi_branch(mlp((4,), 1), count)
+    data, single, count = labelled(rng), network((4,), 1), 6
+    many = network((4,), count)
 
     def copies(key: Any, x: Any, /) -> Any:
         params, _ = single.init(key, x)
@@ -271,7 +290,7 @@ def test_mean_field_branches_that_start_equal_follow_the_single_branch(rng: np.r
 
     runs = []
     for net, branches in ((single, 1), (many._replace(init=copies), count)):
-        spec = TrainingSpec(batch_size=8, max_steps=12, learning_rate=0.2, lr_scaling="branches", schedule=CONSTANT)
+        spec = spec_with(lr_scaling="branches")
         rate = training.scaled_learning_rate(spec, branches)
         runs.append(train(net, binary_hinge(), data, spec, learning_rate=rate, num_solutions=1)[0])
     close(jax.tree.map(lambda a: jnp.repeat(a, count, 0), runs[0].params), runs[1].params, 1e-11)
@@ -279,12 +298,9 @@ def test_mean_field_branches_that_start_equal_follow_the_single_branch(rng: np.r
 
 @pytest.mark.usefixtures("x64")
 def test_the_mean_with_tau_and_the_sum_with_tau_times_branches_train_alike(rng: np.random.Generator) -> None:
-    data, count = labelled(rng), 4
-    spec = TrainingSpec(batch_size=8, max_steps=9, learning_rate=0.5, schedule=CONSTANT)
-    mean = train(multi_branch(mlp((4,), 1), count), binary_hinge(0.7), data, spec, num_solutions=1)
-    total = train(
-        multi_branch(mlp((4,), 1), count, reduce="sum"), binary_hinge(0.7 * count), data, spec, num_solutions=1
-    )
+    data, loss, wide = labelled(rng), binary_hinge(1.0), binary_hinge(2.0)
+    mean = train(network(), loss, data, SPEC, num_solutions=1)
+    total = train(network(reduce="sum"), wide, data, SPEC, num_solutions=1)
     close(mean[0].params, total[0].params, 1e-11)
     assert mean[0].batch_loss == pytest.approx(total[0].batch_loss)
 
@@ -339,13 +355,13 @@ def test_plateau_counts_a_loss_that_is_not_a_number_as_no_fall() -> None:
     assert (float(state.reference), int(state.decays)) == (1.0, 1)
 
 
+@pytest.mark.usefixtures("x64")
 def test_a_run_on_a_plateau_decays_three_times_and_stops(tmp_path: Path, rng: np.random.Generator) -> None:
     # No fall is large enough: the first look sets the reference, three decay, the fifth stops.
-    data = labelled(rng, dtype=np.float32)
     schedule = Component("plateau", {"factor": 0.5, "min_delta": 100.0})
-    spec = TrainingSpec(8, max_steps=1000, learning_rate=0.4, schedule=schedule, check_every=3)
+    spec = spec_with(max_steps=1000, learning_rate=0.4, schedule=schedule)
     with Metrics(tmp_path / "m.jsonl") as metrics:
-        (got,) = train(multi_branch(mlp((4,), 1), 2), binary_hinge(), data, spec, num_solutions=1, metrics=metrics)
+        (got,) = train(network(), binary_hinge(), labelled(rng), spec, num_solutions=1, metrics=metrics)
     assert (got.steps, got.status) == (15, "plateau")
     seen = rows(tmp_path / "m.jsonl")
     assert [r["step"] for r in seen] == [3, 6, 9, 12, 15]
@@ -370,14 +386,14 @@ def test_cosine_and_constant(final: float, warmup: int, steps: int) -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_the_cosine_rate_is_that_of_the_step_not_of_the_segment(rng: np.random.Generator) -> None:
-    data = labelled(rng)
-    net = multi_branch(mlp((3,), 1), 2)
-    spec = TrainingSpec(0, max_steps=6, learning_rate=0.4, schedule=Component("cosine", {"warmup": 2}), check_every=4)
+    data, net = labelled(rng), network()
+    spec = spec_with(batch_size=0, max_steps=6, learning_rate=0.4, schedule=Component("cosine", {"warmup": 2}))
     (got,) = train(net, binary_hinge(), data, spec, num_solutions=1)
-    w = to_numpy(train(net, binary_hinge(), data, dataclasses.replace(spec, max_steps=0, schedule=CONSTANT))[0].params)
+    (begun,) = train(net, binary_hinge(), data, spec_with(max_steps=0), num_solutions=1)
+    w, update = to_numpy(begun.params), NumpySgd(0.5)
     for t in range(6):
         rate = 0.4 * ((t + 1) / 2 if t < 2 else (1 + math.cos(math.pi * (t - 2) / 4)) / 2)
-        w = NumpySgd()(w, hinge_gradient(w, data.x, data.y, 0.5)[1], rate)
+        w = update(w, hinge_gradient(w, data.x, data.y, 0.5)[1], rate)
     close(to_numpy(got.params), w, 1e-11)
 
 
@@ -421,41 +437,34 @@ def test_an_order_refuses_a_batch_that_does_not_fit(batch: int) -> None:
 # --- several solutions ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
 @pytest.mark.usefixtures("x64")
 def test_solutions_do_not_depend_on_the_group_or_on_their_number(task: str, rng: np.random.Generator) -> None:
     data = labelled(rng, task=task)
-    loss = {"binary": logistic(), "multiclass": multi_margin(), "regression": squared()}[task]
-    net = multi_branch(mlp((4, 3), data.num_outputs), 3)
-    spec = TrainingSpec(8, max_steps=20, learning_rate=0.2, momentum=0.5, check_every=5)
-    together = train(net, loss, data, spec, seed=1, num_solutions=3, group_size=3)
-    for other in (
-        train(net, loss, data, spec, seed=1, num_solutions=3, group_size=1),
-        train(net, loss, data, spec, seed=1, num_solutions=2),
-    ):
+    loss = {"binary": binary_hinge(), "multiclass": multi_margin()}[task]
+    net = network(out=data.num_outputs)
+    together = train(net, loss, data, SPEC, seed=1, num_solutions=3, group_size=3)
+    others = [
+        train(net, loss, data, SPEC, seed=1, num_solutions=3, group_size=1),
+        train(net, loss, data, SPEC, seed=1, num_solutions=1),
+    ]
+    if task == "binary":  # a group of two, and one of one
+        others.append(train(net, loss, data, SPEC, seed=1, num_solutions=3, group_size=2))
+    for other in others:
         for a, b in zip(together, other, strict=False):
             close(a.params, b.params, 1e-11)
             assert (a.steps, a.status) == (b.steps, b.status)
     kernels = [np.asarray(s.params[0]["kernel"]) for s in together]
     assert all(np.abs(kernels[i] - kernels[j]).max() > 0.01 for i, j in ((0, 1), (0, 2), (1, 2)))
-    again = train(net, loss, data, spec, seed=2, num_solutions=1)
+    again = train(net, loss, data, SPEC, seed=2, num_solutions=1)
     assert np.abs(np.asarray(again[0].params[0]["kernel"]) - kernels[0]).max() > 0.01
 
 
 @pytest.mark.usefixtures("x64")
-def test_groups_of_two_leave_a_last_group_of_one(rng: np.random.Generator) -> None:
-    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
-    spec = TrainingSpec(8, max_steps=6, check_every=3)
-    got = train(net, binary_hinge(), data, spec, num_solutions=3, group_size=2)
-    expected = train(net, binary_hinge(), data, spec, num_solutions=3, group_size=3)
-    for a, b in zip(got, expected, strict=True):
-        close(a.params, b.params, 1e-12)
-
-
 def test_little_memory_means_one_solution_at_a_time(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    data, net = labelled(rng), network()
     widths: list[int] = []
     make = training.make_segment
 
@@ -469,9 +478,9 @@ def test_little_memory_means_one_solution_at_a_time(
         return wrapped
 
     monkeypatch.setattr(training, "make_segment", watched)
-    spec = TrainingSpec(8, max_steps=4, check_every=2, schedule=CONSTANT)
-    one = 4 * 4 * 2 * (4 * 5 + 4 + 4 + 1)  # four copies of 29 float32 in each of two branches
-    for free, expected in ((6 * one - 2, [1] * 6), (6 * one + 2, [3] * 2)):
+    spec = spec_with(max_steps=6)
+    one = 4 * 8 * 2 * 2 * (4 * 5 + 4 + 4 + 1)  # four copies of 29 float64 in each of two branches, and their momentum
+    for free, expected in ((6 * one, [1] * 6), (6 * one + 2, [3] * 2)):
         widths.clear()
         monkeypatch.setattr(training, "memory_available", lambda free=free: free)
         train(net, binary_hinge(), data, spec, num_solutions=3)
@@ -482,7 +491,7 @@ def test_little_memory_means_one_solution_at_a_time(
     for free, expected in ((3 * one + 1, [3]), (3 * one, [1] * 3)):
         widths.clear()
         monkeypatch.setattr(training, "memory_available", lambda free=free: free)
-        spec = dataclasses.replace(spec, max_steps=spec.max_steps + 2)
+        spec = dataclasses.replace(spec, max_steps=spec.max_steps + 3)
         train(net, binary_hinge(), data, spec, num_solutions=3, checkpoints=tmp_path)
         assert widths == expected
 
@@ -490,48 +499,44 @@ def test_little_memory_means_one_solution_at_a_time(
 # --- how a run ends ---------------------------------------------------------------------------------------------------
 
 
-def test_converged_stops_below_the_tolerance(tmp_path: Path, rng: np.random.Generator) -> None:
-    data = labelled(rng, dtype=np.float32)
-    schedule = Component("plateau", {"patience": 1000})
-    spec = TrainingSpec(0, max_steps=20_000, learning_rate=0.5, schedule=schedule, check_every=50, tolerance=1e-3)
-    net = multi_branch(mlp((16,), 1), 2)
+@pytest.mark.usefixtures("x64")
+def test_each_solution_stops_as_alone_when_its_loss_is_below_the_tolerance(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    data, net = labelled(rng), network()
+    spec = spec_with(max_steps=900, tolerance=0.05)
     with Metrics(tmp_path / "m.jsonl") as metrics:
-        got = train(net, binary_hinge(), data, spec, num_solutions=3, metrics=metrics)
-    assert [s.status for s in got] == ["converged"] * 3
-    seen = rows(tmp_path / "m.jsonl")
-    for k, s in enumerate(got):
-        own = [r for r in seen if r["solution"] == k]
-        assert own[-1] == {**own[-1], "step": s.steps, "loss": s.batch_loss, "status": "converged"}
-        assert [r["step"] for r in own] == list(range(50, s.steps + 1, 50))
-        assert all(r["loss"] >= 1e-3 and r["status"] == "running" for r in own[:-1])
-        assert own[-1]["loss"] < 1e-3
-
-
-def test_solutions_that_stop_at_different_steps_stop_as_alone(rng: np.random.Generator) -> None:
-    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((8,), 1), 2)
-    spec = TrainingSpec(6, max_steps=900, learning_rate=0.3, check_every=10, tolerance=0.02)
-    with jax.enable_x64(True):
-        data = data._replace(x=data.x.astype(np.float64))
-        together = train(net, binary_hinge(), data, spec, num_solutions=4)
-        alone = train(net, binary_hinge(), data, spec, num_solutions=4, group_size=1)
+        together = train(net, binary_hinge(), data, spec, num_solutions=3, metrics=metrics)
+    alone = train(net, binary_hinge(), data, spec, num_solutions=3, group_size=1)
     assert len({s.steps for s in together}) > 1
-    for a, b in zip(together, alone, strict=True):
+    seen = rows(tmp_path / "m.jsonl")
+    for k, (a, b) in enumerate(zip(together, alone, strict=True)):
         assert (a.steps, a.status) == (b.steps, b.status)
         close(a.params, b.params, 1e-9)
+        own = [r for r in seen if r["solution"] == k]
+        assert a.status == own[-1]["status"] == "converged"
+        assert [r["step"] for r in own] == list(range(3, a.steps + 1, 3))
+        assert all(r["loss"] >= 0.05 and r["status"] == "running" for r in own[:-1])
+        assert own[-1]["loss"] == a.batch_loss < 0.05
 
 
+@pytest.mark.usefixtures("x64")
 def test_a_huge_learning_rate_is_named_diverged(tmp_path: Path, rng: np.random.Generator) -> None:
-    data = labelled(rng, task="regression", dtype=np.float32)
-    spec = TrainingSpec(8, max_steps=200, learning_rate=1e8, check_every=10)
-    with Metrics(tmp_path / "m.jsonl") as metrics:
-        got = train(multi_branch(mlp((4,), 1), 2), squared(), data, spec, num_solutions=2, metrics=metrics)
-    assert [s.status for s in got] == ["diverged"] * 2
-    assert all(s.steps < 200 and not math.isfinite(s.batch_loss) for s in got)
-    assert rows(tmp_path / "m.jsonl")[-1]["status"] == "diverged"
+    data, spec = labelled(rng, task="regression"), spec_with(max_steps=600, learning_rate=1e30)
+
+    def call(**files: Any) -> list[Solution]:
+        return train(network(), squared(), data, spec, num_solutions=1, **files)
+
+    (got,) = finished(tmp_path, call)
+    assert got.status == rows(tmp_path / "metrics.jsonl")[-1]["status"] == "diverged"
+    assert got.steps < 600
+    assert not math.isfinite(got.batch_loss)
+    same_solutions(finished(tmp_path, call), [got])  # as restored
 
 
+@pytest.mark.usefixtures("x64")
 def test_one_that_diverges_leaves_the_others_alone(rng: np.random.Generator) -> None:
-    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    data, net = labelled(rng), network()
     bad = solution_key(0, 1)
 
     def init(key: Any, x: Any, /) -> Any:
@@ -540,46 +545,43 @@ def test_one_that_diverges_leaves_the_others_alone(rng: np.random.Generator) -> 
         is_bad = jnp.all(jax.random.key_data(key) == bits)
         return jax.tree.map(lambda w: jnp.where(is_bad, jnp.nan, w), params), state
 
-    spec = TrainingSpec(8, max_steps=12, check_every=4, schedule=CONSTANT)
-    got = train(net._replace(init=init), binary_hinge(), data, spec, num_solutions=3)
-    assert [(s.status, s.steps) for s in got] == [("max_steps", 12), ("diverged", 4), ("max_steps", 12)]
-    expected = train(net, binary_hinge(), data, spec, num_solutions=3)
+    got = train(net._replace(init=init), binary_hinge(), data, SPEC, num_solutions=3)
+    assert [(s.status, s.steps) for s in got] == [("max_steps", 9), ("diverged", 3), ("max_steps", 9)]
+    expected = train(net, binary_hinge(), data, SPEC, num_solutions=3)
     for k in (0, 2):
-        close(got[k].params, expected[k].params, 1e-5)
+        close(got[k].params, expected[k].params)
 
 
+@pytest.mark.usefixtures("x64")
 def test_no_step_gives_the_initial_point(tmp_path: Path, rng: np.random.Generator) -> None:
-    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
+    data, net, spec = labelled(rng), network(), spec_with(max_steps=0)
     with Metrics(tmp_path / "m.jsonl") as metrics:
-        spec = TrainingSpec(8, max_steps=0)
         got = train(net, binary_hinge(), data, spec, seed=4, num_solutions=2, metrics=metrics, checkpoints=tmp_path)
     assert [(s.steps, s.status) for s in got] == [(0, "max_steps")] * 2
     assert all(math.isnan(s.batch_loss) for s in got)
     assert rows(tmp_path / "m.jsonl") == []
     for k, s in enumerate(got):
         key = jax.random.split(solution_key(4, k), 3)[0]
-        close(s.params, net.init(key, jnp.asarray(data.x[:1]))[0], 1e-6)
+        close(s.params, net.init(key, jnp.asarray(data.x[:1]))[0])
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_full_batch_is_a_batch_of_all_examples(rng: np.random.Generator) -> None:
-    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
-    spec = TrainingSpec(0, max_steps=10, check_every=5)
-    full = train(net, logistic(), data, spec, num_solutions=2)
-    explicit = train(net, logistic(), data, dataclasses.replace(spec, batch_size=len(data.y)), num_solutions=2)
+    data, net = labelled(rng), network()
+    full = train(net, binary_hinge(), data, spec_with(batch_size=0), num_solutions=3)
+    explicit = train(net, binary_hinge(), data, spec_with(batch_size=len(data.y)), num_solutions=3)
     for a, b in zip(full, explicit, strict=True):
         close(a.params, b.params, 1e-11)
 
 
 @pytest.mark.usefixtures("x64")
 def test_segments_do_not_change_the_run_and_the_last_may_be_short(tmp_path: Path, rng: np.random.Generator) -> None:
-    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
-    spec = TrainingSpec(5, max_steps=17, momentum=0.5, schedule=CONSTANT, check_every=7)
+    data, net, spec = labelled(rng), network(), spec_with(max_steps=11)
     with Metrics(tmp_path / "m.jsonl") as metrics:
         (got,) = train(net, binary_hinge(), data, spec, num_solutions=1, metrics=metrics)
-    assert [r["step"] for r in rows(tmp_path / "m.jsonl")] == [7, 14, 17]
-    (whole,) = train(net, binary_hinge(), data, dataclasses.replace(spec, check_every=100), num_solutions=1)
-    assert (got.steps, whole.steps) == (17, 17)
+    assert [r["step"] for r in rows(tmp_path / "m.jsonl")] == [3, 6, 9, 11]
+    (whole,) = train(net, binary_hinge(), data, spec_with(max_steps=11, check_every=100), num_solutions=1)
+    assert (got.steps, whole.steps) == (11, 11)
     close(got.params, whole.params, 1e-12)
 
 
@@ -590,9 +592,9 @@ def test_images_standardised_on_the_fly_equal_float_data(rng: np.random.Generato
     ready = data._replace(
         x=(data.x.astype(np.float64) - data.mean) / data.std, mean=np.zeros((1, 1, 1)), std=np.ones((1, 1, 1))
     )
-    net = multi_branch(mlp((4,), 3), 2)
+    net = network(out=3)
     for batch_size in (0, 6):
-        spec = TrainingSpec(batch_size, max_steps=6, check_every=3)
+        spec = spec_with(batch_size=batch_size, max_steps=3)
         on_the_fly, floats = (train(net, crammer_singer(), d, spec, num_solutions=1)[0] for d in (data, ready))
         close(on_the_fly.params, floats.params, 1e-11)
         assert on_the_fly.params[0]["kernel"].dtype == np.float64
@@ -630,34 +632,32 @@ def finished(folder: Path, call: Callable[..., Any]) -> list[Solution]:
 
 
 def mlp_case(seed: int) -> Callable[..., Any]:
-    # Odd sizes in float32: programs for one, two and three solutions round differently.
+    # Sizes at which, in float32, programs for one, two and three solutions round differently (on the CPU at least).
     rng = np.random.default_rng(seed)
     data = labelled(rng, 61, 37, "multiclass", np.float32)
     spec = TrainingSpec(
         13,
-        max_steps=23,
-        learning_rate=0.5,
+        max_steps=12,
         momentum=0.9,
-        weight_decay=1e-3,
         chain=("scale_by_adam()",),
         schedule=Component("plateau", {"min_delta": 0.05}),
-        check_every=4,
+        check_every=3,
         checkpoint_seconds=0.0,
     )
-    net = multi_branch(mlp((17,), 3), 5)
+    net = network((8, 8), 1, 3)
     return lambda **files: train(net, multi_margin(), data, spec, learning_rate=0.02, seed=seed, **files)
 
 
 def conv_case(seed: int) -> Callable[..., Any]:
     data = images(np.random.default_rng(seed), 22)
     net = multi_branch(conv((3,), 3, batch_norm=True, dropout=0.3), 2)
-    spec = TrainingSpec(5, max_steps=9, momentum=0.5, check_every=3, checkpoint_seconds=0.0, schedule=CONSTANT)
-    return lambda **files: train(net, logistic(), data, spec, seed=seed, num_solutions=2, **files)
+    spec = spec_with(batch_size=5, max_steps=6)
+    return lambda **files: train(net, logistic(), data, spec, seed=seed, num_solutions=1, **files)
 
 
 @pytest.mark.parametrize(
     ("case", "seed", "kills"),
-    [(mlp_case, 0, (7,)), (mlp_case, 1, (1, 5, 2)), (mlp_case, 2, (12, 3)), (conv_case, 3, (3,))],
+    [(mlp_case, 0, (7,)), (mlp_case, 1, (1, 5)), (conv_case, 2, (1,))],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
     case: Any, seed: int, kills: tuple[int, ...], tmp_path: Path
@@ -670,7 +670,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
     assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("saves", [4, 5, 7])
+@pytest.mark.parametrize("saves", [4, 5])
 def test_solutions_left_at_different_steps_catch_up_bit_for_bit(
     saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -698,25 +698,25 @@ def test_solutions_left_at_different_steps_catch_up_bit_for_bit(
     assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
 
 
+@pytest.mark.usefixtures("x64")
 def test_a_kill_in_the_second_group_keeps_the_first(tmp_path: Path, rng: np.random.Generator) -> None:
-    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
-    spec = TrainingSpec(8, max_steps=9, momentum=0.5, check_every=3, checkpoint_seconds=0.0)
+    data, net, spec = labelled(rng), network(), spec_with(max_steps=11)
 
     def call(**files: Any) -> list[Solution]:
         return train(net, binary_hinge(), data, spec, num_solutions=2, group_size=1, **files)
 
     expected = finished(tmp_path / "whole", call)
-    killed_at(5, tmp_path / "cut", call)
+    killed_at(6, tmp_path / "cut", call)
     same_solutions(finished(tmp_path / "cut", call), expected)
     assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
 
 
+@pytest.mark.usefixtures("x64")
 def test_finished_solutions_are_read_not_trained_again(tmp_path: Path, rng: np.random.Generator) -> None:
-    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
-    spec = TrainingSpec(8, max_steps=8, check_every=4)
+    data, net = labelled(rng), network()
 
     def call(net: Branch, **files: Any) -> list[Solution]:
-        return train(net, binary_hinge(), data, spec, num_solutions=2, **files)
+        return train(net, binary_hinge(), data, spec_with(checkpoint_seconds=60.0), num_solutions=3, **files)
 
     expected = finished(tmp_path, lambda **files: call(net, **files))
     lines = (tmp_path / "metrics.jsonl").read_bytes()
@@ -730,51 +730,34 @@ def test_finished_solutions_are_read_not_trained_again(tmp_path: Path, rng: np.r
         call(net._replace(apply=no_step))
 
 
-def test_status_and_batch_loss_of_a_diverged_run_are_restored(tmp_path: Path, rng: np.random.Generator) -> None:
-    data, net = labelled(rng, task="regression", dtype=np.float32), multi_branch(mlp((4,), 1), 2)
-    spec = TrainingSpec(8, max_steps=50, learning_rate=1e8, check_every=10)
-
-    def call(**files: Any) -> list[Solution]:
-        return train(net, squared(), data, spec, num_solutions=1, **files)
-
-    expected = finished(tmp_path, call)
-    assert expected[0].status == "diverged"
-    same_solutions(finished(tmp_path, call), expected)
-
-
+@pytest.mark.usefixtures("x64")
 def test_checkpoints_of_another_network_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
-    data, spec = labelled(rng, dtype=np.float32), TrainingSpec(8, max_steps=2, check_every=2)
-    train(multi_branch(mlp((4,), 1), 2), binary_hinge(), data, spec, num_solutions=1, checkpoints=tmp_path)
+    data = labelled(rng)
+    train(network(), binary_hinge(), data, spec_with(max_steps=3), num_solutions=1, checkpoints=tmp_path)
     with pytest.raises(CheckpointMismatchError, match="kernel"):
-        train(multi_branch(mlp((5,), 1), 2), binary_hinge(), data, spec, num_solutions=1, checkpoints=tmp_path)
+        train(network((5,)), binary_hinge(), data, spec_with(max_steps=3), num_solutions=1, checkpoints=tmp_path)
 
 
-def test_segments_share_their_compiled_programs(rng: np.random.Generator) -> None:
-    data, net = labelled(rng, dtype=np.float32), multi_branch(mlp((4,), 1), 2)
-    traces = 0
+@pytest.mark.usefixtures("x64")
+def test_segments_share_their_compiled_programs(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, made = training.make_segment, []
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal traces
-        traces += 1
-        return net.apply(*args, **kwargs)
+    def remembered(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
 
-    def count(max_steps: int) -> int:
-        nonlocal traces
-        traces = 0
-        spec = TrainingSpec(8, max_steps=max_steps, check_every=2, schedule=CONSTANT)
-        train(net._replace(apply=counted), binary_hinge(), data, spec, num_solutions=2)
-        return traces
-
-    one = count(2)
-    assert one > 0
-    assert count(40) == one
-    assert count(41) == 2 * one  # and one more program for the short segment at the end
+    monkeypatch.setattr(training, "make_segment", remembered)
+    data, net = labelled(rng), network()
+    for max_steps in (3, 60, 62):
+        train(net, binary_hinge(), data, spec_with(max_steps=max_steps, tolerance=0.0), num_solutions=1)
+    # One program, and one more for a short segment at the end.
+    assert [segment._cache_size() for segment in made] == [1, 1, 2]
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 24, 1000])
+@pytest.mark.parametrize("batch_size", [7, 24, 1000])
 @pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
 @pytest.mark.usefixtures("x64")
 def test_evaluate_equals_numpy_on_the_whole_set(task: str, batch_size: int, rng: np.random.Generator) -> None:
@@ -814,9 +797,9 @@ def test_evaluate_uses_the_stored_statistics_of_batch_norm(rng: np.random.Genera
     data = images(rng)
     net = multi_branch(conv((3,), 3, batch_norm=True, dropout=0.5), 2)
     x = jnp.asarray((data.x.astype(np.float32) - data.mean) / data.std)
-    params, state = net.init(jax.random.key(0), x[:1])
+    params, state = jax.jit(net.init)(jax.random.key(0), x[:1])
     state = jax.tree.map(lambda a: a + 0.3, state)
-    outputs = np.asarray(net.apply(params, state, x)[0], np.float64)
+    outputs = np.asarray(jax.jit(net.apply)(params, state, x)[0], np.float64)
     expected = np.log(np.exp(outputs).sum(1)) - outputs[np.arange(20), data.y]
     got = evaluate(net, logistic(), data, params, state, batch_size=6)
     assert got.loss == pytest.approx(expected.mean(), rel=1e-5)
@@ -891,7 +874,7 @@ def test_schedules_refuse_values_out_of_range(schedule: str, settings: Any, mess
 
 @pytest.fixture
 def small(rng: np.random.Generator) -> tuple[Branch, Dataset]:
-    return multi_branch(mlp((4,), 1), 2), labelled(rng, dtype=np.float32)
+    return network(), labelled(rng, dtype=np.float32)
 
 
 def test_unknown_names_are_named_with_near_matches(small: tuple[Branch, Dataset]) -> None:

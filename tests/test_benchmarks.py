@@ -1,0 +1,217 @@
+"""The benchmarks run at a tiny size and write what they promise; nothing here depends on time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualgap_jax.branches import mlp
+from dualgap_jax.losses import multi_margin
+from dualgap_jax.multibranch import multi_branch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+NOT_MEASURED = "not measured"
+SPREADS = {
+    "training_step": {
+        "step_ms", "step_gflops", "forward_gflops", "weight_gradient_gflops", "limit_gflops", "of_limit",
+    },
+    "landscape": {
+        "grid_seconds", "point_ms", "marginal_point_ms", "full_point_ms", "over_full", "marginal_over_full",
+        "marginal_gflops", "product_gflops", "floor_ms", "of_floor",
+    },
+}  # fmt: skip
+PEER_SPREADS = {"training_step": {"peer_step_ms", "over_peer"}, "landscape": {"peer_point_ms", "over_peer"}}
+EXTRAS = {
+    "training_step": {"case", "batch", "steps_per_segment", "operations_per_step", "peer_disagreement", "targets"},
+    "landscape": {
+        "case", "samples", "points", "full_points_timed", "full_grid_seconds_extrapolated", "full_disagreement",
+        "operations_per_point", "peer_points_timed", "peer_grid_seconds_extrapolated", "peer_disagreement", "targets",
+    },
+}  # fmt: skip
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, as if it stood first on the path; the package has modules of the same names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
+    load(name, monkeypatch).main(["--smoke", "--json", str(path), *flags])
+    return json.loads(path.read_text())
+
+
+def is_spread(value: Any) -> bool:
+    return set(value) == {"median", "min", "max"} and value["min"] <= value["median"] <= value["max"]
+
+
+@pytest.mark.parametrize("name", sorted(SPREADS))
+def test_smoke_without_torch(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # import torch now fails as if it were not installed
+    results = run(name, tmp_path / "new" / "results.json", monkeypatch)
+
+    assert results["benchmark"] == name
+    assert results["smoke"] is True
+    assert results["rounds"] == 1
+    where = results["environment"]
+    assert where["device"]
+    assert where["platform"] == jax.devices()[0].platform
+    assert where["cores"] >= 1
+    assert where["versions"]["jax"] == jax.__version__
+    assert set(where["versions"]) == {"python", "jax", "jaxlib", "numpy", "torch"}
+    assert where["date"].endswith("+00:00")
+    assert results["rows"]
+    for row in results["rows"]:
+        assert set(row) == SPREADS[name] | PEER_SPREADS[name] | EXTRAS[name]
+        for key in SPREADS[name]:
+            assert is_spread(row[key]), key
+        for key in PEER_SPREADS[name]:
+            assert row[key] == NOT_MEASURED, key
+    output = capsys.readouterr().out
+    assert "pip install" in output
+    for row in results["rows"]:
+        assert any(line.startswith(row["case"]) and NOT_MEASURED in line for line in output.splitlines())
+
+
+@pytest.mark.parametrize("name", sorted(SPREADS))
+def test_smoke_with_torch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    row = run(name, tmp_path / "results.json", monkeypatch)["rows"][0]
+    for key in PEER_SPREADS[name]:
+        assert is_spread(row[key]), key
+    assert 0 <= row["peer_disagreement"] < 1e-4
+
+
+def test_a_peer_that_does_not_learn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    module = load("training_step", monkeypatch)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
+    with pytest.raises(RuntimeError, match="PyTorch on smoke"):
+        module.measure(module.SMOKE[0], 8, 3, 3, 1, torch)
+
+
+def test_a_full_reevaluation_of_other_points_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("landscape", monkeypatch)
+    right = module.full_reevaluation
+    monkeypatch.setattr(module, "full_reevaluation", lambda setup, points: right(setup, points[:, ::-1] * [1, -1]))
+    with pytest.raises(RuntimeError, match="full re-evaluation"):
+        module.measure(module.SMOKE, 3, 2, 1, None)
+
+
+@pytest.mark.parametrize("name", sorted(SPREADS))
+def test_no_torch_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class MeasuredError(Exception):
+        pass
+
+    def refuse() -> None:
+        raise AssertionError("PyTorch was asked for")
+
+    def measure(*arguments: Any) -> None:
+        raise MeasuredError(arguments[-1])
+
+    module = load(name, monkeypatch)
+    monkeypatch.setattr(importlib.import_module("common"), "load_torch", refuse)
+    monkeypatch.setattr(module, "measure", measure)
+    with pytest.raises(MeasuredError, match="None"):
+        module.main(["--smoke", "--no-torch"])
+
+
+@pytest.mark.parametrize("name", sorted(SPREADS))
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--unknown"]])
+def test_bad_flags(name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load(name, monkeypatch).main(flags)
+
+
+def test_operations_of_a_step_are_those_of_a_naive_count(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("training_step", monkeypatch)
+    for _ in range(5):
+        widths = tuple(int(w) for w in rng.integers(1, 9, size=rng.integers(2, 6)))
+        branches, batch = (int(n) for n in rng.integers(1, 7, size=2))
+        count = 0
+        for layer in range(len(widths) - 1):
+            for product in ("forward", "weight gradient", "input gradient"):
+                if layer == 0 and product == "input gradient":
+                    continue
+                multiply_adds = widths[layer] * widths[layer + 1] * batch * branches
+                count += 2 * multiply_adds
+        assert module.operations(widths, branches, batch) == count
+
+
+def test_operations_of_a_step_are_those_of_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products that JAX traces for the gradient of this network."""
+    module = load("training_step", monkeypatch)
+    hidden, branches, batch, d = (7, 5, 3), 11, 13, 17
+    net, loss = multi_branch(mlp(hidden, 10), branches), multi_margin()
+    x, y = jnp.ones((batch, d)), jnp.zeros(batch, jnp.int32)
+    params, state = net.init(jax.random.key(0), x)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.mean(loss.per_example(net.apply(p, state, x)[0], y))))(params)
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    assert total == module.operations((d, *hidden, 10), branches, batch)
+
+
+def test_operations_of_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("landscape", monkeypatch)
+    case = module.Case((4, 5, 3), (8, 6), 7, 32, 3)
+    products = 7 * 2 * (6 * 8 + 10 * 6) * 32
+    combined = 7 * (8 * 32 + (6 * 8 + 6) + (10 * 6 + 10))
+    assert module.operations(case) == products + 4 * combined
+
+
+def test_disagreement_is_relative_to_the_range(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = importlib.import_module("common")
+    expected = 0.9 + 1e-3 * np.linspace(0, 1, 6)  # as random labels give: the loss hardly moves
+    noise = rng.choice([-1, 1], 6) * 1e-6
+    assert common.disagreement(expected + noise, expected, "a peer") == pytest.approx(1e-3, rel=1e-6)
+    for wrong in (expected[::-1], np.full(6, 0.9), np.where(np.arange(6) == 2, np.nan, expected)):
+        with pytest.raises(RuntimeError, match="a peer"):
+            common.disagreement(wrong, expected, "a peer")
+
+
+def test_interleave_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = importlib.import_module("common")
+    called: list[str] = []
+    seconds = common.interleave({name: lambda name=name: called.append(name) for name in "abc"}, rounds=4)
+    assert called == list("abc") * 5  # once untimed, then the rounds
+    assert {name: values.shape for name, values in seconds.items()} == dict.fromkeys("abc", (4,))
+
+
+def test_targets_are_judged_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = importlib.import_module("common")
+    ratio = common.spread(np.asarray([3.0, 1.0, 8.0]))
+    assert ratio == {"median": 3.0, "min": 1.0, "max": 8.0}
+    row = {"ratio": ratio, "peer": NOT_MEASURED}
+    judged = common.judge(row, [common.Target("ratio", 3.0), common.Target("peer", 1.0)])
+    assert judged == {
+        "ratio": {"least": 3.0, "reached": True}, "peer": {"least": 1.0, "reached": NOT_MEASURED}
+    }  # fmt: skip
+    assert common.judge(row, [common.Target("ratio", 3.5)])["ratio"]["reached"] is False
+    assert common.text(ratio) == "3.00 (1.00-8.00)"
