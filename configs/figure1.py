@@ -15,7 +15,8 @@ from dualgap_jax.experiments.row import RowSpec
 
 def get_config(arg=None):
     args = parse_arg(arg, I=(10, 30, 70, 1000), seed=0, data_seed=1, smoke=False)
-    cell = load(Path(__file__).with_name("synthetic_relu.py"), f"seed={args.seed},data_seed={args.data_seed},smoke={args.smoke}")
+    same = f"seed={args.seed},data_seed={args.data_seed},smoke={args.smoke}"
+    cell = load(Path(__file__).with_name("synthetic_relu.py"), same)
     del cell.experiment
     row = RowSpec(
         title="Loss landscapes on synthetic ReLU data",

@@ -4,8 +4,8 @@
     python scripts/run.py --config=configs/figure4.py:row=cifar_1layer
     python scripts/run.py --config=configs/figure4.py:row=cifar_3layer,I=1/3/5/1000
 
-Rows: mnist (top; I = 1, 3, 5, 100), cifar_1layer (middle; the same I), cifar_3layer (bottom; the paper's last I is 50,000,
-which needs 5 GB for each of three networks).  Each panel is the config of that row at that I.
+Rows: mnist (top; I = 1, 3, 5, 100), cifar_1layer (middle; the same I), cifar_3layer (bottom; the paper's last I is
+50,000, which needs 5 GB for each of three networks).  Each panel is the config of that row at that I.
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.registry import unknown
 
 ROWS = {
-    "mnist": ("mnist_1layer.py", "Figure 4, top row", "Loss landscapes on MNIST, one hidden layer", (1, 3, 5, 100)),
-    "cifar_1layer": ("cifar_1layer.py", "Figure 4, middle row", "Loss landscapes on CIFAR-10, one hidden layer", (1, 3, 5, 100)),
-    "cifar_3layer": ("cifar_3layer.py", "Figure 4, bottom row", "Loss landscapes on CIFAR-10, three hidden layers", (1, 3, 5, 50_000)),
+    "mnist": ("mnist_1layer.py", "top row", "MNIST, one hidden layer", (1, 3, 5, 100)),
+    "cifar_1layer": ("cifar_1layer.py", "middle row", "CIFAR-10, one hidden layer", (1, 3, 5, 100)),
+    "cifar_3layer": ("cifar_3layer.py", "bottom row", "CIFAR-10, three hidden layers", (1, 3, 5, 50_000)),
 }
 
 
@@ -32,8 +32,8 @@ def get_config(arg=None):
     cell = load(Path(__file__).with_name(file), f"seed={args.seed},smoke={args.smoke}")
     del cell.experiment
     row = RowSpec(
-        title=title,
-        paper_item=item,
+        title=f"Loss landscapes on {title}",
+        paper_item=f"Figure 4, {item}",
         num_branches=counts[:2] if args.smoke else counts,
         cell=to_spec(LandscapeSpec, cell),
     )

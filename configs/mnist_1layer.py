@@ -1,6 +1,6 @@
 """Figure 4, top row, one panel: one-hidden-layer network on MNIST (I = 1, 3, 5, 100; h = 8 per branch).
 
-    python scripts/run.py --config=configs/mnist_1layer.py:I=100
+python scripts/run.py --config=configs/mnist_1layer.py:I=100
 """
 
 from dualgap_jax.branches import BRANCHES

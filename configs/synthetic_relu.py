@@ -3,8 +3,8 @@
     python scripts/run.py --config=configs/synthetic_relu.py:I=10
 
 1,000 points in R^10 labelled by a ReLU network with 11 hidden units; branches are single ReLU units with biases;
-hinge, tau = 1.  `data_seed` draws the teacher and the points; at 0 the teacher gives 96 % of them one label, so 1 is the
-default.
+hinge, tau = 1.  `data_seed` draws the teacher and the points; at 0 the teacher gives 96 % of them one label, so 1 is
+the default.
 """
 
 from dualgap_jax.branches import BRANCHES

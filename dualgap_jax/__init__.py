@@ -1,4 +1,4 @@
-"""dualgap_jax: why wide, multi-branch networks are easy to train, measured (Zhang, Shao, Salakhutdinov, AISTATS 2019)."""
+"""Why wide, multi-branch networks are easy to train, measured (Zhang, Shao, Salakhutdinov, AISTATS 2019)."""
 
 from dualgap_jax import branches, losses
 from dualgap_jax.branches import BRANCHES

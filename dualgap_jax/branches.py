@@ -100,7 +100,7 @@ def mlp(
             numbers = jax.random.uniform(key, (sum(sizes),), dtype, -1.0, 1.0)
         else:
             numbers = jax.random.normal(key, (sum(sizes),), dtype)
-        layers = []
+        layers: list[Params] = []
         for fan_in, width in itertools.pairwise(widths):
             block, numbers = jnp.split(numbers, [sizes[len(layers)]])
             block = init_scale * spread(fan_in) * block.reshape(width, -1)
@@ -136,7 +136,7 @@ def mlp(
         if not hidden:
             return z.sum(0).T, state
         head = params[-1]
-        # XLA's CPU backend is six times slower on the transposed product; the barrier keeps it from folding the transpose.
+        # On CPU XLA is six times slower on the transposed product; the barrier keeps it from folding the transpose.
         total = jnp.einsum("ioh,ihb->ob", head["kernel"], jax.vmap(features)(params, z))
         total = jax.lax.optimization_barrier(total).T
         return (total + head["bias"].sum(0)[None, :] if use_bias else total), state

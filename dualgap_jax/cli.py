@@ -89,7 +89,9 @@ def run(
     name = Path(filename).stem if filename else None
     report, folder, was_complete = experiments.run(config, tables=tables, name=name, workdir=workdir, command=command)
     if was_complete:
-        print(f"Complete already; nothing was computed. To start over, delete {folder.path} or give another --workdir.\n")
+        print(
+            f"Complete already; nothing was computed. To start over, delete {folder.path} or give another --workdir.\n"
+        )
     print(report.text())
     for path in sorted(folder.figures.glob("*.png")):
         print(f"figure: {path}")
@@ -102,7 +104,9 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        print(f"\n{type(error).__name__}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
+        print(
+            f"\n{type(error).__name__}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr
+        )
         sys.exit(130)
     except (ValueError, LookupError, FileNotFoundError, RuntimeError) as error:
         if not type(error).__module__.startswith("dualgap_jax"):

@@ -29,7 +29,7 @@ from dualgap_jax.losses import Loss
 from dualgap_jax.multibranch import sum_rest
 from dualgap_jax.records import Progress, load_npz, save_npz
 from dualgap_jax.registry import UnknownNameError, unknown
-from dualgap_jax.types import Branch, KeyArray, Params, PyTree, State
+from dualgap_jax.types import Branch, KeyArray, Params, PyTree, Stacked, State, Stem
 
 AXES = ("authors", "orthonormal")
 ROUTES = ("auto", "stem", "plain")
@@ -111,8 +111,8 @@ def plane_through(
 
     Args:
       solutions: three parameter pytrees of one structure.
-      axes: 'authors': `u = (w0 - w1) |w2| / |w0 - w1|` and `v = (w0 - w2) |w2| / |w0 - w2|`, not orthogonalised, as in the
-        authors' code; 'orthonormal': Gram-Schmidt of `w1 - w0` and `w2 - w0`, so that plane coordinates are true
+      axes: 'authors': `u = (w0 - w1) |w2| / |w0 - w1|` and `v = (w0 - w2) |w2| / |w0 - w2|`, not orthogonalised, as in
+        the authors' code; 'orthonormal': Gram-Schmidt of `w1 - w0` and `w2 - w0`, so that plane coordinates are true
         distances.
       states: the three network states; they are interpolated as the parameters are.
 
@@ -145,7 +145,9 @@ def plane_through(
     oblique = np.array([[third, third], [third - 1, third], [third, third - 1]])
     if axes == "authors":
         if norms[2] <= 0:
-            raise DegeneratePlaneError("the third solution is zero, so the authors' axes have no length; use axes='orthonormal'.")
+            raise DegeneratePlaneError(
+                "the third solution is zero, so the authors' axes have no length; use axes='orthonormal'."
+            )
         basis = np.diag([norms[2] / n1, norms[2] / n2])  # columns: u, v in terms of d1, d2
     else:
         overlap = inner / n1**2
@@ -171,15 +173,15 @@ def random_plane(
 ) -> Plane:
     """A plane through `params` along two filter-normalised random directions (Li et al., NeurIPS 2018).
 
-    Each filter of a Gaussian direction is scaled to the norm of the same filter of `params`; biases and other vectors do
-    not move.
+    Each filter of a Gaussian direction is scaled to the norm of the same filter of `params`; biases and other vectors
+    do not move.
 
     Args:
       key: of the two directions.
       params: the point in the middle.
       state: its network state, constant over the plane.
-      filter_axis: axis of a kernel that counts its filters, after the branch axes: 0 for `branches.mlp` (`[out, in]`), -1
-        for Linen and NNX kernels (`[..., in, out]`).
+      filter_axis: axis of a kernel that counts its filters, after the branch axes: 0 for `branches.mlp` (`[out, in]`),
+        -1 for Linen and NNX kernels (`[..., in, out]`).
       branch_axes: number of leading branch axes: 1 for a `multi_branch`, 0 for a single branch.
     """
 
@@ -222,11 +224,10 @@ def _plain_kernel(net: Branch, loss: Loss) -> Callable[..., Array]:
     return kernel
 
 
-def _stem_kernels(net: Branch, loss: Loss, branch_chunk: int, together: int) -> tuple[Callable[..., Any], ...]:
+def _stem_kernels(
+    stem: Stem, stacked: Stacked | None, loss: Loss, branch_chunk: int, together: int
+) -> tuple[Callable[..., Any], ...]:
     """The pre-activations at origin, u and v, and the small layers above for a block of points."""
-    stacked, stem = net.stacked, net.stem
-    if stem is None:
-        raise ValueError("the stem route needs a network with a stem.")
 
     @jax.jit
     def first_layer(params: tuple[PyTree, ...], x: Array) -> tuple[PyTree, ...]:
@@ -236,14 +237,13 @@ def _stem_kernels(net: Branch, loss: Loss, branch_chunk: int, together: int) -> 
         params, states = plane
         return stem.rest(at(*point, *params), at(*point, *states), at(*point, *z))[0]
 
-    def streamed(plane: PyTree, z: PyTree, points: Array) -> Array:
+    def streamed(stacked: Stacked, plane: PyTree, z: PyTree, points: Array) -> Array:
         """Outputs `[K, batch, out]` at K points, a few branches at a time so that they stay in cache."""
         branch, count, scale = stacked
 
         def part(first: Array | int, size: int) -> Array:
-            take = functools.partial(
-                jax.tree.map, lambda a: lax.dynamic_slice_in_dim(a, first, size, 0)
-            )  # slices of leaves that are not used (the first layer) are not computed
+            # Slices of leaves that are not used (the first layer) are not computed.
+            take = functools.partial(jax.tree.map, lambda a: lax.dynamic_slice_in_dim(a, first, size, 0))
             params, states, zs = take(plane[0]), take(plane[1]), take(z)
 
             def one(point: Array) -> Array:
@@ -264,7 +264,7 @@ def _stem_kernels(net: Branch, loss: Loss, branch_chunk: int, together: int) -> 
             if stacked is None:
                 outputs = jax.vmap(lambda point: whole(plane, z, point))(points)
             else:
-                outputs = streamed(plane, z, points)
+                outputs = streamed(stacked, plane, z, points)
             return jax.vmap(lambda o: _sample_losses(loss, o, y))(outputs)
 
         return lax.map(block, points.reshape(-1, together, 2)).reshape(-1)
@@ -338,19 +338,19 @@ def evaluate_points(
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must have shape [P, 2], got {points.shape}.")
-    use_stem = net.stem is not None and route != "plain"
+    stem = net.stem if route != "plain" else None
     num_samples, num_points = len(dataset.y), len(points)
     workers = _workers()
     # Blocks small enough that all workers get some and an interruption loses little.
-    multiple = point_chunk if use_stem else 1
+    multiple = point_chunk if stem is not None else 1
     block = max(1, min(64 // multiple, math.ceil(num_points / (multiple * workers)))) * multiple
     identity = {"points": points, "samples": np.asarray([num_samples, sample_chunk]), "anchors": plane.anchors}
     work = _resume(partial, identity) or _Partial(np.zeros(num_points), np.zeros(num_points, np.int64))
 
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
     arrays = ((plane.origin, plane.u, plane.v), plane.states)
-    if use_stem:
-        first_layer, above = _stem_kernels(net, loss, branch_chunk, point_chunk)
+    if stem is not None:
+        first_layer, above = _stem_kernels(stem, net.stacked, loss, branch_chunk, point_chunk)
     else:
         plain = _plain_kernel(net, loss)
     saved_at = time.monotonic()
@@ -372,7 +372,7 @@ def evaluate_points(
                 continue
             x = standardise(dataset.x[start : start + sample_chunk], dataset.mean, dataset.std)
             y = jnp.asarray(dataset.y[start : start + sample_chunk])
-            if use_stem:
+            if stem is not None:
                 run = functools.partial(above, arrays, first_layer(arrays[0], x), y)
             else:
                 run = functools.partial(plain, arrays, x, y)

@@ -34,7 +34,7 @@ class Loss(NamedTuple):
     tasks: tuple[str, ...]
 
 
-def _check_tau(tau: int | float) -> float:
+def _check_tau(tau: object) -> float:
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < float("inf"):
         raise ValueError(f"tau must be a positive finite number (eq. (1)), got {tau!r}.")
     return float(tau)

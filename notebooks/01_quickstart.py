@@ -7,9 +7,12 @@
 #     toc_visible: true
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -121,7 +124,7 @@ figure, axes = plt.subplots(figsize=(4.6, 3.8))
 filled = axes.contourf(surface.xs, surface.ys, surface.loss, levels=20)
 axes.plot(*plane.anchors.T, "wo", markeredgecolor="black")
 axes.set(xlabel="along $w_0 - w_1$", ylabel="along $w_0 - w_2$", aspect="equal", title="loss, I = 30")
-figure.colorbar(filled);
+figure.colorbar(filled)
 
 # %% [markdown]
 # ## How convex?
@@ -130,7 +133,13 @@ figure.colorbar(filled);
 # a convex surface.  `convexity.DEFINITIONS` says what each score means.
 
 # %%
-for name in ("envelope_max", "envelope_max_per_zero_loss", "envelope_max_per_range", "midpoint_violation_rate", "barrier_max"):
+for name in (
+    "envelope_max",
+    "envelope_max_per_zero_loss",
+    "envelope_max_per_range",
+    "midpoint_violation_rate",
+    "barrier_max",
+):
     print(f"{name:28s} {getattr(scores, name):.4f}   {convexity.DEFINITIONS[name]}")
 
 # %% [markdown]
@@ -143,7 +152,7 @@ figure, axes = plt.subplots(figsize=(4.6, 3.4))
 axes.loglog(counts, [table[c].envelope_max for c in counts], "o-", label="largest envelope distance")
 axes.loglog(counts, [table[c].barrier_max for c in counts], "s--", label="largest barrier")
 axes.set(xlabel="number of branches I", ylabel="loss")
-axes.legend();
+axes.legend()
 
 # %% [markdown]
 # In this regime (mean over branches, PyTorch initialisation, rate scaled by $I$) both fall with $I$, in units of loss.  The

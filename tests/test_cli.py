@@ -29,7 +29,8 @@ from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 
 def get_config(arg=None):
-    spec = LandscapeSpec(num_branches=2, branch=Component("wide", {"width": 4}), data=Component("synthetic_relu", {"seed": 1}))
+    data = Component("synthetic_relu", {"seed": 1})
+    spec = LandscapeSpec(num_branches=2, branch=Component("wide", {"width": 4}), data=data)
     return experiment_config("landscape", smoke(spec, n=40))
 """
 
@@ -52,7 +53,10 @@ def test_the_listing_names_everything() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/mnist_2layer.py"], "unknown config file in configs: 'mnist_2layer.py'. Did you mean 'mnist_1layer"),
+        (
+            ["--config=configs/mnist_2layer.py"],
+            "unknown config file in configs: 'mnist_2layer.py'. Did you mean 'mnist_1layer",
+        ),
         (["--config=configs/synthetic_relu.py:I=0"], "num_branches=0 must be a positive integer"),
         (["--config", "configs/synthetic_relu.py:I=1.5"], "I='1.5': expected a whole number"),
         (["--config=configs/synthetic_relu.py:tau=1"], "unknown config argument 'tau'"),
@@ -116,8 +120,14 @@ def test_a_whole_run_with_ones_own_branch(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "ConfigError: no config given"),
-        (["--config=configs/mnist_1layer.py:smoke", "--config.data.data_dir=no_such_folder"], "scripts/prepare_data.py mnist"),
-        (["--config=configs/synthetic_relu.py:smoke", "--config.loss.tau=0."], "SettingError: loss 'binary_hinge': tau must"),
+        (
+            ["--config=configs/mnist_1layer.py:smoke", "--config.data.data_dir=no_such_folder"],
+            "scripts/prepare_data.py mnist",
+        ),
+        (
+            ["--config=configs/synthetic_relu.py:smoke", "--config.loss.tau=0."],
+            "SettingError: loss 'binary_hinge': tau must",
+        ),
     ],
 )
 def test_mistakes_cost_seconds_and_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ The TFDS folders are written here by hand, record by record, so the tests need n
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import runpy
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tfds_files import CODE, SHAPES, random_split, write_tfds
+from tfds_files import CODE, random_split, write_tfds
 
 from dualgap_jax import data, registry
 

@@ -241,7 +241,9 @@ def test_diverged_cells_of_the_regimes_are_named(tmp_path: Path) -> None:
 
     cell = tiny(training=TrainingSpec(batch_size=10, max_steps=20, check_every=10, learning_rate=1e30))
     cell = dataclasses.replace(cell, loss=Component("squared", {}))
-    spec = RegimesSpec(inits=("torch",), lr_scalings=("none",), reduces=("sum",), num_branches=(2,), repeats=2, cell=cell)
+    spec = RegimesSpec(
+        inits=("torch",), lr_scalings=("none",), reduces=("sum",), num_branches=(2,), repeats=2, cell=cell
+    )
     report, workdir, _ = run(spec, tmp_path / "w", "regimes")
     cells = load_json(workdir.results / "regimes.json")["cells"]
     assert [c["statuses"] for c in cells] == [["diverged"] * 3] * 2
@@ -341,9 +343,7 @@ def test_another_config_in_the_workdir_is_refused_with_the_difference(tmp_path: 
 
 def test_identical_solutions_span_no_plane(tmp_path: Path) -> None:
     """Zero-step training from one constant initialisation gives three equal solutions."""
-    constant = from_functions(
-        lambda key, x: {"w": np.ones((x.shape[1], 1), np.float32)}, lambda p, x: x @ p["w"]
-    )
+    constant = from_functions(lambda key, x: {"w": np.ones((x.shape[1], 1), np.float32)}, lambda p, x: x @ p["w"])
 
     def fixed(*, out: int) -> Any:
         """A linear map that starts at one point."""

@@ -52,7 +52,7 @@ def run(
     require(isinstance(values.get("experiment"), str), "the config names no experiment: set config.experiment.")
     chosen = values.pop("experiment")
     experiment = tables.experiments[chosen]
-    spec = to_spec(spec_type(experiment), values)
+    spec: Any = to_spec(spec_type(experiment), values)
     if workdir is None:
         workdir = default_workdir(root, name or chosen, identity(spec))
     return execute(experiment, spec, Path(workdir), tables, command=command)

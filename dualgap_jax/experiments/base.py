@@ -57,7 +57,7 @@ ExperimentFn = Callable[[Any, Workdir, "Tables"], Report]
 
 
 class Tables(NamedTuple):
-    """The registry: one read-only table a kind.  A user's own entries make a new one: `tables._replace(branches=...)`."""
+    """The registry, one read-only table a kind; `tables._replace(branches=...)` brings in entries of one's own."""
 
     experiments: Table[ExperimentFn]
     branches: Table[Callable[..., Any]] = BRANCHES

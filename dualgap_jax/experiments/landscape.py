@@ -32,8 +32,8 @@ class PlaneSpec:
 
     Attributes:
       axes: 'authors' or 'orthonormal'; see `landscape.plane_through`.
-      half_width: the window is `[-half_width, half_width]^2` in plane coordinates.  In the authors' axes solutions of equal
-        length that are orthogonal lie at most 0.95 from the origin, so 1 shows all three; Figure 1 shows 0.6.  In
+      half_width: the window is `[-half_width, half_width]^2` in plane coordinates.  In the authors' axes the coordinates
+        of orthogonal solutions of equal length are at most 0.95, so 1 shows all three; Figure 1 shows 0.6.  In
         orthonormal axes it is a multiple of the largest distance of a solution from the origin.
       points: grid points along each side.
       edge_points: points along each edge between two solutions.
@@ -123,7 +123,8 @@ def regime(spec: LandscapeSpec) -> str:
     """The training regime in a few words; the picture depends on it."""
     rate = scaled_learning_rate(spec.training, spec.num_branches)
     settings = ", ".join(f"{k} {v}" for k, v in spec.branch.settings.items() if k in ("init", "init_scale", "use_bias"))
-    return f"{spec.reduce} over branches, {settings or spec.branch.name}, learning rate {rate:g} ({spec.training.lr_scaling})"
+    scaling = {"branches": "times I", "inverse_branches": "over I", "none": "not scaled"}[spec.training.lr_scaling]
+    return f"{spec.reduce} over branches, {settings or spec.branch.name}, learning rate {rate:g} ({scaling})"
 
 
 def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
@@ -146,7 +147,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         for s, e in zip(solutions, evaluations, strict=True)
     ]
     save_json(workdir.results / "solutions.json", rows)
-    margins = np.stack([e.margins for e in evaluations]) if loss.margin is not None else np.zeros((3, 0))
+    margins = np.concatenate([e.margins for e in evaluations if e.margins is not None] or [np.zeros(0)])
     record: dict[str, Any] = {
         "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
         "num_branches": spec.num_branches,
@@ -167,12 +168,10 @@ def _measure(
     diverged = [k for k, s in enumerate(solutions) if s.status == "diverged"]
     if diverged:
         raise DivergedError(
-            f"solution {', '.join(map(str, diverged))} diverged after {solutions[diverged[0]].steps} steps at learning rate"
-            f" {scaled_learning_rate(spec.training, spec.num_branches):g}; lower --config.training.learning_rate."
+            f"solution {', '.join(map(str, diverged))} diverged after {solutions[diverged[0]].steps} steps at learning"
+            f" rate {scaled_learning_rate(spec.training, spec.num_branches):g}; lower --config.training.learning_rate."
         )
-    plane = landscape.plane_through(
-        [s.params for s in solutions], spec.plane.axes, states=[s.state for s in solutions]
-    )
+    plane = landscape.plane_through([s.params for s in solutions], spec.plane.axes, states=[s.state for s in solutions])
     unit = 1.0 if spec.plane.axes == "authors" else float(np.linalg.norm(plane.anchors, axis=1).max())
     xs = spec.plane.half_width * unit * np.linspace(-1, 1, spec.plane.points)
     partial = workdir.results / "landscape.partial.npz"
@@ -191,7 +190,12 @@ def _measure(
         edge_loss=edge_loss,
     )
     scores = convexity.scores(xs, xs, surface.loss, zero_loss=zero_loss, edge_t=t, edge_losses=edge_loss).to_json()
-    measured = {"axes": spec.plane.axes, "zero_loss": zero_loss, "definitions": scores.pop("definitions"), "scores": scores}
+    measured = {
+        "axes": spec.plane.axes,
+        "zero_loss": zero_loss,
+        "definitions": scores.pop("definitions"),
+        "scores": scores,
+    }
     inner = np.abs(xs) <= PAPER_HALF_WIDTH + 1e-9
     if spec.plane.axes == "authors" and 3 <= inner.sum() < len(xs):
         window = surface.loss[np.ix_(inner, inner)]
@@ -235,6 +239,6 @@ def report(records: list[dict[str, Any]]) -> Report:
     first = records[0]
     notes = [
         f"Regime: {first['regime']}.",
-        "Scores: estimated from the grid; definitions in results/landscape.json. Losses are means over the full training set.",
+        "Scores: estimated from the grid; definitions in results/landscape.json. Losses: over the full training set.",
     ]
     return Report(first["title"] if len(records) == 1 else "", columns, rows, notes)

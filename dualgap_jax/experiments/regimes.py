@@ -68,7 +68,9 @@ def parse_init(text: str) -> tuple[str, float]:
     return name, scale
 
 
-def _cell(spec: RegimesSpec, init: str, scaling: LearningRateScaling, reduce: Literal["mean", "sum"], count: int, repeat: int) -> LandscapeSpec:
+def _cell(
+    spec: RegimesSpec, init: str, scaling: LearningRateScaling, reduce: Literal["mean", "sum"], count: int, repeat: int
+) -> LandscapeSpec:
     law, scale = parse_init(init)
     cell, data = spec.cell, dict(spec.cell.data.settings)
     if "seed" in data:
@@ -142,7 +144,7 @@ def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:
         "converged",
     ]
     notes = [
-        f"Entries: median over {spec.repeats} repetitions (own teacher, data and seeds) of {spec.score} in units of loss;"
-        " estimated from the grid. A dash: every run diverged."
+        f"Entries: median over {spec.repeats} repetitions (own teacher, data and seeds) of {spec.score}, in units of"
+        " loss; estimated from the grid. A dash: every run diverged."
     ]
     return Report(spec.title, columns, rows, notes)
