@@ -240,7 +240,7 @@ def from_linen(module: Any, *, rngs: tuple[str, ...] = ("dropout",)) -> Branch:
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
         feed = streams(key) if key is not None else {}
-        variables = {"params": params, **_widened(state, params, x)}
+        variables = {"params": params, **state}
         if not train or not state:
             return module.apply(variables, x, rngs=feed, **mode(train)), state
         y, updated = module.apply(variables, x, rngs=feed, mutable=list(state), **mode(train))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import time
@@ -72,7 +73,7 @@ class Surface(NamedTuple):
 
 
 def _dot(a: PyTree, b: PyTree) -> float:
-    products = jax.tree.map(lambda x, y: jnp.vdot(x, y).real, a, b)
+    products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision="highest").real, a, b)
     return math.fsum(float(p) for p in jax.tree.leaves(products))
 
 
@@ -135,7 +136,11 @@ def plane_through(
         raise DegeneratePlaneError("a solution holds numbers that are not finite (a diverged run?); it spans no plane.")
     norms = [math.sqrt(_dot(w, w)) for w in solutions]
     smallest = 1e-6 * max(*norms, 1e-30)
-    if min(n1, n2) <= smallest or abs(inner) >= (1 - 1e-9) * n1 * n2:
+    overlap = inner / n1**2 if n1 > smallest else 0.0
+    # From the vector itself: a difference of squares would lose half the digits, and miss a line in float32.
+    height_vector = _combine(jnp.asarray([1.0, -overlap]), (d2, d1))
+    height = math.sqrt(_dot(height_vector, height_vector))
+    if min(n1, n2, height) <= smallest:
         raise DegeneratePlaneError(
             "the three solutions are identical or lie on a line, so they span no plane"
             f" (|w0 - w1| = {n1:.3g}, |w0 - w2| = {n2:.3g}); train them from different seeds, or longer."
@@ -150,10 +155,6 @@ def plane_through(
             )
         basis = np.diag([norms[2] / n1, norms[2] / n2])  # columns: u, v in terms of d1, d2
     else:
-        overlap = inner / n1**2
-        height = math.sqrt(max(n2**2 - overlap * inner, 0.0))
-        if height <= smallest:
-            raise DegeneratePlaneError("the three solutions lie on a line to rounding, so they span no plane.")
         # e1 = -d1 / n1, e2 = -(d2 - overlap d1) / height
         basis = np.array([[-1.0 / n1, overlap / height], [0.0, -1.0 / height]])
     anchors = np.linalg.solve(basis, oblique.T).T
@@ -313,7 +314,7 @@ def evaluate_points(
     Results depend on the chunk sizes only through rounding.
 
     Args:
-      net, loss, dataset: what is evaluated; the loss is summed over samples in float64.
+      net, loss, dataset: what is evaluated; the losses of batches are added up in float64.
       plane: where.
       points: `[P, 2]` plane coordinates (a, b).
       route: 'stem' (first-layer reuse), 'plain' (every point in full), or 'auto' (stem where the network has one).
@@ -344,9 +345,15 @@ def evaluate_points(
     # Blocks small enough that all workers get some and an interruption loses little.
     multiple = point_chunk if stem is not None else 1
     block = max(1, min(64 // multiple, math.ceil(num_points / (multiple * workers)))) * multiple
-    identity = {"points": points, "samples": np.asarray([num_samples, sample_chunk]), "anchors": plane.anchors}
+    identity = {
+        "points": points,
+        "samples": np.asarray([num_samples, sample_chunk]),
+        "anchors": plane.anchors,
+        "lengths": np.asarray([_dot(a, b) for a, b in itertools.combinations_with_replacement(plane[:3], 2)]),
+    }
     work = _resume(partial, identity) or _Partial(np.zeros(num_points), np.zeros(num_points, np.int64))
 
+    x64 = jax.config.jax_enable_x64  # jax.enable_x64 holds in one thread only
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
     arrays = ((plane.origin, plane.u, plane.v), plane.states)
     if stem is not None:
@@ -379,13 +386,13 @@ def evaluate_points(
 
             def sums(which: np.ndarray, run: Callable[[Array], Array] = run) -> tuple[np.ndarray, np.ndarray]:
                 padded = np.resize(points[which], (block, 2))  # the last block repeats points: one compiled shape
-                with jax.default_matmul_precision("highest"):
+                with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
                     values = run(jnp.asarray(padded, dtype))
                 return which, np.asarray(values, np.float64)[: len(which)]
 
             for which, values in pool.map(sums, [todo[i : i + block] for i in range(0, len(todo), block)]):
-                work.sums[which] += values
-                work.seen[which] = min(start + sample_chunk, num_samples)
+                # One assignment: an interrupt (SIGTERM) between two would save sums that `seen` does not count.
+                work = _added(work, which, values, min(start + sample_chunk, num_samples))
                 progress.update(int(np.ceil(work.seen / sample_chunk).sum()))
                 if time.monotonic() - saved_at > save_seconds:
                     save()
@@ -393,6 +400,13 @@ def evaluate_points(
     if partial is not None:
         partial.unlink(missing_ok=True)
     return work.sums / num_samples
+
+
+def _added(work: _Partial, which: np.ndarray, values: np.ndarray, seen: int) -> _Partial:
+    new = _Partial(work.sums.copy(), work.seen.copy())
+    new.sums[which] += values
+    new.seen[which] = seen
+    return new
 
 
 def _resume(partial: Path | None, identity: dict[str, np.ndarray]) -> _Partial | None:
@@ -440,7 +454,12 @@ def edges(
 
     Returns:
       `t [num_points]` in [0, 1] and the losses `[3, num_points]`.
+
+    Raises:
+      ValueError: for a plane that is not through three solutions, and as `evaluate_points` does.
     """
+    if len(plane.anchors) != 3:
+        raise ValueError(f"edges need a plane through three solutions; this one has {len(plane.anchors)} anchor(s).")
     t = np.linspace(0.0, 1.0, num_points)
     ends = [(plane.anchors[k], plane.anchors[(k + 1) % 3]) for k in range(3)]
     points = np.concatenate([(1 - t)[:, None] * p + t[:, None] * q for p, q in ends])

@@ -33,7 +33,8 @@ class DuplicateNameError(ValueError):
 def unknown(kind: str, given: object, allowed: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
     """The sentence for a name that is not allowed: what was given, the near matches, all that is allowed."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    folded = {name.lower(): name for name in reversed(names)}
+    near = [folded[m] for m in difflib.get_close_matches(str(given).lower(), list(folded), n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     listing = ", ".join(names) if names else "none"
     return f"unknown {kind} {given!r}.{hint} Allowed: {listing}."

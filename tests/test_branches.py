@@ -122,8 +122,9 @@ def test_torch_init_is_uniform_on_the_authors_interval(init_scale: float) -> Non
             bound = np.float32(init_scale / np.sqrt(fan_in))
             for values in (np.asarray(layer["kernel"]).ravel(), np.asarray(layer["bias"])):
                 assert np.abs(values).max() <= bound
-                assert values.max() > 0.9 * bound
-                assert values.min() < -0.9 * bound
+                near = (1 - 20 / len(values)) * bound  # missed on either side once in 20,000 draws
+                assert values.max() > near
+                assert values.min() < -near
                 assert stats.kstest(values, stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-4
 
 

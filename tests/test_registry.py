@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dualgap_jax.registry import DuplicateNameError, Table, UnknownNameError, unknown
+from dualgap_jax.registry import DuplicateNameError, SettingError, Table, UnknownNameError, unknown
 
 
 def squared(scale: float, shift: float = 0.0) -> tuple[str, float, float]:
@@ -35,6 +35,7 @@ def test_a_table_is_a_mapping_in_the_order_given(table: Table) -> None:
     assert table["hinge"] is hinge
     assert "hinge" in table
     assert "logistic" not in table
+    assert table.get("logistic") is None
     assert repr(table) == "Table('loss': squared, hinge)"
 
 
@@ -131,3 +132,20 @@ def test_build_raises_for_a_missing_argument(table: Table) -> None:
 def test_build_passes_every_name_to_an_entry_that_takes_all(table: Table) -> None:
     longer = table.extended({"anything": anything})
     assert longer.build("anything", name="n", kind="k", entries=1) == {"name": "n", "kind": "k", "entries": 1}
+
+
+def test_near_matches_ignore_case() -> None:
+    assert "Did you mean 'I'?" in unknown("argument", "i", ["I", "seed"])
+    assert "Did you mean 'mlp'?" in unknown("branch", "MLP", ["mlp", "conv"])
+
+
+def test_a_refused_value_names_the_entry() -> None:
+    def picky(*, tau: float) -> None:
+        raise ValueError(f"tau={tau} is not allowed")
+
+    table = Table("loss", {"picky": picky})
+    with pytest.raises(SettingError, match="loss 'picky': tau=3 is not allowed"):
+        table.build("picky", tau=3)
+    table.check("picky", tau=3)
+    with pytest.raises(UnknownNameError, match="Did you mean 'tau'"):
+        table.check("picky", tua=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dualgap_jax import training
 from dualgap_jax.branches import conv, mlp
@@ -37,23 +36,6 @@ SPEC = TrainingSpec(
 
 def spec_with(**settings: Any) -> TrainingSpec:
     return dataclasses.replace(SPEC, **settings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs that several tests share are compiled once: compiling takes most of the time here."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
 
 
 def labelled(
@@ -458,6 +440,28 @@ def test_solutions_do_not_depend_on_the_group_or_on_their_number(task: str, rng:
     assert all(np.abs(kernels[i] - kernels[j]).max() > 0.01 for i, j in ((0, 1), (0, 2), (1, 2)))
     again = train(net, loss, data, SPEC, seed=2, num_solutions=1)
     assert np.abs(np.asarray(again[0].params[0]["kernel"]) - kernels[0]).max() > 0.01
+
+
+@pytest.mark.usefixtures("x64")
+def test_noise_is_a_function_of_seed_solution_and_step(rng: np.random.Generator) -> None:
+    data, net = labelled(rng), network()
+
+    def noisy(params: Any, state: Any, x: Any, /, *, key: Any = None, train: bool = False) -> Any:
+        assert train
+        draw = jax.random.uniform(key)
+        return net.apply(params, (), x)[0], {"sum": state["sum"] + draw, "last": state["now"], "now": draw}
+
+    def init(key: Any, x: Any, /) -> Any:
+        return net.init(key, x)[0], dict.fromkeys(("sum", "last", "now"), jnp.zeros(()))
+
+    noisy_net = Branch(init, noisy)
+    for groups in (3, 1):
+        got = train(noisy_net, binary_hinge(), data, SPEC, seed=6, num_solutions=3, group_size=groups)
+        for k, solution in enumerate(got):
+            key = jax.random.split(solution_key(6, k), 3)[2]
+            drawn = [float(jax.random.uniform(jax.random.fold_in(key, t))) for t in range(9)]
+            assert float(solution.state["sum"]) == pytest.approx(sum(drawn), rel=1e-12)
+            assert [float(solution.state[name]) for name in ("last", "now")] == pytest.approx(drawn[-2:], rel=1e-12)
 
 
 @pytest.mark.usefixtures("x64")

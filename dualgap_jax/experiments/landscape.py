@@ -32,7 +32,7 @@ class PlaneSpec:
 
     Attributes:
       axes: 'authors' or 'orthonormal'; see `landscape.plane_through`.
-      half_width: the window is `[-half_width, half_width]^2` in plane coordinates.  In the authors' axes the coordinates
+      half_width: the window is `[-half_width, half_width]^2` in plane coordinates.  In the authors' axes coordinates
         of orthogonal solutions of equal length are at most 0.95, so 1 shows all three; Figure 1 shows 0.6.  In
         orthonormal axes it is a multiple of the largest distance of a solution from the origin.
       points: grid points along each side.
