@@ -353,8 +353,8 @@ def evaluate_points(
     }
     work = _resume(partial, identity) or _Partial(np.zeros(num_points), np.zeros(num_points, np.int64))
 
-    x64 = jax.config.jax_enable_x64  # jax.enable_x64 holds in one thread only
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
+    x64 = dtype == np.float64  # jax.enable_x64 holds in one thread only; the workers need it said again
     arrays = ((plane.origin, plane.u, plane.v), plane.states)
     if stem is not None:
         first_layer, above = _stem_kernels(stem, net.stacked, loss, branch_chunk, point_chunk)
