@@ -534,12 +534,18 @@ def _surface_notes(surface: _Surface, scale: _Scale) -> list[str]:
     return notes
 
 
+def _data_note(record: Mapping[str, Any]) -> str:
+    """The caption's words for images that are not the originals (`data.image_format` of the record)."""
+    lossy = record.get("data", {}).get("image_format") == "JPEG"
+    return "Data: a JPEG-recompressed (lossy) copy of the images." if lossy else ""
+
+
 def landscape(workdir: str | Path) -> list[Path]:
     """The loss surface in 3-D, its contour map with the three solutions, and the loss along the edges between them.
 
     Reads `results/landscape.npz` (`xs [nx]`, `ys [ny]`, `loss [ny, nx]`, `anchors [3, 2]`, `edge_t [m]`,
     `edge_loss [3, m]`, edges 0-1, 1-2, 2-0) and `results/landscape.json` (`title`, `num_branches`, `solutions`,
-    `scores`, `axes`).
+    `scores`, `axes`, and `data.image_format` if known: figures of lossy images say so).
 
     Returns:
       The paths of `figures/landscape.png` and `figures/landscape.pdf`.
@@ -557,7 +563,12 @@ def landscape(workdir: str | Path) -> list[Path]:
     line = line if branches in record["title"] else [branches.replace("I", "$I$"), *line]
     broken = _non_finite(surface.edge_loss)
     edge_note = f"Crosses are losses along the edges that are not finite: {broken}." if broken else ""
-    caption = [_describe_solutions(record["solutions"]), *_surface_notes(surface, scale), edge_note]
+    caption = [
+        _describe_solutions(record["solutions"]),
+        *_surface_notes(surface, scale),
+        edge_note,
+        _data_note(record),
+    ]
     with _page(11.0, 4.2, caption) as figure:
         _head(figure, record["title"], "  ·  ".join(line))
         solid = figure.add_axes(_box(figure, 0.0, 0.62, 3.85, 3.5), projection="3d")
@@ -607,12 +618,14 @@ def _draw_row(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[
     """Surfaces above, their contour maps below, each on its own scale as in the paper."""
     surfaces = [_read_surface(workdir / cell["workdir"]) for cell in cells]
     scales = [_scale(surface.loss) for surface in surfaces]
-    planes = {_read_record(workdir / cell["workdir"], "landscape.json", ("axes",))["axes"] for cell in cells}
+    records = [_read_record(workdir / cell["workdir"], "landscape.json", ("axes",)) for cell in cells]
+    planes = {r["axes"] for r in records}
     caption = ["Each panel has its own scale of loss, as in the paper."]
     for plane in sorted(planes & set(_PLANE_LABELS)):
         caption.append("$a$: {}; $b$: {}.".format(*_PLANE_LABELS[plane]))
     for index, (surface, scale) in enumerate(zip(surfaces, scales, strict=True)):
         caption += [f"({_letter(index)}) {note}" for note in _surface_notes(surface, scale)]
+    caption += sorted({_data_note(r) for r in records})
     column = 2.8
     with _page(max(0.2 + column * len(cells), 5.8), 6.15, caption) as figure:
         _head(figure, record["title"], _plain(record["paper_item"]))

@@ -543,3 +543,16 @@ print([name for name in ("jax", "matplotlib.pyplot", "scipy", "tensorflow") if n
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["False", "[]"]
+
+
+@pytest.mark.parametrize(("image_format", "said"), [("JPEG", True), ("PNG", False), (None, False)])
+def test_figures_of_lossy_images_say_so(
+    image_format: str | None, said: bool, tmp_path: Path, drawn: dict[str, Figure]
+) -> None:
+    figures.landscape(write_landscape(tmp_path / "run", data={"image_format": image_format}))
+    assert ("JPEG-recompressed" in texts(drawn["landscape"])) is said
+    row = write_row(tmp_path / "row", {1: {"envelope_max": 2.0}}, ["envelope_max"])
+    path = row / "cells/I1/results/landscape.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"image_format": image_format}}))
+    figures.row(row)
+    assert ("JPEG-recompressed" in texts(drawn["row"])) is said

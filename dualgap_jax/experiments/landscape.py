@@ -241,4 +241,6 @@ def report(records: list[dict[str, Any]]) -> Report:
         f"Regime: {first['regime']}.",
         "Scores: estimated from the grid; definitions in results/landscape.json. Losses: over the full training set.",
     ]
+    if first["data"].get("image_format") == "JPEG":
+        notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")
     return Report(first["title"] if len(records) == 1 else "", columns, rows, notes)
