@@ -209,6 +209,7 @@ def _sample_losses(loss: Loss, outputs: Array, y: Array) -> Array:
     return jnp.sum(loss.per_example(outputs, y))
 
 
+@functools.lru_cache(maxsize=8)
 def _plain_kernel(net: Branch, loss: Loss) -> Callable[..., Array]:
     """`(plane arrays, x, y, points [P, 2]) -> summed loss [P]`, every point in full."""
 
@@ -225,6 +226,7 @@ def _plain_kernel(net: Branch, loss: Loss) -> Callable[..., Array]:
     return kernel
 
 
+@functools.lru_cache(maxsize=8)
 def _stem_kernels(
     stem: Stem, stacked: Stacked | None, loss: Loss, branch_chunk: int, together: int
 ) -> tuple[Callable[..., Any], ...]:
@@ -342,9 +344,10 @@ def evaluate_points(
     stem = net.stem if route != "plain" else None
     num_samples, num_points = len(dataset.y), len(points)
     workers = _workers()
-    # Blocks small enough that all workers get some and an interruption loses little.
+    # Blocks small enough that all workers get some and an interruption loses little; of one size, so that one program
+    # serves every call.
     multiple = point_chunk if stem is not None else 1
-    block = max(1, min(64 // multiple, math.ceil(num_points / (multiple * workers)))) * multiple
+    block = max(1, min(64, num_points) // multiple) * multiple
     identity = {
         "points": points,
         "samples": np.asarray([num_samples, sample_chunk]),
