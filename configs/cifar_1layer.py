@@ -2,7 +2,8 @@
 
     python scripts/run.py --config=configs/cifar_1layer.py:I=3
 
-The setting is that of mnist_1layer.py on CIFAR-10.
+The setting is that of mnist_1layer.py on CIFAR-10, where 12,000 steps end far from loss 0.  Expect, at I = 3, training
+loss 0.25 and a largest envelope distance near 0.37 in loss.
 """
 
 from pathlib import Path

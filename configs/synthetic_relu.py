@@ -5,6 +5,10 @@
 1,000 points in R^10 labelled by a ReLU network with 11 hidden units; branches are single ReLU units with biases;
 hinge, tau = 1.  `data_seed` draws the teacher and the points; at 0 the teacher gives 96 % of them one label, so 1 is
 the default.
+
+Regime: mean over branches, PyTorch initialisation with biases, rate 0.1 times I, batches of 100; all three solutions
+reach loss 0 (mean over 100 steps below 1e-5) within 40,000 steps.  Expect, at I = 10, a largest envelope distance near
+0.85 in loss and a largest barrier near 0.75; seeds matter.  20 seconds on two CPU cores.
 """
 
 from dualgap_jax.branches import BRANCHES
