@@ -2,8 +2,8 @@
 
     python scripts/run.py --config=configs/cifar_3layer.py:I=5
 
-The setting is that of cifar_1layer.py with deeper branches.  The paper's largest, I = 50,000, has 1.2e9 parameters: 5 GB
-for each network in float32, and training needs several times that.
+The setting is that of cifar_1layer.py with deeper branches.  The paper's largest, I = 50,000, has 1.2e9 parameters:
+5 GB for each network in float32, and training needs several times that.
 """
 
 from pathlib import Path

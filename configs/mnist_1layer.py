@@ -2,10 +2,10 @@
 
 python scripts/run.py --config=configs/mnist_1layer.py:I=100
 
-Ten-class hinge in the authors' form, pixels standardised one by one over the training set.  Regime: mean over branches,
-PyTorch initialisation with biases, rate 0.1 times I, batches of 128, at most 12,000 steps (the loss is then still
-falling slowly: `max_steps`).  Expect, at I = 100, training loss 0.003 and a largest envelope distance near 0.15 in loss,
-a hill at the mean of the three solutions; at I = 1, 0.03 and 0.32.
+Ten-class hinge in the authors' form, pixels standardised one by one over the training set.  Regime: mean over
+branches, PyTorch initialisation with biases, rate 0.1 times I, batches of 128, at most 12,000 steps (the loss is then
+still falling slowly: `max_steps`).  Expect, at I = 100, training loss 0.003 and a largest envelope distance near 0.15
+in loss, a hill at the mean of the three solutions; at I = 1, 0.03 and 0.32.
 """
 
 from dualgap_jax.branches import BRANCHES
