@@ -646,8 +646,9 @@ def arguments(script: str) -> dict[str, Any]:
 def worker(workdir: Workdir) -> Iterator[subprocess.Popen[str]]:
     """Another process with an open session in `workdir`."""
     script = f"""
-        import time
+        import signal, time
         from dualgap_jax.records import Workdir
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
         with Workdir.open({str(workdir.path)!r}, {CONFIG!r}).session():
             print("ready", flush=True)
             time.sleep(60)
