@@ -348,12 +348,14 @@ def evaluate_points(
     # serves every call.
     multiple = point_chunk if stem is not None else 1
     block = max(1, min(64, num_points) // multiple) * multiple
-    identity = {
-        "points": points,
-        "samples": np.asarray([num_samples, sample_chunk]),
-        "anchors": plane.anchors,
-        "lengths": np.asarray([_dot(a, b) for a, b in itertools.combinations_with_replacement(plane[:3], 2)]),
-    }
+    identity = {}
+    if partial is not None:
+        identity = {
+            "points": points,
+            "samples": np.asarray([num_samples, sample_chunk]),
+            "anchors": plane.anchors,
+            "lengths": np.asarray([_dot(a, b) for a, b in itertools.combinations_with_replacement(plane[:3], 2)]),
+        }
     work = _resume(partial, identity) or _Partial(np.zeros(num_points), np.zeros(num_points, np.int64))
 
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
