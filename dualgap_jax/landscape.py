@@ -161,7 +161,7 @@ def plane_through(
 
     def span(trees: Sequence[PyTree]) -> tuple[PyTree, PyTree, PyTree]:
         mean = _combine(jnp.full(3, third), trees)
-        # A direction c1 d1 + c2 d2 is (c1 + c2) w0 - c1 w1 - c2 w2; exact zero along constant leaves.
+        # A direction c1 d1 + c2 d2 is (c1 + c2) w0 - c1 w1 - c2 w2.
         u, v = (_combine(jnp.asarray([c[0] + c[1], -c[0], -c[1]]), trees) for c in basis.T)
         return mean, u, v
 
