@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from dualgap_jax import figures
+from dualgap_jax.figures import page, scores, surfaces
 from dualgap_jax.registry import Table, UnknownNameError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +124,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
         figure.canvas.draw()
         return []
 
-    monkeypatch.setattr(figures, "_save", keep)
+    for module in (surfaces, scores):
+        monkeypatch.setattr(module, "save", keep)
     return kept
 
 
@@ -279,8 +281,8 @@ def test_a_lone_spike_neither_hides_the_surface_nor_goes_unsaid(tmp_path: Path, 
 def test_the_3d_surface_stands_at_the_recorded_losses(ny: int, nx: int, rng: np.random.Generator) -> None:
     xs, ys, loss = np.sort(rng.random(nx)), np.sort(rng.random(ny)), rng.random((ny, nx))
     loss[2, 3] = np.nan
-    surface = figures._Surface(xs, ys, loss, np.zeros((3, 2)), np.zeros(1), np.zeros((3, 1)))
-    quads = figures._quads(surface, 0.9)
+    surface = surfaces._Surface(xs, ys, loss, np.zeros((3, 2)), np.zeros(1), np.zeros((3, 1)))
+    quads = surfaces._quads(surface, 0.9)
     heights = {(x, y): min(z, 0.9) for z, (y, x) in zip(loss.ravel(), ((y, x) for y in ys for x in xs), strict=True)}
     assert all(heights[x, y] == z for x, y, z in quads.reshape(-1, 3).tolist())
     assert len(quads) == (ny - 1) * (nx - 1) - 4 if nx < 100 else len(quads) <= (ny - 1) * 100
@@ -294,7 +296,7 @@ def test_levels_cover_every_finite_loss(seed: int, power: float) -> None:
     rng = np.random.default_rng(seed)
     loss = rng.normal() + np.exp(power * rng.normal(size=(9, 8)))
     loss[rng.random(loss.shape) < 0.2] = np.nan
-    scale = figures._scale(loss)
+    scale = surfaces._scale(loss)
     finite = loss[np.isfinite(loss)]
     assert np.all(np.diff(scale.levels) > 0)
     assert scale.levels[0] <= finite.min()
@@ -326,7 +328,7 @@ def test_levels_cover_every_finite_loss(seed: int, power: float) -> None:
     ],
 )
 def test_numbers_for_labels(value: float, text: str) -> None:
-    assert figures._number(value) == text
+    assert page.number(value) == text
 
 
 # A row ----------------------------------------------------------------------------------------------------------------

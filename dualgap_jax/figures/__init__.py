@@ -1,0 +1,48 @@
+"""Figures from saved records, and from nothing else: redrawing needs neither an accelerator nor a training run.
+
+A work folder holds records in `results/`; each record kind has one function here, which writes its figures to
+`figures/` as PNG (200 dpi) and PDF and returns the paths.  The same records give the same pixels.
+
+| record | figures | what is drawn |
+|---|---|---|
+| `landscape.json`, `landscape.npz` | `landscape` | the loss on one plane (a panel of Figures 1 and 4) |
+| `row.json` | `row`, `scores` | a row of Figures 1 and 4; each convexity score against I |
+| `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
+
+Non-finite numbers are never dropped in silence: grid points appear as grey hatched cells, points along an edge and
+undefined scores as crosses, and the caption says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dualgap_jax.figures.scores import regimes
+from dualgap_jax.figures.surfaces import landscape, row
+from dualgap_jax.registry import Table
+
+FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
+    "figure", {"landscape.json": landscape, "row.json": row, "regimes.json": regimes}
+)
+"""Record file under `results/` -> the function that draws its figures."""
+
+
+def draw(workdir: str | Path, figures: Mapping[str, Callable[[str | Path], list[Path]]] = FIGURES) -> list[Path]:
+    """Draws the figures of every record in `workdir`, and returns the paths written.
+
+    Args:
+      workdir: a work folder; its records lie in `results/`.
+      figures: record file name -> drawing function; `FIGURES`, or an extension of it.
+
+    Raises:
+      ValueError: the folder holds none of the records, or one of them is malformed.
+    """
+    workdir = Path(workdir)
+    found = [name for name in figures if (workdir / "results" / name).is_file()]
+    if not found:
+        raise ValueError(
+            f"nothing to draw in {workdir}: looked for {', '.join(figures)} in {workdir / 'results'};"
+            " name the work folder of a run that is complete."
+        )
+    return [path for name in found for path in figures[name](workdir)]
