@@ -38,9 +38,9 @@ def extended(modules: Sequence[str], tables: Tables = TABLES) -> Tables:
 
 
 def listing(tables: Tables = TABLES, configs: Path = CONFIGS) -> str:
-    """The registered experiments, branches, data sets and losses, and the config files, a line each."""
+    """The registered experiments, branches, data sets, losses and planar sets, and the config files, a line each."""
     lines = []
-    for title, table in zip(("Experiments", "Branches", "Data sets", "Losses"), tables, strict=True):
+    for title, table in zip(("Experiments", "Branches", "Data sets", "Losses", "Planar sets"), tables, strict=True):
         lines += [f"{title}:", *(f"  {name:<16} {table.describe(name)}" for name in table), ""]
     lines.append(f"Configs (--config={configs}/NAME.py:KEY=VALUE,...):")
     for path in sorted(configs.glob("*.py")):

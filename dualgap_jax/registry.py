@@ -1,7 +1,8 @@
 """Read-only tables that map a name to a plain function.
 
-There is one table each for experiments, branches, data sets and losses.  A table is never changed in place:
-`Table.extended` returns a new one, so a user's own entries need neither an edit of the package nor a patched global.
+There is one table each for experiments, branches, data sets, losses and planar sets.  A table is never changed in
+place: `Table.extended` returns a new one, so a user's own entries need neither an edit of the package nor a patched
+global.
 """
 
 from __future__ import annotations

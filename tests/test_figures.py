@@ -104,6 +104,29 @@ def write_regimes(workdir: Path, rng: np.random.Generator, counts: tuple[int, ..
     return workdir
 
 
+def write_averages(workdir: Path) -> Path:
+    """Two overlapping triangles, a segment and a point; then a set on a lattice."""
+    results = workdir / "results"
+    results.mkdir(parents=True)
+    loops = [[[0, 0], [2, 0], [1, 1]], [[1, 0], [3, 0], [2, 1]], [[0, 1], [0, 2]], [[3, 2]]]
+    arrays = {
+        "hull": np.asarray([[0.0, 0], [3, 0], [3, 2], [0, 2]]),
+        "n1_vertices": np.concatenate([np.asarray(loop, dtype=np.float64) for loop in loops]),
+        "n1_lengths": np.asarray([len(loop) for loop in loops]),
+        "n4_mask": np.arange(12).reshape(3, 4) % 5 > 0,
+        "n4_xs": np.arange(4.0),
+        "n4_ys": np.arange(3.0),
+    }
+    np.savez(results / "shapley_folkman.npz", **arrays)
+    keys = ("n", "distance", "error", "kind", "shapley_folkman_bound", "starr_bound")
+    rows = [(1, 0.5, 0.01, "bounded", 2.0, 1.0), (4, 0.0, 0.01, "bounded", 0.7, 0.35)]
+    record = {"title": "A title for $5", "paper_item": "Figure 3", "panels": [1, 4]}
+    record |= {"circumradius": 2.0, "inner_radius": 1.0, "slack": 0.0, "decay_exponent": None}
+    record["rows"] = [dict(zip(keys, row, strict=True)) for row in rows]
+    (results / "shapley_folkman.json").write_text(json.dumps(record))
+    return workdir
+
+
 def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
     """A work folder that holds a record of the given name."""
     scores = {1: {"envelope_max": 2.0}, 10: {"envelope_max": 0.5}}
@@ -111,6 +134,7 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "landscape.json": lambda: write_landscape(workdir),
         "row.json": lambda: write_row(workdir, scores, ["envelope_max"]),
         "regimes.json": lambda: write_regimes(workdir, rng),
+        "shapley_folkman.json": lambda: write_averages(workdir),
     }[name]()
 
 

@@ -13,11 +13,18 @@ from dualgap_jax.experiments.base import ExperimentFn, Report, Tables, execute, 
 from dualgap_jax.experiments.landscape import landscape_experiment
 from dualgap_jax.experiments.regimes import regimes
 from dualgap_jax.experiments.row import landscape_row
+from dualgap_jax.experiments.shapley_folkman import shapley_folkman
 from dualgap_jax.records import Workdir, default_workdir
 from dualgap_jax.registry import Table
 
 EXPERIMENTS: Table[ExperimentFn] = Table(
-    "experiment", {"landscape": landscape_experiment, "landscape_row": landscape_row, "regimes": regimes}
+    "experiment",
+    {
+        "landscape": landscape_experiment,
+        "landscape_row": landscape_row,
+        "regimes": regimes,
+        "shapley_folkman": shapley_folkman,
+    },
 )
 TABLES = Tables(EXPERIMENTS)
 

@@ -20,6 +20,7 @@ from dualgap_jax.data import DATASETS
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.records import Workdir, load_json, save_json
 from dualgap_jax.registry import Table
+from dualgap_jax.shapley_folkman import SETS
 
 
 class Report(NamedTuple):
@@ -63,6 +64,7 @@ class Tables(NamedTuple):
     branches: Table[Callable[..., Any]] = BRANCHES
     datasets: Table[Callable[..., Any]] = DATASETS
     losses: Table[Callable[..., Any]] = LOSSES
+    sets: Table[Callable[..., Any]] = SETS
 
 
 def spec_type(experiment: ExperimentFn) -> type:

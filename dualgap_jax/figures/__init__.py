@@ -8,6 +8,7 @@ A work folder holds records in `results/`; each record kind has one function her
 | `landscape.json`, `landscape.npz` | `landscape` | the loss on one plane (a panel of Figures 1 and 4) |
 | `row.json` | `row`, `scores` | a row of Figures 1 and 4; each convexity score against I |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
+| `shapley_folkman.json`, `.npz` | `shapley_folkman`, `hull_distance` | Figure 3; distance to the hull against n |
 
 Non-finite numbers are never dropped in silence: grid points appear as grey hatched cells, points along an edge and
 undefined scores as crosses, and the caption says so.
@@ -18,12 +19,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dualgap_jax.figures.averages import shapley_folkman
 from dualgap_jax.figures.scores import regimes
 from dualgap_jax.figures.surfaces import landscape, row
 from dualgap_jax.registry import Table
 
 FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
-    "figure", {"landscape.json": landscape, "row.json": row, "regimes.json": regimes}
+    "figure",
+    {
+        "landscape.json": landscape,
+        "row.json": row,
+        "regimes.json": regimes,
+        "shapley_folkman.json": shapley_folkman,
+    },
 )
 """Record file under `results/` -> the function that draws its figures."""
 
