@@ -163,9 +163,12 @@ class LpBall:
     For p < 1, in the first quadrant, A lies below the convex curve `y = phi(x)`, and so A_n lies below
     `max (1/n) sum_j phi(x_j)` over `0 <= x_j <= radius` with mean x.  A sum of convex functions is largest at a corner
     of that set, where all x_j but one are 0 or the radius: the boundary of A_n is a chain of n copies of that of A,
-    scaled by 1/n, between the points `(k, n - k) radius / n`.  Hence `rho(n) = rho(1) / n`.  The distance to the curve
-    is concave on the convex region above it and symmetric about the diagonal, so the point of the hull farthest from A
-    is `(radius/2, radius/2)`; for p = 1/2 the curve is a parabola with its focus there, and rho(1) = radius sqrt(2)/4.
+    scaled by 1/n, between the points `(k, n - k) radius / n`, where it meets the hull.  A way from the gap at one copy
+    to A_n ends on that copy, hence `rho(n) = rho(1) / n`.
+
+    The distance to the curve is concave on the convex region above it and symmetric about the diagonal, so the point of
+    the hull farthest from A is `(radius/2, radius/2)`; for p = 1/2 the curve is a parabola with its focus there, and
+    `rho(1) = radius sqrt(2) / 4`.
 
     Raises:
       SetError: unless p and the radius are positive and finite.
@@ -479,26 +482,84 @@ def _widened(corners: Float64[np.ndarray, "v 2"], radius: float) -> Float64[np.n
 
 
 class _Sum(NamedTuple):
-    """The sum of `copies` lattice sets: lattice points `spacing * (origin + index)`, and how far any may have moved."""
+    """A lattice sum: its points `spacing * (origin + index)`, and how far any may have moved."""
 
     mask: Bool[np.ndarray, "ny nx"]
     origin: tuple[int, int]
     spacing: float
     moved: float
-    copies: int
+
+
+class _LatticeSums:
+    """Sums of n copies of a set of lattice points `spacing * index`, each already `moved` from where it belongs.
+
+    A sum with more than `limit` points along a side is moved to a lattice twice as coarse.
+    """
+
+    def __init__(self, index: Int[np.ndarray, "k 2"], spacing: float, moved: float, limit: int) -> None:
+        low = index.min(axis=0)
+        mask = np.zeros((index.max(axis=0) - low + 1)[::-1], dtype=bool)
+        mask[index[:, 1] - low[1], index[:, 0] - low[0]] = True
+        self._limit = limit
+        self._known = {1: _Sum(mask, (int(low[1]), int(low[0])), spacing, moved)}
+
+    def of(self, n: int) -> _Sum:
+        """The sum of n copies, from two sums of half as many: alike in size, they lie on lattices about as fine."""
+        if n not in self._known:
+            self._known[n] = self._add(self.of(n // 2), self.of(n - n // 2))
+        return self._known[n]
+
+    def _add(self, a: _Sum, b: _Sum) -> _Sum:
+        while a.spacing < 0.75 * b.spacing:
+            a = _coarser(a)
+        while b.spacing < 0.75 * a.spacing:
+            b = _coarser(b)
+        rows, columns = (i + j - 1 for i, j in zip(a.mask.shape, b.mask.shape, strict=True))
+        size = [fft.next_fast_len(length, real=True) for length in (rows, columns)]
+        # Counts are at most the points of one mask; float64 transforms resolve 1/2 among them with a wide margin.
+        first = fft.rfft2(a.mask.astype(np.float64), size, workers=-1)
+        second = first if b is a else fft.rfft2(b.mask.astype(np.float64), size, workers=-1)
+        counts = fft.irfft2(first * second, size, workers=-1, overwrite_x=True)[:rows, :columns]
+        origin = a.origin[0] + b.origin[0], a.origin[1] + b.origin[1]
+        total = _Sum(counts > 0.5, origin, a.spacing, a.moved + b.moved)
+        while max(total.mask.shape) > self._limit:
+            total = _coarser(total)
+        return total
+
+    def farthest(self, n: int, hull: Float64[np.ndarray, "k 2"]) -> tuple[float, float]:
+        """Bounds on the largest distance from a convex polygon to the sum of n copies before anything moved."""
+        total = self.of(n)
+        s = total.spacing
+        # Pad so that every lattice cell that meets the polygon is in the array.
+        first = np.floor(hull.min(axis=0) / s)[::-1].astype(int) - 1
+        last = np.ceil(hull.max(axis=0) / s)[::-1].astype(int) + 1
+        end = np.asarray(total.origin) + total.mask.shape
+        before, after = np.maximum(np.asarray(total.origin) - first, 0), np.maximum(last + 1 - end, 0)
+        mask = np.pad(total.mask, list(zip(before, after, strict=True)))
+        away = ndimage.distance_transform_edt(~mask) * s
+        row, column = (np.asarray(total.origin) - before).tolist()
+        ys, xs = s * (row + np.arange(mask.shape[0])), s * (column + np.arange(mask.shape[1]))
+        inside, met = (_cells_in(hull, xs, ys, half) for half in (0.0, s / 2))
+        lower = float(away[inside].max(initial=0.0))
+        upper = float(away[met].max(initial=0.0)) + s / _SQRT2  # from a point to the middle of its cell
+        return lower - total.moved, upper + total.moved
 
 
 class Raster:
-    """A set known through points of it and the distance `cover` within which they reach every point of the set.
+    """A set A between two finite ones: `inner`, points of A, and `outer`, which reaches all of A within `cover`.
 
-    The points are moved to a lattice, whose sums are exact (convolution of masks by FFT, powers by doubling); a sum
-    that outgrows twice the resolution is moved to a lattice twice as coarse.  Let S be the largest distance from the
-    hull of the summed points to the lattice sum, and `moved` how far a point of that sum may have moved in all.  The
-    averages of the points lie in A_n and within `cover` of all of it, and their hull within `cover` of conv A.  So
+    Averages keep that relation: those of `inner` lie in A_n, and A_n lies within `cover` of those of `outer`; likewise
+    the hulls.  So, with distances to the averages of the finite sets,
 
-        |rho(n) - S / n| <= moved / n + cover.
+        rho(n) >= max over x in conv(inner) of dist(x, outer_n) - cover,
+        rho(n) <= max over x in conv(outer) of dist(x, inner_n) + cover.
 
-    The error does not fall with n as rho does: where the relative error matters, use few copies or another kind of set.
+    Averages are formed on a lattice, where sums are exact (convolution of masks by FFT, halves added); a sum that
+    outgrows twice the resolution is moved to a lattice twice as coarse, and the bounds are widened by how far points of
+    the average may have moved in all.
+
+    This error does not fall with n as rho does: where the relative error matters, use few copies or another kind of
+    set.  For a set known through samples, `inner` and `outer` are the samples; see `implicit` for the other case.
 
     Args:
       points: `[k, 2]`, points of the set.
@@ -512,11 +573,15 @@ class Raster:
     def __init__(self, points: Float[np.ndarray, "k 2"], cover: float = 0.0, resolution: int = 512) -> None:
         points = _points(points, "points of a sampled set")
         _check_resolution(resolution)
-        self._origin = (points.min(axis=0) + points.max(axis=0)) / 2
-        local = points - self._origin
+        if not (math.isfinite(cover) and cover >= 0):
+            raise SetError(f"cover={cover} must be finite and not negative.")
+        center = (points.min(axis=0) + points.max(axis=0)) / 2
+        local = points - center
         spacing = max(2 * float(np.abs(local).max()) / (resolution - 1), 1e-300)
-        moved = spacing / _SQRT2
-        self._build(local, np.rint(local / spacing).astype(np.int64), spacing, moved, cover, resolution)
+        index = np.rint(local / spacing).astype(np.int64)
+        sums = _LatticeSums(index, spacing, spacing / _SQRT2, 2 * resolution + 2)  # two copies fit, rounded outward
+        hull = convex_hull(local)
+        self._keep(center, local, sums, sums, hull, hull, float(cover))
 
     @classmethod
     def implicit(
@@ -527,7 +592,7 @@ class Raster:
         high: Coordinates,
         resolution: int = 512,
     ) -> Raster:
-        """A set given by two tests, which bound it from inside and outside.
+        """A set given by two tests: `inner` are the lattice points in it, `outer` those whose cell may touch it.
 
         Args:
           contains: `x [k, 2] -> [k]`, whether x lies in the set.
@@ -547,67 +612,49 @@ class Raster:
         spacing = float((corners[1] - corners[0]).max()) / (resolution - 1)
         reach = np.ceil((corners[1] - center) / spacing).astype(int)
         steps = [np.arange(-r, r + 1) for r in reach]
-        index = np.stack(np.meshgrid(steps[0], steps[1]), axis=-1)  # [ny, nx, 2]
-        local = spacing * index.reshape(-1, 2)
-        inside = np.asarray(contains(center + local), dtype=bool).reshape(index.shape[:2])
+        index = np.stack(np.meshgrid(steps[0], steps[1]), axis=-1).reshape(-1, 2)
+        at, half = center + spacing * index, spacing / 2
+        inside = np.asarray(contains(at), dtype=bool)
         if not inside.any():
             raise SetError(
                 f"no point of the {resolution}-point lattice lies in the set; raise the resolution, or sample a thin"
                 " set (Raster) or give it as Pieces."
             )
-        half = spacing / 2
-        touched = np.asarray(touches(center + local - half, center + local + half), dtype=bool).reshape(inside.shape)
-        cover = spacing * (float(ndimage.distance_transform_edt(~inside)[touched | inside].max()) + 1 / _SQRT2)
+        touched = np.asarray(touches(at - half, at + half), dtype=bool) | inside
+        limit = 2 * resolution + 2
+        inner, outer = (_LatticeSums(index[chosen], spacing, 0.0, limit) for chosen in (inside, touched))
+        hulls = [convex_hull(spacing * index[chosen]) for chosen in (inside, touched)]
         self = cls.__new__(cls)
-        self._origin = center
-        chosen = index[inside]
-        self._build(spacing * chosen, chosen, spacing, 0.0, cover, resolution)
+        self._keep(center, spacing * index[inside], inner, outer, hulls[0], hulls[1], spacing / _SQRT2)
         return self
 
-    def _build(
+    def _keep(
         self,
-        local: Float64[np.ndarray, "k 2"],
-        index: Int[np.ndarray, "k 2"],
-        spacing: float,
-        moved: float,
+        center: Float64[np.ndarray, " 2"],
+        points: Float64[np.ndarray, "k 2"],
+        inner: _LatticeSums,
+        outer: _LatticeSums,
+        inner_hull: Float64[np.ndarray, "a 2"],
+        outer_hull: Float64[np.ndarray, "b 2"],
         cover: float,
-        resolution: int,
     ) -> None:
-        if not (math.isfinite(cover) and cover >= 0):
-            raise SetError(f"cover={cover} must be finite and not negative.")
-        low = index.min(axis=0)
-        mask = np.zeros((index.max(axis=0) - low + 1)[::-1], dtype=bool)
-        mask[index[:, 1] - low[1], index[:, 0] - low[0]] = True
-        self.cover = float(cover)
-        self._resolution = resolution
-        self._hull = convex_hull(local)
-        thin = np.unique(np.concatenate([self._hull, local[:: max(1, len(local) // 4000)]]), axis=0)
-        _, circumradius = smallest_circle(self._hull)
-        self._radii = Radii(circumradius, min(inner_radius(thin), circumradius), self.cover)
-        self._sums = {1: _Sum(mask, (int(low[1]), int(low[0])), spacing, moved, 1)}
+        """Coordinates are relative to `center`; `points` are those of `inner`."""
+        self._center, self._inner, self._outer, self.cover = center, inner, outer, cover
+        self._inner_hull, self._outer_hull = inner_hull, outer_hull
+        thin = np.unique(np.concatenate([inner_hull, points[:: max(1, len(points) // 4000)]]), axis=0)
+        _, circumradius = smallest_circle(inner_hull)
+        apart = np.linalg.norm(outer_hull - _projected(outer_hull, inner_hull), axis=1)
+        self._radii = Radii(circumradius, min(inner_radius(thin), circumradius), cover + float(apart.max()))
 
     def distance_to_hull(self, n: int, tolerance: float = 1e-6) -> Measured:
         """rho(n) with the error of the lattice, which `tolerance` does not change."""
-        total = self._sum(_copies(n))
-        hull = self._hull * n
-        s = total.spacing
-        # Pad so that every lattice cell that meets the hull is in the array.
-        first = np.floor(hull.min(axis=0) / s)[::-1].astype(int) - 1
-        last = np.ceil(hull.max(axis=0) / s)[::-1].astype(int) + 1
-        end = np.asarray(total.origin) + total.mask.shape
-        before, after = np.maximum(np.asarray(total.origin) - first, 0), np.maximum(last + 1 - end, 0)
-        mask = np.pad(total.mask, list(zip(before, after, strict=True)))
-        away = ndimage.distance_transform_edt(~mask) * s
-        row, column = (np.asarray(total.origin) - before).tolist()
-        ys, xs = s * (row + np.arange(mask.shape[0])), s * (column + np.arange(mask.shape[1]))
-        inside, met = (_cells_in(hull, xs, ys, half) for half in (0.0, s / 2))
-        lower = float(away[inside].max(initial=0.0))
-        upper = float(away[met].max(initial=0.0)) + s / _SQRT2
-        return Measured.between((lower - total.moved) / n - self.cover, (upper + total.moved) / n + self.cover)
+        lower, _ = self._outer.farthest(_copies(n), n * self._inner_hull)
+        _, upper = self._inner.farthest(n, n * self._outer_hull)
+        return Measured.between(lower / n - self.cover, upper / n + self.cover)
 
     def shape(self, n: int) -> Shape:
-        """The lattice average, thinned to at most about 800 points along a side for drawing."""
-        total = self._sum(_copies(n))
+        """The average of the inner points, thinned to at most about 800 along a side for drawing."""
+        total = self._inner.of(_copies(n))
         step = max(1, max(total.mask.shape) // 800)
         mask = np.pad(total.mask, [(0, -size % step) for size in total.mask.shape])
         ny, nx = (size // step for size in mask.shape)
@@ -615,45 +662,17 @@ class Raster:
         shift = (step - 1) / 2
         ys, xs = (
             total.spacing / n * (start + shift + step * np.arange(size)) + middle
-            for start, size, middle in zip(total.origin, mask.shape, self._origin[::-1], strict=True)
+            for start, size, middle in zip(total.origin, mask.shape, self._center[::-1], strict=True)
         )
         return Shape(np.zeros((0, 2)), np.zeros(0, dtype=np.int64), mask, xs, ys)
 
     def hull(self) -> Float64[np.ndarray, "k 2"]:
-        """The hull of the points; that of the set is at most `cover` away."""
-        return self._hull + self._origin
+        """The hull of the inner points; that of the set is at most the slack of `radii` away."""
+        return self._inner_hull + self._center
 
     def radii(self) -> Radii:
-        """Of some of the points, with the hull of all: Starr's bound holds for them, and `cover` is the slack."""
+        """Of some of the inner points, with the hull of all; the slack is how far that may lie from conv A."""
         return self._radii
-
-    def _sum(self, n: int) -> _Sum:
-        """The lattice sum of n copies, from powers of two that are kept."""
-        if n in self._sums:
-            return self._sums[n]
-        top = 1 << (n.bit_length() - 1)
-        if n == top:
-            total = self._add(self._sum(n // 2), self._sum(n // 2))
-            self._sums[n] = total
-            return total
-        return self._add(self._sum(n - top), self._sum(top))
-
-    def _add(self, a: _Sum, b: _Sum) -> _Sum:
-        while a.spacing < 0.75 * b.spacing:
-            a = _coarser(a)
-        while b.spacing < 0.75 * a.spacing:
-            b = _coarser(b)
-        rows, columns = (i + j - 1 for i, j in zip(a.mask.shape, b.mask.shape, strict=True))
-        size = [fft.next_fast_len(length, real=True) for length in (rows, columns)]
-        # Counts are at most the points of one mask; float64 transforms resolve 1/2 among them with a wide margin.
-        first = fft.rfft2(a.mask.astype(np.float64), size, workers=-1)
-        second = first if b is a else fft.rfft2(b.mask.astype(np.float64), size, workers=-1)
-        counts = fft.irfft2(first * second, size, workers=-1, overwrite_x=True)[:rows, :columns]
-        origin = a.origin[0] + b.origin[0], a.origin[1] + b.origin[1]
-        total = _Sum(counts > 0.5, origin, a.spacing, a.moved + b.moved, a.copies + b.copies)
-        while max(total.mask.shape) > 2 * self._resolution + 2:  # two copies fit, with points rounded outward
-            total = _coarser(total)
-        return total
 
 
 def _check_resolution(resolution: int) -> None:

@@ -451,10 +451,9 @@ def test_lattice_sums_by_brute_force(resolution: int, n: int, seed: int) -> None
     rng = np.random.default_rng([n, seed])
     points = rng.integers(-20, 21, size=(5, 2)).astype(float)
     raster = sf.Raster(points, resolution=resolution)
-    start, total = raster._sum(1), raster._sum(n)
+    start, total = raster._inner.of(1), raster._inner.of(n)
     sums, found = n * all_sums(lattice_points(start), n), lattice_points(total)
     apart = max(cKDTree(found).query(sums)[0].max(), cKDTree(sums).query(found)[0].max())
-    assert total.copies == n
     assert apart <= total.moved - n * start.moved + 1e-9
     if total.spacing == start.spacing:
         assert apart < 1e-9
@@ -462,14 +461,14 @@ def test_lattice_sums_by_brute_force(resolution: int, n: int, seed: int) -> None
     else:
         assert max(total.mask.shape) <= 2 * resolution + 2
     # The points themselves, which were moved to the lattice first.
-    exact = n * all_sums(points - raster._origin, n)
+    exact = n * all_sums(points - raster._center, n)
     assert cKDTree(found).query(exact)[0].max() <= total.moved + 1e-9
     assert cKDTree(exact).query(found)[0].max() <= total.moved + 1e-9
 
 
 def test_both_kinds_of_lattice_sums_are_tested() -> None:
     raster = sf.Raster(np.asarray([[-1.0, -1.0], [1.0, 1.0], [0.3, 0.2]]), resolution=200)
-    spacings = [raster._sum(n).spacing for n in (1, 2, 8)]
+    spacings = [raster._inner.of(n).spacing for n in (1, 2, 8)]
     assert spacings[0] == spacings[1] < spacings[2]
 
 
@@ -501,9 +500,10 @@ def test_level_sets_need_their_lipschitz_constant() -> None:
     raster = sf.level_set(two_discs, 1.0, (-1.5, -0.5), (1.5, 0.5), 301)
     for n in (1, 2, 5):
         assert holds(raster.distance_to_hull(n), math.hypot(1 / n, 0.4) - 0.4)
-    # A thin set that the lattice misses in part: the boxes that may touch it make the error honest.
+    # An ellipse of which the lattice sees three points: the boxes that may touch it make the error honest.
     thin = sf.level_set(lambda x: np.hypot(0.2 * x[:, 0], x[:, 1] - 0.01) - 0.02, 1.0, (-1, -1), (1, 1), 33)
-    assert thin.cover > 2 / 32
+    assert holds(thin.distance_to_hull(2), 0.0)
+    assert thin.distance_to_hull(2).error > 2 / 32
 
 
 # --- Geometry and bad input -------------------------------------------------------------------------------------------
@@ -693,6 +693,9 @@ def test_the_config_is_the_paper_s_figure_by_default() -> None:
     config = config_lib.load(ROOT / "configs" / "figure3.py")
     assert (config.set.name, config.set.p, config.panels, config.paper_item) == ("lp_ball", 0.5, (1, 2, 10), "Figure 3")
     assert config_lib.load(ROOT / "configs" / "figure3.py", "p=0.3,copies=1/9").copies == (1, 9)
+    for arg, message in (("set=union,p=0.3", "only the set lp_ball"), ("seed=2", "only the random sets")):
+        with pytest.raises(ConfigError, match=message):
+            config_lib.load(ROOT / "configs" / "figure3.py", arg)
 
 
 # --- The figures ------------------------------------------------------------------------------------------------------

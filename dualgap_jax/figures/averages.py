@@ -173,7 +173,8 @@ def _draw_distance(workdir: Path, record: Mapping[str, Any]) -> list[Path]:
         bars = [np.minimum(error, distance), error]
         axes.errorbar(n, distance, yerr=bars, fmt="none", ecolor=styles[0]["color"], capsize=2, elinewidth=0.9)
         _copies_axis(axes, n)
-        value_axis(axes, np.concatenate([distance, starr, folkman]))
+        ends = np.where(distance > error, distance - error, distance)
+        value_axis(axes, np.concatenate([distance, ends, starr, folkman]))
         tidy(axes)
         axes.set(xlabel="number of copies $n$", ylabel="Hausdorff distance")
         axes.legend(loc="lower left" if distance.min() > 0 else "upper right", fontsize=8)
