@@ -466,6 +466,56 @@ def test_lattice_sums_by_brute_force(resolution: int, n: int, seed: int) -> None
     assert cKDTree(exact).query(found)[0].max() <= total.moved + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_farthest_point_of_a_polygon_from_a_lattice_set(seed: int) -> None:
+    """Bounds at most a cell's diagonal apart around the largest distance found at many points of the polygon."""
+    rng = np.random.default_rng(seed)
+    index = rng.integers(-4, 5, size=(6, 2))
+    sums = sf._LatticeSums(index, 0.5, 0.0, 1000)
+    corners = sf.convex_hull(rng.normal(size=(3 + seed, 2)) * 2)
+    x = rng.dirichlet(np.full(len(corners), 0.3), size=40_000) @ corners
+    brute = cKDTree(all_sums(0.5 * index.astype(float), 2) * 2).query(x)[0].max()
+    lower, upper = sums.farthest(2, corners)
+    assert brute <= upper
+    assert lower <= brute + 0.02
+    assert upper - lower <= 1.5 * 0.5 * math.sqrt(2)
+
+
+def test_a_part_that_the_lattice_misses_widens_the_error_only() -> None:
+    """Two discs and a strip that lies between two rows of the lattice: no lattice point of A is in the strip."""
+
+    def g(x: np.ndarray) -> np.ndarray:
+        discs = [np.linalg.norm(x - c, axis=-1) - 0.4 for c in ([-1, 0], [1, 0])]
+        strip = np.hypot(np.maximum(np.abs(x[:, 0]) - 1, 0), x[:, 1] - 0.013) - 0.004
+        return np.minimum(np.minimum(*discs), strip)
+
+    raster = sf.level_set(g, 1.0, (-1.5, -0.5), (1.5, 0.5), 151)
+    pieces = [sf.disc((-1, 0), 0.4), sf.disc((1, 0), 0.4)]
+    strip = sf.segment((-1, 0.013), (1, 0.013), 0.004)
+    assert raster._inner.of(1).mask.sum() < raster._outer.of(1).mask.sum()
+    for n in (1, 2):
+        truth = sf.Pieces([*pieces, strip]).distance_to_hull(n)
+        assert truth.value < sf.Pieces(pieces).distance_to_hull(n).value - 0.02
+        assert holds(raster.distance_to_hull(n), truth.value, truth.error)
+        assert truth.value <= sf.bounds(raster.radii(), n).starr
+
+
+def test_the_slack_of_an_implicit_set_covers_a_tip_that_the_lattice_misses() -> None:
+    """A square and, away from it, a small disc between four lattice points: the hull of the inner points lacks it."""
+
+    def g(x: np.ndarray) -> np.ndarray:
+        square = np.max(np.abs(x - np.asarray([-0.5, 0.0])), axis=-1) - 0.25
+        return np.minimum(square, np.linalg.norm(x - np.asarray([0.95, 0.05]), axis=-1) - 0.04)
+
+    raster = sf.level_set(g, 1.0, (-1, -1), (1, 1), 21)
+    square = sf.polygon([(-0.75, -0.25), (-0.25, -0.25), (-0.25, 0.25), (-0.75, 0.25)])
+    for n in (1, 3):
+        truth = sf.Pieces([square, sf.disc((0.95, 0.05), 0.04)]).distance_to_hull(n)
+        assert holds(raster.distance_to_hull(n), truth.value, truth.error)
+        assert truth.value - truth.error <= sf.bounds(raster.radii(), n).starr
+        assert truth.value > 0.01
+
+
 def test_both_kinds_of_lattice_sums_are_tested() -> None:
     raster = sf.Raster(np.asarray([[-1.0, -1.0], [1.0, 1.0], [0.3, 0.2]]), resolution=200)
     spacings = [raster._inner.of(n).spacing for n in (1, 2, 8)]
