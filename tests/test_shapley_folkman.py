@@ -649,6 +649,20 @@ def test_random_sets_follow_their_seed() -> None:
 # --- The experiment ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Keeps the figures, drawn, instead of writing them; by their stem."""
+    kept: dict[str, Figure] = {}
+
+    def keep(figure: Figure, workdir: Path, stem: str) -> list[Path]:
+        kept[stem] = figure
+        figure.canvas.draw()
+        return []
+
+    monkeypatch.setattr(averages, "save", keep)
+    return kept
+
+
 def spec(name: str = "lp_ball", copies: tuple[int, ...] = (1, 2, 4), **settings: Any) -> ShapleyFolkmanSpec:
     return ShapleyFolkmanSpec(title="A title", set=Component(name, settings), panels=(1, 3), copies=copies)
 
@@ -682,7 +696,9 @@ def test_the_exponent_of_the_decay() -> None:
     assert decay_exponent(rows[:1]) is None
 
 
-def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: dict[str, Figure]
+) -> None:
     real, asked = sf.LpBall.distance_to_hull, []
 
     def failing(self: sf.LpBall, n: int, tolerance: float = 1e-6) -> sf.Measured:
@@ -700,7 +716,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: 
     assert [row[0] for row in report.rows] == [1, 2, 4]
 
 
-def test_a_set_of_ones_own(tmp_path: Path) -> None:
+def test_a_set_of_ones_own(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     def corners(*, side: float = 1.0) -> sf.PlanarSet:
         """The corners of a square."""
         return points_set(side * np.asarray([[0, 0], [1, 0], [0, 1], [1, 1]]))
@@ -733,10 +749,11 @@ def test_bad_configs(change: dict[str, Any], error: type[Exception], message: st
 
 
 @pytest.mark.parametrize("name", list(sf.SETS))
-def test_the_config_takes_every_set(name: str, tmp_path: Path) -> None:
+def test_the_config_takes_every_set(name: str, tmp_path: Path, drawn: dict[str, Figure]) -> None:
     config = config_lib.load(ROOT / "configs" / "figure3.py", f"set={name},smoke")
     report, _, _ = experiments.run(config, workdir=tmp_path / "w")
     assert [row[0] for row in report.rows] == [1, 2, 3]
+    assert set(drawn) == {"shapley_folkman", "hull_distance"}
 
 
 def test_the_config_is_the_paper_s_figure_by_default() -> None:
@@ -749,19 +766,6 @@ def test_the_config_is_the_paper_s_figure_by_default() -> None:
 
 
 # --- The figures ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    kept: dict[str, Figure] = {}
-
-    def keep(figure: Figure, workdir: Path, stem: str) -> list[Path]:
-        kept[stem] = figure
-        figure.canvas.draw()
-        return []
-
-    monkeypatch.setattr(averages, "save", keep)
-    return kept
 
 
 def test_panels_share_their_axes_and_fill_the_set(tmp_path: Path, drawn: dict[str, Figure]) -> None:
