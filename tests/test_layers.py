@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # The modules of each group; a folder stands for everything in it.
 GROUPS = {
     "base": {"registry", "types", "config"},
-    "pure": {"branches", "multibranch", "losses", "convexity", "shapley_folkman"},
+    "pure": {"branches", "multibranch", "losses", "convexity", "spectral", "shapley_folkman"},
     "host": {"data", "checkpoints", "records", "figures"},
     "work": {"training", "landscape"},
     "top": {"experiments"},
