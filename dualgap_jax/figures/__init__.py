@@ -9,6 +9,7 @@ A work folder holds records in `results/`; each record kind has one function her
 | `row.json` | `row`, `scores` | a row of Figures 1 and 4; each convexity score against I |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
 | `shapley_folkman.json`, `.npz` | `shapley_folkman`, `hull_distance` | Figure 3; distance to the hull against n |
+| `spectral.json`, `.npz` | `spectral` | SGD falling to the certified optimum, the spectrum, the gap (Theorem 2) |
 
 Non-finite numbers are never dropped in silence: grid points appear as grey hatched cells, points along an edge and
 undefined scores as crosses, and the caption says so.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from dualgap_jax.figures.averages import shapley_folkman
 from dualgap_jax.figures.scores import regimes
+from dualgap_jax.figures.spectra import spectral
 from dualgap_jax.figures.surfaces import landscape, row
 from dualgap_jax.registry import Table
 
@@ -31,6 +33,7 @@ FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
         "row.json": row,
         "regimes.json": regimes,
         "shapley_folkman.json": shapley_folkman,
+        "spectral.json": spectral,
     },
 )
 """Record file under `results/` -> the function that draws its figures."""

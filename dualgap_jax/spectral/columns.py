@@ -200,65 +200,50 @@ def _triangle(rows: Array) -> Array:
     return jnp.linalg.qr(rows, mode="r")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kernels:
-    """The kernels compiled for one device or, under `shard_map`, for the devices of a mesh."""
+def _place(block: Block, mesh: Mesh | None, dtype: Any) -> _Rows:
+    """A block of columns as rows on the device, or spread over the devices of the mesh."""
+    x, y = (np.asarray(a).T if not isinstance(a, jax.Array) else a.T for a in block)
+    if mesh is None:
+        return _Rows(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
+    missing = -len(x) % mesh.size
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return _Rows(*(jax.device_put(np.pad(np.asarray(a, dtype), ((0, missing), (0, 0))), sharding) for a in (x, y)))
 
-    mesh: Mesh | None
 
-    def place(self, block: Block, dtype: Any) -> _Rows:
-        """A block of columns as rows on the device or devices."""
-        x, y = (np.asarray(a).T if not isinstance(a, jax.Array) else a.T for a in block)
-        if self.mesh is None:
-            return _Rows(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
-        missing = -len(x) % self.mesh.size
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-        return _Rows(*(jax.device_put(np.pad(np.asarray(a, dtype), ((0, missing), (0, 0))), sharding) for a in (x, y)))
+def _triangle_of_rows(rows: _Rows) -> Array:
+    """The triangular factor of `[X^T, Y^T]`."""
+    return _triangle(jnp.concatenate(rows, axis=1))
 
-    def _compile(self, function: Callable[..., Any], finish: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
-        """`function(rows, *rest)`, a sum over rows; `finish` puts the devices' parts together in another way."""
 
-        def precise(*args: Any) -> Any:
-            with jax.default_matmul_precision("highest"):
-                return function(*args)
+@functools.lru_cache(maxsize=32)
+def _compiled(kernel: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """A kernel `(rows, *rest) -> sums`, jitted for one device or, under `shard_map`, for those of a mesh.
 
-        if self.mesh is None:
-            return jax.jit(precise)
-        names = self.mesh.axis_names
-        split, same = PartitionSpec(names), PartitionSpec()
+    On a mesh every device works on its rows and the parts are added by one all-reduce; triangular factors are gathered
+    and factorised on top of one another.
+    """
 
-        def shared(rows: Any, *rest: Any) -> Any:
-            part = precise(rows, *rest)
-            return lax.psum(part, names) if finish is None else finish(part)
+    def precise(*args: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return kernel(*args)
 
-        def call(rows: Any, *rest: Any) -> Any:
-            specs = (split, *(same for _ in rest))
-            mapped = jax.shard_map(shared, mesh=self.mesh, in_specs=specs, out_specs=same, check_vma=False)
-            return mapped(rows, *rest)
+    if mesh is None:
+        return jax.jit(precise)
+    names = mesh.axis_names
+    split, same = PartitionSpec(names), PartitionSpec()
 
-        return jax.jit(call)
-
-    @functools.cached_property
-    def gram(self) -> Callable[[_Rows], tuple[Array, Array]]:
-        return self._compile(_gram)
-
-    @functools.cached_property
-    def normal(self) -> Callable[[_Rows, Array], Array]:
-        return self._compile(_normal)
-
-    @functools.cached_property
-    def sums(self) -> Callable[[_Rows, Array, Array], tuple[Array, Array, Array]]:
-        return self._compile(_sums)
-
-    @functools.cached_property
-    def triangle(self) -> Callable[[_Rows], Array]:
-        """The triangular factor of `[X^T, Y^T]`: of each device's rows, then of the factors on top of one another."""
-
-        def merge(part: Array) -> Array:
-            names = self.mesh.axis_names if self.mesh is not None else ()
+    def shared(rows: _Rows, *rest: Array) -> Any:
+        part = precise(rows, *rest)
+        if kernel is _triangle_of_rows:
             return _triangle(lax.all_gather(part, names).reshape(-1, part.shape[1]))
+        return lax.psum(part, names)
 
-        return self._compile(lambda rows: _triangle(jnp.concatenate(rows, axis=1)), merge)
+    def call(rows: _Rows, *rest: Array) -> Any:
+        specs = (split, *(same for _ in rest))
+        # The gathered factors are equal on all devices, which the check cannot see.
+        return jax.shard_map(shared, mesh=mesh, in_specs=specs, out_specs=same, check_vma=False)(rows, *rest)
+
+    return jax.jit(call)
 
 
 @jax.jit
@@ -267,17 +252,20 @@ def _merge_triangles(first: Array, second: Array) -> Array:
 
 
 class _Data:
-    """The blocks with their kernels, and a count of the passes made."""
+    """The blocks, sums over them, and a count of the passes made."""
 
     def __init__(self, columns: Iterable[Block], mesh: Mesh | None, report: Callable[[str], None] | None) -> None:
-        self._columns, self.kernels, self._report = columns, _Kernels(mesh), report
+        self._columns, self._mesh, self._report = columns, mesh, report
         self.passes = 0
         self.n = 0
         self.shape: tuple[int, int] | None = None
         self.dtype: Any = None
 
-    def total(self, function: Callable[[_Rows], Any], what: str, combine: Callable[[Any, Any], Any] = jnp.add) -> Any:
-        """The sum (or other combination) of `function` over the blocks: one pass."""
+    def total(
+        self, kernel: Callable[..., Any], *rest: Array, what: str, combine: Callable[[Any, Any], Any] = jnp.add
+    ) -> Any:
+        """The sum (or other combination) of `kernel(rows, *rest)` over the blocks: one pass."""
+        function = _compiled(kernel, self._mesh)
         self.passes += 1
         done: Any = None
         n = 0
@@ -286,7 +274,7 @@ class _Data:
             n += block[0].shape[1]
             if self.passes == 1:
                 self._check_values(block, index)
-            part = function(self.kernels.place(block, self.dtype))
+            part = function(_place(block, self._mesh, self.dtype), *rest)
             done = part if done is None else jax.tree.map(combine, done, part)
             if self._report is not None:
                 jax.block_until_ready(done)
@@ -377,14 +365,9 @@ def _cholesky(gram: Array) -> tuple[Array, float]:
     raise _Breakdown("the Gram matrix has no Cholesky factor, even shifted: X is numerically rank deficient")
 
 
-def _applied(kernel: Callable[..., Any], *rest: Array) -> Callable[[_Rows], Any]:
-    """A kernel with everything but the rows given."""
-    return lambda rows: kernel(rows, *rest)
-
-
 def _by_gram(data: _Data, tolerance: float) -> _Fit:
     """Cholesky of the Gram matrix, then preconditioned conjugate gradients, `fit X X^T = Y X^T`, row by row."""
-    gram, cross = data.total(data.kernels.gram, "Gram matrix")
+    gram, cross = data.total(_gram, what="Gram matrix")
     lower, shift = _cholesky(gram)
     values, vectors = _smallest_ritz(lower, min(4, len(lower)))
     low = lower.dtype
@@ -398,7 +381,7 @@ def _by_gram(data: _Data, tolerance: float) -> _Fit:
     fit = precondition(cross)
     # The smallest Ritz vectors ride along in the first pass: what the factor says of them against what X says.
     block = jnp.concatenate([fit, vectors.astype(jnp.float64)])
-    image = data.total(_applied(data.kernels.normal, block), "conjugate gradients")
+    image = data.total(_normal, block, what="conjugate gradients")
     true = jnp.sum(image[len(fit) : len(block)] * vectors, axis=1)
     worst = float(jnp.max(values.astype(jnp.float64) / jnp.maximum(true, 1e-300)))
     if not worst < _SAFETY:
@@ -414,7 +397,7 @@ def _by_gram(data: _Data, tolerance: float) -> _Fit:
         # The squared error of `fit X` against its squared norm: both bounds lose at most this share.
         if _SAFETY * float(jnp.sum(error)) <= 1e-3 * tolerance * float(jnp.sum(fit * (target - residual))):
             break
-        image = data.total(_applied(data.kernels.normal, direction), "conjugate gradients")[: len(fit)]
+        image = data.total(_normal, direction, what="conjugate gradients")[: len(fit)]
         curvature = jnp.sum(direction * image, axis=1)
         step = (error / jnp.where(curvature > 0, curvature, 1))[:, None]
         fit, residual = fit + step * direction, residual - step * image
@@ -438,7 +421,7 @@ def _by_gram(data: _Data, tolerance: float) -> _Fit:
 def _by_qr(data: _Data, tolerance: float) -> _Fit:
     """The triangular factor of `[X^T, Y^T]`, block after block; cut by its singular values where X is deficient."""
     del tolerance
-    triangle = data.total(data.kernels.triangle, "QR factorisation", _merge_triangles)
+    triangle = data.total(_triangle_of_rows, what="QR factorisation", combine=_merge_triangles)
     shape = data.shape
     if shape is None:  # never: the pass has set it
         raise SpectralError("no data")
@@ -495,7 +478,7 @@ def _certify(data: _Data, fit: _Fit, gamma: float, widths: tuple[int, ...]) -> t
     whole = functools.reduce(lambda done, layer: layer @ done, exact)
     dual = (fit.left * jnp.minimum(fit.sigma, gamma)[None, :]) @ fit.right
     maps = jnp.concatenate([whole, exact[0][:r], dual, fit.fit])
-    products, gradient, broken = data.total(lambda rows: data.kernels.sums(rows, maps, fit.fit), "certificate")
+    products, gradient, broken = data.total(_sums, maps, fit.fit, what="certificate")
     if int(broken):
         raise SpectralError(f"x or y holds {int(broken)} values that are not finite; remove those examples first.")
     at = np.cumsum([0, d_H, r, d_H, d_H, d_H]).tolist()
