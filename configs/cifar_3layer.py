@@ -2,8 +2,8 @@
 
     python scripts/run.py --config=configs/cifar_3layer.py:I=5
 
-The setting is that of cifar_1layer.py with deeper branches.  The paper's largest, I = 50,000, has 1.2e9 parameters:
-5 GB for each network in float32, and training needs several times that.
+The setting is that of cifar_1layer.py with deeper branches and rate 0.2 times I.  The paper's largest, I = 50,000, has
+1.2e9 parameters: 5 GB for each network in float32, and training needs several times that.
 """
 
 from pathlib import Path
@@ -15,4 +15,5 @@ def get_config(arg=None):
     config = load(Path(__file__).with_name("cifar_1layer.py"), arg or "")
     config.title = "CIFAR-10, three hidden layers, I = {I}"
     config.branch.hidden = (8, 8, 8)
+    config.training.learning_rate = 0.2
     return config

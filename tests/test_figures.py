@@ -127,6 +127,19 @@ def write_averages(workdir: Path) -> Path:
     return workdir
 
 
+def write_spectral(workdir: Path) -> Path:
+    """An optimum of rank 2 and the SGD curves of one depth."""
+    results = workdir / "results"
+    results.mkdir(parents=True)
+    record = {"title": "A title for $5", "sizes": {"d_0": 4, "d_H": 3, "n": 50_000, "widths": [2]}, "primal": 2.0}
+    record |= {"dual": 2.0, "relative_gap": -1e-17, "rank": 2, "gamma": 0.5, "half_norm": 9.0, "theorem_applies": True}
+    record["sgd"] = [{"depth": 2, "seed": seed, "objective": 2.1, "lowest": 2.1, "gap": 0.1} for seed in (0, 1)]
+    (results / "spectral.json").write_text(json.dumps(record))
+    curves = {"steps_2": np.arange(0, 30, 10), "objective_2": np.asarray([[9.0, 3.0, 2.1], [8.0, 3.5, 2.2]])}
+    np.savez(results / "spectral.npz", singular_values=np.asarray([3.0, 1.0, 0.2]), **curves)
+    return workdir
+
+
 def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
     """A work folder that holds a record of the given name."""
     scores = {1: {"envelope_max": 2.0}, 10: {"envelope_max": 0.5}}
@@ -135,6 +148,7 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "row.json": lambda: write_row(workdir, scores, ["envelope_max"]),
         "regimes.json": lambda: write_regimes(workdir, rng),
         "shapley_folkman.json": lambda: write_averages(workdir),
+        "spectral.json": lambda: write_spectral(workdir),
     }[name]()
 
 

@@ -11,7 +11,7 @@ import ml_collections
 from dualgap_jax.config import as_dict, require, to_spec
 from dualgap_jax.experiments.base import ExperimentFn, Report, Tables, execute, identity, spec_type
 from dualgap_jax.experiments.landscape import landscape_experiment
-from dualgap_jax.experiments.linear_dual import linear_dual
+from dualgap_jax.experiments.linear_dual import linear_dual_experiment
 from dualgap_jax.experiments.regimes import regimes
 from dualgap_jax.experiments.row import landscape_row
 from dualgap_jax.experiments.shapley_folkman import shapley_folkman
@@ -23,7 +23,7 @@ EXPERIMENTS: Table[ExperimentFn] = Table(
     {
         "landscape": landscape_experiment,
         "landscape_row": landscape_row,
-        "linear_dual": linear_dual,
+        "linear_dual": linear_dual_experiment,
         "regimes": regimes,
         "shapley_folkman": shapley_folkman,
     },

@@ -191,9 +191,11 @@ def objective(weights: list[np.ndarray], data: Moments, gamma: float) -> float:
     """Problem (4) in float64 from second moments.
 
     Equal to `spectral.objective` up to rounding of `||Y||_F^2`.  Singular values of `W_1 X` below 1e-8 of the largest
-    are lost in its Gram matrix; their powers do not count in the sum.
+    are lost in its Gram matrix; their powers do not count in the sum.  NaN for weights that are not finite.
     """
     depth = len(weights)
+    if not all(np.isfinite(w).all() for w in weights):
+        return math.nan
     exact = [np.asarray(w, np.float64) for w in weights]
     whole = functools.reduce(lambda done, layer: layer @ done, exact)
     misfit = 0.5 * data.yy - np.sum(whole * data.yx) + 0.5 * np.sum((whole @ data.xx) * whole)
@@ -295,7 +297,7 @@ def descend(
 # --- the experiment -------------------------------------------------------------------------------------------------
 
 
-def linear_dual(spec: LinearDualSpec, workdir: Workdir, tables: Tables) -> Report:
+def linear_dual_experiment(spec: LinearDualSpec, workdir: Workdir, tables: Tables) -> Report:
     """The certified global optimum of a deep linear network, and SGD on the same network (Theorem 2)."""
     data = matrices(spec, tables)
     x, y, info = data
@@ -337,7 +339,7 @@ def linear_dual(spec: LinearDualSpec, workdir: Workdir, tables: Tables) -> Repor
             "depth": depth,
             "seed": seed,
             "objective": float(line[-1]),
-            "lowest": float(line.min()),
+            "lowest": float(np.nanmin(line)),
             "gap": float(line[-1] - record["dual"]) / half_norm,
         }
         for depth, curve in curves.items()
@@ -375,9 +377,9 @@ def _report(spec: LinearDualSpec, record: dict[str, Any]) -> Report:
     for depth in spec.sgd.depths:
         runs = [run for run in record["sgd"] if run["depth"] == depth]
         ends = [run["objective"] for run in runs]
-        rows.append(
-            [f"SGD, H = {depth}", len(runs), min(ends), max(ends), float(np.median([r["gap"] for r in runs])), None]
-        )
+        low, high, gap = np.min(ends), np.max(ends), np.median([r["gap"] for r in runs])
+        rows.append([f"SGD, H = {depth}", len(runs), *(_finite(v) for v in (low, high, gap)), None])
+    diverged = any(not np.isfinite(r["objective"]) for r in record["sgd"])
     below = [r for r in record["sgd"] if r["lowest"] < record["dual"]]
     size = record["sizes"]
     tried = ", ".join(f"{a['factorization']}: {a['reason']}" for a in record["attempts"])
@@ -390,10 +392,16 @@ def _report(spec: LinearDualSpec, record: dict[str, Any]) -> Report:
         f"Factorisation, {record['precision']}: {tried}. Certificate: float64, up to rounding.",
         "Lowest and highest: dual and primal value of the optimum; smallest and largest last objective of SGD.  Gap: to"
         " the dual value, relative to the objective at zero weights (SGD: median over seeds).",
+        "A dash: a run of SGD diverged; lower --config.sgd.learning_rate." if diverged else "",
         f"SGD went BELOW the certified optimum in {len(below)} runs: a defect." if below else "",
     ]
     columns = ["", "runs", "lowest", "highest", "relative gap", "rank"]
     return Report(spec.title, columns, rows, [note for note in notes if note])
+
+
+def _finite(value: Any) -> float | None:
+    """The number, or None for a run that diverged."""
+    return float(value) if np.isfinite(value) else None
 
 
 def load_solution(path: str | Path) -> SpectralSolution:

@@ -112,7 +112,7 @@ def _draw_objective(axes: Axes, record: Mapping[str, Any], curves: Mapping[int, 
     axes.set(xlabel="steps", ylabel=r"objective / $\frac{1}{2}\|Y\|_F^2$")
     axes.set_ylim(low - 0.06 * (high - low), high + 0.04 * (high - low))
     tidy(axes)
-    axes.set_title("SGD falls to the certified optimum", loc="left", pad=16)
+    axes.set_title("SGD and the certified optimum", loc="left", pad=16)
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.06, 0.97), ncols=4, borderpad=0.1, columnspacing=0.8, handlelength=1.6
     )

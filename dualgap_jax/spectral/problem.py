@@ -179,9 +179,9 @@ class DualVariable(NamedTuple):
     coefficients: Float[Array, "*batch d_H d_0"]
 
     @exact_products
-    def materialise(self, x: Float[Array, "d_0 n"]) -> Float[Array, "*batch d_H n"]:
+    def materialise(self, x: Float[ArrayLike, "d_0 n"]) -> Float[Array, "*batch d_H n"]:
         """Lambda itself, or its columns that belong to the columns of `x`."""
-        return self.coefficients @ x
+        return jnp.matmul(self.coefficients, x)
 
 
 class SpectralSolution(NamedTuple):
@@ -220,7 +220,7 @@ class SpectralSolution(NamedTuple):
     @property
     def theorem_applies(self) -> Bool[Array, "*batch"]:
         """Whether the conditions of Theorem 2 hold.  The certificate is valid either way."""
-        return self.gamma_below_sigma_min & self.widths_fit
+        return jnp.logical_and(self.gamma_below_sigma_min, self.widths_fit)
 
     def reasons(self) -> tuple[str, ...]:
         """Why the theorem does not apply, in words; empty when it does.  For one solution, not a batch."""
