@@ -308,11 +308,17 @@ def _colour_bar(figure: Figure, axes: Axes, filled: Any, scale: _Scale) -> None:
     place = axes.inset_axes((1.03, 0.0, 0.045, 1.0))
     bar = figure.colorbar(filled, cax=place, spacing="uniform")
     shown = scale.levels[:: 1 if scale.levels.size <= 8 else 2].tolist()
-    bar.set_ticks(shown, labels=[number(level, 6 if scale.even else 3) for level in shown], minor=False)
+    labels = [number(level, 6) if scale.even else _short(level) for level in shown]
+    bar.set_ticks(shown, labels=labels, minor=False)
     bar.ax.minorticks_off()
     bar.outline.set_linewidth(0.6)
     place.tick_params(labelsize=7.5, length=2)
     place.set_title("loss", fontsize=8.5, pad=5, loc="left")
+
+
+def _short(level: float) -> str:
+    """A level in a few characters: a power of ten would run out of the picture."""
+    return f"{level:.5f}".rstrip("0") if 1e-5 <= level < 1e-3 else number(level, 3)
 
 
 def _draw_edges(axes: Axes, surface: _Surface) -> None:
@@ -427,11 +433,11 @@ def _draw_row(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[
         caption += [f"({_letter(index)}) {note}" for note in _surface_notes(surface, scale)]
     caption += sorted({data_note(r) for r in records})
     column = 2.8
-    with page(max(0.2 + column * len(cells), 5.8), 6.15, caption) as figure:
+    with page(max(0.3 + column * len(cells), 5.8), 6.15, caption) as figure:
         head(figure, record["title"], plain(record["paper_item"]))
         width, height = figure.get_size_inches()
         for index, (cell, surface, scale) in enumerate(zip(cells, surfaces, scales, strict=True)):
-            left = (width + 0.2 - column * len(cells)) / 2 + index * column
+            left = (width + 0.1 - column * len(cells)) / 2 + index * column
             _draw_surface(figure.add_axes(box(figure, left - 0.15, 0.6, 2.75, 2.3), projection="3d"), surface, scale)
             middle = (left + 1.3) / width
             name = f"({_letter(index)}) $I$ = {cell['num_branches']:,}."
