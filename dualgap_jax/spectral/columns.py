@@ -21,7 +21,11 @@ Yt = A X + E Q, and with Lambda = M X and Z = (A - M) X
 The pass gives all but the last matrix, so `||Yt - Lambda||_r^2` is at most the sum of the r largest eigenvalues of
 those, plus `||E Q||_F^2 = tr(G (X X^T)^+ G^T)`.  There `(X X^T)^+` is applied through the factor, times `_SAFETY` to
 allow for the factor's own error.  For `'gram'` that allowance is tested against the data where it is most in doubt, on
-the smallest Ritz vectors of L; beyond that it is an estimate.
+the smallest Ritz vectors of L; beyond that it is an estimate.  So is the rounding of the float64 sums, which grows
+with `||A|| ||X||`, that is with the condition number of X: it is taken off the dual value.
+
+The data are taken at their word: float32 data that look rank deficient in float32 are factorised again in float64, and
+only what is rank deficient there is cut.
 """
 
 from __future__ import annotations
@@ -84,7 +88,7 @@ class ColumnsSolution(NamedTuple):
     Attributes:
       solution: weights in the precision of the data; its certificate was evaluated in float64.
       factorization: the one that gave it.
-      precision: of the data and the factorisation.
+      precision: of the factorisation: that of the data, or float64 where float32 data look rank deficient.
       projection_error: the bound on `||Yt - A X||_F` that the dual value allows for.
       attempts: everything that was tried, in order.
     """
@@ -181,20 +185,20 @@ def _normal(rows: _Rows, maps: Array) -> Array:
     return _sum_over(one, rows)
 
 
-def _sums(rows: _Rows, maps: Array, fit: Array) -> tuple[Array, Array, Array]:
-    """With `Z = [maps X; Y]`: `Z Z^T`, `(Y - fit X) X^T` and the number of values that are not finite."""
+def _sums(rows: _Rows, maps: Array, fit: Array) -> tuple[Array, Array, Array, Array]:
+    """With `Z = [maps X; Y]`: `Z Z^T`, `(Y - fit X) X^T`, `||X||_F^2` and the number of values that are not finite."""
 
-    def one(part: _Rows) -> tuple[Array, Array, Array]:
+    def one(part: _Rows) -> tuple[Array, Array, Array, Array]:
         x, y = part.x.astype(maps.dtype), part.y.astype(maps.dtype)
         z = jnp.concatenate([maps @ x.T, y.T])
         broken = jnp.sum(~jnp.isfinite(part.x)) + jnp.sum(~jnp.isfinite(part.y))
-        return z @ z.T, (y.T - fit @ x.T) @ x, broken
+        return z @ z.T, (y.T - fit @ x.T) @ x, jnp.sum(x**2), broken
 
     return _sum_over(one, rows)
 
 
 def _triangle(rows: Array) -> Array:
-    """The triangular factor of the rows, square also where there are fewer rows than columns."""
+    """The triangular factor of the matrix, square also where there are fewer rows than columns."""
     missing = rows.shape[1] - rows.shape[0]
     rows = jnp.pad(rows, ((0, max(missing, 0)), (0, 0)))
     return jnp.linalg.qr(rows, mode="r")
@@ -250,15 +254,22 @@ class _Kernels:
     def sums(self) -> Callable[[_Rows, Array, Array], tuple[Array, Array, Array]]:
         return self._compile(_sums)
 
-    @functools.cached_property
-    def triangle(self) -> Callable[[_Rows], Array]:
+    def _factor(self, dtype: Any) -> Callable[[_Rows], Array]:
         """The triangular factor of `[X^T, Y^T]`: of each device's rows, then of the factors on top of one another."""
 
         def merge(part: Array) -> Array:
             names = self.mesh.axis_names if self.mesh is not None else ()
             return _triangle(lax.all_gather(part, names).reshape(-1, part.shape[1]))
 
-        return self._compile(lambda rows: _triangle(jnp.concatenate(rows, axis=1)), merge)
+        return self._compile(lambda rows: _triangle(jnp.concatenate(rows, axis=1, dtype=dtype)), merge)
+
+    @functools.cached_property
+    def triangle(self) -> Callable[[_Rows], Array]:
+        return self._factor(None)
+
+    @functools.cached_property
+    def fine_triangle(self) -> Callable[[_Rows], Array]:
+        return self._factor(jnp.float64)
 
 
 @jax.jit
@@ -276,6 +287,13 @@ class _Data:
         self.shape: tuple[int, int] | None = None
         self.dtype: Any = None
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """`d_0, d_H`."""
+        if self.shape is None:
+            raise SpectralError("no block has been read yet.")
+        return self.shape
+
     def total(self, function: Callable[[_Rows], Any], what: str, combine: Callable[[Any, Any], Any] = jnp.add) -> Any:
         """The sum (or other combination) of `function` over the blocks: one pass."""
         self.passes += 1
@@ -286,6 +304,8 @@ class _Data:
             n += block[0].shape[1]
             if self.passes == 1:
                 self._check_values(block, index)
+            # One block is computed on while the next is read; without this JAX would queue more of them.
+            jax.block_until_ready(done)
             part = function(self.kernels.place(block, self.dtype))
             done = part if done is None else jax.tree.map(combine, done, part)
             if self._report is not None:
@@ -332,6 +352,7 @@ class _Fit(NamedTuple):
       left: of Yt, `[d_H, q]`.
       sigma: the singular values, `[q]`, in falling order.
       right: `V^T X^+`, `[q, d_0]`.
+      precision: of the factorisation.
       whiten: `G -> G R^{-1}` with `R^T R` close to `X X^T`, so that `||whiten(G)||_F^2` is `tr(G (X X^T)^+ G^T)`.
     """
 
@@ -339,6 +360,7 @@ class _Fit(NamedTuple):
     left: Array
     sigma: Array
     right: Array
+    precision: str
     whiten: Callable[[Array], Array]
 
 
@@ -432,24 +454,35 @@ def _by_gram(data: _Data, tolerance: float) -> _Fit:
     visible = squares[:q] > len(squares) * jnp.finfo(jnp.float64).eps * squares[0]
     sigma = jnp.where(visible, sigma, 0)
     right = jnp.where(visible, 1 / jnp.where(visible, sigma, 1), 0)[:, None] * (left[:, :q].T @ fit)
-    return _Fit(fit, left[:, :q], sigma, right, whiten)
+    return _Fit(fit, left[:, :q], sigma, right, str(low), whiten)
+
+
+def _has_full_rank(triangle: Array, data: _Data) -> bool:
+    """Whether the singular values of the part of the triangle that belongs to X all stand clear of rounding."""
+    d_0 = data.rows[0]
+    lower = triangle[:d_0, :d_0].T.astype(jnp.float64)
+    if not bool(jnp.all(jnp.diagonal(lower) != 0)):
+        return False
+    smallest = float(jnp.sqrt(jnp.maximum(_smallest_ritz(lower, min(4, d_0))[0][0], 0)))
+    return smallest > default_rtol(d_0, data.n, triangle.dtype) * float(jnp.linalg.norm(lower))
 
 
 def _by_qr(data: _Data, tolerance: float) -> _Fit:
-    """The triangular factor of `[X^T, Y^T]`, block after block; cut by its singular values where X is deficient."""
+    """The triangular factor of `[X^T, Y^T]`, block after block.
+
+    Where X looks rank deficient in float32 the factor is made again in float64; where it is so there, the factor is
+    cut by its singular values.
+    """
     del tolerance
     triangle = data.total(data.kernels.triangle, "QR factorisation", _merge_triangles)
-    shape = data.shape
-    if shape is None:  # never: the pass has set it
-        raise SpectralError("no data")
-    d_0 = shape[0]
-    rtol = default_rtol(d_0, data.n, triangle.dtype)
+    full = _has_full_rank(triangle, data)
+    if not full and triangle.dtype != jnp.float64:
+        triangle = data.total(data.kernels.fine_triangle, "QR factorisation in float64", _merge_triangles)
+        full = _has_full_rank(triangle, data)
+    d_0 = data.rows[0]
     corner, targets = triangle[:d_0, :d_0], triangle[:d_0, d_0:].astype(jnp.float64)
     lower = corner.T.astype(jnp.float64)
-    smallest = 0.0
-    if bool(jnp.all(jnp.diagonal(corner) != 0)):
-        smallest = float(jnp.sqrt(jnp.maximum(_smallest_ritz(lower, min(4, d_0))[0][0], 0)))
-    if smallest > rtol * float(jnp.linalg.norm(lower)):
+    if full:
         inverse = None
 
         def whiten(g: Array) -> Array:
@@ -457,6 +490,7 @@ def _by_qr(data: _Data, tolerance: float) -> _Fit:
 
     else:
         turn, stretch, back = jnp.linalg.svd(corner)
+        rtol = default_rtol(d_0, data.n, corner.dtype)
         keep = stretch > rtol * stretch[0]
         inverse = jnp.where(keep, 1 / jnp.where(keep, stretch, 1), 0).astype(jnp.float64)
         turn, back = turn.astype(jnp.float64), back.astype(jnp.float64)
@@ -472,7 +506,7 @@ def _by_qr(data: _Data, tolerance: float) -> _Fit:
     left, sigma, right = jnp.linalg.svd(targets.T, full_matrices=False)
     q = min(len(sigma), data.n)
     right = unwhiten(right[:q])
-    return _Fit(unwhiten(targets.T), left[:, :q], sigma[:q], right, whiten)
+    return _Fit(unwhiten(targets.T), left[:, :q], sigma[:q], right, str(triangle.dtype), whiten)
 
 
 _FACTORIZATIONS: dict[str, Callable[[_Data, float], _Fit]] = {"gram": _by_gram, "qr": _by_qr}
@@ -484,43 +518,45 @@ _MAX_ITERATIONS = 40
 
 def _certify(data: _Data, fit: _Fit, gamma: float, widths: tuple[int, ...]) -> tuple[SpectralSolution, float]:
     """Weights in the data's precision, and problems (4) and (5) at them in float64; with the bound on `||E Q||_F`."""
-    if data.shape is None:  # never: the factorisation has set it
-        raise SpectralError("no data")
-    (d_0, d_H), n = data.shape, data.n
+    (d_0, d_H), n = data.rows, data.n
     r, depth = narrowest(widths, d_0, d_H, n), len(widths) + 1
     kept = jnp.maximum(fit.sigma[:r] - gamma, 0)
     weights = assemble(kept, fit.left[:, :r], fit.right[:r], widths)
     weights = tuple(w.astype(data.dtype) for w in weights)
     exact = [w.astype(jnp.float64) for w in weights]
     whole = functools.reduce(lambda done, layer: layer @ done, exact)
-    dual = (fit.left * jnp.minimum(fit.sigma, gamma)[None, :]) @ fit.right
-    maps = jnp.concatenate([whole, exact[0][:r], dual, fit.fit])
-    products, gradient, broken = data.total(lambda rows: data.kernels.sums(rows, maps, fit.fit), "certificate")
+    maps = jnp.concatenate([whole, exact[0][:r], fit.fit])
+    products, gradient, x_squared, broken = data.total(lambda rows: data.kernels.sums(rows, maps, fit.fit), "certificate")
     if int(broken):
         raise SpectralError(f"x or y holds {int(broken)} values that are not finite; remove those examples first.")
-    at = np.cumsum([0, d_H, r, d_H, d_H, d_H]).tolist()
+    at = np.cumsum([0, d_H, r, d_H, d_H]).tolist()
     spans = [slice(low, high) for low, high in itertools.pairwise(at)]
     part = [[products[rows, cols] for cols in spans] for rows in spans]
-    half_norm = 0.5 * jnp.trace(part[4][4])
-    misfit = half_norm - jnp.trace(part[0][4]) + 0.5 * jnp.trace(part[0][0])
+    half_norm = 0.5 * jnp.trace(part[3][3])
+    misfit = half_norm - jnp.trace(part[0][3]) + 0.5 * jnp.trace(part[0][0])
     first = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(part[1][1]), 0))
     powers = [first, *(jnp.linalg.svd(w, compute_uv=False) for w in exact[1:])]
     primal = misfit + gamma / depth * sum(jnp.sum(p**depth) for p in powers)
-    norm = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(part[2][2])[-1], 0))
-    shrink = jnp.where(norm > gamma, gamma / jnp.where(norm > 0, norm, 1), 1)
+    # Lambda clips the singular values of A X as float64 has them: to clip those of the factor would miss the ceiling by
+    # the factor's rounding, and that costs the dual value as much.
+    squares, basis = jnp.linalg.eigh(part[2][2])
+    norms = jnp.sqrt(jnp.maximum(squares, 0))
+    clip = (basis * jnp.where(norms > gamma, gamma / jnp.where(norms > 0, norms, 1), 1)[None, :]) @ basis.T
     # (Yt - Lambda)(Yt - Lambda)^T but for the square of E Q, whose trace `error` bounds.
-    cross = (fit.fit - shrink * dual) @ gradient.T
-    gap = part[3][3] - shrink * (part[3][2] + part[2][3]) + shrink**2 * part[2][2] + cross + cross.T
+    left_over = jnp.eye(d_H) - clip
+    cross = left_over @ fit.fit @ gradient.T
+    gap = left_over @ part[2][2] @ left_over.T + cross + cross.T
     error = _SAFETY * jnp.sum(fit.whiten(gradient) ** 2)
+    rounding = jnp.finfo(jnp.float64).eps * jnp.linalg.norm(fit.fit) * jnp.sqrt(2 * half_norm * x_squared)
     top = jnp.sum(jnp.maximum(jnp.linalg.eigvalsh(gap)[::-1][:r], 0))
     solution = finish(
         weights,
-        (shrink * dual).astype(data.dtype),
+        clip @ fit.fit,
         fit.sigma,
-        jnp.sum(kept > 0),
+        jnp.sum(kept > default_rtol(d_0, n, data.dtype) * jnp.sqrt(2 * half_norm)),
         jnp.asarray(gamma, jnp.float64),
         primal,
-        half_norm - 0.5 * (top + error),
+        half_norm - 0.5 * (top + error) - rounding,
         half_norm,
         (d_0, d_H, n),
         default_rtol(d_H, n, data.dtype),
@@ -557,7 +593,7 @@ def solve_columns(
       report: called with a line of progress after each block.
 
     Returns:
-      The solution, with NumPy arrays, and how it was found.
+      The solution, with NumPy arrays, and how it was found.  Lambda is float64, the weights are as the data.
 
     Raises:
       SpectralError: for data, widths, gamma or settings that are not allowed, or blocks that do not agree.
@@ -589,11 +625,13 @@ def _first_that_holds(
             continue
         solution, error = _certify(data, found, gamma, widths)
         gap = float(solution.relative_gap)
-        holds = gap <= tolerance
-        reason = f"relative gap {gap:.3g} {'within' if holds else 'above'} the tolerance {tolerance:g}"
+        holds = abs(gap) <= tolerance
+        reason = f"relative gap {gap:.3g} {'within' if holds else 'not within'} the tolerance {tolerance:g}"
+        if found.precision != str(data.dtype):
+            reason += f", after a factorisation in {found.precision}: X is all but rank deficient in {data.dtype}"
         attempts.append(Attempt(name, holds, gap, data.passes - before, reason))
         if holds:
-            return ColumnsSolution(solution, name, str(data.dtype), error, tuple(attempts))
+            return ColumnsSolution(solution, name, found.precision, error, tuple(attempts))
     told = "; ".join(f"{a.factorization}: {a.reason}" for a in attempts)
     raise CertificateError(
         f"no certificate within {tolerance:g} ({told}).  Give float64 data, a larger tolerance, or"
