@@ -38,7 +38,7 @@ def dual_value(dual: Any, x: Any, y: Any, gamma: float, r: int, *, rcond: float,
 def conditioned(
     rng: np.random.Generator, d_0: int, d_H: int, n: int, condition: float, dtype: Any, noise: float = 0.3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """X with singular values from 10 down to 10 / condition, and Y that has a share in every one of their directions."""
+    """X with singular values from 10 down to 10 / condition, and Y with a share in each of their directions."""
     left = np.linalg.qr(rng.normal(size=(d_0, d_0)))[0]
     right = np.linalg.qr(rng.normal(size=(n, d_0)))[0]
     x = (left * np.geomspace(10, 10 / condition, d_0)) @ right.T

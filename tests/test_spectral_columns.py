@@ -34,12 +34,12 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def assert_same(found: Any, expected: Any, tight: float) -> None:
+def assert_same(found: Any, expected: Any, tight: float, y: np.ndarray) -> None:
     """Two solutions: values, spectra, the product of the weights and Lambda, which are unique."""
-    unit = float(expected.primal) + 1e-30
+    unit = 0.5 * np.sum(y**2) + 1e-30
     for name in ("primal", "dual"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=tight * unit)
-    top = float(expected.singular_values[0]) + 1e-30
+    top = np.linalg.norm(y) + 1e-30
     np.testing.assert_allclose(found.singular_values, expected.singular_values, atol=tight * top)
     for a, b in (
         (spectral.problem.product(found.weights), spectral.problem.product(expected.weights)),
@@ -52,17 +52,17 @@ def assert_same(found: Any, expected: Any, tight: float) -> None:
     assert [w.shape for w in found.weights] == [w.shape for w in expected.weights]
 
 
-# --- agreement with the solution in memory ----------------------------------------------------------------------------
+# --- agreement with the solution in memory --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factorization", ["gram", "qr", "auto"])
-@pytest.mark.parametrize("size", [None, 600, 250, 601])
+@pytest.mark.parametrize("size", [None, 250, 601])
 def test_blocks_of_any_size_give_the_solution_in_memory(rng, x64, factorization, size):
     for gamma in (0.0, 8.0, 1e4):
         x, y = conditioned(rng, D_0, D_H, N, 30, np.float64, noise=1.0)
         expected = spectral.solve(x, y, gamma=gamma, widths=WIDTHS)
         found = solve_columns(in_blocks(x, y, size), gamma=gamma, widths=WIDTHS, factorization=factorization)
-        assert_same(found.solution, expected, 1e-9)
+        assert_same(found.solution, expected, 1e-9, y)
         assert abs(float(found.solution.relative_gap)) <= 1e-10
         assert found.precision == "float64"
         assert found.factorization == ("qr" if factorization == "qr" else "gram")
@@ -80,7 +80,7 @@ def test_lists_and_uneven_blocks_and_jax_arrays_will_do(rng, x64):
     as_jax = [(jnp.asarray(a), jnp.asarray(b)) for a, b in parts]
     for given in (parts, tuple(parts), as_jax, Columns(lambda: iter(parts)), Columns(lambda: (p for p in parts))):
         found = solve_columns(given, gamma=0.7, widths=WIDTHS)
-        assert_same(found.solution, expected, 1e-9)
+        assert_same(found.solution, expected, 1e-9, y)
 
 
 EDGES = {
@@ -114,11 +114,23 @@ def test_the_edges_agree_too(rng, x64, edge):
         expected = spectral.solve(x, y, gamma=gamma, widths=widths)
         for factorization in ("auto", "qr"):
             found = solve_columns(in_blocks(x, y, 17), gamma=gamma, widths=widths, factorization=factorization)
-            assert_same(found.solution, expected, 1e-8)
+            assert_same(found.solution, expected, 1e-8, y)
             assert abs(float(found.solution.relative_gap)) <= 1e-10
             assert np.isfinite([np.sum(a) for a in jax.tree.leaves(found.solution)]).all()
         if kind in ("low rank x", "zero rows", "x = 0") or n < d_0:
             assert found.factorization == "qr"
+
+
+def test_a_second_solve_compiles_no_kernel(rng):
+    kernels = columns._kernels(None)
+    before = None
+    for gamma in (0.1, 0.7):
+        x, y = conditioned(rng, D_0, D_H, N, 30, np.float32)
+        for factorization in ("gram", "qr"):
+            solve_columns(in_blocks(x, y, 250), gamma=gamma, widths=WIDTHS, factorization=factorization)
+        compiled = [k._cache_size() for k in (kernels.gram, kernels.normal, kernels.sums, kernels.triangle)]
+        assert before in (None, compiled)
+        before = compiled
 
 
 def test_scaled_data(rng, x64):
@@ -133,7 +145,7 @@ def test_scaled_data(rng, x64):
                 assert abs(float(found.solution.relative_gap)) <= (1e-10 if dtype is np.float64 else 1e-6)
 
 
-# --- the certificate is true ------------------------------------------------------------------------------------------
+# --- the certificate is true ----------------------------------------------------------------------------------------
 
 
 def check_claim(found: Any, x: np.ndarray, y: np.ndarray, gamma: float) -> None:
@@ -164,7 +176,7 @@ def test_every_accepted_certificate_is_true(rng, dtype, factorization):
     """JAX in its default 32-bit mode: the certificate brings its own precision."""
     accepted, refused = [], []
     for condition in 10.0 ** np.arange(1, 14):
-        for gamma in (0.0, 1.5):
+        for gamma in rng.permutation([0.0, 1.5])[: 2 if condition <= 1e6 else 1]:
             x, y = conditioned(rng, D_0, D_H, N, condition, dtype)
             try:
                 found = solve_columns(
@@ -326,7 +338,7 @@ def test_data_that_change_between_passes_are_caught_or_certified(rng, x64):
             solve_columns(Columns(blocks), gamma=0.5, widths=WIDTHS, factorization="qr")
 
 
-# --- several devices ----------------------------------------------------------------------------------------------------
+# --- several devices ------------------------------------------------------------------------------------------------
 
 MESH = """
 import sys
@@ -383,7 +395,7 @@ def test_eight_devices_agree_with_one(rng):
     assert done.stdout.strip() == "agree"
 
 
-# --- memory and progress ------------------------------------------------------------------------------------------------
+# --- memory and progress --------------------------------------------------------------------------------------------
 
 
 class Counted(np.ndarray):
@@ -424,7 +436,7 @@ def test_progress_is_reported_after_every_block(rng):
     assert found.attempts[0].passes == 2
 
 
-# --- what is not allowed ------------------------------------------------------------------------------------------------
+# --- what is not allowed --------------------------------------------------------------------------------------------
 
 
 def block(d_0: int = 3, d_H: int = 2, n: int = 5, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:

@@ -272,6 +272,12 @@ class _Kernels:
         return self._factor(jnp.float64)
 
 
+@functools.cache
+def _kernels(mesh: Mesh | None) -> _Kernels:
+    """One set of compiled kernels for each mesh, whatever the number of solves."""
+    return _Kernels(mesh)
+
+
 @jax.jit
 def _merge_triangles(first: Array, second: Array) -> Array:
     return jnp.linalg.qr(jnp.concatenate([first, second]), mode="r")
@@ -281,7 +287,7 @@ class _Data:
     """The blocks with their kernels, and a count of the passes made."""
 
     def __init__(self, columns: Iterable[Block], mesh: Mesh | None, report: Callable[[str], None] | None) -> None:
-        self._columns, self.kernels, self._report = columns, _Kernels(mesh), report
+        self._columns, self.kernels, self._report = columns, _kernels(mesh), report
         self.passes = 0
         self.n = 0
         self.shape: tuple[int, int] | None = None
@@ -312,7 +318,10 @@ class _Data:
                 jax.block_until_ready(done)
                 self._report(f"{what}, pass {self.passes}: {n:,} examples")
         if done is None:
-            raise SpectralError("the columns gave no block; give an iterable that starts afresh each time (a Columns).")
+            raise SpectralError(
+                f"the columns gave no block in pass {self.passes}; give an iterable that starts afresh each time, a"
+                " Columns."
+            )
         if self.n and n != self.n:
             raise SpectralError(
                 f"the columns gave {n} examples in pass {self.passes} and {self.n} before; they must be the same each"
@@ -322,6 +331,8 @@ class _Data:
         return done
 
     def _check(self, block: Block, index: int) -> None:
+        if not isinstance(block, (tuple, list)) or len(block) != 2:
+            raise SpectralError(f"block {index} is a {type(block).__name__}; give pairs x [d_0, b], y [d_H, b].")
         check_data(*block, values=False)
         shape, dtype = (block[0].shape[0], block[1].shape[0]), np.result_type(*(a.dtype for a in block))
         if self.shape is None:
@@ -526,7 +537,9 @@ def _certify(data: _Data, fit: _Fit, gamma: float, widths: tuple[int, ...]) -> t
     exact = [w.astype(jnp.float64) for w in weights]
     whole = functools.reduce(lambda done, layer: layer @ done, exact)
     maps = jnp.concatenate([whole, exact[0][:r], fit.fit])
-    products, gradient, x_squared, broken = data.total(lambda rows: data.kernels.sums(rows, maps, fit.fit), "certificate")
+    products, gradient, x_squared, broken = data.total(
+        lambda rows: data.kernels.sums(rows, maps, fit.fit), "certificate"
+    )
     if int(broken):
         raise SpectralError(f"x or y holds {int(broken)} values that are not finite; remove those examples first.")
     at = np.cumsum([0, d_H, r, d_H, d_H]).tolist()
@@ -603,6 +616,10 @@ def solve_columns(
     widths = check_widths(widths)
     if factorization not in get_args(Factorization):
         raise SpectralError(unknown("factorization", factorization, get_args(Factorization)))
+    if not isinstance(columns, Iterable):
+        raise SpectralError(
+            f"columns is a {type(columns).__name__}; give a Columns (see in_blocks) or a list of pairs."
+        )
     if not 0 < tolerance < 1:
         raise SpectralError(f"tolerance={tolerance} must lie between 0 and 1; it is a relative gap.")
     names = ("gram", "qr") if factorization == "auto" else (factorization,)

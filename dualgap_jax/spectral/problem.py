@@ -69,7 +69,7 @@ def _schatten_power_jvp(power: int, primals: tuple[Array], tangents: tuple[Array
     return jnp.sum(sigma**power), jnp.sum(gradient * tangents[0])
 
 
-def product(weights: Weights) -> Float[Array, "d_H d_0"]:
+def product(weights: Weights) -> Float[Any, "d_H d_0"]:
     """`W_H ... W_1`."""
     return functools.reduce(lambda done, layer: layer @ done, weights)
 
@@ -235,7 +235,7 @@ class SpectralSolution(NamedTuple):
     widths_fit: Bool[Array, "*batch"]
 
     @property
-    def theorem_applies(self) -> Bool[Array, "*batch"]:
+    def theorem_applies(self) -> Bool[Any, "*batch"]:
         """Whether the conditions of Theorem 2 hold.  The certificate is valid either way."""
         return self.gamma_below_sigma_min & self.widths_fit
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -181,7 +182,7 @@ def prox_r_norm(matrix: Float[Array, "a b"], r: int, step: ArrayLike = 1.0) -> F
     """
     if r < 1:
         raise SpectralError(f"r={r} must be at least 1.")
-    if is_concrete(step) and not float(step) >= 0:
+    if is_concrete(step) and not np.asarray(step) >= 0:
         raise SpectralError(f"step={step} must be at least 0.")
     left, z, right = jnp.linalg.svd(matrix, full_matrices=False)
     grown = 1 + jnp.asarray(step, z.dtype)
