@@ -21,7 +21,11 @@ Yt = A X + E Q, and with Lambda = M X and Z = (A - M) X
 The pass gives all but the last matrix, so `||Yt - Lambda||_r^2` is at most the sum of the r largest eigenvalues of
 those, plus `||E Q||_F^2 = tr(G (X X^T)^+ G^T)`.  There `(X X^T)^+` is applied through the factor, times `_SAFETY` to
 allow for the factor's own error.  For `'gram'` that allowance is tested against the data where it is most in doubt, on
-the smallest Ritz vectors of L; beyond that it is an estimate.
+the smallest Ritz vectors of L; beyond that it is an estimate.  So is the rounding of the float64 sums, which grows
+with `||A|| ||X||`, that is with the condition number of X: it is taken off the dual value.
+
+The data are taken at their word: float32 data that look rank deficient in float32 are factorised again in float64, and
+only what is rank deficient there is cut.
 """
 
 from __future__ import annotations
@@ -84,7 +88,7 @@ class ColumnsSolution(NamedTuple):
     Attributes:
       solution: weights in the precision of the data; its certificate was evaluated in float64.
       factorization: the one that gave it.
-      precision: of the data and the factorisation.
+      precision: of the factorisation: that of the data, or float64 where float32 data look rank deficient.
       projection_error: the bound on `||Yt - A X||_F` that the dual value allows for.
       attempts: everything that was tried, in order.
     """
@@ -181,69 +185,97 @@ def _normal(rows: _Rows, maps: Array) -> Array:
     return _sum_over(one, rows)
 
 
-def _sums(rows: _Rows, maps: Array, fit: Array) -> tuple[Array, Array, Array]:
-    """With `Z = [maps X; Y]`: `Z Z^T`, `(Y - fit X) X^T` and the number of values that are not finite."""
+def _sums(rows: _Rows, maps: Array, fit: Array) -> tuple[Array, Array, Array, Array]:
+    """With `Z = [maps X; Y]`: `Z Z^T`, `(Y - fit X) X^T`, `||X||_F^2` and the number of values that are not finite."""
 
-    def one(part: _Rows) -> tuple[Array, Array, Array]:
+    def one(part: _Rows) -> tuple[Array, Array, Array, Array]:
         x, y = part.x.astype(maps.dtype), part.y.astype(maps.dtype)
         z = jnp.concatenate([maps @ x.T, y.T])
         broken = jnp.sum(~jnp.isfinite(part.x)) + jnp.sum(~jnp.isfinite(part.y))
-        return z @ z.T, (y.T - fit @ x.T) @ x, broken
+        return z @ z.T, (y.T - fit @ x.T) @ x, jnp.sum(x**2), broken
 
     return _sum_over(one, rows)
 
 
 def _triangle(rows: Array) -> Array:
-    """The triangular factor of the rows, square also where there are fewer rows than columns."""
+    """The triangular factor of the matrix, square also where there are fewer rows than columns."""
     missing = rows.shape[1] - rows.shape[0]
     rows = jnp.pad(rows, ((0, max(missing, 0)), (0, 0)))
     return jnp.linalg.qr(rows, mode="r")
 
 
-def _place(block: Block, mesh: Mesh | None, dtype: Any) -> _Rows:
-    """A block of columns as rows on the device, or spread over the devices of the mesh."""
-    x, y = (np.asarray(a).T if not isinstance(a, jax.Array) else a.T for a in block)
-    if mesh is None:
-        return _Rows(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
-    missing = -len(x) % mesh.size
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return _Rows(*(jax.device_put(np.pad(np.asarray(a, dtype), ((0, missing), (0, 0))), sharding) for a in (x, y)))
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+    """The kernels compiled for one device or, under `shard_map`, for the devices of a mesh."""
 
+    mesh: Mesh | None
 
-def _triangle_of_rows(rows: _Rows) -> Array:
-    """The triangular factor of `[X^T, Y^T]`."""
-    return _triangle(jnp.concatenate(rows, axis=1))
+    def place(self, block: Block, dtype: Any) -> _Rows:
+        """A block of columns as rows on the device or devices."""
+        x, y = (np.asarray(a).T if not isinstance(a, jax.Array) else a.T for a in block)
+        if self.mesh is None:
+            return _Rows(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
+        missing = -len(x) % self.mesh.size
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        return _Rows(*(jax.device_put(np.pad(np.asarray(a, dtype), ((0, missing), (0, 0))), sharding) for a in (x, y)))
 
+    def _compile(self, function: Callable[..., Any], finish: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+        """`function(rows, *rest)`, a sum over rows; `finish` puts the devices' parts together in another way."""
 
-@functools.lru_cache(maxsize=32)
-def _compiled(kernel: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """A kernel `(rows, *rest) -> sums`, jitted for one device or, under `shard_map`, for those of a mesh.
+        def precise(*args: Any) -> Any:
+            with jax.default_matmul_precision("highest"):
+                return function(*args)
 
-    On a mesh every device works on its rows and the parts are added by one all-reduce; triangular factors are gathered
-    and factorised on top of one another.
-    """
+        if self.mesh is None:
+            return jax.jit(precise)
+        names = self.mesh.axis_names
+        split, same = PartitionSpec(names), PartitionSpec()
 
-    def precise(*args: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return kernel(*args)
+        def shared(rows: Any, *rest: Any) -> Any:
+            part = precise(rows, *rest)
+            return lax.psum(part, names) if finish is None else finish(part)
 
-    if mesh is None:
-        return jax.jit(precise)
-    names = mesh.axis_names
-    split, same = PartitionSpec(names), PartitionSpec()
+        def call(rows: Any, *rest: Any) -> Any:
+            specs = (split, *(same for _ in rest))
+            mapped = jax.shard_map(shared, mesh=self.mesh, in_specs=specs, out_specs=same, check_vma=False)
+            return mapped(rows, *rest)
 
-    def shared(rows: _Rows, *rest: Array) -> Any:
-        part = precise(rows, *rest)
-        if kernel is _triangle_of_rows:
+        return jax.jit(call)
+
+    @functools.cached_property
+    def gram(self) -> Callable[[_Rows], tuple[Array, Array]]:
+        return self._compile(_gram)
+
+    @functools.cached_property
+    def normal(self) -> Callable[[_Rows, Array], Array]:
+        return self._compile(_normal)
+
+    @functools.cached_property
+    def sums(self) -> Callable[[_Rows, Array, Array], tuple[Array, Array, Array]]:
+        return self._compile(_sums)
+
+    def _factor(self, dtype: Any) -> Callable[[_Rows], Array]:
+        """The triangular factor of `[X^T, Y^T]`: of each device's rows, then of the factors on top of one another."""
+
+        def merge(part: Array) -> Array:
+            names = self.mesh.axis_names if self.mesh is not None else ()
             return _triangle(lax.all_gather(part, names).reshape(-1, part.shape[1]))
-        return lax.psum(part, names)
 
-    def call(rows: _Rows, *rest: Array) -> Any:
-        specs = (split, *(same for _ in rest))
-        # The gathered factors are equal on all devices, which the check cannot see.
-        return jax.shard_map(shared, mesh=mesh, in_specs=specs, out_specs=same, check_vma=False)(rows, *rest)
+        return self._compile(lambda rows: _triangle(jnp.concatenate(rows, axis=1, dtype=dtype)), merge)
 
-    return jax.jit(call)
+    @functools.cached_property
+    def triangle(self) -> Callable[[_Rows], Array]:
+        return self._factor(None)
+
+    @functools.cached_property
+    def fine_triangle(self) -> Callable[[_Rows], Array]:
+        return self._factor(jnp.float64)
+
+
+@functools.cache
+def _kernels(mesh: Mesh | None) -> _Kernels:
+    """One set of compiled kernels for each mesh, whatever the number of solves."""
+    return _Kernels(mesh)
 
 
 @jax.jit
@@ -252,20 +284,24 @@ def _merge_triangles(first: Array, second: Array) -> Array:
 
 
 class _Data:
-    """The blocks, sums over them, and a count of the passes made."""
+    """The blocks with their kernels, and a count of the passes made."""
 
     def __init__(self, columns: Iterable[Block], mesh: Mesh | None, report: Callable[[str], None] | None) -> None:
-        self._columns, self._mesh, self._report = columns, mesh, report
+        self._columns, self.kernels, self._report = columns, _kernels(mesh), report
         self.passes = 0
         self.n = 0
         self.shape: tuple[int, int] | None = None
         self.dtype: Any = None
 
-    def total(
-        self, kernel: Callable[..., Any], *rest: Array, what: str, combine: Callable[[Any, Any], Any] = jnp.add
-    ) -> Any:
-        """The sum (or other combination) of `kernel(rows, *rest)` over the blocks: one pass."""
-        function = _compiled(kernel, self._mesh)
+    @property
+    def rows(self) -> tuple[int, int]:
+        """`d_0, d_H`."""
+        if self.shape is None:
+            raise SpectralError("no block has been read yet.")
+        return self.shape
+
+    def total(self, function: Callable[[_Rows], Any], what: str, combine: Callable[[Any, Any], Any] = jnp.add) -> Any:
+        """The sum (or other combination) of `function` over the blocks: one pass."""
         self.passes += 1
         done: Any = None
         n = 0
@@ -274,13 +310,18 @@ class _Data:
             n += block[0].shape[1]
             if self.passes == 1:
                 self._check_values(block, index)
-            part = function(_place(block, self._mesh, self.dtype), *rest)
+            # One block is computed on while the next is read; without this JAX would queue more of them.
+            jax.block_until_ready(done)
+            part = function(self.kernels.place(block, self.dtype))
             done = part if done is None else jax.tree.map(combine, done, part)
             if self._report is not None:
                 jax.block_until_ready(done)
                 self._report(f"{what}, pass {self.passes}: {n:,} examples")
         if done is None:
-            raise SpectralError("the columns gave no block; give an iterable that starts afresh each time (a Columns).")
+            raise SpectralError(
+                f"the columns gave no block in pass {self.passes}; give an iterable that starts afresh each time, a"
+                " Columns."
+            )
         if self.n and n != self.n:
             raise SpectralError(
                 f"the columns gave {n} examples in pass {self.passes} and {self.n} before; they must be the same each"
@@ -290,6 +331,8 @@ class _Data:
         return done
 
     def _check(self, block: Block, index: int) -> None:
+        if not isinstance(block, (tuple, list)) or len(block) != 2:
+            raise SpectralError(f"block {index} is a {type(block).__name__}; give pairs x [d_0, b], y [d_H, b].")
         check_data(*block, values=False)
         shape, dtype = (block[0].shape[0], block[1].shape[0]), np.result_type(*(a.dtype for a in block))
         if self.shape is None:
@@ -320,6 +363,7 @@ class _Fit(NamedTuple):
       left: of Yt, `[d_H, q]`.
       sigma: the singular values, `[q]`, in falling order.
       right: `V^T X^+`, `[q, d_0]`.
+      precision: of the factorisation.
       whiten: `G -> G R^{-1}` with `R^T R` close to `X X^T`, so that `||whiten(G)||_F^2` is `tr(G (X X^T)^+ G^T)`.
     """
 
@@ -327,6 +371,7 @@ class _Fit(NamedTuple):
     left: Array
     sigma: Array
     right: Array
+    precision: str
     whiten: Callable[[Array], Array]
 
 
@@ -365,9 +410,14 @@ def _cholesky(gram: Array) -> tuple[Array, float]:
     raise _Breakdown("the Gram matrix has no Cholesky factor, even shifted: X is numerically rank deficient")
 
 
+def _applied(kernel: Callable[..., Any], *rest: Array) -> Callable[[_Rows], Any]:
+    """A kernel with everything but the rows given."""
+    return lambda rows: kernel(rows, *rest)
+
+
 def _by_gram(data: _Data, tolerance: float) -> _Fit:
     """Cholesky of the Gram matrix, then preconditioned conjugate gradients, `fit X X^T = Y X^T`, row by row."""
-    gram, cross = data.total(_gram, what="Gram matrix")
+    gram, cross = data.total(data.kernels.gram, "Gram matrix")
     lower, shift = _cholesky(gram)
     values, vectors = _smallest_ritz(lower, min(4, len(lower)))
     low = lower.dtype
@@ -381,7 +431,7 @@ def _by_gram(data: _Data, tolerance: float) -> _Fit:
     fit = precondition(cross)
     # The smallest Ritz vectors ride along in the first pass: what the factor says of them against what X says.
     block = jnp.concatenate([fit, vectors.astype(jnp.float64)])
-    image = data.total(_normal, block, what="conjugate gradients")
+    image = data.total(_applied(data.kernels.normal, block), "conjugate gradients")
     true = jnp.sum(image[len(fit) : len(block)] * vectors, axis=1)
     worst = float(jnp.max(values.astype(jnp.float64) / jnp.maximum(true, 1e-300)))
     if not worst < _SAFETY:
@@ -397,7 +447,7 @@ def _by_gram(data: _Data, tolerance: float) -> _Fit:
         # The squared error of `fit X` against its squared norm: both bounds lose at most this share.
         if _SAFETY * float(jnp.sum(error)) <= 1e-3 * tolerance * float(jnp.sum(fit * (target - residual))):
             break
-        image = data.total(_normal, direction, what="conjugate gradients")[: len(fit)]
+        image = data.total(_applied(data.kernels.normal, direction), "conjugate gradients")[: len(fit)]
         curvature = jnp.sum(direction * image, axis=1)
         step = (error / jnp.where(curvature > 0, curvature, 1))[:, None]
         fit, residual = fit + step * direction, residual - step * image
@@ -415,24 +465,35 @@ def _by_gram(data: _Data, tolerance: float) -> _Fit:
     visible = squares[:q] > len(squares) * jnp.finfo(jnp.float64).eps * squares[0]
     sigma = jnp.where(visible, sigma, 0)
     right = jnp.where(visible, 1 / jnp.where(visible, sigma, 1), 0)[:, None] * (left[:, :q].T @ fit)
-    return _Fit(fit, left[:, :q], sigma, right, whiten)
+    return _Fit(fit, left[:, :q], sigma, right, str(low), whiten)
+
+
+def _has_full_rank(triangle: Array, data: _Data) -> bool:
+    """Whether the singular values of the part of the triangle that belongs to X all stand clear of rounding."""
+    d_0 = data.rows[0]
+    lower = triangle[:d_0, :d_0].T.astype(jnp.float64)
+    if not bool(jnp.all(jnp.diagonal(lower) != 0)):
+        return False
+    smallest = float(jnp.sqrt(jnp.maximum(_smallest_ritz(lower, min(4, d_0))[0][0], 0)))
+    return smallest > default_rtol(d_0, data.n, triangle.dtype) * float(jnp.linalg.norm(lower))
 
 
 def _by_qr(data: _Data, tolerance: float) -> _Fit:
-    """The triangular factor of `[X^T, Y^T]`, block after block; cut by its singular values where X is deficient."""
+    """The triangular factor of `[X^T, Y^T]`, block after block.
+
+    Where X looks rank deficient in float32 the factor is made again in float64; where it is so there, the factor is
+    cut by its singular values.
+    """
     del tolerance
-    triangle = data.total(_triangle_of_rows, what="QR factorisation", combine=_merge_triangles)
-    shape = data.shape
-    if shape is None:  # never: the pass has set it
-        raise SpectralError("no data")
-    d_0 = shape[0]
-    rtol = default_rtol(d_0, data.n, triangle.dtype)
+    triangle = data.total(data.kernels.triangle, "QR factorisation", _merge_triangles)
+    full = _has_full_rank(triangle, data)
+    if not full and triangle.dtype != jnp.float64:
+        triangle = data.total(data.kernels.fine_triangle, "QR factorisation in float64", _merge_triangles)
+        full = _has_full_rank(triangle, data)
+    d_0 = data.rows[0]
     corner, targets = triangle[:d_0, :d_0], triangle[:d_0, d_0:].astype(jnp.float64)
     lower = corner.T.astype(jnp.float64)
-    smallest = 0.0
-    if bool(jnp.all(jnp.diagonal(corner) != 0)):
-        smallest = float(jnp.sqrt(jnp.maximum(_smallest_ritz(lower, min(4, d_0))[0][0], 0)))
-    if smallest > rtol * float(jnp.linalg.norm(lower)):
+    if full:
         inverse = None
 
         def whiten(g: Array) -> Array:
@@ -440,6 +501,7 @@ def _by_qr(data: _Data, tolerance: float) -> _Fit:
 
     else:
         turn, stretch, back = jnp.linalg.svd(corner)
+        rtol = default_rtol(d_0, data.n, corner.dtype)
         keep = stretch > rtol * stretch[0]
         inverse = jnp.where(keep, 1 / jnp.where(keep, stretch, 1), 0).astype(jnp.float64)
         turn, back = turn.astype(jnp.float64), back.astype(jnp.float64)
@@ -455,7 +517,7 @@ def _by_qr(data: _Data, tolerance: float) -> _Fit:
     left, sigma, right = jnp.linalg.svd(targets.T, full_matrices=False)
     q = min(len(sigma), data.n)
     right = unwhiten(right[:q])
-    return _Fit(unwhiten(targets.T), left[:, :q], sigma[:q], right, whiten)
+    return _Fit(unwhiten(targets.T), left[:, :q], sigma[:q], right, str(triangle.dtype), whiten)
 
 
 _FACTORIZATIONS: dict[str, Callable[[_Data, float], _Fit]] = {"gram": _by_gram, "qr": _by_qr}
@@ -467,43 +529,47 @@ _MAX_ITERATIONS = 40
 
 def _certify(data: _Data, fit: _Fit, gamma: float, widths: tuple[int, ...]) -> tuple[SpectralSolution, float]:
     """Weights in the data's precision, and problems (4) and (5) at them in float64; with the bound on `||E Q||_F`."""
-    if data.shape is None:  # never: the factorisation has set it
-        raise SpectralError("no data")
-    (d_0, d_H), n = data.shape, data.n
+    (d_0, d_H), n = data.rows, data.n
     r, depth = narrowest(widths, d_0, d_H, n), len(widths) + 1
     kept = jnp.maximum(fit.sigma[:r] - gamma, 0)
     weights = assemble(kept, fit.left[:, :r], fit.right[:r], widths)
     weights = tuple(w.astype(data.dtype) for w in weights)
     exact = [w.astype(jnp.float64) for w in weights]
     whole = functools.reduce(lambda done, layer: layer @ done, exact)
-    dual = (fit.left * jnp.minimum(fit.sigma, gamma)[None, :]) @ fit.right
-    maps = jnp.concatenate([whole, exact[0][:r], dual, fit.fit])
-    products, gradient, broken = data.total(_sums, maps, fit.fit, what="certificate")
+    maps = jnp.concatenate([whole, exact[0][:r], fit.fit])
+    products, gradient, x_squared, broken = data.total(
+        lambda rows: data.kernels.sums(rows, maps, fit.fit), "certificate"
+    )
     if int(broken):
         raise SpectralError(f"x or y holds {int(broken)} values that are not finite; remove those examples first.")
-    at = np.cumsum([0, d_H, r, d_H, d_H, d_H]).tolist()
+    at = np.cumsum([0, d_H, r, d_H, d_H]).tolist()
     spans = [slice(low, high) for low, high in itertools.pairwise(at)]
     part = [[products[rows, cols] for cols in spans] for rows in spans]
-    half_norm = 0.5 * jnp.trace(part[4][4])
-    misfit = half_norm - jnp.trace(part[0][4]) + 0.5 * jnp.trace(part[0][0])
+    half_norm = 0.5 * jnp.trace(part[3][3])
+    misfit = half_norm - jnp.trace(part[0][3]) + 0.5 * jnp.trace(part[0][0])
     first = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(part[1][1]), 0))
     powers = [first, *(jnp.linalg.svd(w, compute_uv=False) for w in exact[1:])]
     primal = misfit + gamma / depth * sum(jnp.sum(p**depth) for p in powers)
-    norm = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(part[2][2])[-1], 0))
-    shrink = jnp.where(norm > gamma, gamma / jnp.where(norm > 0, norm, 1), 1)
+    # Lambda clips the singular values of A X as float64 has them: to clip those of the factor would miss the ceiling by
+    # the factor's rounding, and that costs the dual value as much.
+    squares, basis = jnp.linalg.eigh(part[2][2])
+    norms = jnp.sqrt(jnp.maximum(squares, 0))
+    clip = (basis * jnp.where(norms > gamma, gamma / jnp.where(norms > 0, norms, 1), 1)[None, :]) @ basis.T
     # (Yt - Lambda)(Yt - Lambda)^T but for the square of E Q, whose trace `error` bounds.
-    cross = (fit.fit - shrink * dual) @ gradient.T
-    gap = part[3][3] - shrink * (part[3][2] + part[2][3]) + shrink**2 * part[2][2] + cross + cross.T
+    left_over = jnp.eye(d_H) - clip
+    cross = left_over @ fit.fit @ gradient.T
+    gap = left_over @ part[2][2] @ left_over.T + cross + cross.T
     error = _SAFETY * jnp.sum(fit.whiten(gradient) ** 2)
+    rounding = jnp.finfo(jnp.float64).eps * jnp.linalg.norm(fit.fit) * jnp.sqrt(2 * half_norm * x_squared)
     top = jnp.sum(jnp.maximum(jnp.linalg.eigvalsh(gap)[::-1][:r], 0))
     solution = finish(
         weights,
-        (shrink * dual).astype(data.dtype),
+        clip @ fit.fit,
         fit.sigma,
-        jnp.sum(kept > 0),
+        jnp.sum(kept > default_rtol(d_0, n, data.dtype) * jnp.sqrt(2 * half_norm)),
         jnp.asarray(gamma, jnp.float64),
         primal,
-        half_norm - 0.5 * (top + error),
+        half_norm - 0.5 * (top + error) - rounding,
         half_norm,
         (d_0, d_H, n),
         default_rtol(d_H, n, data.dtype),
@@ -540,7 +606,7 @@ def solve_columns(
       report: called with a line of progress after each block.
 
     Returns:
-      The solution, with NumPy arrays, and how it was found.
+      The solution, with NumPy arrays, and how it was found.  Lambda is float64, the weights are as the data.
 
     Raises:
       SpectralError: for data, widths, gamma or settings that are not allowed, or blocks that do not agree.
@@ -550,6 +616,10 @@ def solve_columns(
     widths = check_widths(widths)
     if factorization not in get_args(Factorization):
         raise SpectralError(unknown("factorization", factorization, get_args(Factorization)))
+    if not isinstance(columns, Iterable):
+        raise SpectralError(
+            f"columns is a {type(columns).__name__}; give a Columns (see in_blocks) or a list of pairs."
+        )
     if not 0 < tolerance < 1:
         raise SpectralError(f"tolerance={tolerance} must lie between 0 and 1; it is a relative gap.")
     names = ("gram", "qr") if factorization == "auto" else (factorization,)
@@ -572,11 +642,13 @@ def _first_that_holds(
             continue
         solution, error = _certify(data, found, gamma, widths)
         gap = float(solution.relative_gap)
-        holds = gap <= tolerance
-        reason = f"relative gap {gap:.3g} {'within' if holds else 'above'} the tolerance {tolerance:g}"
+        holds = abs(gap) <= tolerance
+        reason = f"relative gap {gap:.3g} {'within' if holds else 'not within'} the tolerance {tolerance:g}"
+        if found.precision != str(data.dtype):
+            reason += f", after a factorisation in {found.precision}: X is all but rank deficient in {data.dtype}"
         attempts.append(Attempt(name, holds, gap, data.passes - before, reason))
         if holds:
-            return ColumnsSolution(solution, name, str(data.dtype), error, tuple(attempts))
+            return ColumnsSolution(solution, name, found.precision, error, tuple(attempts))
     told = "; ".join(f"{a.factorization}: {a.reason}" for a in attempts)
     raise CertificateError(
         f"no certificate within {tolerance:g} ({told}).  Give float64 data, a larger tolerance, or"

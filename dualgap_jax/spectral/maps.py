@@ -16,7 +16,12 @@ def with_bias(x: Float[Array, "d_0 n"]) -> Float[Array, "d_0+1 n"]:
     """Appends a row of ones: the last column of W_1 is then the bias of the first layer.
 
     The regulariser is that of problem (4) on the augmented data, `||[W_1, b] [X; 1]||_{S_H}^H`.
+
+    Raises:
+      SpectralError: if x is no matrix.
     """
+    if x.ndim != 2:
+        raise SpectralError(f"x of shape {x.shape} must be [d_0, n], one example a column.")
     return jnp.concatenate([x, jnp.ones((1, x.shape[1]), x.dtype)])
 
 
@@ -26,7 +31,7 @@ def patches(
     *,
     strides: tuple[int, int] = (1, 1),
     padding: Literal["SAME", "VALID"] | Sequence[tuple[int, int]] = "VALID",
-) -> Float[Array, "d_0 n*positions"]:
+) -> Float[Array, "d_0 columns"]:
     """The patches that a convolution sees, one a column, so that `W_1 patches` is the convolution's output.
 
     With them problem (4) is that of a convolutional first layer followed by layers of 1 x 1 convolutions: the columns
@@ -47,6 +52,8 @@ def patches(
     """
     if images.ndim != 4:
         raise SpectralError(f"images of shape {images.shape} must be [n, height, width, channels].")
+    if len(window) != 2 or min(*window, *strides) < 1:
+        raise SpectralError(f"a window of {window} with {strides=} must be two sizes and two steps, each at least 1.")
     found = lax.conv_general_dilated_patches(
         images, window, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=lax.Precision.HIGHEST
     )

@@ -31,7 +31,7 @@ from dualgap_jax.types import KeyArray
 P = ParamSpec("P")
 T = TypeVar("T")
 Real = Float[Array, ""]
-Weights = Sequence[Float[Array, "_ _"]]
+Weights = Sequence[Float[Any, "_ _"]]  # JAX or NumPy
 
 
 class SpectralError(ValueError):
@@ -69,7 +69,7 @@ def _schatten_power_jvp(power: int, primals: tuple[Array], tangents: tuple[Array
     return jnp.sum(sigma**power), jnp.sum(gradient * tangents[0])
 
 
-def product(weights: Weights) -> Float[Array, "d_H d_0"]:
+def product(weights: Weights) -> Float[Any, "d_H d_0"]:
     """`W_H ... W_1`."""
     return functools.reduce(lambda done, layer: layer @ done, weights)
 
@@ -84,7 +84,7 @@ def random_weights(key: KeyArray, sizes: Sequence[int], scale: float = 1.0, dtyp
 
 
 @exact_products
-def objective(weights: Weights, x: Float[Array, "d_0 n"], y: Float[Array, "d_H n"], gamma: ArrayLike) -> Real:
+def objective(weights: Weights, x: Float[Any, "d_0 n"], y: Float[Any, "d_H n"], gamma: ArrayLike) -> Real:
     """Problem (4) as written: the singular values come from decompositions of `W_1 X, W_2, ..., W_H`.
 
     Args:
@@ -96,10 +96,10 @@ def objective(weights: Weights, x: Float[Array, "d_0 n"], y: Float[Array, "d_H n
       SpectralError: for fewer than two layers, or shapes that do not chain from `d_0` to `d_H`.
     """
     _check_chain(weights, x.shape[0], y.shape[0])
-    depth = len(weights)
-    first = weights[0] @ x
-    penalty = schatten_power(first, depth) + sum(schatten_power(w, depth) for w in weights[1:])
-    residual = y - product([first, *weights[1:]])
+    first, *others = (jnp.asarray(w) for w in weights)
+    first, depth = first @ x, len(weights)
+    penalty = schatten_power(first, depth) + sum(schatten_power(w, depth) for w in others)
+    residual = y - product([first, *others])
     return 0.5 * jnp.sum(residual**2) + jnp.asarray(gamma, x.dtype) / depth * penalty
 
 
@@ -126,12 +126,15 @@ def is_concrete(*values: Any) -> bool:
     return not any(isinstance(v, jax.core.Tracer) for v in values)
 
 
-def check_gamma(gamma: ArrayLike) -> None:
-    """Raises SpectralError for a regularisation that is negative or not finite; a traced one is let through."""
+def check_gamma(gamma: Any, ndim: int = 0) -> None:
+    """Raises SpectralError for a regularisation of another dimension, negative or not finite; tracers have no value."""
+    if np.ndim(gamma) != ndim:
+        wanted = "one number (for several: regularisation_path, or vmap)" if ndim == 0 else "one-dimensional"
+        raise SpectralError(f"gamma of shape {np.shape(gamma)} must be {wanted}.")
     if is_concrete(gamma):
         values = np.asarray(gamma)
-        if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise SpectralError(f"gamma={gamma} must be finite and at least 0 (0 is no regularisation).")
+        if values.dtype.kind not in "fiu" or not (np.isfinite(values).all() and (values >= 0).all()):
+            raise SpectralError(f"gamma={gamma!r} must be finite and at least 0 (0 is no regularisation).")
 
 
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
@@ -148,6 +151,16 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
+def _is_finite(data: Any) -> bool:
+    """Whether all values are finite; true where they are traced."""
+    if not is_concrete(data):
+        return True
+    if isinstance(data, np.ndarray):
+        return bool(np.isfinite(data).all())
+    with jax.ensure_compile_time_eval():  # data that a jitted function closes over are concrete too
+        return bool(jnp.isfinite(data).all())
+
+
 def check_data(x: Any, y: Any, *, values: bool = True) -> None:
     """Raises SpectralError for data that are not two real matrices with as many columns, are empty or not finite.
 
@@ -156,6 +169,9 @@ def check_data(x: Any, y: Any, *, values: bool = True) -> None:
       y: `[d_H, n]`.
       values: whether to look for values that are not finite; traced data are not looked at.
     """
+    for name, data in (("x", x), ("y", y)):
+        if not hasattr(data, "dtype"):
+            raise SpectralError(f"{name} is a {type(data).__name__}; give a NumPy or JAX array.")
     if np.ndim(x) != 2 or np.ndim(y) != 2 or x.shape[1] != y.shape[1]:
         raise SpectralError(
             f"x of shape {np.shape(x)} and y of shape {np.shape(y)} must be [d_0, n] and [d_H, n], one example a"
@@ -164,9 +180,9 @@ def check_data(x: Any, y: Any, *, values: bool = True) -> None:
     if 0 in (*x.shape, *y.shape):
         raise SpectralError(f"x of shape {x.shape} and y of shape {y.shape} are empty; every dimension must be >= 1.")
     for name, data in (("x", x), ("y", y)):
-        if not jnp.issubdtype(data.dtype, jnp.floating):
+        if data.dtype not in (np.float32, np.float64):
             raise SpectralError(f"{name} holds {data.dtype}; give float32 or float64 (images: standardise them first).")
-        if values and is_concrete(data) and not bool(jnp.isfinite(data).all()):
+        if values and not _is_finite(data):
             raise SpectralError(f"{name} holds values that are not finite; remove those examples first.")
 
 
@@ -179,9 +195,9 @@ class DualVariable(NamedTuple):
     coefficients: Float[Array, "*batch d_H d_0"]
 
     @exact_products
-    def materialise(self, x: Float[ArrayLike, "d_0 n"]) -> Float[Array, "*batch d_H n"]:
+    def materialise(self, x: Float[Any, "d_0 n"]) -> Float[Any, "*batch d_H n"]:
         """Lambda itself, or its columns that belong to the columns of `x`."""
-        return jnp.matmul(self.coefficients, x)
+        return self.coefficients @ x
 
 
 class SpectralSolution(NamedTuple):
@@ -189,7 +205,8 @@ class SpectralSolution(NamedTuple):
 
     `primal` is the objective at `weights` and `dual` the value of (5) at `dual_variable`, each evaluated from its
     definition and not from the formula that gave the solution.  So `dual <= optimum of (4) <= primal`, up to the
-    rounding of the evaluation.
+    rounding of the evaluation.  X counts at its numerical rank: singular values of X at the level of rounding, see
+    `default_rtol`, are zero to the solution and to the certificate.
 
     Attributes:
       weights: `W_1, ..., W_H`.
@@ -200,7 +217,7 @@ class SpectralSolution(NamedTuple):
       primal: objective of (4) at the weights; an upper bound of the optimum.
       dual: objective of (5) at the dual variable; a lower bound of the optimum.
       relative_gap: `(primal - dual) / (1/2 ||Y||_F^2)`; the unit is the objective at zero weights.
-      sigma_min: the smallest singular value of Yt that is not numerically zero; 0 if there is none.
+      sigma_min: the smallest singular value of Yt above the rounding of Y; 0 if there is none.
       gamma_below_sigma_min: the theorem's condition `0 <= gamma < sigma_min(Yt)`.
       widths_fit: the theorem's condition `d_min <= min(d_0, d_H, n)`.
     """
@@ -218,9 +235,9 @@ class SpectralSolution(NamedTuple):
     widths_fit: Bool[Array, "*batch"]
 
     @property
-    def theorem_applies(self) -> Bool[Array, "*batch"]:
+    def theorem_applies(self) -> Bool[Any, "*batch"]:
         """Whether the conditions of Theorem 2 hold.  The certificate is valid either way."""
-        return jnp.logical_and(self.gamma_below_sigma_min, self.widths_fit)
+        return self.gamma_below_sigma_min & self.widths_fit
 
     def reasons(self) -> tuple[str, ...]:
         """Why the theorem does not apply, in words; empty when it does.  For one solution, not a batch."""
@@ -256,9 +273,9 @@ def assemble(
     return (*layers, jnp.pad(left * root[None, :], ((0, 0), (0, widths[-1] - k))))
 
 
-def smallest_nonzero(singular_values: Float[Array, " q"], rtol: float) -> Real:
-    """The smallest singular value above `rtol` times the largest; 0 if there is none."""
-    above = jnp.where(singular_values > rtol * singular_values[0], singular_values, jnp.inf)
+def smallest_above(singular_values: Float[Array, " q"], floor: ArrayLike) -> Real:
+    """The smallest singular value above `floor`; 0 if there is none."""
+    above = jnp.where(singular_values > floor, singular_values, jnp.inf)
     least = jnp.min(above)
     return jnp.where(jnp.isfinite(least), least, 0.0).astype(singular_values.dtype)
 
@@ -286,9 +303,9 @@ def finish(
       weights, coefficients, singular_values, rank, gamma, primal, dual: see `SpectralSolution`.
       half_norm: `1/2 ||Y||_F^2`.
       sizes: `d_0, d_H, n`.
-      rtol: singular values of Yt below this share of the largest count as zero.
+      rtol: singular values of Yt below this share of `||Y||_F`, from which they are computed, count as zero.
     """
-    sigma_min = smallest_nonzero(singular_values, rtol)
+    sigma_min = smallest_above(singular_values, rtol * jnp.sqrt(2 * half_norm))
     d_min = min(w.shape[0] for w in weights[:-1])
     tiny = jnp.finfo(half_norm.dtype).tiny
     return SpectralSolution(

@@ -12,17 +12,21 @@ reduced to coordinates, and the certificate; nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from numbers import Real as Number
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from dualgap_jax.registry import Table
+from dualgap_jax.registry import Table, UnknownNameError, unknown
 from dualgap_jax.spectral.problem import (
     Real,
     SpectralError,
@@ -35,6 +39,7 @@ from dualgap_jax.spectral.problem import (
     default_rtol,
     exact_products,
     finish,
+    is_concrete,
     narrowest,
     objective,
     product,
@@ -49,16 +54,18 @@ class Reduced(NamedTuple):
 
     Attributes:
       targets: `C = Y V_x`, `[d_H, m]`, so that `Yt = C V_x^T`; m = min(d_0, n), zero beyond the rank.
+      certified: the same cut at the level of rounding only, also where `targets` is cut further.
       inputs: `X V_x = U_x S`, `[d_0, m]`.
       inverse: `V_x^T X^+ = S^+ U_x^T`, `[m, d_0]`.
     """
 
     targets: Float[Array, "d_H m"]
+    certified: Float[Array, "d_H m"]
     inputs: Float[Array, "d_0 m"]
     inverse: Float[Array, "m d_0"]
 
 
-def reduce_rows(x: Float[Array, "d_0 n"], y: Float[Array, "d_H n"], rtol: float | None = None) -> Reduced:
+def reduce_rows(x: Float[Array, "d_0 n"], y: Float[Array, "d_H n"], rtol: ArrayLike | None = None) -> Reduced:
     """Both matrices in an orthonormal basis of the row space of X.
 
     Args:
@@ -66,9 +73,17 @@ def reduce_rows(x: Float[Array, "d_0 n"], y: Float[Array, "d_H n"], rtol: float 
       rtol: singular values of X below this share of the largest count as zero; `2 sqrt(max(d_0, n)) eps` by default.
     """
     left, sigma, right = jnp.linalg.svd(x, full_matrices=False)
-    keep = sigma > (default_rtol(x.shape[0], x.shape[1], x.dtype) if rtol is None else rtol) * sigma[0]
+    rounding = default_rtol(x.shape[0], x.shape[1], x.dtype)
+    share = rounding if rtol is None else rtol
+    keep, visible = sigma > share * sigma[0], sigma > jnp.minimum(share, rounding) * sigma[0]
     inverse = jnp.where(keep, 1 / jnp.where(keep, sigma, 1), 0)
-    return Reduced((y @ right.T) * keep[None, :], left * jnp.where(keep, sigma, 0)[None, :], inverse[:, None] * left.T)
+    targets = y @ right.T
+    return Reduced(
+        targets * keep[None, :],
+        targets * visible[None, :],
+        left * jnp.where(keep, sigma, 0)[None, :],
+        inverse[:, None] * left.T,
+    )
 
 
 def dual_value(
@@ -78,7 +93,7 @@ def dual_value(
     dual = coefficients @ reduced.inputs
     norm = jnp.linalg.norm(dual, 2)
     shrink = jnp.where(norm > gamma, gamma / jnp.where(norm > 0, norm, 1), 1)
-    return half_norm - 0.5 * r_norm_squared(reduced.targets - shrink * dual, r), shrink * coefficients
+    return half_norm - 0.5 * r_norm_squared(reduced.certified - shrink * dual, r), shrink * coefficients
 
 
 class _Problem(NamedTuple):
@@ -96,23 +111,29 @@ class _Problem(NamedTuple):
 
 
 def _certified(
-    problem: _Problem, weights: tuple[Array, ...], coefficients: Array, tolerance: float = 0.0
+    problem: _Problem, weights: tuple[Array, ...], coefficients: Array, iterative: bool = False
 ) -> SpectralSolution:
-    """The solution with its certificate; singular values below `tolerance` times the largest do not count as rank."""
+    """The solution with its certificate.
+
+    Problem (4) is 1-strongly convex in `W_H ... W_1 X` where r does not bind: a result with a gap g lies within
+    `sqrt(2 g)` of the optimum.  Singular values of an iterative result below that do not count as rank.
+    """
     x, y, gamma = problem.x, problem.y, problem.gamma
     half_norm = 0.5 * jnp.sum(y**2)
     dual, coefficients = dual_value(problem.reduced, coefficients, half_norm, gamma, problem.r)
     sizes = x.shape[0], y.shape[0], x.shape[1]
     kept = jnp.linalg.svd(product(weights) @ problem.reduced.inputs, compute_uv=False)
     floor = default_rtol(sizes[0], sizes[2], x.dtype) * jnp.sqrt(2 * half_norm)
-    rank = jnp.sum(kept > jnp.maximum(floor, tolerance * kept[0]))
+    primal = objective(weights, x, y, gamma)
+    if iterative:
+        floor = jnp.maximum(floor, jnp.sqrt(2 * jnp.maximum(primal - dual, 0)))
     return finish(
         weights,
         coefficients,
         jnp.linalg.svd(problem.reduced.targets, compute_uv=False),
-        rank,
+        jnp.sum(kept > floor),
         gamma,
-        objective(weights, x, y, gamma),
+        primal,
         dual,
         half_norm,
         sizes,
@@ -157,10 +178,12 @@ def prox_r_norm(matrix: Float[Array, "a b"], r: int, step: ArrayLike = 1.0) -> F
     conditions.
 
     Raises:
-      SpectralError: for r below 1.
+      SpectralError: for r below 1 or a negative step.
     """
     if r < 1:
         raise SpectralError(f"r={r} must be at least 1.")
+    if is_concrete(step) and not np.asarray(step) >= 0:
+        raise SpectralError(f"step={step} must be at least 0.")
     left, z, right = jnp.linalg.svd(matrix, full_matrices=False)
     grown = 1 + jnp.asarray(step, z.dtype)
     if r >= len(z):
@@ -238,7 +261,7 @@ def douglas_rachford(problem: _Problem, iterations: int = 1000) -> SpectralSolut
     """
     half_norm = 0.5 * jnp.sum(problem.y**2)
     found = douglas_rachford_iterates(problem.reduced.targets, problem.gamma, problem.r, half_norm, iterations)
-    return _certified(problem, _from_product(problem, found.fitted), found.dual @ problem.reduced.inverse)
+    return _certified(problem, _from_product(problem, found.fitted), found.dual @ problem.reduced.inverse, True)
 
 
 # --- gradient descent -----------------------------------------------------------------------------------------------
@@ -292,7 +315,7 @@ def gradient_descent(
     weights, _ = descend(start, reduced.inputs / unit, reduced.targets, problem.gamma, optimizer, steps)
     weights = (weights[0] / unit, *weights[1:])
     residual = reduced.targets - product(weights) @ reduced.inputs
-    return _certified(problem, weights, clip_singular_values(residual, problem.gamma) @ reduced.inverse)
+    return _certified(problem, weights, clip_singular_values(residual, problem.gamma) @ reduced.inverse, True)
 
 
 # --- the front door -------------------------------------------------------------------------------------------------
@@ -302,6 +325,38 @@ METHODS: Table[Any] = Table(
     {"closed_form": closed_form, "douglas_rachford": douglas_rachford, "gradient_descent": gradient_descent},
 )
 """Name -> solver, a function of the problem and of settings of its own."""
+
+
+def _check_settings(method: str, settings: Mapping[str, Any], rtol: Any) -> None:
+    allowed = [name for name in inspect.signature(METHODS[method]).parameters if name != "problem"]
+    for name in settings:
+        if name not in allowed:
+            raise UnknownNameError(unknown(f"setting of method {method!r}:", name, allowed))
+    if rtol is not None and is_concrete(rtol) and not 0 <= float(rtol) < 1:
+        raise SpectralError(f"rtol={rtol} must lie in [0, 1): a share of the largest singular value of X.")
+
+
+@functools.partial(jax.jit, static_argnames=("widths", "method", "numbers"))
+def _solve(
+    x: Array,
+    y: Array,
+    gamma: Array,
+    rtol: Any,
+    settings: dict[str, Any],
+    *,
+    widths: tuple[int, ...],
+    method: str,
+    numbers: tuple[tuple[str, Any], ...],
+) -> SpectralSolution:
+    """One program for data of one shape: later calls do not trace again."""
+    problem = _Problem(x, y, gamma, widths, reduce_rows(x, y, rtol))
+    return METHODS[method](problem, **settings, **dict(numbers))
+
+
+@functools.partial(jax.jit, static_argnames="widths")
+def _path(x: Array, y: Array, gammas: Array, rtol: Any, *, widths: tuple[int, ...]) -> SpectralSolution:
+    reduced = reduce_rows(x, y, rtol)
+    return jax.vmap(lambda gamma: closed_form(_Problem(x, y, gamma, widths, reduced)))(gammas)
 
 
 @exact_products
@@ -326,20 +381,23 @@ def solve(
       gamma: regularisation, at least 0.
       widths: the hidden widths `(d_1, ..., d_{H-1})`; they set the depth H.
       method: 'closed_form', 'douglas_rachford' or 'gradient_descent'.
-      rtol: singular values of X below this share of the largest count as zero; `2 sqrt(max(d_0, n)) eps` by default.
+      rtol: the solution takes singular values of X below this share of the largest as zero; `2 sqrt(max(d_0, n)) eps`
+        by default.  A larger one gives smaller weights; the certificate then says what that costs.
       **settings: of the method, for instance `iterations=2000` for 'douglas_rachford'.
 
     Raises:
       SpectralError: for data, widths or gamma that are not allowed.  Widths with `d_min > min(d_0, d_H, n)` are
         allowed, and flagged in the result.
-      UnknownNameError: for an unknown method.
+      UnknownNameError: for an unknown method or setting.
     """
     check_gamma(gamma)
     widths = check_widths(widths)
-    solver = METHODS[method]
+    _check_settings(method, settings, rtol)
     x, y = as_data(x, y)
-    problem = _Problem(x, y, jnp.asarray(gamma, x.dtype), widths, reduce_rows(x, y, rtol))
-    return solver(problem, **settings)
+    numbers = {name: value for name, value in settings.items() if isinstance(value, Number)}
+    rest = {name: value for name, value in settings.items() if name not in numbers}
+    static = tuple(sorted(numbers.items()))
+    return _solve(x, y, jnp.asarray(gamma, x.dtype), rtol, rest, widths=widths, method=method, numbers=static)
 
 
 @exact_products
@@ -360,8 +418,8 @@ def regularisation_path(
     Raises:
       SpectralError: see `solve`.
     """
-    check_gamma(gammas)
+    check_gamma(gammas, ndim=1)
     widths = check_widths(widths)
+    _check_settings("closed_form", {}, rtol)
     x, y = as_data(x, y)
-    reduced = reduce_rows(x, y, rtol)
-    return jax.vmap(lambda gamma: closed_form(_Problem(x, y, gamma, widths, reduced)))(jnp.asarray(gammas, x.dtype))
+    return _path(x, y, jnp.asarray(gammas, x.dtype), rtol, widths=widths)

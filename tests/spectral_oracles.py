@@ -1,0 +1,64 @@
+"""Problem (4) and its dual (5) in NumPy, from their definitions, and random data for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def primal_value(weights: Sequence[Any], x: Any, y: Any, gamma: float) -> float:
+    """Problem (4), in float64."""
+    layers = [np.asarray(w, np.float64) for w in weights]
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    depth = len(layers)
+    output = functools.reduce(lambda done, w: w @ done, layers, x)
+    penalty = sum(np.sum(np.linalg.svd(m, compute_uv=False) ** depth) for m in [layers[0] @ x, *layers[1:]])
+    return float(0.5 * np.sum((y - output) ** 2) + gamma / depth * penalty)
+
+
+def in_row_space(y: Any, x: Any, rcond: float) -> np.ndarray:
+    """Y X^+ X, by least squares."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return (x.T @ np.linalg.lstsq(x.T, y.T, rcond=rcond)[0]).T
+
+
+def dual_value(dual: Any, x: Any, y: Any, gamma: float, r: int, *, rcond: float, slack: float) -> float:
+    """Problem (5) at a Lambda, whose feasibility is asserted up to `slack`, relative to the size of Y."""
+    dual, y = np.asarray(dual, np.float64), np.asarray(y, np.float64)
+    unit = np.linalg.norm(y) + np.finfo(float).tiny
+    assert np.linalg.norm(dual, 2) <= gamma + slack * unit
+    assert np.linalg.norm(dual - in_row_space(dual, x, rcond)) <= slack * unit
+    sigma = np.linalg.svd(in_row_space(y, x, rcond) - dual, compute_uv=False)
+    return float(0.5 * np.sum(y**2) - 0.5 * np.sum(sigma[:r] ** 2))
+
+
+def conditioned(
+    rng: np.random.Generator, d_0: int, d_H: int, n: int, condition: float, dtype: Any, noise: float = 0.3
+) -> tuple[np.ndarray, np.ndarray]:
+    """X with singular values from 10 down to 10 / condition, and Y with a share in each of their directions."""
+    left = np.linalg.qr(rng.normal(size=(d_0, d_0)))[0]
+    right = np.linalg.qr(rng.normal(size=(n, d_0)))[0]
+    x = (left * np.geomspace(10, 10 / condition, d_0)) @ right.T
+    y = rng.normal(size=(d_H, d_0)) @ right.T + noise * rng.normal(size=(d_H, n))
+    return x.astype(dtype), y.astype(dtype)
+
+
+def exact_optimum(x: np.ndarray, y: np.ndarray, gamma: float, r: int) -> float:
+    """The optimum of (4) for X of full row rank, in extended precision but for the last, small decomposition.
+
+    By Gram-Schmidt, each vector twice, and strong duality: half the squared norm of Y less that of what is left of Yt
+    after its r largest singular values were lowered by gamma.
+    """
+    basis: list[np.ndarray] = []
+    for row in np.asarray(x, np.longdouble):
+        for _ in range(2):
+            for known in basis:
+                row = row - (known @ row) * known
+            row = row / np.sqrt(row @ row)
+        basis.append(row)
+    y = np.asarray(y, np.longdouble)
+    sigma = np.linalg.svd((y @ np.stack(basis).T).astype(np.float64), compute_uv=False)
+    return float(0.5 * np.sum(y**2) - 0.5 * np.sum(np.maximum(sigma[:r].astype(np.longdouble) - gamma, 0) ** 2))
