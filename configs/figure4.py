@@ -6,7 +6,7 @@
 
 Rows: mnist (top; I = 1, 3, 5, 100), cifar_1layer (middle; the same I), cifar_3layer (bottom; the paper's last I is
 50,000, which needs 5 GB for each of three networks).  Each panel is the config of that row at that I.
-Expect the envelope distance to fall at large I in units of loss, not relative to the range in the window.
+Expect the envelope distance to fall with I on MNIST in units of loss, and not to fall on CIFAR-10.
 """
 
 from pathlib import Path
