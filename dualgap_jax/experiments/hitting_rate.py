@@ -116,7 +116,7 @@ def is_hit(final_loss: np.ndarray, runs: Runs, truths: Sequence[GroundTruth], to
 
 
 def rank_correlation(widths: Sequence[int], rates: Sequence[float]) -> dict[str, float | None]:
-    """Spearman's rho and Kendall's tau-b of rate with width, with two-sided p-values; None where all rates are equal."""
+    """Spearman's rho, Kendall's tau-b and two-sided p-values of rate with width; None where all rates are equal."""
     if len(set(rates)) < 2 or len(widths) < 3:
         return dict.fromkeys(("spearman", "spearman_p", "kendall", "kendall_p"))
     rho, tau = stats.spearmanr(widths, rates), stats.kendalltau(widths, rates)
@@ -195,8 +195,8 @@ def setting_text(spec: HittingRateSpec) -> str:
     scale = "" if spec.init_scale == 1 else f" × {spec.init_scale:g}"
     order = "in epochs" if sgd.order == "epochs" else "drawn independently"
     return (
-        f"{spec.loss.name.replace('_', ' ')}, learning rate {spec.learning_rate:g} {sgd.schedule.name}, {batch} {order},"
-        f" init {sgd.init}{scale}, {sgd.steps:,} steps"
+        f"{spec.loss.name.replace('_', ' ')}, learning rate {spec.learning_rate:g} {sgd.schedule.name}, {batch}"
+        f" {order}, init {sgd.init}{scale}, {sgd.steps:,} steps"
     )
 
 
@@ -273,9 +273,8 @@ def _report(spec: HittingRateSpec, record: dict[str, Any]) -> Report:
         ]  # fmt: skip
         named = [r for r in record["rows"] if r["paper_inside"] is not None]
         if named:
-            notes.append(
-                f"{sum(r['paper_inside'] for r in named)} of {len(named)} rows of the paper lie inside the Wilson intervals."
-            )
+            inside = sum(r["paper_inside"] for r in named)
+            notes.append(f"{inside} of {len(named)} rows of the paper lie inside the Wilson intervals.")
         (one,) = record["teachers"]
         if one["spearman"] is not None:
             notes.append(
@@ -283,13 +282,11 @@ def _report(spec: HittingRateSpec, record: dict[str, Any]) -> Report:
             )
     else:
         columns = ("teacher", "positive", *(f"h={w}" for w in spec.widths), "Spearman", "Kendall")
+        hits = {t: [r["hits"] for r in record["rows"] if r["teacher"] == t] for t in spec.teachers}
         cells = [
-            [
-                t["teacher"], t["positive_fraction"], *(r["hits"] for r in record["rows"] if r["teacher"] == t["teacher"]),
-                t["spearman"], t["kendall"],
-            ]
+            [t["teacher"], t["positive_fraction"], *hits[t["teacher"]], t["spearman"], t["kendall"]]
             for t in record["teachers"]
-        ]  # fmt: skip
+        ]
         cells.append(["mean rate", None, *record["trend"]["mean_rate"], *(
             record["trend"][k] for k in ("mean_spearman", "mean_kendall")
         )])  # fmt: skip
@@ -297,7 +294,7 @@ def _report(spec: HittingRateSpec, record: dict[str, Any]) -> Report:
         p_value = "-" if found["sign_test_p"] is None else f"{found['sign_test_p']:.1e}"
         notes.append(
             f"Entries: hits in {spec.seeds} runs.  The rate rises with width for {found['rising']} teachers, falls for"
-            f" {found['falling']}, is the same at all widths for {found['undefined']}; one-sided sign test p = {p_value}."
+            f" {found['falling']}, does not vary for {found['undefined']}; one-sided sign test p = {p_value}."
         )
     for position, tolerance in enumerate(spec.tolerances):
         totals = [

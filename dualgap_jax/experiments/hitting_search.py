@@ -275,8 +275,8 @@ def _report(spec: HittingSearchSpec, record: dict[str, Any]) -> Report:
         f" {len(record['refined'])} pairs of setting and teacher run in full.",
     ]
     if rising:
+        up = sum(e["spearman"] > 0 for e in rising)
         notes.append(
-            f"Held-out teachers: the rate rises with width (Spearman > 0) for {sum(e['spearman'] > 0 for e in rising)} of"
-            f" the {len(rising)} where it varies."
+            f"Held-out teachers: the rate rises with width (Spearman > 0) for {up} of {len(rising)} where it varies."
         )
     return Report(spec.title, columns, rows, notes)

@@ -8,6 +8,8 @@ A work folder holds records in `results/`; each record kind has one function her
 | `landscape.json`, `landscape.npz` | `landscape` | the loss on one plane (a panel of Figures 1 and 4) |
 | `row.json` | `row`, `scores` | a row of Figures 1 and 4; each convexity score against I |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
+| `hitting_rate.json`, `.npz` | `hitting_rate`, `final_losses`, `loss_curves` | Table 1, and the losses behind it |
+| `hitting_search.json` | `hitting_search` | the search for the setting of Table 1 |
 
 Non-finite numbers are never dropped in silence: grid points appear as grey hatched cells, points along an edge and
 undefined scores as crosses, and the caption says so.
@@ -18,12 +20,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.scores import regimes
 from dualgap_jax.figures.surfaces import landscape, row
 from dualgap_jax.registry import Table
 
 FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
-    "figure", {"landscape.json": landscape, "row.json": row, "regimes.json": regimes}
+    "figure",
+    {
+        "landscape.json": landscape,
+        "row.json": row,
+        "regimes.json": regimes,
+        "hitting_rate.json": hitting_rate,
+        "hitting_search.json": hitting_search,
+    },
 )
 """Record file under `results/` -> the function that draws its figures."""
 
