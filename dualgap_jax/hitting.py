@@ -642,6 +642,35 @@ class _Study:
         jax.tree.map(put, self.states, states)
 
 
+def _prepare(datasets: Sequence[Dataset], loss: Loss, runs: Runs, spec: SgdSpec) -> _Study:
+    """The study at step 0; raises as `train_runs` does."""
+    dtype = jnp.zeros(0).dtype
+    table, n, d = _table(datasets, dtype)
+    for dataset in datasets:
+        require(
+            dataset.task in loss.tasks,
+            f"the loss fits {' and '.join(loss.tasks)} labels, data set {dataset.name!r} has {dataset.task} labels.",
+        )
+    require(int(runs.data.max()) < len(datasets), f"a run uses data set {runs.data.max()} of {len(datasets)}.")
+    require(
+        spec.batch_size <= n, f"sgd.batch_size={spec.batch_size} exceeds the {n} examples; use 0 for the full data set."
+    )
+    schedule = SCHEDULES.build(spec.schedule.name, max_steps=spec.steps, **spec.schedule.settings)
+    count = len(runs.width)
+    return _Study(
+        runs=runs,
+        spec=spec,
+        program=_Program(loss, schedule, spec, n, d),
+        table=jnp.asarray(table),
+        order_keys=run_keys(runs)[1],
+        weights=initial_weights(runs, d, spec),
+        states=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], count, axis=0), schedule.init()),
+        losses=np.full((count, spec.looks + 1), np.nan, dtype),
+        steps=np.zeros(count, np.int64),
+        status=np.full(count, _RUNNING),
+    )
+
+
 def train_runs(
     datasets: Sequence[Dataset],
     loss: Loss,
@@ -672,31 +701,7 @@ def train_runs(
         beyond them, or the batch exceeds the data.
       CheckpointMismatchError: if `checkpoints` holds another study.
     """
-    dtype = jnp.zeros(0).dtype
-    table, n, d = _table(datasets, dtype)
-    for dataset in datasets:
-        require(
-            dataset.task in loss.tasks,
-            f"the loss fits {' and '.join(loss.tasks)} labels, data set {dataset.name!r} has {dataset.task} labels.",
-        )
-    require(int(runs.data.max()) < len(datasets), f"a run uses data set {runs.data.max()} of {len(datasets)}.")
-    require(
-        spec.batch_size <= n, f"sgd.batch_size={spec.batch_size} exceeds the {n} examples; use 0 for the full data set."
-    )
-    schedule = SCHEDULES.build(spec.schedule.name, max_steps=spec.steps, **spec.schedule.settings)
-    count = len(runs.width)
-    study = _Study(
-        runs=runs,
-        spec=spec,
-        program=_Program(loss, schedule, spec, n, d),
-        table=jnp.asarray(table),
-        order_keys=run_keys(runs)[1],
-        weights=initial_weights(runs, d, spec),
-        states=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], count, axis=0), schedule.init()),
-        losses=np.full((count, spec.looks + 1), np.nan, dtype),
-        steps=np.zeros(count, np.int64),
-        status=np.full(count, _RUNNING),
-    )
+    study = _prepare(datasets, loss, runs, spec)
     saver = None if checkpoints is None else Checkpointer(checkpoints)
     try:
         if saver is not None and (restored := saver.restore_latest(study.tree())) is not None:

@@ -219,7 +219,7 @@ def _draw_curves(workdir: Path, record: Mapping[str, Any], arrays: Mapping[str, 
     sample = losses[np.concatenate(list(chosen.values()))].astype(float)
     floor = _floor(sample, tolerance)
     finite = sample[np.isfinite(sample)]
-    top = float(finite.max()) if finite.size else 1.0
+    top = max(float(finite.max()) if finite.size else 1.0, 10 * tolerance)
     caption = [
         f"Mean loss on all examples at each look, first {min(_SAMPLE, len(chosen[shown[0]]))} runs of each width."
         "  Solid: runs that hit; dashed: the others.",
