@@ -22,9 +22,9 @@ from dualgap_jax.experiments.hitting_rate import HittingRateSpec
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.training import SCHEDULES
 
-LOSS = {  # argument -> entry of LOSSES, labels, learning rate, stop_below
-    "hinge": ("binary_hinge", "sign", 0.01, -1.0),
-    "squared": ("squared", "real", 0.04, 1e-8),
+LOSS = {  # argument -> entry of LOSSES, labels, learning rate, schedule, stop_below
+    "hinge": ("binary_hinge", "sign", 0.02, "cosine", -1.0),
+    "squared": ("squared", "real", 0.04, "constant", 1e-8),
 }
 
 
@@ -35,14 +35,13 @@ def get_config(arg=None):
         steps=100_000,
         loss="hinge",
         batch=10,
-        schedule="constant",
         init="torch",
         teachers=1,
-        first_teacher=1,
+        first_teacher=2,
         smoke=False,
     )
     require(args.loss in LOSS, f"loss={args.loss!r}: use {' or '.join(LOSS)}.")
-    loss, labels, rate, stop_below = LOSS[args.loss]
+    loss, labels, rate, schedule, stop_below = LOSS[args.loss]
     data = dict(component(DATASETS, "synthetic_relu", labels=labels).settings)
     del data["seed"]  # the teachers' seeds take its place
     spec = HittingRateSpec(
@@ -56,7 +55,7 @@ def get_config(arg=None):
         spec.sgd,
         steps=args.steps,
         batch_size=args.batch,
-        schedule=component(SCHEDULES, args.schedule),
+        schedule=component(SCHEDULES, schedule),
         init=args.init,
         stop_below=stop_below,
     )
