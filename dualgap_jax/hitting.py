@@ -336,13 +336,11 @@ class _Program:
 
     loss: Loss
     schedule: Schedule
-    spec: SgdSpec
+    batch_size: int
+    order: Order
+    use_bias: bool
     n: int
     d: int
-
-    @functools.cached_property
-    def batch_size(self) -> int:
-        return self.spec.batch_size or self.n
 
     def chunks(self, count: int) -> tuple[int, int]:
         """How `count` examples are worked through: number of chunks, examples in each; the last may hold fewer."""
@@ -376,9 +374,9 @@ class _Program:
         rows = range(count)
         total = _Block(
             _total([delta[:, None, b] * xy[None, :d, b] for b in rows], into.kernel),
-            _total([delta[:, b] for b in rows], into.bias) if self.spec.use_bias else into.bias,
+            _total([delta[:, b] for b in rows], into.bias) if self.use_bias else into.bias,
             _total([slope[None, b] * hidden[:, b] for b in rows], into.head),
-            _total([slope[b] for b in rows], into.offset) if self.spec.use_bias else into.offset,
+            _total([slope[b] for b in rows], into.offset) if self.use_bias else into.offset,
         )
         return total, _total([values[b] for b in rows], jnp.zeros_like(into.offset))
 
@@ -388,7 +386,7 @@ class _Program:
         """One SGD step of every lane; returns the new weights and the mean loss of the mini-batch before it."""
         size = self.batch_size
         number, count = self.chunks(size)
-        draws = functools.partial(draw, n=self.n, batch_size=size, order=self.spec.order, count=number * count)
+        draws = functools.partial(draw, n=self.n, batch_size=size, order=self.order, count=number * count)
         index = _apart(live, draws, step, keys)
         pick = functools.partial(_examples, n=self.n, d=self.d)
         weights = jnp.where(jnp.arange(number * count) < size, 1 / size, 0).astype(table.dtype)[:, None]
@@ -445,8 +443,8 @@ class _Program:
         """The jitted `(block, schedule states, rates, keys, base, table, first, length, live)` -> the same two, looks.
 
         Takes every lane from step `first` by `length` steps, updates its schedule, and looks at the full data.  Lanes
-        with rate 0 stay as they are.  Returns weights, schedule states, and per lane the mean batch loss of the
-        segment, the full loss, and the smallest margin.
+        with rate 0 stay as they are.  Returns weights, schedule states, and per lane whether its schedule wants no
+        further step, the full loss, and the smallest margin.
         """
 
         def segment(
@@ -469,9 +467,20 @@ class _Program:
             block, total = lax.fori_loop(0, length, body, (block, jnp.zeros_like(rates)))
             mean = total / jnp.maximum(length, 1).astype(total.dtype)
             states = jax.vmap(self.schedule.update)(states, mean.astype(float))
-            return block, states, mean, *self.look(block, base, table, live)
+            stops = jax.vmap(self.schedule.stop, axis_size=len(rates))(states)
+            return block, states, stops, *self.look(block, base, table, live)
 
         return jax.jit(segment, donate_argnums=(0, 1))
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    loss: Loss, schedule: str, settings: tuple[Any, ...], steps: int, batch_size: int, order: Order, use_bias: bool,
+    n: int, d: int,
+) -> _Program:  # fmt: skip
+    """One program for all studies that need the same, so that it is compiled once."""
+    built = SCHEDULES.build(schedule, max_steps=steps, **dict(settings))
+    return _Program(loss, built, batch_size or n, order, use_bias, n, d)
 
 
 # --- all runs -------------------------------------------------------------------------------------------------------
@@ -494,6 +503,13 @@ def _table(datasets: Sequence[Dataset], dtype: Any) -> tuple[np.ndarray, int, in
     return whole, n, d
 
 
+@functools.lru_cache(maxsize=64)
+def _initialiser(width: int, d: int, use_bias: bool, init: str) -> Callable[[Array], PyTree]:
+    """Keys `[lanes]` -> the initial parameters of that many networks."""
+    branch = mlp(hidden=(width,), out=1, use_bias=use_bias, init=init)
+    return jax.jit(jax.vmap(lambda key: branch.init(key, jnp.zeros((1, d)))[0]))
+
+
 def initial_weights(runs: Runs, d: int, spec: SgdSpec) -> Weights:
     """The weights at step 0: those of `mlp(hidden=(width,), out=1)` from each run's key, times its scale."""
     keys, _ = run_keys(runs)
@@ -506,10 +522,8 @@ def initial_weights(runs: Runs, d: int, spec: SgdSpec) -> Weights:
         np.zeros((count, height), dtype),
         np.zeros(count, dtype),
     )
-    example = jnp.zeros((1, d), dtype)
     for width in np.unique(runs.width):
-        branch = mlp(hidden=(int(width),), out=1, use_bias=spec.use_bias, init=spec.init)
-        init = jax.jit(jax.vmap(lambda key, branch=branch: branch.init(key, example)[0]))
+        init = _initialiser(int(width), d, spec.use_bias, spec.init)
         chosen = np.flatnonzero(runs.width == width)
         for part in np.split(chosen, range(spec.lanes, len(chosen), spec.lanes)):  # one shape, one program
             lanes = np.resize(part, spec.lanes)
@@ -594,15 +608,14 @@ class _Study:
             length = min(self.spec.check_every, last - now)
             going = status == _RUNNING
             moved = (block, states, jnp.asarray(np.where(going, rates, 0), self.table.dtype), keys, base, self.table)
-            block, states, _, full, least = self.program.segment(*moved, jnp.int32(now), jnp.int32(length), live)
+            block, states, stops, full, least = self.program.segment(*moved, jnp.int32(now), jnp.int32(length), live)
             held, mine = chosen[going[:m]], going[:m]
-            losses, margins = np.asarray(full), np.asarray(least)
+            losses = np.asarray(full)
             if length == 0:
                 self.losses[held] = losses[:m, None]
                 return
             now += length
-            stops = np.asarray(jax.vmap(self.program.schedule.stop, axis_size=len(lanes))(states))
-            status = np.where(going, self._judge(losses, margins, stops), status)
+            status = np.where(going, self._judge(losses, np.asarray(least), np.asarray(stops)), status)
             self.steps[held] = now
             self.losses[held, -(-now // self.spec.check_every) :] = losses[:m][mine, None]
         self._store(chosen, block, states)
@@ -655,16 +668,17 @@ def _prepare(datasets: Sequence[Dataset], loss: Loss, runs: Runs, spec: SgdSpec)
     require(
         spec.batch_size <= n, f"sgd.batch_size={spec.batch_size} exceeds the {n} examples; use 0 for the full data set."
     )
-    schedule = SCHEDULES.build(spec.schedule.name, max_steps=spec.steps, **spec.schedule.settings)
+    settings = tuple(sorted(spec.schedule.settings.items()))
+    program = _program(loss, spec.schedule.name, settings, spec.steps, spec.batch_size, spec.order, spec.use_bias, n, d)
     count = len(runs.width)
     return _Study(
         runs=runs,
         spec=spec,
-        program=_Program(loss, schedule, spec, n, d),
+        program=program,
         table=jnp.asarray(table),
         order_keys=run_keys(runs)[1],
         weights=initial_weights(runs, d, spec),
-        states=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], count, axis=0), schedule.init()),
+        states=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], count, axis=0), program.schedule.init()),
         losses=np.full((count, spec.looks + 1), np.nan, dtype),
         steps=np.zeros(count, np.int64),
         status=np.full(count, _RUNNING),
@@ -740,12 +754,12 @@ def _drive(study: _Study, saver: Checkpointer | None, metrics: Metrics | None, t
         while (study.status == _RUNNING).any() and study.step < spec.steps:
             began, blocks = time.monotonic(), study.blocks()
             last = min(study.step + _SEGMENTS * spec.check_every, spec.steps)
-            going, before = int((study.status == _RUNNING).sum()), done()
+            going, before = int((study.status == _RUNNING).sum()), int(study.steps.sum())
             list(pool.map(lambda chosen, last=last: work(chosen, last), blocks))
             study.step = last
             hits = int((study.losses[:, -1] <= tolerance).sum())
             if metrics is not None:
-                speed = (done() - before) / (time.monotonic() - began)
+                speed = (int(study.steps.sum()) - before) / (time.monotonic() - began)
                 metrics.write(last, running=going, hits=hits, blocks=len(blocks), run_steps_per_second=speed)
             progress.update(done(), f"{hits} hits so far, {int((study.status == _RUNNING).sum())} runs under way")
             over = last >= spec.steps or not (study.status == _RUNNING).any()

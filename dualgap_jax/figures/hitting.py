@@ -288,11 +288,11 @@ def hitting_search(workdir: str | Path) -> list[Path]:
         f"Right: the same setting on {len(record['held_out'])} teachers that the search did not see, and textbook"
         " settings on the chosen teacher.  The fit is one of many free choices, not what the authors ran.",
     ]
-    with page(10.6, 4.3, caption) as figure:
+    with page(11.7, 4.1, caption) as figure:
         head(figure, record["title"])
-        left = figure.add_axes(box(figure, 0.75, 0.95, 2.95, 2.6))
-        middle = figure.add_axes(box(figure, 4.5, 0.95, 2.55, 2.6))
-        right = figure.add_axes(box(figure, 7.75, 0.95, 2.55, 2.6))
+        left = figure.add_axes(box(figure, 0.75, 0.75, 2.95, 2.6))
+        middle = figure.add_axes(box(figure, 4.5, 0.75, 2.55, 2.6))
+        right = figure.add_axes(box(figure, 7.75, 0.75, 2.55, 2.6))
         _draw_evidence(left, record)
         _with_intervals(middle, chosen["rows"], "best fit", shift=-0.08)
         _paper(middle, chosen["rows"], shift=0.08)
@@ -305,15 +305,14 @@ def hitting_search(workdir: str | Path) -> list[Path]:
                 linewidth=0.7, alpha=0.6, label="held-out teachers" if index == 0 else None,
             )  # fmt: skip
         for entry, style in zip(record["textbook"], (LINES[1], LINES[2], LINES[3]), strict=False):
-            label = f"rate {entry['setting'].split('/')[-1]}"
+            schedule, rate = entry["setting"].split("/")[-2:]
+            label = f"{schedule}, rate {rate}"
             line = {**style, "marker": ""}
             right.plot([r["hidden"] for r in entry["rows"]], [r["rate"] for r in entry["rows"]], label=label, **line)
         _paper(right, chosen["rows"])
         _rate_axes(right, widths, "")
         right.set_title("other teachers, other rates", fontsize=9.5, loc="left")
-        right.legend(
-            loc="center left", bbox_to_anchor=(0.0, 0.72), fontsize=7.5, frameon=True, framealpha=0.85, edgecolor="none"
-        )
+        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=8, handlelength=1.8)
         return save(figure, workdir, "hitting_search")
 
 
