@@ -173,13 +173,13 @@ def _draw_losses(workdir: Path, record: Mapping[str, Any], arrays: Mapping[str, 
     drawn = np.clip(losses, floor, None)
     diverged = int((~np.isfinite(losses)).sum())
     caption = [
-        f"Dashed: the tolerance {number(tolerance)}.  Losses of exactly 0 lie on the line marked 0, and are"
+        f"Dashed: the tolerance {number(tolerance)}. Losses of exactly 0 lie on the line marked 0, and are"
         f" {int((losses == 0).sum()):,} of {losses.size:,}.",
         f"{diverged:,} runs that diverged are left out." if diverged else "",
         f"Setting: {plain(record['setting'])}.",
     ]
     with page(8.6, 4.2, caption) as figure:
-        head(figure, f"{record['title']}: final losses")
+        head(figure, record["title"], "final losses")
         axes = figure.add_axes(box(figure, 0.85, 0.65, 3.75, 2.95))
         right = figure.add_axes(box(figure, 5.3, 0.65, 2.35, 2.95))
         colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(widths)))
@@ -222,11 +222,11 @@ def _draw_curves(workdir: Path, record: Mapping[str, Any], arrays: Mapping[str, 
     top = max(float(finite.max()) if finite.size else 1.0, 10 * tolerance)
     caption = [
         f"Mean loss on all examples at each look, first {min(_SAMPLE, len(chosen[shown[0]]))} runs of each width."
-        "  Solid: runs that hit; dashed: the others.",
+        " Solid: runs that hit; dashed: the others.",
         f"Setting: {plain(record['setting'])}.",
     ]
     with page(0.95 + 2.6 * len(shown), 3.6, caption) as figure:
-        head(figure, f"{record['title']}: losses on the way")
+        head(figure, record["title"], "losses on the way")
         for across, width in enumerate(shown):
             axes = figure.add_axes(box(figure, 0.85 + 2.6 * across, 0.85, 2.3, 2.15))
             hits = 0
@@ -286,7 +286,7 @@ def hitting_search(workdir: str | Path) -> list[Path]:
         " teacher of the search, lines through their log mean.",
         f"Middle: the best fit, {plain(_words(chosen['setting']))}, teacher {chosen['teacher']}; bars: Wilson 95 %.",
         f"Right: the same setting on {len(record['held_out'])} teachers that the search did not see, and textbook"
-        " settings on the chosen teacher.  The fit is one of many free choices, not what the authors ran.",
+        " settings on the chosen teacher. The fit is one of many free choices, not what the authors ran.",
     ]
     with page(11.7, 4.1, caption) as figure:
         head(figure, record["title"])
