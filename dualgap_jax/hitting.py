@@ -69,7 +69,8 @@ class SgdSpec:
       stop_below: a run whose loss on the full data is at most this at a look stops there; -1 never stops so.
       stop_at_rest: a run of a hinge loss whose margins all exceed tau has no gradient any more; True ends it at the
         next look, which changes no number of its result.
-      lanes: runs in a block.  Results do not depend on it.
+      lanes: runs in a block, a multiple of 16.  Results do not depend on it; on CPU 64 suits batches up to 20 and 128
+        larger ones.
       checkpoint_seconds: least time between two checkpoints.
     """
 

@@ -296,6 +296,9 @@ def _report(spec: HittingRateSpec, record: dict[str, Any]) -> Report:
             f"Entries: hits in {spec.seeds} runs.  The rate rises with width for {found['rising']} teachers, falls for"
             f" {found['falling']}, does not vary for {found['undefined']}; one-sided sign test p = {p_value}."
         )
+    trivial = [str(t["teacher"]) for t in record["teachers"] if t["positive_fraction"] in (0.0, 1.0)]
+    if trivial and spec.data.settings.get("labels", "sign") == "sign":
+        notes.append(f"Teachers that give every point the same label, a trivial task: {', '.join(trivial)}.")
     for position, tolerance in enumerate(spec.tolerances):
         totals = [
             sum(s["hits"][position] for s in record["sensitivity"] if s["hidden"] == width) for width in spec.widths

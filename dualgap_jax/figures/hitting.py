@@ -97,7 +97,7 @@ def _draw_rates(workdir: Path, record: Mapping[str, Any]) -> list[Path]:
         )
     else:
         caption.append(f"Bars: Wilson 95 % intervals of {rows[0]['seeds']} runs; teacher {teachers[0]['teacher']}.")
-    with page(7.6 if many else 5.4, 4.2, caption) as figure:
+    with page(7.6 if many else 5.4, 4.3, caption) as figure:
         head(figure, record["title"])
         axes = figure.add_axes(box(figure, 0.8, 0.65, 4.3, 2.95))
         if many:
@@ -115,15 +115,18 @@ def _draw_rates(workdir: Path, record: Mapping[str, Any]) -> list[Path]:
         else:
             _with_intervals(axes, rows, "this run", shift=-0.08)
             _paper(axes, rows, shift=0.08)
+            axes.legend(loc="upper left")
         _rate_axes(axes, widths)
-        axes.legend(loc="upper left")
         if many:
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=2)
             _draw_correlations(figure.add_axes(box(figure, 5.75, 0.65, 1.6, 2.95)), teachers)
         return save(figure, workdir, "hitting_rate")
 
 
 def _draw_correlations(axes: Axes, teachers: Sequence[Mapping[str, Any]]) -> None:
     """Sorted rank correlations; teachers whose rate does not vary are counted in words."""
+    from matplotlib.ticker import MaxNLocator
+
     for name, label, style in (("spearman", "Spearman", LINES[0]), ("kendall", "Kendall", LINES[1])):
         values = np.sort([t[name] for t in teachers if t[name] is not None])
         shape = {k: v for k, v in style.items() if k != "linestyle"}
@@ -135,6 +138,7 @@ def _draw_correlations(axes: Axes, teachers: Sequence[Mapping[str, Any]]) -> Non
     axes.set_xlabel("rank correlation\nof rate with width")
     axes.set_ylabel("teachers, sorted" + (f" ({missing} without variation)" if missing else ""))
     tidy(axes)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left", handletextpad=0.1, borderaxespad=0.1)
 
 
