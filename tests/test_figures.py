@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from hitting_records import write_hitting_rate, write_hitting_search
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -111,6 +112,8 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "landscape.json": lambda: write_landscape(workdir),
         "row.json": lambda: write_row(workdir, scores, ["envelope_max"]),
         "regimes.json": lambda: write_regimes(workdir, rng),
+        "hitting_rate.json": lambda: write_hitting_rate(workdir, rng),
+        "hitting_search.json": lambda: write_hitting_search(workdir, rng),
     }[name]()
 
 
