@@ -253,7 +253,7 @@ def draw(
     """
     row = jnp.arange(count, dtype=jnp.uint32)[:, None]
     k0, k1 = keys[:1], keys[1:]
-    if batch_size == n:
+    if batch_size == n and order == "epochs":
         return jnp.broadcast_to(jnp.minimum(row, n - 1), (count, keys.shape[1])).astype(jnp.int32)
     step = jnp.asarray(step).astype(jnp.uint32)
     if order == "independent":
@@ -481,7 +481,7 @@ def _program(
 ) -> _Program:  # fmt: skip
     """One program for all studies that need the same, so that it is compiled once."""
     built = SCHEDULES.build(schedule, max_steps=steps, **dict(settings))
-    return _Program(loss, built, batch_size or n, order, use_bias, n, d)
+    return _Program(loss, built, batch_size or n, order if batch_size else "epochs", use_bias, n, d)
 
 
 # --- all runs -------------------------------------------------------------------------------------------------------

@@ -114,6 +114,8 @@ def test_independent_draws_are_uniform(rng: np.random.Generator) -> None:
     pairs = np.bincount(seen[:, 0].ravel() * 23 + seen[:, 1].ravel(), minlength=23 * 23)
     assert stats.chisquare(pairs).pvalue > 1e-6
     np.testing.assert_array_equal(seen[5], draw(5))
+    whole = hitting.draw(jnp.int32(0), keys, n=23, batch_size=23, order="independent", count=23)
+    assert all(len(set(lane)) < 23 for lane in np.asarray(whole).T)  # also where a batch is as large as the data
 
 
 # --- one run is plain SGD ---------------------------------------------------------------------------------------------
