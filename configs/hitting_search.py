@@ -11,9 +11,9 @@ The rates were chosen after a look, not counted in the budget, at 512 runs of ba
 0.05 on the same 4 teachers.  Batch 100 is left out for its cost; 32 stands for larger batches.
 
 Expect batch 10, PyTorch's init and a cosine schedule from rate 0.02 on teacher 2, with 4 of the 10 printed rates
-inside the intervals, hardly ahead of a constant rate of 0.01 on teacher 1 (log likelihoods -42.4 and -43.0); on
-held-out teachers the same setting hits far more often, at rate 0.1 nearly always: the level is that of the teacher
-and the rate, the rise with width is not.  A quarter of an hour of two CPU cores.
+inside the intervals, hardly ahead of a constant rate of 0.01 on teacher 1 (log likelihoods -42.4 and -43.0).  On the
+held-out teachers the same setting hits far more often, and at a constant rate of 0.1 nearly every run hits: the level
+of the table depends on teacher and rate, its rise with width much less.  A quarter of an hour of two CPU cores.
 """
 
 import dataclasses
