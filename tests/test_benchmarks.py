@@ -30,13 +30,25 @@ SPREADS = {
         "grid_seconds", "point_ms", "marginal_point_ms", "full_point_ms", "over_full", "marginal_over_full",
         "marginal_gflops", "product_gflops", "floor_ms", "of_floor",
     },
+    "hitting": {
+        "run_step_ns", "table_seconds_extrapolated", "gflops", "square_gflops", "same_shapes_gflops", "of_square",
+        "of_same_shapes",
+    },
 }  # fmt: skip
-PEER_SPREADS = {"training_step": {"peer_step_ms", "over_peer"}, "landscape": {"peer_point_ms", "over_peer"}}
+PEER_SPREADS = {
+    "training_step": {"peer_step_ms", "over_peer"},
+    "landscape": {"peer_point_ms", "over_peer"},
+    "hitting": {"peer_step_us", "peer_hours_extrapolated", "over_peer"},
+}
 EXTRAS = {
     "training_step": {"case", "batch", "steps_per_segment", "operations_per_step", "peer_disagreement", "targets"},
     "landscape": {
         "case", "samples", "points", "full_points_timed", "full_grid_seconds_extrapolated", "full_disagreement",
         "operations_per_point", "peer_points_timed", "peer_grid_seconds_extrapolated", "peer_disagreement", "targets",
+    },
+    "hitting": {
+        "case", "runs", "steps_timed", "operations_per_run_step", "first_call_seconds", "table_goal_seconds",
+        "peer_disagreement", "targets",
     },
 }  # fmt: skip
 

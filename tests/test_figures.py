@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from hitting_records import write_hitting_rate, write_hitting_search
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -149,6 +150,8 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "regimes.json": lambda: write_regimes(workdir, rng),
         "shapley_folkman.json": lambda: write_averages(workdir),
         "spectral.json": lambda: write_spectral(workdir),
+        "hitting_rate.json": lambda: write_hitting_rate(workdir, rng),
+        "hitting_search.json": lambda: write_hitting_search(workdir, rng),
     }[name]()
 
 

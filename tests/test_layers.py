@@ -16,7 +16,7 @@ GROUPS = {
     "base": {"registry", "types", "config"},
     "pure": {"branches", "multibranch", "losses", "convexity", "spectral", "shapley_folkman"},
     "host": {"data", "checkpoints", "records", "figures"},
-    "work": {"training", "landscape"},
+    "work": {"training", "landscape", "hitting"},
     "top": {"experiments"},
     "entry": {"cli"},
 }

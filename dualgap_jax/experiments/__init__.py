@@ -10,6 +10,8 @@ import ml_collections
 
 from dualgap_jax.config import as_dict, require, to_spec
 from dualgap_jax.experiments.base import ExperimentFn, Report, Tables, execute, identity, spec_type
+from dualgap_jax.experiments.hitting_rate import hitting_rate
+from dualgap_jax.experiments.hitting_search import hitting_search
 from dualgap_jax.experiments.landscape import landscape_experiment
 from dualgap_jax.experiments.linear_dual import linear_dual_experiment
 from dualgap_jax.experiments.regimes import regimes
@@ -26,6 +28,8 @@ EXPERIMENTS: Table[ExperimentFn] = Table(
         "linear_dual": linear_dual_experiment,
         "regimes": regimes,
         "shapley_folkman": shapley_folkman,
+        "hitting_rate": hitting_rate,
+        "hitting_search": hitting_search,
     },
 )
 TABLES = Tables(EXPERIMENTS)

@@ -49,7 +49,8 @@ class DescentSpec:
       seeds: runs for each depth.
       steps: of each run.
       batch_size: columns a step, drawn with replacement.
-      learning_rate: in units of `1 / sigma_1(Yt)^{2 (H - 1) / H}`, the inverse of the curvature at the optimum.
+      learning_rate: in units of the inverse of the curvature at the optimum, `sigma_1(Yt)^{2 (H - 1) / H}`, times
+        `1 + n max ||x_i||^2 / (batch_size sigma_1(X)^2)`, by how much a mini-batch may exceed it.
       momentum: in [0, 1).
       record_every: steps between two evaluations of the objective.
     """
@@ -58,7 +59,7 @@ class DescentSpec:
     seeds: int = 5
     steps: int = 5000
     batch_size: int = 256
-    learning_rate: float = 0.3
+    learning_rate: float = 0.5
     momentum: float = 0.9
     record_every: int = 50
 
@@ -250,7 +251,9 @@ def descend(
     sizes = (data.x.shape[0], *([spec.width] * (depth - 1)), data.y.shape[0])
     x, y = jnp.asarray(data.x.T / scale, jnp.float32), jnp.asarray(data.y.T, jnp.float32)
     xx = jnp.asarray(known.xx / scale**2, jnp.float32)
-    rate = sgd.learning_rate / max(curvature, 1e-30) ** (2 * (depth - 1) / depth)
+    longest = float(np.max(np.sum(np.square(data.x), axis=0, dtype=np.float64)))
+    excess = 1 + n * longest / (sgd.batch_size * scale**2)
+    rate = sgd.learning_rate / (max(curvature, 1e-30) ** (2 * (depth - 1) / depth) * excess)
 
     def step(carry: tuple[Any, Any], at: tuple[Array, KeyArray], x: Array, y: Array, xx: Array) -> tuple[Any, None]:
         weights, velocity = carry

@@ -10,6 +10,8 @@ A work folder holds records in `results/`; each record kind has one function her
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
 | `shapley_folkman.json`, `.npz` | `shapley_folkman`, `hull_distance` | Figure 3; distance to the hull against n |
 | `spectral.json`, `.npz` | `spectral` | SGD falling to the certified optimum, the spectrum, the gap (Theorem 2) |
+| `hitting_rate.json`, `.npz` | `hitting_rate`, `final_losses`, `loss_curves` | Table 1, and the losses behind it |
+| `hitting_search.json` | `hitting_search` | the search for the setting of Table 1 |
 
 Non-finite numbers are never dropped in silence: grid points appear as grey hatched cells, points along an edge and
 undefined scores as crosses, and the caption says so.
@@ -21,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dualgap_jax.figures.averages import shapley_folkman
+from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.scores import regimes
 from dualgap_jax.figures.spectra import spectral
 from dualgap_jax.figures.surfaces import landscape, row
@@ -34,6 +37,8 @@ FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
         "regimes.json": regimes,
         "shapley_folkman.json": shapley_folkman,
         "spectral.json": spectral,
+        "hitting_rate.json": hitting_rate,
+        "hitting_search.json": hitting_search,
     },
 )
 """Record file under `results/` -> the function that draws its figures."""
