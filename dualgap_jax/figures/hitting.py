@@ -139,7 +139,7 @@ def _draw_correlations(axes: Axes, teachers: Sequence[Mapping[str, Any]]) -> Non
     axes.set_ylabel("teachers, sorted" + (f" ({missing} without variation)" if missing else ""))
     tidy(axes)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper left", handletextpad=0.1, borderaxespad=0.1)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 0.99), ncols=2, handletextpad=0.1, columnspacing=0.8)
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
