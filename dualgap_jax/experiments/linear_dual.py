@@ -49,7 +49,7 @@ class DescentSpec:
       seeds: runs for each depth.
       steps: of each run.
       batch_size: columns a step, drawn with replacement.
-      learning_rate: in units of the inverse of the curvature at the optimum, `sigma_1(Yt)^{2 (H - 1) / H}`, times
+      learning_rate: in units of the inverse of the curvature at the optimum, `H sigma_1(Yt)^{2 (H - 1) / H}`, times
         `1 + n max ||x_i||^2 / (batch_size sigma_1(X)^2)`, by how much a mini-batch may exceed it.
       momentum: in [0, 1).
       record_every: steps between two evaluations of the objective.
@@ -253,7 +253,7 @@ def descend(
     xx = jnp.asarray(known.xx / scale**2, jnp.float32)
     longest = float(np.max(np.sum(np.square(data.x), axis=0, dtype=np.float64)))
     excess = 1 + n * longest / (sgd.batch_size * scale**2)
-    rate = sgd.learning_rate / (max(curvature, 1e-30) ** (2 * (depth - 1) / depth) * excess)
+    rate = sgd.learning_rate / (depth * max(curvature, 1e-30) ** (2 * (depth - 1) / depth) * excess)
 
     def step(carry: tuple[Any, Any], at: tuple[Array, KeyArray], x: Array, y: Array, xx: Array) -> tuple[Any, None]:
         weights, velocity = carry
