@@ -26,13 +26,16 @@ from jaxtyping import Array, Float64
 
 from dualgap_jax.config import require
 from dualgap_jax.duality.gap import ValueFunction
-from dualgap_jax.duality.intervals import extension
+from dualgap_jax.duality.intervals import extension, is_smooth
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.search import monotone
 from dualgap_jax.records import Progress
 
 MAX_PARAMETERS = 6
 _BATCH = 1024
+_STEPS = 16  # blocks of budgets in which a box's bound is looked at
+_SHARP_BELOW = 0.3  # side of a box, in units of the radius, below which derivatives are worth their price
+_EPS = float(np.finfo(np.float64).eps)
 
 
 class BoundSpec(NamedTuple):
@@ -65,51 +68,99 @@ class _Bounds(NamedTuple):
     split: np.ndarray  # the coordinate to halve
 
 
-def _quadratic(slope: Array, m: Array, r: Array, lam: Array) -> Array:
-    """A lower bound on `min over t in [0, r] of slope t + lam ((m + t)^2 - m^2)`."""
+def _toward(slope: Array, m: Array, r: Array, lam: Array) -> Array:
+    """A lower bound on `min over t in [0, r] of slope t + lam ((m + t)^2 - m^2)`, by coordinate."""
     a = slope + 2 * lam * m
     t = jnp.clip(jnp.where(lam > 0, -a / jnp.maximum(2 * lam, 1e-300), jnp.where(a < 0, r, 0.0)), 0.0, r)
-    error = 32 * float(jnp.finfo(r.dtype).eps) * (jnp.abs(slope) * r + lam * (2 * jnp.abs(m) * r + r * r))
+    error = 32 * _EPS * (jnp.abs(slope) * r + lam * (2 * jnp.abs(m) * r + r * r))
     return jnp.minimum(a * t + lam * t * t, 0.0) - error
 
 
-def _bounds(problem: Problem, lam0: Array) -> Callable[[Array, Array], Any]:
-    """`(lo [p], hi [p]) -> _Bounds` of one box, for the objective `g + lam0 ||w||^2`."""
-    example = jnp.zeros(problem.size, jnp.float64)
-    point = extension(problem.g, example)
-    full = extension(jax.value_and_grad(problem.g), example)
-    eps = float(jnp.finfo(jnp.float64).eps)
+def _first_order(d_lo: Array, d_hi: Array, m: Array, r: Array, lam: Array) -> Array:
+    """`min of d.t + lam (||m + t||^2 - ||m||^2)` over |t| <= r and d in the interval of gradients over the box."""
+    return jnp.sum(jnp.minimum(_toward(d_lo, m, r, lam), _toward(-d_hi, -m, r, lam)))
+
+
+def _second_order(d_lo: Array, d_hi: Array, h_lo: Array, h_hi: Array, m: Array, r: Array, lam: Array) -> Array:
+    """The same from the gradient at m and the interval of Hessians over the box (Taylor).
+
+    `2 |t_k t_l| <= (r_l / r_k) t_k^2 + (r_k / r_l) t_l^2` (Gershgorin's circles, scaled) leaves one parabola a coordinate.
+    """
+    off = jnp.maximum(jnp.abs(h_lo), jnp.abs(h_hi)) * (1 - jnp.eye(len(m)))
+    curvature = jnp.diag(h_lo) + 2 * lam - jnp.sum(off * r[None, :] / r[:, None], axis=1) * (1 + 16 * _EPS)
+    curvature = curvature - 16 * _EPS * (jnp.abs(jnp.diag(h_lo)) + 2 * lam)
+    middle, half = 0.5 * (d_lo + d_hi), 0.5 * (d_hi - d_lo)
+    slope = jnp.abs(middle + 2 * lam * m) + half * (1 + 16 * _EPS) + 16 * _EPS * (jnp.abs(middle) + 2 * lam * jnp.abs(m))
+    inside = (curvature > 0) & (slope < curvature * r)
+    least = jnp.where(inside, -0.5 * slope * slope / jnp.where(inside, curvature, 1.0), 0.5 * curvature * r * r - slope * r)
+    return jnp.sum(least - 32 * _EPS * (slope * r + jnp.abs(curvature) * r * r))
+
+
+def _range(lo: Array, hi: Array) -> tuple[Array, Array]:
+    """Bounds on `||w||^2` over a box."""
+    near = jnp.where((lo <= 0) & (hi >= 0), 0.0, jnp.minimum(jnp.abs(lo), jnp.abs(hi)))
+    far = jnp.maximum(jnp.abs(lo), jnp.abs(hi))
+    return jnp.sum(near**2) * (1 - 16 * _EPS), jnp.sum(far**2) * (1 + 16 * _EPS)
+
+
+def _crude(problem: Problem, lam0: Array) -> Callable[[Array, Array], _Bounds]:
+    """`_bounds` from the range of g alone: for large boxes, on which derivatives say nothing."""
+    over = extension(problem.g, jnp.zeros(problem.size, jnp.float64))
 
     def one(lo: Array, hi: Array) -> _Bounds:
         m = 0.5 * (lo + hi)
-        r = jnp.maximum(hi - m, m - lo) * (1 + 4 * eps)
-        (plain, d_lo), (_, d_hi) = full(lo, hi)
-        at, at_hi = point(m, m)
-        sides = jnp.maximum(jnp.abs(lo), jnp.abs(hi))
-        near = jnp.where((lo <= 0) & (hi >= 0), 0.0, jnp.minimum(jnp.abs(lo), jnp.abs(hi)))
-        h_lo, h_hi = jnp.sum(near**2) * (1 - 16 * eps), jnp.sum(sides**2) * (1 + 16 * eps)
+        h_lo, h_hi = _range(lo, hi)
+        plain, (_, value) = over(lo, hi)[0] + lam0 * h_lo, over(m, m)
+        value = value + lam0 * jnp.sum(m * m) * (1 + 16 * _EPS)
+        return _Bounds(h_lo, h_hi, plain, plain, lam0, value, jnp.argmax(hi - lo))
+
+    return one
+
+
+def _sharp(problem: Problem, lam0: Array) -> Callable[[Array, Array], _Bounds]:
+    """`(lo [p], hi [p]) -> _Bounds` of one box, for the objective `g + lam0 ||w||^2`, with derivatives."""
+    example = jnp.zeros(problem.size, jnp.float64)
+    slopes = extension(jax.value_and_grad(problem.g), example)
+    smooth = is_smooth(problem.g, example)
+    # Where g has second derivatives they are much sharper: the sum over examples cancels in the gradient at a point.
+    over = extension(problem.g, example), extension(jax.hessian(problem.g), example) if smooth else slopes
+
+    def one(lo: Array, hi: Array) -> _Bounds:
+        m = 0.5 * (lo + hi)
+        r = jnp.maximum(hi - m, m - lo) * (1 + 4 * _EPS)
+        (at, at_lo), (at_hi, at_up) = slopes(m, m)
+        if smooth:
+            plain, _ = over[0](lo, hi)
+            curved = over[1](lo, hi)
+            spread = r * jnp.sum(jnp.maximum(jnp.abs(curved[0]), jnp.abs(curved[1])) * r[None, :], axis=1)
+        else:
+            (plain, d_lo), (_, d_hi) = over[1](lo, hi)
+            spread = r * (d_hi - d_lo)
+        h_lo, h_hi = _range(lo, hi)
         size = jnp.sum(m * m)
 
         def base(lam: Array) -> Array:
-            up = _quadratic(d_lo, m, r, lam)
-            down = _quadratic(-d_hi, -m, r, lam)
-            return at + lam * size * (1 - 16 * eps) + jnp.sum(jnp.minimum(up, down)) * (1 + 16 * eps)
+            if smooth:
+                change = _second_order(at_lo, at_up, *curved, m, r, lam)
+            else:
+                change = _first_order(d_lo, d_hi, m, r, lam)
+            return at + lam * size * (1 - 16 * _EPS) + change - 16 * _EPS * jnp.abs(change)
 
         # The multiplier that makes the gradient of g + lam ||w||^2 at the middle orthogonal to m.
-        fitted = -jnp.sum(m * 0.5 * (d_lo + d_hi)) / jnp.maximum(2 * size, 1e-300)
+        fitted = -jnp.sum(m * 0.5 * (at_lo + at_up)) / jnp.maximum(2 * size, 1e-300)
         lam = jnp.where(jnp.isfinite(fitted), jnp.clip(fitted, lam0, 1e6), lam0)
         # Both multipliers are valid; at lam0 the bound does not depend on s.
         plain = jnp.maximum(plain + lam0 * h_lo, base(lam0))
-        value = at_hi + lam0 * size * (1 + 16 * eps)
-        spread = r * (d_hi - d_lo) + 1e-12 * r
-        return _Bounds(h_lo, h_hi, plain, base(lam), lam, value, jnp.argmax(jnp.nan_to_num(spread, nan=jnp.inf)))
+        value = at_hi + lam0 * size * (1 + 16 * _EPS)
+        split = jnp.argmax(jnp.nan_to_num(spread + 1e-12 * r, nan=jnp.inf))
+        return _Bounds(h_lo, h_hi, plain, base(lam), lam, value, split)
 
     return one
 
 
 @functools.lru_cache(maxsize=16)
-def _kernel(key: _Key) -> Any:
-    return jax.jit(lambda lo, hi, lam0: jax.vmap(_bounds(key.problem, lam0))(lo, hi))
+def _kernel(key: _Key, make: Callable[..., Any]) -> Any:
+    return jax.jit(lambda lo, hi, lam0: jax.vmap(make(key.problem, lam0))(lo, hi))
 
 
 class _Key:
@@ -123,6 +174,50 @@ class _Key:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and other.problem is self.problem
+
+
+class _Part(NamedTuple):
+    """Lower bounds of boxes `[n]` as step functions of the budget's index: `value[:, k]` from index `start[:, k]` on.
+
+    A box says nothing about budgets before `start[:, 0]`, which it does not reach.  Values fall along k.
+    """
+
+    start: np.ndarray  # [n, _STEPS + 1]
+    value: np.ndarray  # [n, _STEPS + 1]
+
+    def closed(self, target: np.ndarray) -> np.ndarray:
+        """`[n]`: whether the bound is at least the non-increasing `target [m]` at every budget."""
+        wanted = np.append(target, -np.inf)[np.minimum(self.start, len(target))]
+        return (self.value >= wanted).all(axis=1)
+
+
+def _at_budgets(out: _Bounds, squares: np.ndarray, lam0: float) -> _Part:
+    """The bounds of the boxes as functions of the budget, from its first to its last index in equal blocks."""
+    plain = np.nan_to_num(out.plain, nan=-np.inf)[:, None]
+    slope = (out.lam - lam0)[:, None]
+    first, last = np.searchsorted(squares, out.h_lo), np.searchsorted(squares, out.h_hi)
+    start = first[:, None] + (last - first)[:, None] * np.arange(_STEPS + 1) // _STEPS
+    # In a block the bound is that at its last budget; from `last` on it is that at h_hi.
+    end = np.concatenate([np.maximum(start[:, 1:] - 1, start[:, :-1]), start[:, -1:]], axis=1)
+    reach = np.minimum(np.append(squares, np.inf)[np.minimum(end, len(squares))], out.h_hi[:, None])
+    fitted = np.nan_to_num(out.base[:, None] - slope * reach, nan=-np.inf)
+    # The difference is good to a few ulps of its largest term.
+    error = 1e-15 * (np.abs(plain) + np.abs(out.base[:, None]) + np.abs(slope) * out.h_hi[:, None])
+    return _Part(start, np.maximum(plain, fitted) - error)
+
+
+class _Proof:
+    """The least bound at each budget over a set of boxes."""
+
+    def __init__(self, squares: np.ndarray) -> None:
+        self._from = np.full(len(squares) + 1, np.inf)
+
+    def add(self, part: _Part, which: np.ndarray) -> None:
+        index = np.minimum(part.start[which], len(self._from) - 1)
+        np.minimum.at(self._from, index, np.minimum.accumulate(part.value[which], axis=1))
+
+    def proven(self) -> np.ndarray:
+        return np.minimum.accumulate(self._from)[:-1]
 
 
 class _Tree(NamedTuple):
@@ -150,42 +245,37 @@ def _grow(
     edge = np.sqrt(top) * (1 + 1e-15)
     corner = np.array(np.meshgrid(*[[0, 1]] * p, indexing="ij")).reshape(p, -1).T
     lo, hi = np.where(corner == 0, -edge, 0.0), np.where(corner == 0, 0.0, edge)
-    proven = np.full(len(squares), np.inf)
     upper, points = upper.copy(), points.copy()
-    kernel = _kernel(_Key(problem))
+    crude, sharp = _kernel(_Key(problem), _crude), _kernel(_Key(problem), _sharp)
+    closed_bound, open_bound = _Proof(squares), _Proof(squares)
     boxes = 0
-    open_bound = np.full(len(squares), np.inf)
     with Progress(spec.max_boxes, label or "boxes") as line, jax.enable_x64(True):
         while len(lo):
             if boxes + len(lo) > spec.max_boxes and boxes:
                 break
-            open_bound = np.full(len(squares), np.inf)
+            open_bound = _Proof(squares)
             keep_lo, keep_hi = [], []
             for first in range(0, len(lo), _BATCH):
                 part_lo, part_hi = lo[first : first + _BATCH], hi[first : first + _BATCH]
                 n = len(part_lo)
                 pad = ((0, _BATCH - n), (0, 0))
-                out = _Bounds(
-                    *(a[:n] for a in jax.device_get(kernel(np.pad(part_lo, pad), np.pad(part_hi, pad), lam0)))
-                )
+                kernel = crude if (part_hi - part_lo).max() > _SHARP_BELOW * edge else sharp
+                out = kernel(np.pad(part_lo, pad), np.pad(part_hi, pad), lam0)
+                out = _Bounds(*(a[:n] for a in jax.device_get(out)))
                 middle = 0.5 * (part_lo + part_hi)
                 where = np.searchsorted(squares, np.sum(middle**2, axis=1) * (1 + 1e-14))
-                for k in np.flatnonzero((where < len(squares)) & np.isfinite(out.value)):
+                better = np.flatnonzero((where < len(squares)) & np.isfinite(out.value))
+                better = better[out.value[better] < upper[where[better]]]
+                for k in better:
                     if out.value[k] < upper[where[k]]:
                         upper[where[k]], points[where[k]] = out.value[k], middle[k]
-                upper, points = monotone(upper, points)
-                reach = np.minimum(squares[None], out.h_hi[:, None])
-                bound = np.maximum(
-                    np.nan_to_num(out.plain, nan=-np.inf)[:, None],
-                    np.nan_to_num(out.base[:, None] - (out.lam[:, None] - lam0) * reach, nan=-np.inf),
-                )
-                # The difference of products above is good to a few ulps of its largest term.
-                bound -= 1e-15 * (np.abs(bound) + (np.abs(out.lam) * top)[:, None])
-                bound = np.where(squares[None] >= out.h_lo[:, None], bound, np.inf)
-                closed = (bound >= upper[None] - spec.tolerance).all(axis=1)
-                proven = np.minimum(proven, bound[closed].min(axis=0, initial=np.inf))
+                if len(better):
+                    upper, points = monotone(upper, points)
+                part = _at_budgets(out, squares, lam0)
+                closed = part.closed(upper - spec.tolerance)
+                closed_bound.add(part, closed)
                 if not closed.all():
-                    open_bound = np.minimum(open_bound, bound[~closed].min(axis=0))
+                    open_bound.add(part, ~closed)
                     rest = np.flatnonzero(~closed)
                     low, high, cut = part_lo[rest], part_hi[rest], out.split[rest].astype(int)
                     rows = np.arange(len(rest))
@@ -198,7 +288,9 @@ def _grow(
                 line.update(min(boxes, spec.max_boxes), f"{sum(map(len, keep_lo)):,} open")
             lo = np.concatenate(keep_lo) if keep_lo else np.zeros((0, p))
             hi = np.concatenate(keep_hi) if keep_hi else np.zeros((0, p))
-    lower = np.minimum(proven, open_bound) if len(lo) else proven
+    lower = closed_bound.proven()
+    if len(lo):
+        lower = np.minimum(lower, open_bound.proven())
     # v does not rise, so a bound at a larger budget holds at a smaller one.
     lower = np.maximum.accumulate(np.minimum(lower, upper)[::-1])[::-1]
     return _Tree(lower, upper, points, boxes, len(lo))

@@ -349,6 +349,19 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Interval]) -> list[Interval]:
     return [read(a) for a in jaxpr.outvars]
 
 
+_KINKS = {"max", "min", "abs", "sign", "select_n", "reduce_max", "reduce_min", "gt", "ge", "lt", "le", "eq", "ne", "sqrt"}
+
+
+def _names(jaxpr: Any) -> set[str]:
+    inside = [_names(_inner(e).jaxpr) if e.primitive.name in _INNER else {e.primitive.name} for e in jaxpr.eqns]
+    return set().union(*inside)
+
+
+def is_smooth(f: Callable[[Array], Any], example: Array) -> bool:
+    """Whether f is made of primitives with continuous second derivatives only; a ReLU is not."""
+    return not _names(jax.make_jaxpr(f)(example).jaxpr) & _KINKS
+
+
 def extension(f: Callable[[Array], Any], example: Array) -> Callable[[Array, Array], Any]:
     """The interval extension of a function of one array.
 

@@ -190,6 +190,21 @@ def search(
     )
 
 
+def local_minima(
+    problem: Problem, spec: SearchSpec = SearchSpec(), *, seed: int = 0, dtype: Any = np.float32  # noqa: B008
+) -> Float64[np.ndarray, "k p"]:
+    """Where `starts` particles over all of W end, best first: among them the symmetric copies of a minimiser."""
+    check(spec)
+    rng = np.random.default_rng(seed)
+    starts = rng.standard_normal((1, spec.starts, problem.size))
+    starts *= problem.radius / np.linalg.norm(starts, axis=2, keepdims=True)
+    top = problem.radii(np.array([problem.largest_budget]))
+    with jax.enable_x64(dtype == np.float64):
+        w, value = _run(descend(problem, spec.steps), starts.astype(dtype), top, spec.chunk, lambda n: None)
+    ends = w[0][np.argsort(value[0])].astype(np.float64)
+    return ends * np.minimum(1.0, top[0] / np.maximum(np.linalg.norm(ends, axis=1, keepdims=True), 1e-300))
+
+
 def monotone(values: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where a smaller budget's value is less, its value and point are taken over."""
     least = np.minimum.accumulate(values)
