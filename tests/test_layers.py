@@ -16,7 +16,7 @@ GROUPS = {
     "base": {"registry", "types", "config"},
     "pure": {"branches", "multibranch", "losses", "convexity"},
     "host": {"data", "checkpoints", "records", "figures"},
-    "work": {"training", "landscape"},
+    "work": {"training", "landscape", "duality"},
     "top": {"experiments"},
     "entry": {"cli"},
 }

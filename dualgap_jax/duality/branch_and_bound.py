@@ -1,16 +1,16 @@
 """Certified value functions of branches with few parameters (p up to 4 or so), any activation, by branch and bound.
 
-All budgets are treated in one tree of boxes.  For a box B of parameters let `h_lo, h_hi` be the range of `||w||^2` on it.
-Its part of the problem with `||w||^2 <= s` is bounded from below by interval arithmetic on the branch's jaxpr, in two
-ways: the range of g on B; and, for a multiplier lam >= 0 of its own, by
+All budgets are treated in one tree of boxes.  For a box B of parameters let `h_lo, h_hi` be the range of `||w||^2` on
+it. Its part of the problem with `||w||^2 <= s` is bounded from below by interval arithmetic on the branch's jaxpr, in
+two ways: the range of g on B; and, for a multiplier lam >= 0 of its own, by
 
     g(w) >= g(w) + lam (||w||^2 - min(s, h_hi)) >= g(m) + min over B of { d.(w - m) + lam ||w||^2 } - lam min(s, h_hi)
 
-with m the middle of B and d in the interval of gradients over B (mean value form; the minimum separates by coordinates).
-At a constrained minimum the gradient of g + lam ||w||^2 vanishes, so the second bound is off by the square of the box's
-size only, although the sphere cuts the box.  A box is closed when, at every budget that it reaches, its bound is within
-the tolerance of the best value known there; the others are halved.  What is proven at a budget is the least bound of the
-closed boxes, and of those still open when the effort is spent.
+with m the middle of B and d in the interval of gradients over B (mean value form; the minimum separates by
+coordinates). At a constrained minimum the gradient of g + lam ||w||^2 vanishes, so the second bound is off by the
+square of the box's size only, although the sphere cuts the box.  A box is closed when, at every budget that it reaches,
+its bound is within the tolerance of the best value known there; the others are halved.  What is proven at a budget is
+the least bound of the closed boxes, and of those still open when the effort is spent.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float64
+from jaxtyping import Array
 
 from dualgap_jax.config import require
 from dualgap_jax.duality.gap import ValueFunction
 from dualgap_jax.duality.intervals import extension, is_smooth
-from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.problem import ByIdentity, Problem
 from dualgap_jax.duality.search import monotone
 from dualgap_jax.records import Progress
 
@@ -50,6 +50,9 @@ class BoundSpec(NamedTuple):
     max_boxes: int = 1_000_000
 
 
+_DEFAULT = BoundSpec()
+
+
 def check(spec: BoundSpec) -> None:
     """Raises ConfigError for a tolerance that is not positive, or no boxes."""
     require(spec.tolerance > 0, f"tolerance={spec.tolerance} must be positive.")
@@ -57,15 +60,18 @@ def check(spec: BoundSpec) -> None:
 
 
 class _Bounds(NamedTuple):
-    """For each box: the range of `||w||^2`, and lower bounds `plain` and `base - lam * min(s, h_hi)` on g + lam0 ||w||^2."""
+    """For each box the range of `||w||^2`, and two lower bounds on the objective `g + lam0 ||w||^2`.
 
-    h_lo: np.ndarray
-    h_hi: np.ndarray
-    plain: np.ndarray
-    base: np.ndarray
-    lam: np.ndarray
-    value: np.ndarray  # upper bound on the objective at the middle
-    split: np.ndarray  # the coordinate to halve
+    They are `plain` and, for squared radii up to s, `base - (lam - lam0) min(s, h_hi)`.
+    """
+
+    h_lo: Any
+    h_hi: Any
+    plain: Any
+    base: Any
+    lam: Any
+    value: Any  # upper bound on the objective at the middle
+    split: Any  # the coordinate to halve
 
 
 def _toward(slope: Array, m: Array, r: Array, lam: Array) -> Array:
@@ -84,15 +90,19 @@ def _first_order(d_lo: Array, d_hi: Array, m: Array, r: Array, lam: Array) -> Ar
 def _second_order(d_lo: Array, d_hi: Array, h_lo: Array, h_hi: Array, m: Array, r: Array, lam: Array) -> Array:
     """The same from the gradient at m and the interval of Hessians over the box (Taylor).
 
-    `2 |t_k t_l| <= (r_l / r_k) t_k^2 + (r_k / r_l) t_l^2` (Gershgorin's circles, scaled) leaves one parabola a coordinate.
-    """
+    `2 |t_k t_l| <= (r_l / r_k) t_k^2 + (r_k / r_l) t_l^2` (Gershgorin's circles, scaled) leaves one parabola a
+    coordinate."""
     off = jnp.maximum(jnp.abs(h_lo), jnp.abs(h_hi)) * (1 - jnp.eye(len(m)))
     curvature = jnp.diag(h_lo) + 2 * lam - jnp.sum(off * r[None, :] / r[:, None], axis=1) * (1 + 16 * _EPS)
     curvature = curvature - 16 * _EPS * (jnp.abs(jnp.diag(h_lo)) + 2 * lam)
     middle, half = 0.5 * (d_lo + d_hi), 0.5 * (d_hi - d_lo)
-    slope = jnp.abs(middle + 2 * lam * m) + half * (1 + 16 * _EPS) + 16 * _EPS * (jnp.abs(middle) + 2 * lam * jnp.abs(m))
+    slope = (
+        jnp.abs(middle + 2 * lam * m) + half * (1 + 16 * _EPS) + 16 * _EPS * (jnp.abs(middle) + 2 * lam * jnp.abs(m))
+    )
     inside = (curvature > 0) & (slope < curvature * r)
-    least = jnp.where(inside, -0.5 * slope * slope / jnp.where(inside, curvature, 1.0), 0.5 * curvature * r * r - slope * r)
+    least = jnp.where(
+        inside, -0.5 * slope * slope / jnp.where(inside, curvature, 1.0), 0.5 * curvature * r * r - slope * r
+    )
     return jnp.sum(least - 32 * _EPS * (slope * r + jnp.abs(curvature) * r * r))
 
 
@@ -141,7 +151,7 @@ def _sharp(problem: Problem, lam0: Array) -> Callable[[Array, Array], _Bounds]:
 
         def base(lam: Array) -> Array:
             if smooth:
-                change = _second_order(at_lo, at_up, *curved, m, r, lam)
+                change = _second_order(at_lo, at_up, curved[0], curved[1], m, r, lam)
             else:
                 change = _first_order(d_lo, d_hi, m, r, lam)
             return at + lam * size * (1 - 16 * _EPS) + change - 16 * _EPS * jnp.abs(change)
@@ -159,21 +169,8 @@ def _sharp(problem: Problem, lam0: Array) -> Callable[[Array, Array], _Bounds]:
 
 
 @functools.lru_cache(maxsize=16)
-def _kernel(key: _Key, make: Callable[..., Any]) -> Any:
+def _kernel(key: ByIdentity, make: Callable[..., Any]) -> Any:
     return jax.jit(lambda lo, hi, lam0: jax.vmap(make(key.problem, lam0))(lo, hi))
-
-
-class _Key:
-    """A problem as a cache key, by identity."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-
-    def __hash__(self) -> int:
-        return id(self.problem)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.problem is self.problem
 
 
 class _Part(NamedTuple):
@@ -246,7 +243,7 @@ def _grow(
     corner = np.array(np.meshgrid(*[[0, 1]] * p, indexing="ij")).reshape(p, -1).T
     lo, hi = np.where(corner == 0, -edge, 0.0), np.where(corner == 0, 0.0, edge)
     upper, points = upper.copy(), points.copy()
-    crude, sharp = _kernel(_Key(problem), _crude), _kernel(_Key(problem), _sharp)
+    crude, sharp = _kernel(ByIdentity(problem), _crude), _kernel(ByIdentity(problem), _sharp)
     closed_bound, open_bound = _Proof(squares), _Proof(squares)
     boxes = 0
     with Progress(spec.max_boxes, label or "boxes") as line, jax.enable_x64(True):
@@ -299,7 +296,7 @@ def _grow(
 def certify(
     problem: Problem,
     found: ValueFunction,
-    spec: BoundSpec = BoundSpec(),  # noqa: B008  (a NamedTuple of numbers)
+    spec: BoundSpec = _DEFAULT,
     *,
     dual: BoundSpec | None = None,
     label: str | None = None,
@@ -362,10 +359,13 @@ def certify(
         f"branch and bound, {tree.boxes:,} boxes, {state}",
         points,
         lagrangian if problem.power == 2 else None,
+        _largest_slope(problem),
     )
 
 
-def proven_minimum(problem: Problem, found: float, point: Float64[np.ndarray, " p"], spec: BoundSpec) -> float:
-    """A lower bound on `min g` over W, from a value that is attained at a point."""
-    squares = np.array([problem.radius**2 * (1 + 1e-13)])
-    return float(_grow(problem, squares, np.array([found]), point[None], spec, 0.0, None).lower[0])
+def _largest_slope(problem: Problem) -> float:
+    """A bound on the norm of the gradient of g over W, from the box around it."""
+    with jax.enable_x64(True):
+        example = jnp.full(problem.size, problem.radius, jnp.float64)
+        lo, hi = jax.jit(extension(jax.grad(problem.g), example))(-example, example)
+        return float(np.linalg.norm(np.maximum(np.abs(lo), np.abs(hi))) * (1 + 64 * _EPS))

@@ -1,19 +1,19 @@
 """Value functions that are known in closed form: positively homogeneous branches, and one ReLU unit by its cells.
 
-A bias-free ReLU or linear branch with L weight matrices has `f(s w) = s^L f(w)` for s >= 0.  With `h(w) = ||w||^q` and W
-the ball of radius R,
+A bias-free ReLU or linear branch with L weight matrices has `f(s w) = s^L f(w)` for s >= 0.  With `h(w) = ||w||^q` and
+W the ball of radius R,
 
     v(b) = offset - kappa b^(L/q)  for b <= R^q,      kappa = max over ||w|| <= 1 of E<c, f(w; x)> / tau
 
-so one number decides.  For L <= q v is convex and the gap is 0 for every I; for L > q it is concave, its envelope is the
-chord, and with `t = I K / R^q`, `r = t - floor(t)` the gap is `kappa R^L (r - r^(L/q)) / I`.
+so one number decides.  For L <= q v is convex and the gap is 0 for every I; for L > q it is concave, its envelope is
+the chord, and with `t = I K / R^q`, `r = t - floor(t)` the gap is `kappa R^L (r - r^(L/q)) / I`.
 
 kappa itself is known for
 
 * linear branches of any widths: `E<c, W_L ... W_1 x> = tr(M W_L ... W_1)`, `M = E[x c^T]`.  By Hoelder's inequality for
-  Schatten norms and `||.||_{S_L} <= ||.||_F` (L >= 2) this is at most `sigma_1(M) prod_k ||W_k||_F`, and on the unit ball
-  the product of L norms is largest when they are equal: `kappa = sigma_1(M) L^(-L/2) / tau`, attained by rank-one layers.
-  For L = 1 it is `||M||_F / tau`.
+  Schatten norms and `||.||_{S_L} <= ||.||_F` (L >= 2) this is at most `sigma_1(M) prod_k ||W_k||_F`, and on the unit
+  ball the product of L norms is largest when they are equal: `kappa = sigma_1(M) L^(-L/2) / tau`, attained by rank-one
+  layers. For L = 1 it is `||M||_F / tau`.
 * ReLU branches with one output whose hidden layers have one unit each, or (L = 2) one hidden layer of any width:
   `f = w_L ... w_2 max(0, u.x)` with positive inner weights, so `kappa = rho L^(-L/2) / tau` by the same inequality,
   `rho = max over ||u|| = 1 and signs s of s E[c max(0, u.x)]`.  For L = 2 and several units `sum_j |a_j| ||u_j|| <=
@@ -23,6 +23,7 @@ kappa itself is known for
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -48,7 +49,13 @@ class Kappa(NamedTuple):
 
 
 def homogeneous_value_function(
-    kappa: Kappa, *, degree: int, power: float, radius: float, budgets: Float64[np.ndarray, " m"], offset: float = 1.0
+    kappa: Kappa,
+    *,
+    degree: int,
+    power: int | float,
+    radius: int | float,
+    budgets: Float64[np.ndarray, " m"],
+    offset: float = 1.0,
 ) -> ValueFunction:
     """`v(b) = offset - kappa b^(degree/power)` on a grid from 0 to `radius**power`.
 
@@ -88,10 +95,11 @@ def homogeneous_value_function(
         method=f"homogeneous of degree {degree}, {kappa.method}",
         minimisers=(budgets ** (1 / power) * (1 - 4 * _EPS))[:, None] * kappa.direction,
         lagrangian=lagrangian,
+        slope=kappa.upper * radius ** (degree - 1) * (1 + 8 * _EPS),
     )
 
 
-def homogeneous_gap(*, degree: int, power: float, budget_share: float, num_branches: int) -> float:
+def homogeneous_gap(*, degree: int, power: int | float, budget_share: int | float, num_branches: int) -> float:
     """The duality gap over `kappa R^L`, which does not depend on the data: `(r - r^(L/q)) / I`, 0 for L <= q.
 
     Args:
@@ -106,8 +114,21 @@ def homogeneous_gap(*, degree: int, power: float, budget_share: float, num_branc
     return (r - r ** (degree / power)) / num_branches
 
 
+def homogeneous_delta(kappa: Kappa, *, degree: int, radius: int | float) -> float:
+    """A lower bound on Delta: `kappa R^L (a - a^L)` at `a = L^(-1/(L-1))`, from the weights 0 and a minimiser.
+
+    Their combination `a w` has `f^ = v(h(a w)) = offset - kappa (a R)^L` and `f~ <= offset - a kappa R^L`, whatever the
+    power in h.  0 for L = 1, where g is linear for a linear branch.
+    """
+    if degree == 1:
+        return 0.0
+    a = degree ** (-1 / (degree - 1))
+    scale = radius**degree
+    return max(0.0, kappa.lower * scale * a - kappa.upper * scale * a**degree - 16 * _EPS * kappa.upper * scale)
+
+
 def kappa_linear(
-    x: Float64[np.ndarray, "n d"], c: Float64[np.ndarray, "n out"], *, tau: float, widths: tuple[int, ...]
+    x: Float64[np.ndarray, "n d"], c: Float64[np.ndarray, "n out"], *, tau: int | float, widths: tuple[int, ...]
 ) -> Kappa:
     """kappa of a bias-free linear branch with layers `d -> widths[0] -> ... -> out`, in the order of `branches.mlp`.
 
@@ -127,7 +148,7 @@ def kappa_linear(
         norm = float(sigma[0])
         # Rank-one layers, each of norm 1/sqrt(L): inputs to unit 0, unit 0 to unit 0, unit 0 to the outputs.
         parts = [np.outer(np.eye(1, widths[0])[0], left[:, 0])]
-        parts += [np.outer(np.eye(1, b)[0], np.eye(1, a)[0]) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        parts += [np.outer(np.eye(1, b)[0], np.eye(1, a)[0]) for a, b in itertools.pairwise(widths)]
         parts.append(np.outer(right[0], np.eye(1, widths[-1])[0]))
         direction = np.concatenate([p.reshape(-1) for p in parts]) / math.sqrt(layers)
     value = norm * layers ** (-layers / 2) / tau
@@ -137,7 +158,7 @@ def kappa_linear(
 
 
 def kappa_relu_chain(
-    x: Float64[np.ndarray, "n d"], c: Float64[np.ndarray, " n"], *, tau: float, widths: tuple[int, ...]
+    x: Float64[np.ndarray, "n d"], c: Float64[np.ndarray, " n"], *, tau: int | float, widths: tuple[int, ...]
 ) -> Kappa:
     """kappa of a bias-free ReLU branch with one output in up to three input dimensions, in the order of `branches.mlp`.
 
@@ -230,7 +251,7 @@ def _best_on_circle(points: np.ndarray, c: np.ndarray, arcs: _Arcs) -> tuple[flo
 
 
 def _best_direction(x: np.ndarray, c: np.ndarray) -> tuple[float, np.ndarray, int]:
-    """The maximum of `F(u) = sum_i c_i max(0, u.x_i)` over the unit sphere, a maximiser, and how many cells were seen."""
+    """The maximum of `F(u) = sum_i c_i max(0, u.x_i)` over the unit sphere, a maximiser, and the number of cells seen."""
 
     def value(u: np.ndarray) -> np.ndarray:
         return np.maximum(u @ x.T, 0.0) @ c

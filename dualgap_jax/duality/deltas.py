@@ -1,13 +1,14 @@
 """`Delta = sup_w f^(w) - f~(w)` of a branch: bounds from explicit convex combinations.
 
 `f^(w) = v(h(w))`, and `f~` is the convex envelope of g over W.  For any points w_k of W and weights a_k,
-`f~(sum a_k w_k) <= sum a_k g(w_k)`: a concrete combination gives a lower bound on Delta, and is returned, so that anyone
-can check it (`recheck`).  From above, `Delta <= v(least budget) - v(largest budget)`, since f^ is at most the one and f~
-at least the other.
+`f~(sum a_k w_k) <= sum a_k g(w_k)`: a concrete combination gives a lower bound on Delta, and is returned, so that
+anyone can check it (`recheck`).  From above, `Delta <= v(least budget) - v(largest budget)`, since f^ is at most the
+one and f~ at least the other.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxtyping import Float64
 from scipy.optimize import linprog
 from scipy.spatial import ConvexHull, QhullError
 
-from dualgap_jax.duality.gap import Status, ValueFunction
+from dualgap_jax.duality.gap import Status, ValueFunction, envelope, hull
 from dualgap_jax.duality.problem import Problem, rounding, values_at
 
 _LP_PARAMETERS = 64  # with more, points in general position have no combination at a given target
@@ -44,10 +45,22 @@ class Combination(NamedTuple):
     status: Status
 
 
-def value_below(function: ValueFunction, budget: float) -> float:
-    """A lower bound on v at any budget: v does not rise, so that of the next grid point serves."""
-    index = int(np.searchsorted(function.budgets, budget * (1 - 4 * _EPS)))
-    return float(function.lower[min(index, len(function.lower) - 1)])
+def value_below(function: ValueFunction, budget: float, norm: float = math.inf) -> float:
+    """A lower bound on v at any budget: v does not rise, so that of the next grid point serves.
+
+    Args:
+      function: the value function.
+      budget: b.
+      norm: of the weights with that budget; near 0 `function.slope` gives a better bound.
+    """
+    step = function.budgets[1] - function.budgets[0]
+    # An estimate need not be on the safe side of a grid point that is missed by rounding.
+    slack = 1e-9 * step if function.status == "estimated" else 4 * _EPS * abs(budget)
+    index = int(np.searchsorted(function.budgets, budget - slack))
+    below = float(function.lower[min(index, len(function.lower) - 1)])
+    if function.slope is None or not math.isfinite(norm):
+        return below
+    return max(below, float(function.lower[0]) - function.slope * norm)
 
 
 def combination(problem: Problem, function: ValueFunction, points: np.ndarray, weights: np.ndarray) -> Combination:
@@ -74,7 +87,8 @@ def combination(problem: Problem, function: ValueFunction, points: np.ndarray, w
     margin = (rounding(problem) * (1 + problem.radius) + 16 * _EPS) * (1 + float(np.abs(values).max()))
     convexified = float(weights @ values) + margin
     # The middle is known up to rounding; its h is taken a little larger, where v is smaller.
-    restricted = value_below(function, float(problem.h(middle)) * (1 + 1e-12) + 1e-28)
+    norm = float(np.linalg.norm(middle)) * (1 + 1e-12) + 1e-14
+    restricted = value_below(function, norm**problem.power, norm)
     delta = max(0.0, restricted - convexified)
     return Combination(points, weights, middle, restricted, convexified, delta, function.status)
 
@@ -109,8 +123,6 @@ def on_segment(problem: Problem, function: ValueFunction) -> Combination:
 
 def from_envelope(problem: Problem, function: ValueFunction) -> Combination:
     """The largest `v(b) - v**(b)`: the two minimisers whose budgets carry the envelope at b."""
-    from dualgap_jax.duality.gap import envelope, hull
-
     if function.minimisers is None:
         raise ValueError("from_envelope needs a value function with minimisers.")
     j = int(np.argmax(function.lower - envelope(function.upper)))

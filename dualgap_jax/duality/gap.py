@@ -1,4 +1,5 @@
-"""Theorem 1 from value functions: inf(P), sup(D), an optimal allocation of the budget, and the verdict on the bound 2/I.
+"""Theorem 1 from value functions: inf(P), sup(D), an optimal allocation of the budget, and the verdict on the bound
+2/I.
 
 Under Assumption 1 problem (2) separates into one-branch problems.  With `v_i(b) = inf {g_i(w) : w in W_i, h_i(w) <= b}`
 
@@ -38,8 +39,8 @@ Status = Literal["certified", "estimated"]
 # Largest number of additions for which the dynamic program is run, and entries of the largest table.
 DP_OPERATIONS = 500_000_000
 DP_ENTRIES = 20_000_000
-# Rounding: a float64 sum here has few terms of size max |v|, each good to an ulp; proven bounds are moved outward by it.
-_ROUNDING = 64 * np.finfo(np.float64).eps
+# Rounding: a float64 sum here has few terms of size max |v|, each good to an ulp; proven bounds are moved outward.
+_ROUNDING = 64 * float(np.finfo(np.float64).eps)
 
 
 class ValueFunction(NamedTuple):
@@ -53,8 +54,9 @@ class ValueFunction(NamedTuple):
       status: whether `lower` is proven.
       method: how it was found.
       minimisers: `[m, p]`, row j feasible for `budgets[j]` with value at most `upper[j]`; None where none are kept.
-      lagrangian: `lam -> ` a lower bound on `min_w g(w) + lam h(w)`, proven when the status is 'certified'; or None.
-        Without it the bound follows from `lower`, with a loss of one grid step (see `step_below`).
+      slope: `g(0) - g(w) <= slope ||w||` on W, proven like `lower`; or None.  Bounds v near the budget 0 between grid
+      points. lagrangian: `lam -> ` a lower bound on `min_w g(w) + lam h(w)`, proven when the status is 'certified'; or
+        None. Without it the bound follows from `lower`, with a loss of one grid step (see `step_below`).
     """
 
     budgets: Values
@@ -64,6 +66,7 @@ class ValueFunction(NamedTuple):
     method: str
     minimisers: Float64[np.ndarray, "m p"] | None = None
     lagrangian: Callable[[float], float] | None = None
+    slope: float | None = None
 
     @property
     def tolerance(self) -> float:
@@ -192,7 +195,9 @@ def _uniform(budgets: np.ndarray, name: str) -> float:
     """The spacing of a grid.  Raises ValueError unless it is uniform and increasing."""
     steps = np.diff(budgets)
     if budgets.ndim != 1 or len(budgets) < 2 or not np.isfinite(budgets).all() or not (steps > 0).all():
-        raise ValueError(f"{name}: budgets must be a finite increasing grid [m] with m >= 2, got shape {budgets.shape}.")
+        raise ValueError(
+            f"{name}: budgets must be a finite increasing grid [m] with m >= 2, got shape {budgets.shape}."
+        )
     step = float(budgets[-1] - budgets[0]) / (len(budgets) - 1)
     if np.abs(steps - step).max() > 1e-9 * float(np.abs(budgets).max()):
         raise ValueError(f"{name}: budgets must be uniform; steps run from {steps.min():.6g} to {steps.max():.6g}.")
@@ -200,7 +205,7 @@ def _uniform(budgets: np.ndarray, name: str) -> float:
 
 
 def _problem(
-    budgets: Sequence[np.ndarray], values: Sequence[np.ndarray], budget: float, counts: Sequence[int]
+    budgets: Sequence[np.ndarray], values: Sequence[np.ndarray], budget: int | float, counts: Sequence[int]
 ) -> _Problem:
     """Checks the input, and writes it in units of the spacing."""
     if not len(budgets) == len(values) == len(counts) or not counts:
@@ -225,11 +230,12 @@ def _problem(
     total = sum(counts)
     floor = sum(count * float(b[0]) for count, b in zip(counts, budgets, strict=True)) / total
     most = sum(count * (len(b) - 1) for count, b in zip(counts, budgets, strict=True))
-    # K within 1e-9 of a grid point is meant to be that point; from there on units are exact.
-    per_branch = min((budget - floor) / spacings[0], most / total)
-    nearest = round(per_branch)
-    share = Fraction(nearest) if abs(per_branch - nearest) < 1e-9 * max(1, nearest) else Fraction(per_branch)
-    units = math.floor(share * total)
+    # The budget K is understood up to one part in 10^12, so that I K can be a whole number of units; from there on
+    # units are exact.
+    share = Fraction(min((budget - floor) / spacings[0], most / total))
+    nearest = round(share * total)
+    near = abs(share * total - nearest) <= Fraction(1, 10**12) * max(1, abs(nearest))
+    units = nearest if near else math.floor(share * total)
     if units < 0:
         raise ValueError(f"budget K={budget:.6g} is below the least h of the branches, {floor:.6g}: no feasible point.")
     return _Problem(
@@ -254,14 +260,17 @@ def _edges(problem: _Problem) -> list[_Edge]:
     """The falling hull edges of all classes, steepest first."""
     edges = []
     for k, v in enumerate(problem.values):
+        slope = -math.inf
         for p, q in itertools.pairwise(hull(v).tolist()):
+            # Slopes of nearly straight hulls may fall by rounding; the edges of a class must stay in their order.
+            slope = max(slope, float(v[q] - v[p]) / (q - p))
             if v[q] < v[p]:
-                edges.append(_Edge(float(v[q] - v[p]) / (q - p), k, p, q))
+                edges.append(_Edge(slope, k, p, q))
     return sorted(edges)
 
 
 def dual_by_envelope(
-    budgets: Sequence[np.ndarray], values: Sequence[np.ndarray], budget: float, counts: Sequence[int]
+    budgets: Sequence[np.ndarray], values: Sequence[np.ndarray], budget: int | float, counts: Sequence[int]
 ) -> Dual:
     """sup(D) as the infimal convolution of the convex envelopes at K; one class: `v**(K)`.
 
@@ -287,6 +296,25 @@ def dual_by_envelope(
     return Dual(value, 0.0)
 
 
+def _multipliers(problem: _Problem, budget: float) -> list[float]:
+    """Multipliers at which `Q(lam) - lam K` is largest on the grid; where K is a vertex, both ends and the middle.
+
+    The values between the grid points, which `ValueFunction.lagrangian` sees too, make a difference among them.
+    """
+    total = problem.num_branches
+    floor = sum(c * o for c, o in zip(problem.counts, problem.origins, strict=True)) / total
+    left, before = (budget - floor) / problem.spacing, math.inf
+    for edge in _edges(problem):
+        slope = -edge.slope / problem.spacing
+        if left <= 1e-9:
+            return [before, slope, 0.5 * (before + slope)] if before < math.inf else [slope]
+        width = (edge.q - edge.p) * problem.counts[edge.which] / total
+        if left < width - 1e-9:
+            return [slope]
+        left, before = left - width, slope
+    return [0.0, *([before, 0.5 * before] if left <= 1e-9 and before < math.inf else [])]
+
+
 def lagrangian(
     budgets: Sequence[np.ndarray], values: Sequence[np.ndarray], counts: Sequence[int], lam: float
 ) -> tuple[float, float]:
@@ -300,7 +328,7 @@ def lagrangian(
 
 
 def dual_by_maximisation(
-    budgets: Sequence[np.ndarray], values: Sequence[np.ndarray], budget: float, counts: Sequence[int]
+    budgets: Sequence[np.ndarray], values: Sequence[np.ndarray], budget: int | float, counts: Sequence[int]
 ) -> Dual:
     """sup(D) by maximising the concave piecewise linear `Q(lam) - lam K`, without the envelope.
 
@@ -494,7 +522,7 @@ def _table_cost(length: int, count: int, limit: int) -> int:
 
 
 class _Tables:
-    """The dynamic program's tables of one class: entry t of the table for n branches is their best value with t units."""
+    """The dynamic program's tables of one class: entry t for n branches is their best value with t units."""
 
     def __init__(self, values: np.ndarray, limit: int) -> None:
         self._limit = limit
@@ -569,8 +597,8 @@ def _coarser(table: np.ndarray, factor: int) -> np.ndarray:
 
 def _joined(a: _Coarse, b: _Coarse, size: int, units: int) -> _Coarse:
     mesh = max(a.mesh, b.mesh)
-    tables = [_coarser(x.table, mesh // x.mesh) for x in (a, b)]
-    table = min_plus(*tables, units // mesh + 1)
+    one, two = (_coarser(x.table, mesh // x.mesh) for x in (a, b))
+    table = min_plus(one, two, units // mesh + 1)
     factor = 1
     while (len(table) - 1) / factor > size:
         factor *= 2
@@ -578,7 +606,7 @@ def _joined(a: _Coarse, b: _Coarse, size: int, units: int) -> _Coarse:
 
 
 def _by_squaring(problem: _Problem, size: int) -> list[Counter[int]]:
-    """Repeated squaring with tables of at most `size + 1` entries; budgets are rounded so that the point is feasible."""
+    """Repeated squaring with tables of at most `size + 1` entries; budgets are rounded to the safe side."""
     total: _Coarse | None = None
     leaves: dict[int, int] = {}
     for k, (v, n) in enumerate(zip(problem.values, problem.counts, strict=True)):
@@ -608,7 +636,7 @@ def _by_squaring(problem: _Problem, size: int) -> list[Counter[int]]:
         for t, times in wanted.items():
             # In the joined table before it was made coarser.
             fine = min(t * (node.mesh // mesh), len(tables[0]) + len(tables[1]) - 2, problem.units // mesh)
-            s = _split(*tables, fine)
+            s = _split(tables[0], tables[1], fine)
             for x, position in ((a, s), (b, fine - s)):
                 own = min(position * (mesh // x.mesh), len(x.table) - 1)
                 demands.setdefault(id(x), (x, Counter()))[1][own] += times
@@ -646,9 +674,7 @@ def _solve(problem: _Problem, method: str, paths: dict[Any, _Path] | None = None
     if exact:
         lower = value
     elif lower == -math.inf:  # the relaxation without integrality
-        base = math.fsum(
-            n * float(v[p]) for v, n, p in zip(problem.values, problem.counts, start.base, strict=True)
-        )
+        base = math.fsum(n * float(v[p]) for v, n, p in zip(problem.values, problem.counts, start.base, strict=True))
         lower = (base + edge.slope * start.left) / problem.num_branches
     return Allocation(value, min(lower, value), exact, name, tuple({j: n for j, n in c.items() if n} for c in found))
 
@@ -659,7 +685,7 @@ METHODS = ("auto", "group", "dynamic program", "squaring", "vertices")
 def allocate(
     budgets: Sequence[np.ndarray],
     values: Sequence[np.ndarray],
-    budget: float,
+    budget: int | float,
     counts: Sequence[int],
     *,
     method: str = "auto",
@@ -672,10 +698,10 @@ def allocate(
       values: v on it, non-increasing.
       budget: K; the total is at most I K; inf drops the constraint (Remark 3).
       counts: branches in each class; they add up to I.
-      method: 'auto': 'group', and where its counts are not feasible 'dynamic program' if its tables fit, else the better
-        of the last two.  'group' alone falls back to 'vertices'; 'dynamic program' is exact at any cost; 'squaring' is
-        the dynamic program with tables of at most `size` steps, budgets rounded to the safe side; 'vertices' puts all
-        branches but one at vertices of the hull, or some at one vertex and shares the rest equally.
+      method: 'auto': 'group', and where its counts are not feasible 'dynamic program' if its tables fit, else the
+        better of the last two.  'group' alone falls back to 'vertices'; 'dynamic program' is exact at any cost;
+        'squaring' is the dynamic program with tables of at most `size` steps, budgets rounded to the safe side;
+        'vertices' puts all branches but one at vertices of the hull, or some at one vertex and shares the rest equally.
       size: for 'squaring'.
 
     Raises:
@@ -695,7 +721,7 @@ def _classes(budgets: Any, values: Any, num_branches: Any) -> tuple[list[np.ndar
 
 
 def gap_from_value_function(
-    budgets: Any, values: Any, budget: float, num_branches: int | Sequence[int], *, method: str = "auto"
+    budgets: Any, values: Any, budget: int | float, num_branches: int | Sequence[int], *, method: str = "auto"
 ) -> Gap:
     """The duality gap of Theorem 1 from a value function on a grid, for any number of branches.
 
@@ -728,7 +754,7 @@ def _outward(value: float, scale: float, sign: int) -> float:
     return value + sign * _ROUNDING * max(1.0, scale)
 
 
-def dual_lower(functions: Sequence[ValueFunction], budget: float, counts: Sequence[int], lam: float) -> float:
+def dual_lower(functions: Sequence[ValueFunction], budget: int | float, counts: Sequence[int], lam: float) -> float:
     """A lower bound on sup(D): `Q(lam) - lam K` from proven lower bounds of the one-branch problems.
 
     Holds for every `lam >= 0` by weak duality; the bound is best at the maximiser.  A branch's `lagrangian` is used
@@ -742,13 +768,13 @@ def dual_lower(functions: Sequence[ValueFunction], budget: float, counts: Sequen
         best = max(below, f.lagrangian(lam)) if f.lagrangian is not None else below
         scale = max(scale, float(np.abs(f.lower).max()) + lam * float(np.abs(f.budgets).max()))
         parts.append(n * best)
-    free = lam * budget if lam > 0 else 0.0  # K may be inf
+    free = lam * budget * (1 + 4e-12) if lam > 0 else 0.0  # K is understood up to 1e-12, and may be inf
     return _outward(math.fsum(parts) / total - free, scale + free, -1)
 
 
 def verdicts(
     functions: Sequence[ValueFunction],
-    budget: float,
+    budget: int | float,
     counts: Sequence[Sequence[int]],
     *,
     delta_lower: float,
@@ -783,7 +809,9 @@ def verdicts(
         upper = _solve(_problem(grids, uppers, budget, row), method, paths[0])
         lower = _solve(_problem(grids, belows, budget, row), method, paths[1])
         dual = dual_by_envelope(grids, uppers, budget, row)
-        candidates = {dual.multiplier, dual_by_envelope(grids, belows, budget, row).multiplier}
+        candidates = {dual.multiplier, *_multipliers(_problem(grids, uppers, budget, row), budget)}
+        if any(f.lagrangian is None for f in functions):
+            candidates.add(dual_by_envelope(grids, belows, budget, row).multiplier)
         proven = max(dual_lower(functions, budget, row, lam) for lam in candidates)
         primal_upper = _outward(upper.value, scale, 1)
         dual_upper = _outward(dual.value, scale, 1)

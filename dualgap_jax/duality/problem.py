@@ -1,8 +1,8 @@
 """The one-branch problem of Theorem 1: `g(w)` and `h(w)` over `W`, for any branch on any data set.
 
 `g(w) = E(1 - y f(w; x) / tau)` is linear in the branch's outputs.  For classes the ten-class hinge without its maximum
-plays the same part: `(1/C) sum_{j != y} (1 - (s_y - s_j) / tau)`.  In general `g(w) = offset - E<c, f(w; x)> / tau` with
-a fixed functional c of the outputs for each example, which is what Section 2 needs of vector outputs.
+plays the same part: `(1/C) sum_{j != y} (1 - (s_y - s_j) / tau)`.  In general `g(w) = offset - E<c, f(w; x)> / tau`
+with a fixed functional c of the outputs for each example, which is what Section 2 needs of vector outputs.
 
 The regulariser is `h(w) = ||w||^power`, convex for power >= 1 (2: weight decay), and W the ball `||w|| <= radius`, so
 every set `{w in W: h(w) <= b}` is a ball too.
@@ -10,6 +10,7 @@ every set `{w in W: h(w) <= b}` is a ball too.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Problem(NamedTuple):
 
     def h(self, w: Float[np.ndarray, "... p"]) -> Float64[np.ndarray, "..."]:
         """`||w||^power`, on the host."""
-        return np.linalg.norm(np.asarray(w, np.float64), axis=-1) ** self.power
+        return np.asarray(np.linalg.norm(np.asarray(w, np.float64), axis=-1) ** self.power)
 
     @property
     def largest_budget(self) -> float:
@@ -97,7 +98,7 @@ def functional(dataset: Dataset) -> tuple[Float64[np.ndarray, "n out"], float]:
 
 
 def branch_problem(
-    branch: Branch, dataset: Dataset, *, tau: float, radius: float, power: float = 2.0, seed: int = 0
+    branch: Branch, dataset: Dataset, *, tau: int | float, radius: int | float, power: int | float = 2.0, seed: int = 0
 ) -> Problem:
     """The one-branch problem of a branch on a data set.
 
@@ -128,22 +129,50 @@ def branch_problem(
     return problem
 
 
+class ByIdentity:
+    """A problem as a key of a cache of compiled programs: two problems are equal when they are the same object."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def __hash__(self) -> int:
+        return id(self.problem)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByIdentity) and other.problem is self.problem
+
+
 def values_at(problem: Problem, w: np.ndarray, *, batch: int = 64) -> Float64[np.ndarray, " k"]:
     """`g` at the rows of `w [k, p]`, in float64."""
     with jax.enable_x64(True):
         rows = jnp.asarray(w, jnp.float64)
-        return np.asarray(_values(problem)(rows, min(batch, len(w))))
+        return np.asarray(_values(ByIdentity(problem))(rows, min(batch, len(w))))
 
 
-def _values(problem: Problem) -> Any:
+@functools.lru_cache(maxsize=32)
+def _values(key: ByIdentity) -> Any:
     def values(w: Array, batch: int) -> Array:
-        return jax.lax.map(problem.g, w, batch_size=batch)
+        return jax.lax.map(key.problem.g, w, batch_size=batch)
 
     return jax.jit(values, static_argnums=1)
 
 
+@functools.lru_cache(maxsize=32)
+def _mean_outputs(key: ByIdentity) -> Any:
+    """A jitted `(w [k, p], shares [k], x) -> sum_k shares[k] f(w[k]; x)`, one branch after another."""
+
+    def mean(w: Array, shares: Array, x: Array) -> Array:
+        def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+            return total + pair[1] * key.problem.outputs(pair[0], x), None
+
+        shape = jax.eval_shape(key.problem.outputs, w[0], x).shape
+        return jax.lax.scan(add, jnp.zeros(shape, w.dtype), (w, shares))[0]
+
+    return jax.jit(mean)
+
+
 def rounding(problem: Problem) -> float:
-    """A bound on the error of float64 sums over the data set relative to outputs of size 1: `n eps sum |c| / (n tau)`."""
+    """A bound on the error of float64 sums over the data set, for outputs of size 1: `eps sum |c| / tau`."""
     return len(problem.c) * np.finfo(np.float64).eps * float(np.abs(problem.c).sum(axis=1).mean()) / problem.tau
 
 
@@ -199,18 +228,8 @@ def primal_risk(
     x = (np.asarray(dataset.x, np.float64) - dataset.mean) / dataset.std
     c, offset = functional(dataset)
     with jax.enable_x64(True):
-        rows, x64 = jnp.asarray(weights, jnp.float64), jnp.asarray(x)
-        share = jnp.asarray(shares, jnp.float64)
-
-        @jax.jit
-        def mean(rows: Array, x64: Array, share: Array) -> Array:
-            def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-                return total + pair[1] * problem.outputs(pair[0], x64), None
-
-            start = jnp.zeros(c.shape, jnp.float64)
-            return jax.lax.scan(add, start, (rows, share))[0]
-
-        outputs = mean(rows, x64, share)
+        arrays = [jnp.asarray(a, jnp.float64) for a in (weights, shares, x)]
+        outputs = _mean_outputs(ByIdentity(problem))(*arrays)
         labels = jnp.asarray(dataset.y)
         hinge = np.asarray(loss.per_example(outputs, labels), np.float64)
         margins = loss.margin(outputs, labels) if loss.margin is not None else jnp.zeros(1)

@@ -1,17 +1,18 @@
 """The value function of any branch by a multi-start search: many particles in one program, every budget at once.
 
-A particle is a parameter vector in the ball of its budget.  It moves along its normalised negative gradient, is projected
-back, and stays where it is when the value did not fall; its step grows after a success and shrinks after a failure, so
-its value never rises.  After the first phase the winners of neighbouring budgets start at each budget too (warm starts),
-and the whole is repeated.  What comes out is non-increasing in b by construction: a budget takes over the minimiser of a
-smaller one where that is better.
+A particle is a parameter vector in the ball of its budget.  It moves along its normalised negative gradient, is
+projected back, and stays where it is when the value did not fall; its step grows after a success and shrinks after a
+failure, so its value never rises.  After the first phase the winners of neighbouring budgets start at each budget too
+(warm starts), and the whole is repeated.  What comes out is non-increasing in b by construction: a budget takes over
+the minimiser of a smaller one where that is better.
 
-All values are those of concrete feasible points, evaluated in float64 at the end: they bound v from above.  That nothing
-better exists is not proven: the status is 'estimated'.
+All values are those of concrete feasible points, evaluated in float64 at the end: they bound v from above.  That
+nothing better exists is not proven: the status is 'estimated'.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float64
 from dualgap_jax.config import require
 from dualgap_jax.duality.closed_forms import Kappa
 from dualgap_jax.duality.gap import ValueFunction
-from dualgap_jax.duality.problem import Problem, rounding, values_at
+from dualgap_jax.duality.problem import ByIdentity, Problem, rounding, values_at
 from dualgap_jax.records import Progress
 
 
@@ -47,6 +48,9 @@ class SearchSpec(NamedTuple):
     chunk: int = 2048
 
 
+_DEFAULT = SearchSpec()
+
+
 def check(spec: SearchSpec) -> None:
     """Raises ConfigError for a count below 1 (`sweeps`: below 0)."""
     for name, least in zip(spec._fields, (1, 1, 1, 0, 1, 1), strict=True):
@@ -67,7 +71,12 @@ def _project(w: Array, radius: Array) -> Array:
 
 def descend(problem: Problem, steps: int) -> Any:
     """A jitted `(w [k, p], radius [k]) -> (w, value [k])`: `steps` of monotone projected gradient for each particle."""
-    value_and_grad = jax.value_and_grad(problem.g)
+    return _descend(ByIdentity(problem), steps)
+
+
+@functools.lru_cache(maxsize=32)
+def _descend(key: ByIdentity, steps: int) -> Any:
+    value_and_grad = jax.value_and_grad(key.problem.g)
 
     def one(w: Array, radius: Array) -> tuple[Array, Array]:
         w = _project(w, radius)
@@ -107,7 +116,7 @@ def _run(kernel: Any, w: np.ndarray, radii: np.ndarray, chunk: int, progress: An
 
 
 def _fine(problem: Problem, budgets: np.ndarray, coarse: np.ndarray, minimisers: np.ndarray) -> np.ndarray:
-    """`[m, 3, p]`: for each budget of the fine grid the neighbouring coarse minimisers, scaled to its sphere or kept."""
+    """`[m, 3, p]`: for each budget of the fine grid the neighbouring coarse minimisers, scaled or kept."""
     radii = problem.radii(budgets)
     right = np.clip(np.searchsorted(coarse, budgets), 1, len(coarse) - 1)
     candidates = []
@@ -123,7 +132,7 @@ def _fine(problem: Problem, budgets: np.ndarray, coarse: np.ndarray, minimisers:
 def search(
     problem: Problem,
     budgets: Float64[np.ndarray, " m"],
-    spec: SearchSpec = SearchSpec(),  # noqa: B008  (a NamedTuple of numbers)
+    spec: SearchSpec = _DEFAULT,
     *,
     seed: int = 0,
     dtype: Any = np.float32,
@@ -185,13 +194,15 @@ def search(
     upper, points = values[np.arange(m), chosen], fine[np.arange(m), chosen]
     upper, points = monotone(upper, points)
     upper = upper + rounding(problem) * float(top + 1) * (1 + float(np.abs(upper).max()))
-    return ValueFunction(
-        budgets, upper.copy(), upper, "estimated", f"search, {count} x {spec.starts} starts", points
-    )
+    return ValueFunction(budgets, upper.copy(), upper, "estimated", f"search, {count} x {spec.starts} starts", points)
 
 
 def local_minima(
-    problem: Problem, spec: SearchSpec = SearchSpec(), *, seed: int = 0, dtype: Any = np.float32  # noqa: B008
+    problem: Problem,
+    spec: SearchSpec = _DEFAULT,
+    *,
+    seed: int = 0,
+    dtype: Any = np.float32,
 ) -> Float64[np.ndarray, "k p"]:
     """Where `starts` particles over all of W end, best first: among them the symmetric copies of a minimiser."""
     check(spec)
@@ -213,7 +224,11 @@ def monotone(values: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def kappa_by_search(
-    problem: Problem, spec: SearchSpec = SearchSpec(), *, seed: int = 0, dtype: Any = np.float32  # noqa: B008
+    problem: Problem,
+    spec: SearchSpec = _DEFAULT,
+    *,
+    seed: int = 0,
+    dtype: Any = np.float32,
 ) -> Kappa:
     """kappa of a positively homogeneous branch from the best of `budgets * starts` particles on the unit ball.
 
