@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -688,7 +689,8 @@ def test_search_finds_the_closed_form(dtype: Any, rng: np.random.Generator) -> N
 def test_search_does_not_depend_on_the_chunk(bump: Bump) -> None:
     one = bump.problem
     values = [
-        search.search(one, one.grid(9), SMALL._replace(chunk=chunk), dtype=np.float64).upper for chunk in (7, 10_000)
+        search.search(one, one.grid(9), dataclasses.replace(SMALL, chunk=chunk), dtype=np.float64).upper
+        for chunk in (7, 10_000)
     ]
     np.testing.assert_allclose(*values, atol=1e-6)
 
@@ -696,7 +698,7 @@ def test_search_does_not_depend_on_the_chunk(bump: Bump) -> None:
 def test_any_branch_can_be_searched(rng: np.random.Generator) -> None:
     data = dataset(rng.standard_normal((12, 6, 6, 1)), np.append(np.arange(3), rng.integers(0, 3, 9)))
     one = problem.branch_problem(conv((2,), 3), data, tau=20.0, radius=3.0)
-    found = search.search(one, one.grid(9), SMALL._replace(starts=4, steps=15, budgets=3))
+    found = search.search(one, one.grid(9), dataclasses.replace(SMALL, starts=4, steps=15, budgets=3))
     assert found.upper[-1] < found.upper[0]
     assert found.upper[0] == pytest.approx(problem.values_at(one, np.zeros((1, one.size)))[0], abs=1e-6)
 
@@ -848,7 +850,7 @@ def test_malformed_problems_are_refused(change: dict[str, float], message: str, 
 def test_what_cannot_be_certified_is_refused(rng: np.random.Generator) -> None:
     data = binary(rng, 4, 4)
     big = problem.branch_problem(mlp((2,), 1), data, tau=1.0, radius=1.0)
-    f = search.search(big, big.grid(3), SMALL._replace(starts=1, steps=1))
+    f = search.search(big, big.grid(3), dataclasses.replace(SMALL, starts=1, steps=1))
     with pytest.raises(ValueError, match="up to 6 parameters, this branch has 13"):
         branch_and_bound.certify(big, f)
     with pytest.raises(ValueError, match="up to 3 input dimensions, got 4"):
@@ -858,7 +860,7 @@ def test_what_cannot_be_certified_is_refused(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="regression"):
         problem.functional(data._replace(task="regression"))
     with pytest.raises(ConfigError, match=r"search.starts=0"):
-        search.search(big, big.grid(3), SMALL._replace(starts=0))
+        search.search(big, big.grid(3), dataclasses.replace(SMALL, starts=0))
     with pytest.raises(ConfigError, match="tolerance=0"):
         branch_and_bound.certify(big, f, BoundSpec(0.0))
     with pytest.raises(ValueError, match="delta_lower"):

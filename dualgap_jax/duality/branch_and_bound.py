@@ -15,6 +15,7 @@ the least bound of the closed boxes, and of those still open when the effort is 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ _SHARP_BELOW = 0.3  # side of a box, in units of the radius, below which derivat
 _EPS = float(np.finfo(np.float64).eps)
 
 
-class BoundSpec(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class BoundSpec:
     """How far to go.
 
     Attributes:
@@ -49,14 +51,9 @@ class BoundSpec(NamedTuple):
     tolerance: float = 1e-4
     max_boxes: int = 1_000_000
 
-
-_DEFAULT = BoundSpec()
-
-
-def check(spec: BoundSpec) -> None:
-    """Raises ConfigError for a tolerance that is not positive, or no boxes."""
-    require(spec.tolerance > 0, f"tolerance={spec.tolerance} must be positive.")
-    require(spec.max_boxes >= 1, f"max_boxes={spec.max_boxes} must be at least 1.")
+    def __post_init__(self) -> None:
+        require(self.tolerance > 0, f"tolerance={self.tolerance} must be positive.")
+        require(self.max_boxes >= 1, f"max_boxes={self.max_boxes} must be at least 1.")
 
 
 class _Bounds(NamedTuple):
@@ -296,7 +293,7 @@ def _grow(
 def certify(
     problem: Problem,
     found: ValueFunction,
-    spec: BoundSpec = _DEFAULT,
+    spec: BoundSpec = BoundSpec(),
     *,
     dual: BoundSpec | None = None,
     label: str | None = None,
@@ -318,7 +315,6 @@ def certify(
       ValueError: for too many parameters, or a value function without minimisers.
       UnsupportedPrimitiveError: if the branch uses an operation without an interval rule.
     """
-    check(spec)
     if problem.size > MAX_PARAMETERS:
         raise ValueError(
             f"branch and bound takes up to {MAX_PARAMETERS} parameters, this branch has {problem.size}; use the search."

@@ -251,7 +251,7 @@ def _best_on_circle(points: np.ndarray, c: np.ndarray, arcs: _Arcs) -> tuple[flo
 
 
 def _best_direction(x: np.ndarray, c: np.ndarray) -> tuple[float, np.ndarray, int]:
-    """The maximum of `F(u) = sum_i c_i max(0, u.x_i)` over the unit sphere, a maximiser, and the number of cells seen."""
+    """The maximum of `F(u) = sum_i c_i max(0, u.x_i)` over unit vectors, a maximiser, and the number of cells seen."""
 
     def value(u: np.ndarray) -> np.ndarray:
         return np.maximum(u @ x.T, 0.0) @ c

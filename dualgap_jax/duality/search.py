@@ -12,6 +12,7 @@ nothing better exists is not proven: the status is 'estimated'.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from dualgap_jax.duality.problem import ByIdentity, Problem, rounding, values_at
 from dualgap_jax.records import Progress
 
 
-class SearchSpec(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SearchSpec:
     """How hard to search.
 
     Attributes:
@@ -47,14 +49,10 @@ class SearchSpec(NamedTuple):
     survivors: int = 8
     chunk: int = 2048
 
-
-_DEFAULT = SearchSpec()
-
-
-def check(spec: SearchSpec) -> None:
-    """Raises ConfigError for a count below 1 (`sweeps`: below 0)."""
-    for name, least in zip(spec._fields, (1, 1, 1, 0, 1, 1), strict=True):
-        require(getattr(spec, name) >= least, f"search.{name}={getattr(spec, name)} must be at least {least}.")
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "sweeps" else 1
+            require(value >= least, f"search.{field.name}={value} must be at least {least}.")
 
 
 class _Particle(NamedTuple):
@@ -132,7 +130,7 @@ def _fine(problem: Problem, budgets: np.ndarray, coarse: np.ndarray, minimisers:
 def search(
     problem: Problem,
     budgets: Float64[np.ndarray, " m"],
-    spec: SearchSpec = _DEFAULT,
+    spec: SearchSpec = SearchSpec(),
     *,
     seed: int = 0,
     dtype: Any = np.float32,
@@ -152,7 +150,6 @@ def search(
     Returns:
       `upper`: values of feasible points, float64, with a rounding margin; `lower` equal to it: estimated.
     """
-    check(spec)
     rng = np.random.default_rng(seed)
     top = problem.radii(budgets[-1:])[0]
     count = max(2, spec.budgets)
@@ -199,13 +196,12 @@ def search(
 
 def local_minima(
     problem: Problem,
-    spec: SearchSpec = _DEFAULT,
+    spec: SearchSpec = SearchSpec(),
     *,
     seed: int = 0,
     dtype: Any = np.float32,
 ) -> Float64[np.ndarray, "k p"]:
     """Where `starts` particles over all of W end, best first: among them the symmetric copies of a minimiser."""
-    check(spec)
     rng = np.random.default_rng(seed)
     starts = rng.standard_normal((1, spec.starts, problem.size))
     starts *= problem.radius / np.linalg.norm(starts, axis=2, keepdims=True)
@@ -225,7 +221,7 @@ def monotone(values: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def kappa_by_search(
     problem: Problem,
-    spec: SearchSpec = _DEFAULT,
+    spec: SearchSpec = SearchSpec(),
     *,
     seed: int = 0,
     dtype: Any = np.float32,
@@ -234,7 +230,6 @@ def kappa_by_search(
 
     The lower bound is the value of a point; that it is the largest is not proven: the status is 'estimated'.
     """
-    check(spec)
     rng = np.random.default_rng(seed)
     starts = rng.standard_normal((1, spec.budgets * spec.starts, problem.size))
     starts /= np.linalg.norm(starts, axis=2, keepdims=True)
