@@ -16,7 +16,7 @@ lower bound on inf(P).  The default run takes about a minute on two CPU cores, t
 """
 
 from dualgap_jax.branches import BRANCHES
-from dualgap_jax.config import Component, ConfigError, component, experiment_config, parse_arg
+from dualgap_jax.config import ConfigError, component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.search import SearchSpec
@@ -29,7 +29,7 @@ SOURCES = ("synthetic", "mnist", "cifar10")
 
 
 def get_config(arg=None):
-    args = parse_arg(arg, branch="deep_relu", data="synthetic", I=NUM_BRANCHES, seed=0, data_seed=1, smoke=False)
+    args = parse_arg(arg, branch="deep_relu", data="synthetic", I=NUM_BRANCHES, seed=0, data_seed=0, smoke=False)
     for key, allowed in (("branch", KINDS), ("data", SOURCES)):
         if getattr(args, key) not in allowed:
             raise ConfigError(unknown(f"value of {key}:", getattr(args, key), allowed))
@@ -48,8 +48,6 @@ def get_config(arg=None):
     else:
         size = 40 if args.smoke else {"tanh": 30}.get(args.branch, 500)
         data = component(DATASETS, "synthetic_relu", n=size, d=1 if args.branch == "tanh" else 2, seed=args.data_seed)
-        if args.branch == "tanh":
-            data = Component(data.name, {**data.settings, "seed": args.data_seed - 1})
         effort = SearchSpec(budgets=16, starts=64, steps=150, sweeps=2)
     if args.smoke:
         effort = SearchSpec(budgets=3, starts=4, steps=10, sweeps=1, survivors=2)
@@ -74,7 +72,7 @@ def get_config(arg=None):
         trained=TrainedSpec(
             num_branches=(1, 2) if args.smoke else (1, 2, 4, 8, 16, 32, 64),
             steps=20 if args.smoke else 2000,
-            seeds=2 if args.smoke else 8,
+            seeds=2 if args.smoke else 32,
         ),
         seed=args.seed,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from scipy.optimize import minimize
 
+from dualgap_jax import config, experiments, figures
 from dualgap_jax.branches import conv, from_functions, mlp
 from dualgap_jax.config import ConfigError
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import branch_and_bound, closed_forms, deltas, gap, intervals, problem, search
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.search import SearchSpec
+from dualgap_jax.experiments import duality_gap
 from dualgap_jax.losses import binary_hinge, multi_margin
+from dualgap_jax.records import load_json, load_npz, save_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = SearchSpec(budgets=8, starts=24, steps=80, sweeps=1, survivors=4)
 
@@ -865,3 +872,107 @@ def test_what_cannot_be_certified_is_refused(rng: np.random.Generator) -> None:
         branch_and_bound.certify(big, f, BoundSpec(0.0))
     with pytest.raises(ValueError, match="delta_lower"):
         gap.verdicts([f], 0.5, [[1]], delta_lower=1.0, delta_upper=0.5)
+
+
+# --- the experiment ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of `configs/theorem1.py` at smoke size."""
+    folder = tmp_path_factory.mktemp("theorem1") / "w"
+    experiments.run(config.load(ROOT / "configs" / "theorem1.py", "smoke"), workdir=folder)
+    return folder
+
+
+def test_the_record_can_be_checked_from_its_files(smoke: Path) -> None:
+    record = load_json(smoke / "results" / "duality_gap.json")
+    arrays = load_npz(smoke / "results" / "duality_gap.npz")
+    needed = {
+        "primal_upper", "dual_lower", "gap_upper", "delta_lower", "normalized_gap", "bound", "status", "verified",
+        "num_branches", "hinge_loss", "clipped",
+    }  # fmt: skip
+    budgets, weights = arrays["budgets"], arrays["used_weights"]
+    costs = np.linalg.norm(weights, axis=1) ** record["power"]
+    for row in record["rows"]:
+        assert needed <= row.keys()
+        assert row["status"] == "certified"
+        assert row["verified"] is (row["gap_upper"] <= row["bound"] * row["delta_lower"])
+        assert row["verified"]
+        counts = {round(b / budgets[1]): n for b, n in row["allocation"]}
+        assert sum(counts.values()) == row["num_branches"]
+        spent = sum(n * costs[list(arrays["used_indices"]).index(j)] for j, n in counts.items())
+        assert spent <= row["num_branches"] * record["budget"] * (1 + 1e-12)
+        assert row["linear_loss"] == pytest.approx(row["primal_upper"], abs=1e-6)
+        assert row["clipped"] == pytest.approx(0, abs=1e-12)
+        assert row["assumption_1"]["status"] == "certified"
+    np.testing.assert_allclose(arrays["delta_weights"] @ arrays["delta_points"], arrays["delta_middle"], atol=1e-12)
+    assert record["population"]["rows"][0]["gap_half_width"] >= 0
+
+
+def test_trained_networks_stay_above_the_primal(smoke: Path) -> None:
+    record = load_json(smoke / "results" / "duality_gap.json")
+    assert [t["num_branches"] for t in record["trained"]] == [1, 2]
+    for row in record["trained"]:
+        assert row["feasible"]
+        assert not row["below_primal"]
+        assert min(row["losses"]) >= row["primal_lower"]
+        assert row["best"] == min(row["losses"])
+
+
+@pytest.mark.parametrize("power", [2.0, 1.0])
+def test_projection_on_the_constraint_of_the_primal(power: float, rng: np.random.Generator) -> None:
+    for _ in range(4):
+        count, radius, budget = int(rng.integers(1, 6)), 1.3, float(rng.uniform(0.1, 1.6))
+        w = 2 * rng.standard_normal((count, 3))
+        found = np.asarray(duality_gap.project(jnp.asarray(w, jnp.float32), budget, radius, power), np.float64)
+        norms = np.linalg.norm(found, axis=1)
+        assert (norms <= radius + 1e-5).all()
+        assert (norms**power).mean() <= budget + 1e-5
+        np.testing.assert_allclose(
+            np.asarray(duality_gap.project(jnp.asarray(0.01 * w), budget, radius, power)), 0.01 * w, rtol=1e-6
+        )
+        if power == 2.0:  # by SciPy: the nearest point
+            limits = [
+                {"type": "ineq", "fun": lambda v, n=count, k=budget: k - (v**2).sum() / n},
+                {"type": "ineq", "fun": lambda v, n=count, r=radius: r**2 - (v.reshape(n, 3) ** 2).sum(1)},
+            ]
+            near = minimize(lambda v, w=w: ((v - w.ravel()) ** 2).sum(), 0.1 * w.ravel(), constraints=limits)
+            np.testing.assert_allclose(found.ravel(), near.x, atol=2e-3)
+
+
+def test_the_figure_is_drawn_from_the_record(smoke: Path, tmp_path: Path) -> None:
+    assert (smoke / "figures" / "duality_gap.png").is_file()
+    (tmp_path / "results").mkdir()
+    record = load_json(smoke / "results" / "duality_gap.json")
+    zero = {
+        **record,
+        "status": "estimated",
+        "trained": [],
+        "rows": [{**record["rows"][0], "gap_upper": 0.0, "delta_lower": 0.0}],
+    }
+    save_json(tmp_path / "results" / "duality_gap.json", zero)
+    assert [p.suffix for p in figures.draw(tmp_path)] == [".png", ".pdf"]
+    save_json(tmp_path / "results" / "duality_gap.json", {**record, "rows": []})
+    with pytest.raises(ValueError, match="has no rows"):
+        figures.draw(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tau": -1.0}, "tau=-1"),
+        ({"budget_share": 0.0}, "budget_share=0"),
+        ({"fresh_samples": 1}, "no confidence interval"),
+        ({"num_branches": ()}, "num_branches is empty"),
+        ({"branch": {"name": "mlp", "use_bias": True}}, "tau=0 needs a proven bound"),
+        ({"route": "closed_form", "tau": 1.0, "branch": {"name": "gru"}}, "needs a bias-free mlp"),
+        ({"route": "magic"}, "auto, bound, closed_form, search"),
+        ({"search": {"starts": 0}}, "search.starts=0"),
+        ({"trained": {"steps": 0}}, "trained.steps=0"),
+    ],
+)
+def test_bad_configs_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experiments.run({"experiment": "duality_gap", **change}, workdir=tmp_path / "w")
+    assert not (tmp_path / "w").exists()

@@ -96,6 +96,7 @@ def homogeneous_value_function(
         minimisers=(budgets ** (1 / power) * (1 - 4 * _EPS))[:, None] * kappa.direction,
         lagrangian=lagrangian,
         slope=kappa.upper * radius ** (degree - 1) * (1 + 8 * _EPS),
+        concave=exponent >= 1,
     )
 
 

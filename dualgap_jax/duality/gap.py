@@ -67,6 +67,7 @@ class ValueFunction(NamedTuple):
     minimisers: Float64[np.ndarray, "m p"] | None = None
     lagrangian: Callable[[float], float] | None = None
     slope: float | None = None
+    concave: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -76,6 +77,22 @@ class ValueFunction(NamedTuple):
     def step_below(self) -> Values:
         """`[m]` numbers u with `v(b) >= u[j]` for every b above `budgets[j]` up to `budgets[j + 1]`, by monotony."""
         return np.append(self.lower[1:], self.lower[-1])
+
+
+def _concave_lower(function: ValueFunction, budget: float, count: int) -> float:
+    """A lower bound on inf(P) for branches of one kind with concave v, over all budgets, on the grid or off it.
+
+    A concave function of the allocation is least at a vertex of `{sum b_i <= I K}` in the box of budgets: all branches
+    but one have the least or the largest budget.
+    """
+    b, low = function.budgets, function.lower
+    share = min(max((budget - float(b[0])) / float(b[-1] - b[0]), 0.0), 1.0) * (1 + 4e-12)
+    full = min(math.floor(count * share), count)
+    if full == count:
+        return float(low[-1])
+    rest = float(b[0]) + (count * share - full) * float(b[-1] - b[0])
+    one = float(low[min(int(np.searchsorted(b, rest)), len(b) - 1)])
+    return (full * float(low[-1]) + one + (count - full - 1) * float(low[0])) / count
 
 
 class Allocation(NamedTuple):
@@ -815,6 +832,9 @@ def verdicts(
         proven = max(dual_lower(functions, budget, row, lam) for lam in candidates)
         primal_upper = _outward(upper.value, scale, 1)
         dual_upper = _outward(dual.value, scale, 1)
+        if len(functions) == 1 and functions[0].concave:
+            exact = _concave_lower(functions[0], budget, total)
+            lower = lower._replace(lower=max(lower.lower, exact))
         # Weak duality: a lower bound on sup(D) is one on inf(P), an upper bound on inf(P) one on sup(D).
         primal_lower = max(_outward(lower.lower, scale, -1), proven)
         dual_upper = min(dual_upper, primal_upper)

@@ -10,7 +10,7 @@ import ml_collections
 
 from dualgap_jax.config import as_dict, require, to_spec
 from dualgap_jax.experiments.base import ExperimentFn, Report, Tables, execute, identity, spec_type
-from dualgap_jax.experiments.duality_gap import duality_gap
+from dualgap_jax.experiments.duality_gap import duality_gap_experiment
 from dualgap_jax.experiments.landscape import landscape_experiment
 from dualgap_jax.experiments.regimes import regimes
 from dualgap_jax.experiments.row import landscape_row
@@ -20,7 +20,7 @@ from dualgap_jax.registry import Table
 EXPERIMENTS: Table[ExperimentFn] = Table(
     "experiment",
     {
-        "duality_gap": duality_gap,
+        "duality_gap": duality_gap_experiment,
         "landscape": landscape_experiment,
         "landscape_row": landscape_row,
         "regimes": regimes,

@@ -206,7 +206,7 @@ def _kappa(spec: DualityGapSpec, problem: Problem, hidden: tuple[int, ...]) -> c
     return kappa_by_search(problem, spec.search, seed=spec.seed)
 
 
-def duality_gap(spec: DualityGapSpec, workdir: Workdir, tables: Tables) -> Report:
+def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Tables) -> Report:
     """Duality gap of Theorem 1 for every number of branches, certified where it can be, beside the bound 2/I."""
     dataset, fresh, note = _samples(spec, tables)
     setup = _setup(spec, tables, dataset)

@@ -7,6 +7,7 @@ A work folder holds records in `results/`; each record kind has one function her
 |---|---|---|
 | `landscape.json`, `landscape.npz` | `landscape` | the loss on one plane (a panel of Figures 1 and 4) |
 | `row.json` | `row`, `scores` | a row of Figures 1 and 4; each convexity score against I |
+| `duality_gap.json` | `duality_gap` | Theorem 1: gap and bound against I, value function, dual, trained networks |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
 
 Non-finite numbers are never dropped in silence: grid points appear as grey hatched cells, points along an edge and
@@ -18,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dualgap_jax.figures.duality import duality_gap
 from dualgap_jax.figures.scores import regimes
 from dualgap_jax.figures.surfaces import landscape, row
 from dualgap_jax.registry import Table
 
 FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
-    "figure", {"landscape.json": landscape, "row.json": row, "regimes.json": regimes}
+    "figure", {"landscape.json": landscape, "row.json": row, "regimes.json": regimes, "duality_gap.json": duality_gap}
 )
 """Record file under `results/` -> the function that draws its figures."""
 
