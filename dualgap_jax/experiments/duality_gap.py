@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -276,7 +277,7 @@ def _samples(spec: DualityGapSpec, tables: Tables) -> tuple[Dataset, list[Datase
     if not wanted:
         return dataset, [], ""
     n = len(dataset.y)
-    parameters = tables.datasets[spec.data.name].__kwdefaults__ or {}
+    parameters = inspect.signature(tables.datasets[spec.data.name]).parameters
     if "split" in parameters:
         pool = tables.datasets.build(spec.data.name, **{**settings, "split": "test", "num_examples": 0})
         size, first = min(n, len(pool.y) // wanted), 0
