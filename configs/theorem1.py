@@ -62,11 +62,12 @@ def get_config(arg=None):
         data=data,
         tau=100.0 if args.branch == "conv" else 0.0,
         radius={"tanh": 3.0, "conv": 5.0}.get(args.branch, 2.0),
+        budget_share=0.145898 if args.branch == "tanh" else 0.381966,
         power=1.0 if args.branch == "single_relu" else 2.0,
         num_branches=args.I[:3] if args.smoke else args.I,
         grid=65 if args.smoke else (257 if images else 4097),
         search=effort,
-        bound=BoundSpec(1e-2, 200 if args.smoke else 100_000),
+        bound=BoundSpec(1e-3, 200 if args.smoke else 100_000),
         dual_bound=BoundSpec(1e-8, 200 if args.smoke else 300_000),
         fresh_samples=2 if args.smoke else (4 if images else 8),
         trained=TrainedSpec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -976,3 +977,17 @@ def test_bad_configs_are_refused(change: dict[str, Any], message: str, tmp_path:
     with pytest.raises(ConfigError, match=message):
         experiments.run({"experiment": "duality_gap", **change}, workdir=tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_the_benchmark_runs_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_duality_gap", ROOT / "benchmarks" / "duality_gap.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(["--smoke", "--json", str(tmp_path / "results.json")])
+    rows = load_json(tmp_path / "results.json")["rows"]
+    assert [row["width"] for row in rows[:4:2]] == pytest.approx([0, 0], abs=1e-12)
+    assert rows[-1]["evaluations_per_second"]["median"] > 0
+    assert module.operations((3, 2, 1), 5) == 2 * 2 * 5 * (6 + 2) + 2 * 5 * 2
