@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import importlib.util
 import itertools
 import math
@@ -128,6 +129,11 @@ def test_min_plus_against_the_definition(rng: np.random.Generator) -> None:
         slow = [min(a[s] + b[t - s] for s in range(len(a)) if 0 <= t - s < len(b)) for t in range(len(a) + len(b) - 1)]
         np.testing.assert_array_equal(gap.min_plus(a, b), slow)
         np.testing.assert_array_equal(gap.min_plus(a, b, 3), slow[:3])
+
+
+def test_the_example_in_the_docstring_holds() -> None:
+    assert doctest.testmod(gap).failed == 0
+    assert doctest.testmod(gap).attempted == 2
 
 
 # --- sup(D) -----------------------------------------------------------------------------------------------------------

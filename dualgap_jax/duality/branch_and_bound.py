@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float64
 
 from dualgap_jax.config import require
 from dualgap_jax.duality.gap import ValueFunction
 from dualgap_jax.duality.intervals import extension, is_smooth
-from dualgap_jax.duality.problem import ByIdentity, Problem
+from dualgap_jax.duality.problem import ByIdentity, Problem, values_at
 from dualgap_jax.duality.search import monotone
 from dualgap_jax.records import Progress
 
@@ -322,11 +322,17 @@ def certify(
     if found.minimisers is None:
         raise ValueError("certify needs the minimisers of the search.")
     squares = found.budgets ** (2 / problem.power) * (1 + 1e-13)
-    tree = _grow(problem, squares, found.upper, found.minimisers, spec, 0.0, label)
-    points = tree.points
     radii = problem.radii(found.budgets)
-    norms = np.maximum(np.linalg.norm(points, axis=1), 1e-300)
-    points = points * np.minimum(1.0, radii / norms)[:, None]
+
+    def inside(w: np.ndarray) -> np.ndarray:
+        return w * np.minimum(1.0, radii / np.maximum(np.linalg.norm(w, axis=1), 1e-300))[:, None]
+
+    start, points = monotone(upper_values(problem, inside(found.minimisers)), inside(found.minimisers))
+    tree = _grow(problem, squares, start, points, spec, 0.0, label)
+    points = inside(tree.points)
+    slope = _largest_slope(problem)
+    # Points moved to the safe side of their sphere by a rounding lose at most this.
+    tree = tree._replace(upper=tree.upper + 1e-13 * slope * problem.radius)
     state = "closed" if not tree.left_open else f"{tree.left_open:,} left open"
     known: dict[float, float] = {}
 
@@ -355,8 +361,26 @@ def certify(
         f"branch and bound, {tree.boxes:,} boxes, {state}",
         points,
         lagrangian if problem.power == 2 else None,
-        _largest_slope(problem),
+        slope,
     )
+
+
+@functools.lru_cache(maxsize=32)
+def _points_kernel(key: ByIdentity) -> Any:
+    point = extension(key.problem.g, jnp.zeros(key.problem.size, jnp.float64))
+    return jax.jit(jax.vmap(lambda w: point(w, w)[1]))
+
+
+def upper_values(problem: Problem, w: Float64[np.ndarray, "k p"]) -> Float64[np.ndarray, " k"]:
+    """Proven upper bounds on g at the rows of w: by interval arithmetic for up to `MAX_PARAMETERS` parameters.
+
+    With more, float64 values and a margin of `8 (n + p) eps` times their size, which is not a proof.
+    """
+    if problem.size <= MAX_PARAMETERS:
+        with jax.enable_x64(True):
+            return np.asarray(_points_kernel(ByIdentity(problem))(jnp.asarray(w, jnp.float64)))
+    values = values_at(problem, w)
+    return values + 8 * (len(problem.c) + problem.size) * _EPS * (1 + np.abs(values))
 
 
 def _largest_slope(problem: Problem) -> float:

@@ -154,7 +154,7 @@ def kappa_linear(
         direction = np.concatenate([p.reshape(-1) for p in parts]) / math.sqrt(layers)
     value = norm * layers ** (-layers / 2) / tau
     sizes = np.linalg.norm(x, axis=1) * np.linalg.norm(c, axis=1)
-    margin = (len(x) + 64) * _EPS * float(sizes.mean()) * layers ** (-layers / 2) / tau
+    margin = (len(x) + x.shape[1] + 64) * _EPS * float(sizes.mean()) * layers ** (-layers / 2) / tau
     return Kappa(max(0.0, value - margin), value + margin, direction, "certified", "linear, singular value")
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Float64
 from scipy.optimize import linprog
 from scipy.spatial import ConvexHull, QhullError
 
+from dualgap_jax.duality.branch_and_bound import upper_values
 from dualgap_jax.duality.gap import Status, ValueFunction, envelope, hull
-from dualgap_jax.duality.problem import Problem, rounding, values_at
+from dualgap_jax.duality.problem import Problem, values_at
 
 _LP_PARAMETERS = 64  # with more, points in general position have no combination at a given target
 _EPS = float(np.finfo(np.float64).eps)
@@ -83,9 +84,8 @@ def combination(problem: Problem, function: ValueFunction, points: np.ndarray, w
         raise ValueError(f"a point has norm {longest:.6g}, outside W, the ball of radius {problem.radius:.6g}.")
     weights = weights / weights.sum()
     middle = weights @ points
-    values = values_at(problem, points)
-    margin = (rounding(problem) * (1 + problem.radius) + 16 * _EPS) * (1 + float(np.abs(values).max()))
-    convexified = float(weights @ values) + margin
+    convexified = float(weights @ upper_values(problem, points))
+    convexified += 16 * len(points) * _EPS * (1 + abs(convexified))
     # The middle is known up to rounding; its h is taken a little larger, where v is smaller.
     norm = float(np.linalg.norm(middle)) * (1 + 1e-12) + 1e-14
     restricted = value_below(function, norm**problem.power, norm)

@@ -308,9 +308,9 @@ def dual_by_envelope(
     for edge in _edges(problem):
         width = (edge.q - edge.p) * problem.counts[edge.which] / total
         if left <= width:
-            return Dual(value + edge.slope * left, -edge.slope / problem.spacing)
+            return Dual(float(value + edge.slope * left), -edge.slope / problem.spacing)
         value, left = value + edge.slope * width, left - width
-    return Dual(value, 0.0)
+    return Dual(float(value), 0.0)
 
 
 def _multipliers(problem: _Problem, budget: float) -> list[float]:
@@ -844,15 +844,15 @@ def verdicts(
             Verdict(
                 num_branches=total,
                 budget=float(budget),
-                primal_lower=primal_lower,
-                primal_upper=primal_upper,
-                dual_lower=proven,
-                dual_upper=dual_upper,
-                gap_lower=gap_lower,
-                gap_upper=gap_upper,
+                primal_lower=float(primal_lower),
+                primal_upper=float(primal_upper),
+                dual_lower=float(proven),
+                dual_upper=float(dual_upper),
+                gap_lower=float(gap_lower),
+                gap_upper=float(gap_upper),
                 delta_lower=float(delta_lower),
                 delta_upper=float(delta_upper),
-                normalized_gap=gap_upper / delta_lower if delta_lower > 0 else None,
+                normalized_gap=float(gap_upper / delta_lower) if delta_lower > 0 else None,
                 bound=bound,
                 status="certified" if certified else "estimated",
                 verified=bool(gap_upper <= bound * delta_lower),
