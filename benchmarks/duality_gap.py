@@ -8,7 +8,8 @@ group relaxation, and by repeated squaring with rounding.  Goal: 10 s each; give
 **Search.** A branch evaluation is g and its gradient for one branch on the whole data set.  Its operations are those of
 the branch's matrix products: forward and weight gradients of all layers, input gradients of all but the first.  The
 limit is the rate of two bare jitted products of the first layer's shapes, forward and weight gradient, for all
-particles at once.  The call that is timed is the search's own kernel, projection and step control included, after compilation.
+particles at once.  The call that is timed is the search's own kernel, projection and step control included, after
+compilation.
 """
 
 from __future__ import annotations

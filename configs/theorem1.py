@@ -43,8 +43,8 @@ def get_config(arg=None):
         "conv": component(BRANCHES, "conv", channels=(2, 4)),
     }[args.branch]
     if images:
-        data = component(DATASETS, args.data, num_examples=64 if args.smoke else 1000)
-        effort = SearchSpec(budgets=8, starts=8, steps=60, sweeps=1, survivors=2, chunk=16)
+        data = component(DATASETS, args.data, num_examples=64 if args.smoke else 300)
+        effort = SearchSpec(budgets=6, starts=6, steps=40, sweeps=1, survivors=2, chunk=36)
     else:
         size = 40 if args.smoke else {"tanh": 30}.get(args.branch, 500)
         data = component(DATASETS, "synthetic_relu", n=size, d=1 if args.branch == "tanh" else 2, seed=args.data_seed)
@@ -62,18 +62,18 @@ def get_config(arg=None):
         data=data,
         tau=100.0 if args.branch == "conv" else 0.0,
         radius={"tanh": 3.0, "conv": 5.0}.get(args.branch, 2.0),
-        budget_share=0.145898 if args.branch == "tanh" else 0.381966,
+        budget_share=0.05 if args.branch == "tanh" else 0.381966,
         power=1.0 if args.branch == "single_relu" else 2.0,
         num_branches=args.I[:3] if args.smoke else args.I,
         grid=65 if args.smoke else (257 if images else 4097),
         search=effort,
-        bound=BoundSpec(1e-3, 200 if args.smoke else 100_000),
+        bound=BoundSpec(3e-4, 200 if args.smoke else 100_000),
         dual_bound=BoundSpec(1e-8, 200 if args.smoke else 300_000),
-        fresh_samples=2 if args.smoke else (4 if images else 8),
+        fresh_samples=2 if args.smoke or images else 8,
         trained=TrainedSpec(
-            num_branches=(1, 2) if args.smoke else (1, 2, 4, 8, 16, 32, 64),
-            steps=20 if args.smoke else 2000,
-            seeds=2 if args.smoke else 32,
+            num_branches=(1, 2) if args.smoke else ((1, 2, 4, 8) if images else (1, 2, 4, 8, 16, 32, 64)),
+            steps=20 if args.smoke else (300 if images else 2000),
+            seeds=2 if args.smoke else (3 if images else 32),
         ),
         seed=args.seed,
     )

@@ -118,7 +118,7 @@ def _draw_gap(axes: Axes, rows: list[Mapping[str, Any]]) -> None:
     axes.yaxis.set_minor_locator(_no_ticks())
     axes.set_ylabel("loss")
     axes.set_title("Duality gap and the bound of Theorem 1", loc="left")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
 
 
 def _no_ticks() -> Any:
@@ -147,7 +147,7 @@ def _draw_value(axes: Axes, record: Mapping[str, Any]) -> None:
     axes.set_xlim(b[0], b[-1])
     axes.set(xlabel="budget $b$ of one branch", ylabel="loss")
     axes.set_title("Value function and its convex envelope", loc="left")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
 
 
 def _draw_dual(axes: Axes, record: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> None:
