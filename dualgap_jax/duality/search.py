@@ -186,7 +186,7 @@ def search(
     coarse_all, minimisers = np.append(0.0, coarse), np.concatenate([np.zeros((1, problem.size)), best])
     fine = _fine(problem, budgets, coarse_all, minimisers)
     m = len(budgets)
-    values = values_at(problem, fine.reshape(-1, problem.size)).reshape(m, -1)
+    values = values_at(problem, fine.reshape(-1, problem.size), batch=min(64, spec.chunk)).reshape(m, -1)
     chosen = np.argmin(values, axis=1)
     upper, points = values[np.arange(m), chosen], fine[np.arange(m), chosen]
     upper, points = monotone(upper, points)
