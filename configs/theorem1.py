@@ -72,7 +72,7 @@ def get_config(arg=None):
         search=effort,
         bound=BoundSpec(3e-4, 200 if args.smoke else 100_000),
         dual_bound=BoundSpec(1e-8, 200 if args.smoke else 300_000),
-        fresh_samples=2 if args.smoke or images else 8,
+        fresh_samples=0 if args.branch == "conv" else (2 if args.smoke or images else 8),
         trained=TrainedSpec(
             num_branches=(1, 2) if args.smoke else ((1, 2) if images else (1, 2, 4, 8, 16, 32, 64)),
             steps=20 if args.smoke else (200 if images else 2000),
