@@ -63,7 +63,7 @@ def get_config(arg=None):
         }[args.branch],
         branch=branch,
         data=data,
-        tau=100.0 if args.branch == "conv" else 0.0,
+        tau=1000.0 if args.branch == "conv" else 0.0,
         radius={"tanh": 3.0, "conv": 5.0}.get(args.branch, 2.0),
         budget_share=0.05 if args.branch == "tanh" else 0.381966,
         power=1.0 if args.branch == "single_relu" else 2.0,
