@@ -141,6 +141,29 @@ def write_spectral(workdir: Path) -> Path:
     return workdir
 
 
+def write_duality_gap(workdir: Path) -> Path:
+    """Gaps at three I, a value function with its envelope, a dual function, and trained networks at two I."""
+    record: dict[str, Any] = {"title": "A title for $5", "status": "certified", "method": "by hand", "budget": 1.0}
+    record["delta"] = {"lower": 0.5, "upper": 0.6, "status": "certified"}
+    record["rows"] = [
+        {"num_branches": count, "gap_lower": gap / 2, "gap_upper": gap, "bound": 2 / count, "delta_lower": 0.5}
+        | {"primal_upper": 0.4 + gap, "dual_lower": 0.4, "verified": True}
+        for count, gap in ((1, 0.1), (10, 0.01), (100, 0.0))
+    ]
+    record["value_function"] = {"budgets": [0.0, 1.0, 2.0], "lower": [1.0, 0.4, 0.0], "upper": [1.0, 0.5, 0.0]}
+    record["value_function"]["envelope"] = [1.0, 0.45, 0.0]
+    record["dual_function"] = {"multipliers": [0.0, 0.5, 1.0], "q": [0.0, 0.9, 1.0]}
+    record["dual_function"] |= {"dual_objective": [0.0, 0.4, 0.0], "best": 0.5}
+    record["trained"] = [
+        {"num_branches": count, "losses": [0.6, 0.7], "median": 0.65, "primal_upper": 0.5, "dual_lower": 0.4}
+        for count in (1, 2)
+    ]
+    results = workdir / "results"
+    results.mkdir(parents=True)
+    (results / "duality_gap.json").write_text(json.dumps(record))
+    return workdir
+
+
 def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
     """A work folder that holds a record of the given name."""
     scores = {1: {"envelope_max": 2.0}, 10: {"envelope_max": 0.5}}
@@ -150,6 +173,7 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "regimes.json": lambda: write_regimes(workdir, rng),
         "shapley_folkman.json": lambda: write_averages(workdir),
         "spectral.json": lambda: write_spectral(workdir),
+        "duality_gap.json": lambda: write_duality_gap(workdir),
         "hitting_rate.json": lambda: write_hitting_rate(workdir, rng),
         "hitting_search.json": lambda: write_hitting_search(workdir, rng),
     }[name]()

@@ -10,6 +10,7 @@ import ml_collections
 
 from dualgap_jax.config import as_dict, require, to_spec
 from dualgap_jax.experiments.base import ExperimentFn, Report, Tables, execute, identity, spec_type
+from dualgap_jax.experiments.duality_gap import duality_gap_experiment
 from dualgap_jax.experiments.hitting_rate import hitting_rate
 from dualgap_jax.experiments.hitting_search import hitting_search
 from dualgap_jax.experiments.landscape import landscape_experiment
@@ -30,6 +31,7 @@ EXPERIMENTS: Table[ExperimentFn] = Table(
         "shapley_folkman": shapley_folkman,
         "hitting_rate": hitting_rate,
         "hitting_search": hitting_search,
+        "duality_gap": duality_gap_experiment,
     },
 )
 TABLES = Tables(EXPERIMENTS)

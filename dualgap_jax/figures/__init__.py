@@ -7,6 +7,7 @@ A work folder holds records in `results/`; each record kind has one function her
 |---|---|---|
 | `landscape.json`, `landscape.npz` | `landscape` | the loss on one plane (a panel of Figures 1 and 4) |
 | `row.json` | `row`, `scores` | a row of Figures 1 and 4; each convexity score against I |
+| `duality_gap.json` | `duality_gap` | Theorem 1: gap and bound against I, value function, dual, trained networks |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
 | `shapley_folkman.json`, `.npz` | `shapley_folkman`, `hull_distance` | Figure 3; distance to the hull against n |
 | `spectral.json`, `.npz` | `spectral` | SGD falling to the certified optimum, the spectrum, the gap (Theorem 2) |
@@ -23,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dualgap_jax.figures.averages import shapley_folkman
+from dualgap_jax.figures.duality import duality_gap
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.scores import regimes
 from dualgap_jax.figures.spectra import spectral
@@ -39,6 +41,7 @@ FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
         "spectral.json": spectral,
         "hitting_rate.json": hitting_rate,
         "hitting_search.json": hitting_search,
+        "duality_gap.json": duality_gap,
     },
 )
 """Record file under `results/` -> the function that draws its figures."""

@@ -1,0 +1,533 @@
+"""Theorem 1 on one data set: the duality gap for every number of branches, the bound 2/I, and what SGD reaches."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dualgap_jax.branches import mlp_output_bound
+from dualgap_jax.config import Component, ConfigError, require
+from dualgap_jax.data import Dataset
+from dualgap_jax.duality import closed_forms, deltas, gap
+from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, certify
+from dualgap_jax.duality.gap import Allocation, ValueFunction, Verdict
+from dualgap_jax.duality.problem import Problem, branch_problem, primal_risk, values_at
+from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
+from dualgap_jax.experiments.base import Report, Tables
+from dualgap_jax.losses import Loss
+from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.records import Progress, Workdir, save_json, save_npz
+
+HOMOGENEOUS = ("relu", "leaky_relu", "identity")
+CONTRACTIONS = ("relu", "leaky_relu", "identity", "tanh")  # |psi(a)| <= |a|
+_SAVED_POINTS = 513  # of the value function, in the JSON record
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedSpec:
+    """SGD on problem (2) with its constraint.
+
+    Attributes:
+      num_branches: the numbers of branches that are trained; () trains none.
+      seeds: independent runs each, in one program.
+      steps: SGD steps.
+      batch_size: examples a step.
+      learning_rate: times I tau; it falls to 0 along a half cosine.
+    """
+
+    num_branches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    seeds: int = 8
+    steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(
+            all(n >= 1 for n in self.num_branches),
+            f"trained.num_branches={self.num_branches} must be positive integers.",
+        )
+        for name in ("seeds", "steps", "batch_size"):
+            require(getattr(self, name) >= 1, f"trained.{name}={getattr(self, name)} must be at least 1.")
+        require(self.learning_rate > 0, f"trained.learning_rate={self.learning_rate} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DualityGapSpec:
+    """Theorem 1 on one data set.
+
+    Attributes:
+      title: head of the figure.
+      branch: f_i, an entry of the branch table; the number of outputs comes from the data.
+      data: an entry of the data table.
+      tau: margin scale; 0 takes 1.01 times the proven bound on the margins over W, so that Assumption 1 holds.
+      radius: W is the ball `||w|| <= radius`.
+      power: `h(w) = ||w||^power`.
+      budget_share: K as a share of the largest h over W; it is moved to the nearest point of the grid.
+      num_branches: the values of I.
+      grid: points of the grid of budgets.
+      route: 'closed_form' (bias-free mlp, positively homogeneous activation), 'bound' (branch and bound), 'search', or
+        'auto': the first of them that applies, 'bound' up to 4 parameters.
+      search: how hard to search.
+      bound: for the value function; `dual_bound`: for Q at the multiplier, which decides up to which I the theorem can
+        be verified.
+      fresh_samples: fresh samples of the size of the data set, for the population; 0 for none.
+      trained: networks trained against inf(P).
+      seed: of searches and training.
+    """
+
+    title: str = "Duality gap of Theorem 1"
+    branch: Component = Component("mlp", {"hidden": (1, 1), "use_bias": False})
+    data: Component = Component("synthetic_relu", {"n": 500, "d": 2, "seed": 1})
+    tau: float = 0.0
+    radius: float = 2.0
+    power: float = 2.0
+    budget_share: float = 0.381966
+    num_branches: tuple[int, ...] = (1, 2, 3, 5, 10, 30, 100, 1000, 10_000, 100_000)
+    grid: int = 4097
+    route: Literal["auto", "closed_form", "bound", "search"] = "auto"
+    search: SearchSpec = SearchSpec()
+    bound: BoundSpec = BoundSpec(1e-3, 300_000)
+    dual_bound: BoundSpec = BoundSpec(1e-8, 300_000)
+    fresh_samples: int = 0
+    trained: TrainedSpec = TrainedSpec()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.tau < math.inf, f"tau={self.tau} must be >= 0 (0: from the bound on the margins).")
+        require(0 < self.radius < math.inf, f"radius={self.radius} must be positive.")
+        require(1 <= self.power < math.inf, f"power={self.power} must be at least 1.")
+        require(0 < self.budget_share <= 1, f"budget_share={self.budget_share} must lie in (0, 1].")
+        require(len(self.num_branches) > 0, "num_branches is empty; give at least one, as in I=1/10/100.")
+        require(all(n >= 1 for n in self.num_branches), f"num_branches={self.num_branches} must be positive integers.")
+        require(self.grid >= 3, f"grid={self.grid} must be at least 3.")
+        require(self.fresh_samples >= 0, f"fresh_samples={self.fresh_samples} must be >= 0.")
+        require(self.fresh_samples != 1, "fresh_samples=1 gives no confidence interval; give 0, or 2 or more.")
+
+    def validate(self, tables: Tables) -> None:
+        """Looks every name and setting up, so that a bad config fails before anything is written or read."""
+        tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
+        tables.datasets.check(self.data.name, **self.data.settings)
+        known = output_bound_known(self.branch)
+        require(self.tau > 0 or known, "tau=0 needs a proven bound on the margins (a bias-free mlp); give tau.")
+        homogeneous = is_homogeneous(self.branch)
+        require(
+            homogeneous or self.route != "closed_form",
+            "route='closed_form' needs a bias-free mlp with relu or identity.",
+        )
+
+
+def is_homogeneous(branch: Component) -> bool:
+    """Whether `f(s w) = s^L f(w)` for s >= 0: a bias-free mlp with a positively homogeneous activation."""
+    return output_bound_known(branch) and branch.settings.get("activation", "relu") in HOMOGENEOUS
+
+
+def output_bound_known(branch: Component) -> bool:
+    """Whether `mlp_output_bound` holds for the branch."""
+    settings = branch.settings
+    bias_free = branch.name == "mlp" and not settings.get("use_bias", True)
+    return bias_free and settings.get("activation", "relu") in CONTRACTIONS
+
+
+def _hidden(branch: Component) -> tuple[int, ...]:
+    return tuple(branch.settings.get("hidden", (8,)))
+
+
+class _Setup(NamedTuple):
+    """The one-branch problem on a data set, its hinge loss, and the proven bound on the margins over W, or None."""
+
+    problem: Problem
+    loss: Loss
+    margin_bound: float | None
+
+
+def _setup(spec: DualityGapSpec, tables: Tables, dataset: Dataset, tau: float | None = None) -> _Setup:
+    branch = tables.branches.build(spec.branch.name, **{**spec.branch.settings, "out": dataset.num_outputs})
+    bound = None
+    if output_bound_known(spec.branch):
+        x = (np.asarray(dataset.x, np.float64) - dataset.mean) / dataset.std
+        largest = float(np.linalg.norm(x.reshape(len(x), -1), axis=1).max())
+        # A margin between classes is a difference of two outputs: sqrt(2) times their norm.
+        factor = 1.0 if dataset.num_outputs == 1 else math.sqrt(2)
+        bound = factor * mlp_output_bound(len(_hidden(spec.branch)) + 1, spec.radius, largest) * (1 + 1e-12)
+    tau = tau or spec.tau or 1.01 * (bound or 1.0)
+    name = "binary_hinge" if dataset.task == "binary" else "multi_margin"
+    loss = tables.losses.build(name, tau=tau)
+    problem = branch_problem(branch, dataset, tau=tau, radius=spec.radius, power=spec.power, seed=spec.seed)
+    return _Setup(problem, loss, bound)
+
+
+def value_function(spec: DualityGapSpec, problem: Problem, *, quick: bool = False) -> ValueFunction:
+    """The value function by the route of the spec.
+
+    Args:
+      spec: the settings.
+      problem: the one-branch problem.
+      quick: without branch and bound, a quarter of the starts; for repetitions on fresh samples.
+    """
+    route = spec.route
+    if route == "auto":
+        route = "closed_form" if is_homogeneous(spec.branch) else ("bound" if problem.size <= 4 else "search")
+    budgets = problem.grid(spec.grid)
+    if route == "closed_form":
+        hidden = _hidden(spec.branch)
+        kappa = _kappa(spec, problem, hidden)
+        return closed_forms.homogeneous_value_function(
+            kappa,
+            degree=len(hidden) + 1,
+            power=spec.power,
+            radius=spec.radius,
+            budgets=budgets,
+            offset=problem.offset,
+        )
+    effort = dataclasses.replace(spec.search, starts=max(1, spec.search.starts // 4)) if quick else spec.search
+    small = problem.size <= MAX_PARAMETERS
+    dtype = np.float64 if small else np.float32
+    found = search(problem, budgets, effort, seed=spec.seed, dtype=dtype, label="search")
+    if route == "search" or quick:
+        return found
+    return certify(problem, found, spec.bound, dual=spec.dual_bound, label="branch and bound")
+
+
+def _kappa(spec: DualityGapSpec, problem: Problem, hidden: tuple[int, ...]) -> closed_forms.Kappa:
+    x = problem.x.reshape(len(problem.x), -1)
+    activation = spec.branch.settings.get("activation", "relu")
+    if activation == "identity":
+        return closed_forms.kappa_linear(x, problem.c, tau=problem.tau, widths=hidden)
+    narrow = len(hidden) == 1 or (hidden and max(hidden) == 1)
+    if activation == "relu" and problem.c.shape[1] == 1 and x.shape[1] <= 3 and narrow:
+        return closed_forms.kappa_relu_chain(x, problem.c[:, 0], tau=problem.tau, widths=hidden)
+    return kappa_by_search(problem, spec.search, seed=spec.seed)
+
+
+def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Tables) -> Report:
+    """Duality gap of Theorem 1 for every number of branches, certified where it can be, beside the bound 2/I."""
+    dataset, fresh, note = _samples(spec, tables)
+    setup = _setup(spec, tables, dataset)
+    problem = setup.problem
+    function = value_function(spec, problem)
+    budget = float(function.budgets[max(1, round(spec.budget_share * (spec.grid - 1)))])
+    cloud = local_minima(problem, spec.search, seed=spec.seed) if problem.size <= 64 else None
+    delta = deltas.best_lower_bound(problem, function, cloud)
+    verdicts = gap.verdicts(
+        [function],
+        budget,
+        [[n] for n in spec.num_branches],
+        delta_lower=delta.delta,
+        delta_upper=max(deltas.upper_bound(function), delta.delta),
+        delta_status=delta.status,
+    )
+    allocations = [gap.allocate([function.budgets], [function.upper], budget, [n]) for n in spec.num_branches]
+    rows = [
+        _row(setup, function, dataset, verdict, allocation)
+        for verdict, allocation in zip(verdicts, allocations, strict=True)
+    ]
+    record: dict[str, Any] = {
+        "title": spec.title,
+        "branch": {"name": spec.branch.name, "parameters": problem.size, **spec.branch.settings},
+        "data": dataset.info,
+        "num_examples": len(dataset.y),
+        "method": function.method,
+        "status": verdicts[0].status,
+        "tolerance": function.tolerance,
+        "tau": problem.tau,
+        "radius": spec.radius,
+        "power": spec.power,
+        "budget": budget,
+        "budget_share": budget / problem.largest_budget,
+        "margin_bound": setup.margin_bound,
+        "assumption_1": rows[0]["assumption_1"],
+        "delta": {
+            "lower": delta.delta,
+            "upper": verdicts[0].delta_upper,
+            "status": delta.status,
+            "points": len(delta.points),
+            "restricted": delta.restricted,
+            "convexified": delta.convexified,
+        },
+        "rows": rows,
+        "value_function": _curve(function),
+        "dual_function": _dual_curve(function, budget, verdicts[0].multiplier),
+        "trained": [],
+        "population": None,
+        "population_note": note,
+    }
+    _save_points(workdir, function, delta, allocations)
+    path = workdir.results / "duality_gap.json"
+    save_json(path, record)
+    record["population"] = _population(spec, tables, setup, function, budget, allocations, fresh)
+    save_json(path, record)
+    for count in spec.trained.num_branches:
+        record["trained"].append(_trained(spec, setup, dataset, function, budget, count))
+        save_json(path, record)
+    return _report(record)
+
+
+def _samples(spec: DualityGapSpec, tables: Tables) -> tuple[Dataset, list[Dataset], str]:
+    """The data set, fresh samples of the same law and size, and what there is to say about them."""
+    settings, wanted = dict(spec.data.settings), spec.fresh_samples
+    dataset = tables.datasets.build(spec.data.name, **settings)
+    if not wanted:
+        return dataset, [], ""
+    n = len(dataset.y)
+    parameters = inspect.signature(tables.datasets[spec.data.name]).parameters
+    if "split" in parameters:
+        pool = tables.datasets.build(spec.data.name, **{**settings, "split": "test", "num_examples": 0})
+        size, first = min(n, len(pool.y) // wanted), 0
+        source = f"{wanted} disjoint parts of {size:,} of the test split"
+    elif "n" in parameters:
+        pool = tables.datasets.build(spec.data.name, **{**settings, "n": n * (1 + wanted)})
+        size, first = n, n  # its first rows are the data set itself
+        source = f"{wanted} fresh samples of {size:,}"
+    else:
+        raise ConfigError(
+            f"fresh_samples={wanted}: the data set {spec.data.name!r} has neither `n` nor `split`; give 0."
+        )
+    require(size >= 2, f"fresh_samples={wanted} leaves {size} examples a sample; give fewer.")
+    cuts = [slice(first + k * size, first + (k + 1) * size) for k in range(wanted)]
+    return dataset, [pool._replace(x=pool.x[c], y=pool.y[c]) for c in cuts], source
+
+
+def _row(
+    setup: _Setup, function: ValueFunction, dataset: Dataset, verdict: Verdict, allocation: Allocation
+) -> dict[str, Any]:
+    """A verdict, the primal point behind it, and the hinge loss of that point."""
+    risk = _risk(setup, function, dataset, allocation)
+    (counts,) = allocation.counts
+    return {
+        **verdict._asdict(),
+        "allocation": [[float(function.budgets[j]), counts[j]] for j in sorted(counts)],
+        "method": allocation.method,
+        "linear_loss": risk.linear,
+        "hinge_loss": risk.hinge,
+        "clipped": risk.clipped,
+        "assumption_1": risk.assumption_1._asdict(),
+    }
+
+
+def _risk(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: Allocation) -> Any:
+    if function.minimisers is None:
+        raise ValueError(f"{function.method} keeps no minimisers.")
+    (counts,) = allocation.counts
+    order = sorted(counts)
+    shares = np.array([counts[j] for j in order], np.float64)
+    return primal_risk(
+        setup.problem,
+        setup.loss,
+        function.minimisers[order],
+        shares / shares.sum(),
+        dataset,
+        output_bound=setup.margin_bound,
+    )
+
+
+def _curve(function: ValueFunction) -> dict[str, Any]:
+    """The value function and its envelope at no more than `_SAVED_POINTS` budgets."""
+    picked = np.unique(np.linspace(0, len(function.budgets) - 1, _SAVED_POINTS).round().astype(int))
+    curves = {"budgets": function.budgets, "lower": function.lower, "upper": function.upper}
+    return {k: v[picked] for k, v in {**curves, "envelope": gap.envelope(function.upper)}.items()}
+
+
+def _dual_curve(function: ValueFunction, budget: float, multiplier: float) -> dict[str, Any]:
+    """`Q(lam)` and `Q(lam) - lam K` from the values on the grid (upper bounds), around the maximiser."""
+    drop = float(function.upper[0] - function.upper[-1]) / float(function.budgets[-1])
+    lams = np.unique(np.append(np.linspace(0, 3 * max(multiplier, drop, 1e-12), 121), multiplier))
+    q = np.array([gap.lagrangian([function.budgets], [function.upper], [1], lam)[0] for lam in lams])
+    return {"multipliers": lams, "q": q, "dual_objective": q - lams * budget, "best": multiplier}
+
+
+def _save_points(
+    workdir: Workdir, function: ValueFunction, delta: deltas.Combination, allocations: list[Allocation]
+) -> None:
+    """`results/duality_gap.npz`: the whole value function, the weights that the allocations use, the combination."""
+    used = sorted({j for a in allocations for j in a.counts[0]})
+    minimisers = function.minimisers
+    save_npz(
+        workdir.results / "duality_gap.npz",
+        budgets=function.budgets,
+        lower=function.lower,
+        upper=function.upper,
+        used_indices=np.array(used),
+        used_weights=np.zeros((0, 0)) if minimisers is None else minimisers[used],
+        delta_points=delta.points,
+        delta_weights=delta.weights,
+        delta_middle=delta.middle,
+    )
+
+
+# --- the population ---------------------------------------------------------------------------------------------------
+
+
+def _population(
+    spec: DualityGapSpec,
+    tables: Tables,
+    setup: _Setup,
+    function: ValueFunction,
+    budget: float,
+    allocations: list[Allocation],
+    fresh: list[Dataset],
+) -> dict[str, Any] | None:
+    """The gap on each fresh sample, mean and 95 % interval over them; the risk of the training set's optimal point."""
+    if not fresh:
+        return None
+    from scipy.stats import t as student
+
+    gaps, lowers = [], []
+    with Progress(len(fresh), "fresh samples") as line:
+        for k, sample in enumerate(fresh):
+            one = _setup(spec, tables, sample, tau=setup.problem.tau).problem
+            f = value_function(spec, one, quick=True)
+            delta = max(deltas.on_segment(one, f).delta, deltas.from_envelope(one, f).delta)
+            rows = gap.verdicts([f], budget, [[n] for n in spec.num_branches], delta_lower=delta)
+            gaps.append([row.gap_upper for row in rows])
+            lowers.append(delta)
+            line.update(k + 1)
+    quantile = float(student.ppf(0.975, len(fresh) - 1)) / math.sqrt(len(fresh))
+    table = np.array(gaps)
+    pooled = fresh[0]._replace(x=np.concatenate([s.x for s in fresh]), y=np.concatenate([s.y for s in fresh]))
+    risks = [_risk(setup, function, pooled, allocation) for allocation in allocations]
+    return {
+        "samples": len(fresh),
+        "examples": len(fresh[0].y),
+        "status": "estimated",
+        "delta_mean": float(np.mean(lowers)),
+        "delta_half_width": quantile * float(np.std(lowers, ddof=1)),
+        "rows": [
+            {
+                "num_branches": n,
+                "gap_mean": float(table[:, k].mean()),
+                "gap_half_width": quantile * float(table[:, k].std(ddof=1)),
+                "largest_gap_over_bound": float(np.max(table[:, k] / (2 / n * np.maximum(lowers, 1e-300)))),
+                "risk": risk.linear,
+                "risk_half_width": risk.half_width,
+                "clipped": risk.clipped,
+            }
+            for k, (n, risk) in enumerate(zip(spec.num_branches, risks, strict=True))
+        ],
+    }
+
+
+# --- trained networks -------------------------------------------------------------------------------------------------
+
+
+def project(w: Array, budget: float, radius: float, power: float) -> Array:
+    """Maps the weights `w [I, p]` into the feasible set of (2): `||w_i|| <= radius`, `mean ||w_i||^power <= budget`.
+
+    For power 2 this is the projection: `w_i / (1 + mu)`, cut to the ball, with the least mu >= 0 that meets the budget
+    (found by bisection).  For other powers all weights are multiplied by one factor.
+    """
+    norms = jnp.maximum(jnp.linalg.norm(w, axis=1), 1e-30)
+    low, high = jnp.zeros(()), jnp.asarray(1.0)
+
+    def size(scale: Array) -> Array:
+        return jnp.mean(jnp.minimum(norms * scale, radius) ** power)
+
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = 0.5 * (ends[0] + ends[1])
+        fits = size(middle) <= budget
+        return jnp.where(fits, middle, ends[0]), jnp.where(fits, ends[1], middle)
+
+    # The scale 1 / (1 + mu) lies in (0, 1]; the lower end always fits.
+    low, _ = jax.lax.fori_loop(0, 40, halve, (low, high))
+    scale = jnp.where(size(high) <= budget, 1.0, low)
+    factor = scale if power == 2 else scale * jnp.ones(())
+    return w * jnp.minimum(factor, radius / norms)[:, None]
+
+
+def _trained(
+    spec: DualityGapSpec, setup: _Setup, dataset: Dataset, function: ValueFunction, budget: float, count: int
+) -> dict[str, Any]:
+    """Projected SGD on problem (2) from several seeds, against the bounds on inf(P) at this I."""
+    problem, loss, trained = setup.problem, setup.loss, spec.trained
+    net = multi_branch(problem.branch, count)
+    x, y = jnp.asarray(problem.x, jnp.float32), jnp.asarray(dataset.y)
+    rate = trained.learning_rate * count * problem.tau
+    batch = min(trained.batch_size, len(y))
+
+    def flat(params: Any) -> Array:
+        return jnp.concatenate([leaf.reshape(count, -1) for leaf in jax.tree.leaves(params)], axis=1)
+
+    def unflat(w: Array, params: Any) -> Any:
+        leaves, tree = jax.tree.flatten(params)
+        sizes = np.cumsum([leaf.size // count for leaf in leaves])[:-1]
+        parts = jnp.split(w, sizes.tolist(), axis=1)
+        return jax.tree.unflatten(tree, [p.reshape(leaf.shape) for p, leaf in zip(parts, leaves, strict=True)])
+
+    def run(key: Array) -> Array:
+        params, state = net.init(key, x[:1])
+
+        def objective(params: Any, rows: Array) -> Array:
+            return jnp.mean(loss.per_example(net.apply(params, state, x[rows])[0], y[rows]))
+
+        def step(t: Array, params: Any) -> Any:
+            rows = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, len(y))
+            gradient = jax.grad(objective)(params, rows)
+            now = rate * 0.5 * (1 + jnp.cos(jnp.pi * t / trained.steps))
+            moved = flat(params) - now * flat(gradient)
+            return unflat(project(moved, budget * (1 - 1e-6), spec.radius * (1 - 1e-6), spec.power), params)
+
+        start = unflat(project(flat(params), budget * (1 - 1e-6), spec.radius * (1 - 1e-6), spec.power), params)
+        return flat(jax.lax.fori_loop(0, trained.steps, step, start))
+
+    keys = jax.random.split(jax.random.key(spec.seed), trained.seeds)
+    weights = np.asarray(jax.jit(jax.vmap(run))(keys), np.float64)
+    losses = values_at(problem, weights.reshape(-1, problem.size), batch=256).reshape(trained.seeds, count).mean(axis=1)
+    used = problem.h(weights).mean(axis=1)
+    (verdict,) = gap.verdicts([function], budget, [[count]], delta_lower=0.0)
+    return {
+        "num_branches": count,
+        "losses": losses,
+        "best": float(losses.min()),
+        "median": float(np.median(losses)),
+        "largest_budget_used": float(used.max()),
+        "feasible": bool((used <= budget).all()),
+        "primal_lower": verdict.primal_lower,
+        "primal_upper": verdict.primal_upper,
+        "dual_lower": verdict.dual_lower,
+        "below_primal": bool((losses < verdict.primal_lower).any()),
+        "status": verdict.status,
+    }
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def _report(record: Mapping[str, Any]) -> Report:
+    columns = [
+        "I", "primal_upper", "dual_lower", "gap_lower", "gap_upper", "delta_lower", "gap/Delta", "2/I", "status",
+        "verified",
+    ]  # fmt: skip
+    trained = {t["num_branches"]: t for t in record["trained"]}
+    if trained:
+        columns += ["SGD best - inf(P)"]
+    rows = []
+    for r in record["rows"]:
+        cells = [r["num_branches"], *(float(r[k]) for k in columns[1:6]), r["normalized_gap"], r["bound"], r["status"]]
+        cells.append("yes" if r["verified"] else "no")
+        if trained:
+            t = trained.get(r["num_branches"])
+            cells.append(None if t is None else t["best"] - t["primal_upper"])
+        rows.append(cells)
+    check = record["assumption_1"]
+    notes = [
+        f"Value function: {record['method']} ({record['status']}, tolerance {record['tolerance']:.2g}).",
+        f"Delta: lower bound from {record['delta']['points']} points ({record['delta']['status']}),"
+        f" upper bound {record['delta']['upper']:.4g}.",
+        f"tau = {record['tau']:.4g}, K = {record['budget']:.4g}; Assumption 1: {check['status']}"
+        f" (largest margin {check['largest_margin']:.4g}), the hinge clips at most"
+        f" {max(float(r['clipped']) for r in record['rows']):.2g}.",
+    ]
+    if record["population"]:
+        largest = max(row["largest_gap_over_bound"] for row in record["population"]["rows"])
+        notes.append(f"Population: {record['population_note']}; gap over bound at most {largest:.3g} (estimated).")
+    if trained:
+        below = sum(t["below_primal"] for t in record["trained"])
+        notes.append(f"Trained networks below the lower bound on inf(P): {below} of {len(trained)} values of I.")
+    return Report(record["title"], columns, rows, notes)
