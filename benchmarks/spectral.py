@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
         "relative_gap": "relative gap",
     }
     notes = [
-        f"X {found.x.shape[0]} x {found.x.shape[1]}, {flags.precision}, data: {found.info['name']}.",
+        f"X {found.x.shape[0]} x {found.x.shape[1]}, {flags.precision}, data: {flags.data}.",
         "Seconds include the certificate in float64; limit: the operations of the factorisation at the rate of a bare"
         " jitted product in the same run.",
         f"The optimum by pinv differs by {max(row['peer_disagreement'] for row in rows):.2g} (relative).",

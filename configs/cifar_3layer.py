@@ -3,7 +3,8 @@
     python scripts/run.py --config=configs/cifar_3layer.py:I=5
 
 The setting is that of cifar_1layer.py with deeper branches and rate 0.2 times I.  The paper's largest, I = 50,000, has
-1.2e9 parameters: 5 GB for each network in float32, and training needs several times that.
+1.2e9 parameters: 5 GB for each network in float32, and training needs several times that.  Expect, at I = 5, training
+loss 0.17 and a largest envelope distance near 0.77 in loss.
 """
 
 from pathlib import Path

@@ -227,3 +227,28 @@ def test_targets_are_judged_by_the_median(monkeypatch: pytest.MonkeyPatch) -> No
     }  # fmt: skip
     assert common.judge(row, [common.Target("ratio", 3.5)])["ratio"]["reached"] is False
     assert common.text(ratio) == "3.00 (1.00-8.00)"
+
+
+def test_the_spectral_benchmark_agrees_with_its_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run("spectral", tmp_path / "results.json", monkeypatch)
+    assert [row["case"] for row in results["rows"]] == ["gram", "qr"]
+    for row in results["rows"]:
+        for key in ("seconds", "limit_seconds", "of_limit", "pinv_seconds", "pinv_over_this", "scipy_qr_over_this"):
+            assert is_spread(row[key]), key
+        assert abs(row["relative_gap"]) < 1e-6
+        assert row["peer_disagreement"] < 1e-5
+    assert "relative gap" in capsys.readouterr().out
+
+
+def test_the_value_by_pinv_is_problem_4_at_the_closed_form(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("spectral", monkeypatch)
+    x, y = 9 * rng.standard_normal((7, 40)), 9 * rng.standard_normal((12, 40))
+    left, sigma, right = np.linalg.svd(y @ np.linalg.pinv(x) @ x, full_matrices=False)
+    kept = np.where(np.arange(len(sigma)) < 9, np.maximum(sigma - 5.0, 0), 0)
+    fitted = (left * kept) @ right
+    expected = 0.5 * np.sum((y - fitted) ** 2) + 5.0 * np.linalg.norm(fitted, "nuc")
+    assert module.value_of(*module.by_pinv(x, y), x, y) == pytest.approx(expected, rel=1e-10)
