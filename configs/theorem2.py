@@ -5,7 +5,10 @@
     python scripts/run.py --config=configs/theorem2.py:data=cifar10,H=3,gamma=5
 
 data: random (Y = T X + noise), mnist, cifar10 (X: standardised pixels; Y: centred one-hot labels).  The
-defaults of gamma and of the hidden width meet the conditions of the theorem.  EXPECT
+defaults of gamma and of the hidden width meet the conditions of the theorem.  Expect relative gaps of 1e-15 (random,
+float64) to 1e-10 (images), the fast factorisation on CIFAR-10 and the accurate one, in float64, on MNIST, whose X is
+rank deficient; SGD with H = 2 and 3 reaches the optimum on random data, H = 5 does not, and on CIFAR-10 none does in
+5,000 steps.
 """
 
 from dualgap_jax.config import Component, ConfigError, experiment_config, parse_arg
@@ -13,6 +16,7 @@ from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec, smo
 from dualgap_jax.registry import unknown
 
 GAMMA = {"random": 1.0, "mnist": 10.0, "cifar10": 5.0}
+TITLE = {"random": "random data", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 WIDTH = {"random": 10, "mnist": 9, "cifar10": 9}  # centred one-hot labels of ten classes have rank 9
 
 
@@ -21,7 +25,7 @@ def get_config(arg=None):
     if args.data not in GAMMA:
         raise ConfigError(unknown("data", args.data, GAMMA))
     spec = LinearDualSpec(
-        title=f"Theorem 2 on {args.data} data" if args.data == "random" else f"Theorem 2 on {args.data.upper()}",
+        title=f"Theorem 2 on {TITLE[args.data]}",
         data=Component(args.data, {}),
         depth=args.H,
         width=args.width or WIDTH[args.data],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dualgap_jax.figures.page import LINES, box, data_note, head, number, page, read_record, save, tidy
+from dualgap_jax.figures.page import LINES, box, data_note, head, number, page, read_record, save, tidy, value_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,12 +119,9 @@ def _draw_objective(axes: Axes, record: Mapping[str, Any], curves: Mapping[int, 
 
 
 def _draw_gap(axes: Axes, record: Mapping[str, Any], curves: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     _lines(axes, curves, record["dual"], record["half_norm"])
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(10, numticks=8))
-    axes.yaxis.set_minor_locator(NullLocator())
+    shown = [np.median((values - record["dual"]) / record["half_norm"], axis=0) for _, values in curves.values()]
+    value_axis(axes, np.concatenate(shown))
     axes.set(xlabel="steps", ylabel="relative gap")
     tidy(axes)
     axes.set_title("Gap to the certificate", loc="left", pad=16)
