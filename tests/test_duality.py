@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import importlib
 import importlib.util
 import itertools
 import math
@@ -19,12 +20,13 @@ from scipy.optimize import minimize
 
 from dualgap_jax import config, experiments, figures
 from dualgap_jax.branches import conv, from_functions, mlp
-from dualgap_jax.config import ConfigError
+from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import branch_and_bound, closed_forms, deltas, gap, intervals, problem, search
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.experiments import duality_gap
+from dualgap_jax.experiments.duality_gap import DualityGapSpec, TrainedSpec
 from dualgap_jax.losses import binary_hinge, multi_margin
 from dualgap_jax.records import load_json, load_npz, save_json
 
@@ -915,6 +917,44 @@ def test_the_record_can_be_checked_from_its_files(smoke: Path) -> None:
         assert row["assumption_1"]["status"] == "certified"
     np.testing.assert_allclose(arrays["delta_weights"] @ arrays["delta_points"], arrays["delta_middle"], atol=1e-12)
     assert record["population"]["rows"][0]["gap_half_width"] >= 0
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("dualgap_jax.experiments.duality_gap")
+    spec = DualityGapSpec(
+        branch=Component("mlp", {"hidden": (2,), "use_bias": True}),
+        data=Component("synthetic_relu", {"n": 20, "d": 2}),
+        tau=20.0,
+        route="search",
+        num_branches=(1, 2),
+        grid=9,
+        search=SearchSpec(budgets=3, starts=4, steps=5, sweeps=1, survivors=2),
+        fresh_samples=0,
+        trained=TrainedSpec(num_branches=(1, 2), steps=3, seeds=2),
+    )
+    searched, trained, real_search, real_trained = [], [], module.search, module._trained
+
+    def counted_search(*args: Any, **settings: Any) -> Any:
+        searched.append(1)
+        return real_search(*args, **settings)
+
+    def counted_training(*args: Any) -> Any:
+        trained.append(args[-1])
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return real_trained(*args)
+
+    monkeypatch.setattr(module, "search", counted_search)
+    monkeypatch.setattr(module, "_trained", counted_training)
+    chosen = experiment_config("duality_gap", spec)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run(chosen, workdir=tmp_path / "w")
+    experiments.run(chosen, workdir=tmp_path / "w")
+    assert (len(searched), trained) == (1, [1, 2, 2])
+    monkeypatch.undo()
+    experiments.run(chosen, workdir=tmp_path / "other")
+    resumed, whole = (load_json(tmp_path / w / "results" / "duality_gap.json") for w in ("w", "other"))
+    assert resumed == whole
 
 
 def test_trained_networks_stay_above_the_primal(smoke: Path) -> None:

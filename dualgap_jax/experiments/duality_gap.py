@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima
 from dualgap_jax.experiments.base import Report, Tables
 from dualgap_jax.losses import Loss
 from dualgap_jax.multibranch import multi_branch
-from dualgap_jax.records import Progress, Workdir, save_json, save_npz
+from dualgap_jax.records import Progress, Workdir, load_json, load_npz, save_json, save_npz
 
 HOMOGENEOUS = ("relu", "leaky_relu", "identity")
 CONTRACTIONS = ("relu", "leaky_relu", "identity", "tanh")  # |psi(a)| <= |a|
@@ -212,7 +212,7 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     dataset, fresh, note = _samples(spec, tables)
     setup = _setup(spec, tables, dataset)
     problem = setup.problem
-    function = value_function(spec, problem)
+    function = _remembered(workdir, lambda: value_function(spec, problem))
     budget = float(function.budgets[max(1, round(spec.budget_share * (spec.grid - 1)))])
     cloud = local_minima(problem, spec.search, seed=spec.seed) if problem.size <= 64 else None
     delta = deltas.best_lower_bound(problem, function, cloud)
@@ -261,13 +261,30 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     }
     _save_points(workdir, function, delta, allocations)
     path = workdir.results / "duality_gap.json"
-    save_json(path, record)
-    record["population"] = _population(spec, tables, setup, function, budget, allocations, fresh)
-    save_json(path, record)
+    before = load_json(path) if path.exists() else {"population": None, "trained": []}
+    finished = {entry["num_branches"]: entry for entry in before["trained"]}
+    population = before["population"]
+    record["population"] = population or _population(spec, tables, setup, function, budget, allocations, fresh)
     for count in spec.trained.num_branches:
-        record["trained"].append(_trained(spec, setup, dataset, function, budget, count))
         save_json(path, record)
+        entry = finished.get(count) or _trained(spec, setup, dataset, function, budget, count)
+        record["trained"].append(entry)
+    save_json(path, record)
     return _report(record)
+
+
+def _remembered(workdir: Workdir, compute: Callable[[], ValueFunction]) -> ValueFunction:
+    """The value function, or what an interrupted run found by a search: that is kept, while proofs are made again."""
+    words, numbers = workdir.results / "value_function.json", workdir.results / "value_function.npz"
+    if words.exists() and numbers.exists():
+        kept: dict[str, Any] = {**load_npz(numbers), **load_json(words)}
+        return ValueFunction(**kept)
+    found = compute()
+    if found.lagrangian is None and found.minimisers is not None and found.status == "estimated":
+        arrays = {name: getattr(found, name) for name in ("budgets", "lower", "upper", "minimisers")}
+        save_npz(numbers, **arrays)
+        save_json(words, {name: getattr(found, name) for name in ("status", "method", "slope", "concave")})
+    return found
 
 
 def _samples(spec: DualityGapSpec, tables: Tables) -> tuple[Dataset, list[Dataset], str]:
