@@ -54,9 +54,11 @@ class ValueFunction(NamedTuple):
       status: whether `lower` is proven.
       method: how it was found.
       minimisers: `[m, p]`, row j feasible for `budgets[j]` with value at most `upper[j]`; None where none are kept.
-      slope: `g(0) - g(w) <= slope ||w||` on W, proven like `lower`; or None.  Bounds v near the budget 0 between grid
-      points. lagrangian: `lam -> ` a lower bound on `min_w g(w) + lam h(w)`, proven when the status is 'certified'; or
-        None. Without it the bound follows from `lower`, with a loss of one grid step (see `step_below`).
+      lagrangian: `lam -> ` a lower bound on `min_w g(w) + lam h(w)`, proven when the status is 'certified'; or None.
+        Without it the bound follows from `lower`, with a loss of one grid step (see `step_below`).
+      slope: `g(0) - g(w) <= slope ||w||` on W, proven like `lower`; or None.  Bounds v near the budget 0, between the
+        grid points.
+      concave: whether v is known to be concave, which makes a lower bound on inf(P) sharp.
     """
 
     budgets: Values
