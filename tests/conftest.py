@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jaxtyping
@@ -37,3 +39,20 @@ def x64() -> Iterator[None]:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator seeded by the test's id: other inputs in every test and parameter set, the same ones in every run."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Keeps the figures, drawn, instead of writing them; by their stem."""
+    from dualgap_jax.figures import averages, duality, hitting, scores, spectra, surfaces
+
+    kept: dict[str, Any] = {}
+
+    def keep(figure: Any, workdir: Path, stem: str) -> list[Path]:
+        kept[stem] = figure
+        figure.canvas.draw()
+        return []
+
+    for module in (averages, duality, hitting, scores, spectra, surfaces):
+        monkeypatch.setattr(module, "save", keep)
+    return kept

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from dualgap_jax import figures
-from dualgap_jax.figures import page, scores, surfaces
+from dualgap_jax.figures import page, surfaces
 from dualgap_jax.registry import Table, UnknownNameError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,21 +177,6 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "hitting_rate.json": lambda: write_hitting_rate(workdir, rng),
         "hitting_search.json": lambda: write_hitting_search(workdir, rng),
     }[name]()
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """Keeps the figures instead of writing them, by their stem."""
-    kept: dict[str, Figure] = {}
-
-    def keep(figure: Figure, workdir: Path, stem: str) -> list[Path]:
-        kept[stem] = figure
-        figure.canvas.draw()
-        return []
-
-    for module in (surfaces, scores):
-        monkeypatch.setattr(module, "save", keep)
-    return kept
 
 
 def texts(figure: Figure) -> str:

@@ -287,37 +287,29 @@ def altered(workdir: Workdir, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_what_the_figures_say(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_figures_say(tmp_path: Path, rng: np.random.Generator, drawn: dict[str, Any]) -> None:
     """Rates, intervals and the paper's points are where the record has them; one curve a run of the sample."""
     from dualgap_jax.figures import hitting as drawing
 
-    kept: dict[str, Any] = {}
-
-    def keep(figure: Any, workdir: Path, stem: str) -> list[Path]:
-        kept[stem] = figure
-        figure.canvas.draw()
-        return []
-
-    monkeypatch.setattr(drawing, "save", keep)
     workdir = write_hitting_rate(tmp_path / "one", rng, teachers=(4,))
     drawing.hitting_rate(workdir)
     rows = load_json(workdir / "results" / "hitting_rate.json")["rows"]
-    (axes,) = kept["hitting_rate"].axes
-    drawn = {line.get_label(): line for line in axes.lines}
-    np.testing.assert_allclose(drawn["paper, Table 1"].get_ydata(), [0.21, 0.29, 0.75])
+    (axes,) = drawn["hitting_rate"].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_allclose(lines["paper, Table 1"].get_ydata(), [0.21, 0.29, 0.75])
     (bars,) = axes.containers
     np.testing.assert_allclose(bars.lines[0].get_ydata(), [r["rate"] for r in rows])
     ends = np.asarray([segment[:, 1] for segment in bars.lines[2][0].get_segments()])
     np.testing.assert_allclose(ends, [(r["wilson_low"], r["wilson_high"]) for r in rows])
     arrays = load_npz(workdir / "results" / "hitting_rate.npz")
-    curves = kept["loss_curves"].axes
+    curves = drawn["loss_curves"].axes
     assert [ax.get_title(loc="left").partition(" ")[0] for ax in curves] == ["12", "15", "21"]
     for ax, width in zip(curves, (12, 15, 21), strict=True):
         hits = int((arrays["final_loss"][arrays["hidden"] == width][:12] <= 1e-5).sum())
         assert f"{hits} of 12 hit" in ax.get_title(loc="left")
         assert sum(len(line.get_xdata()) > 1 for line in ax.lines) == 12 + 1  # and the tolerance
     drawing.hitting_rate(write_hitting_rate(tmp_path / "many", rng))
-    many, correlations = kept["hitting_rate"].axes
+    many, correlations = drawn["hitting_rate"].axes
     assert len(many.lines) == 2 + 1 + 1  # the teachers, their mean, the paper
     assert sum(line.get_linestyle() == "None" for line in correlations.lines) == 2
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from tfds_files import random_split, write_tfds
 
 from dualgap_jax import config as config_lib
@@ -22,7 +21,6 @@ from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments import TABLES, linear_dual
 from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec
-from dualgap_jax.figures import spectra
 from dualgap_jax.records import Workdir, load_json, load_npz
 from dualgap_jax.registry import UnknownNameError
 
@@ -257,16 +255,9 @@ def test_unknown_data_are_refused_before_anything_is_written(tmp_path: Path) -> 
 # --- the figure -------------------------------------------------------------------------------------------------------
 
 
-def test_the_figure_shows_curves_spectrum_and_gap(finished: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[Figure] = []
-
-    def keep(figure: Figure, workdir: Path, stem: str) -> list[Path]:
-        kept.append(figure)
-        return []
-
-    monkeypatch.setattr(spectra, "save", keep)
+def test_the_figure_shows_curves_spectrum_and_gap(finished: Workdir, drawn: dict[str, Any]) -> None:
     figures.FIGURES["spectral.json"](finished.path)
-    (figure,) = kept
+    figure = drawn["spectral"]
     record, arrays = load_json(finished.results / "spectral.json"), load_npz(finished.results / "spectral.npz")
     objective, spectrum, gap = figure.axes
     for index, depth in enumerate(SGD.depths):

@@ -20,7 +20,6 @@ from dualgap_jax import shapley_folkman as sf
 from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec, decay_exponent
-from dualgap_jax.figures import averages
 from dualgap_jax.records import load_json, load_npz
 from dualgap_jax.registry import SettingError, UnknownNameError
 
@@ -647,20 +646,6 @@ def test_random_sets_follow_their_seed() -> None:
 
 
 # --- The experiment ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """Keeps the figures, drawn, instead of writing them; by their stem."""
-    kept: dict[str, Figure] = {}
-
-    def keep(figure: Figure, workdir: Path, stem: str) -> list[Path]:
-        kept[stem] = figure
-        figure.canvas.draw()
-        return []
-
-    monkeypatch.setattr(averages, "save", keep)
-    return kept
 
 
 def spec(name: str = "lp_ball", copies: tuple[int, ...] = (1, 2, 4), **settings: Any) -> ShapleyFolkmanSpec:
