@@ -283,7 +283,7 @@ def test_a_flipped_byte_is_noticed_and_the_step_before_used(tmp_path: Path, capl
     with Checkpointer(tmp_path, keep=5) as checkpointer:
         for step, values in enumerate(noise):
             checkpointer.save(step, {"w": values})
-        checkpointer.wait()
+        WAIT
         flip_byte(tmp_path / "2" / "state")
         with caplog.at_level(logging.WARNING, logger="dualgap_jax.checkpoints"):
             restored = checkpointer.restore_latest({"w": noise[0]})
@@ -336,7 +336,7 @@ def test_an_empty_step_folder_and_foreign_files_are_passed_over(tmp_path: Path) 
         assert restored.step == 2
         # The steps after it push out the oldest sound one, not the newest.
         checkpointer.save(3, small(3))
-        checkpointer.wait()
+        WAIT
         assert checkpointer.steps() == [2, 3]
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "old").is_dir()
@@ -370,7 +370,7 @@ def test_sigkill_in_mid_save_leaves_the_step_before(tmp_path: Path) -> None:
         from dualgap_jax.checkpoints import Checkpointer
         checkpointer = Checkpointer({str(tmp_path)!r})
         checkpointer.save(1, {{"w": np.full(10, 1.0)}})
-        checkpointer.wait()
+        WAIT
         big = np.random.default_rng(0).normal(size=12_000_000)
         checkpointer.save(2, {{"w": big}})
         os.kill(os.getpid(), signal.SIGKILL)
@@ -394,12 +394,12 @@ def test_a_write_error_in_the_background_surfaces_at_wait(tmp_path: Path) -> Non
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, small(1))
-    checkpointer.wait()
+    WAIT
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # files of at most 1 MiB
         checkpointer.save(2, {"w": np.random.default_rng(0).normal(size=1_000_000)})
         with pytest.raises(Exception, match=r"(?i)too large"):
-            checkpointer.wait()
+            WAIT
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     checkpointer.close()
@@ -456,7 +456,7 @@ def test_only_the_newest_steps_are_kept(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step in (1, 5, 20, 100):
             checkpointer.save(step, small(step))
-        checkpointer.wait()
+        WAIT
         assert checkpointer.steps() == [20, 100]
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(101, small(101))
@@ -466,10 +466,10 @@ def test_only_the_newest_steps_are_kept(tmp_path: Path) -> None:
 def test_saving_a_step_again_replaces_it_or_changes_nothing(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, small(1), {"a": 1})
-        checkpointer.wait()
+        WAIT
         written = (tmp_path / "1" / "meta" / "metadata").stat().st_mtime_ns
         checkpointer.save(1, small(1), {"a": 1})
-        checkpointer.wait()
+        WAIT
         assert (tmp_path / "1" / "meta" / "metadata").stat().st_mtime_ns == written
         for state, meta in ((small(2), {"a": 1}), (small(2), {"a": 2})):
             checkpointer.save(1, state, meta)
@@ -477,7 +477,7 @@ def test_saving_a_step_again_replaces_it_or_changes_nothing(tmp_path: Path) -> N
             assert restored is not None
             assert (restored.step, restored.meta) == (1, meta)
             assert_same(restored.state, state)
-        checkpointer.wait()
+        WAIT
         for part in ("meta", "state"):  # the same values again mend a damaged step
             flip_byte(tmp_path / "1" / part)
             checkpointer.save(1, small(2), {"a": 2})
@@ -500,7 +500,7 @@ def test_a_step_deleted_by_hand_is_no_step(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, small(step))
-        checkpointer.wait()
+        WAIT
         shutil.rmtree(tmp_path / "2")
         restored = checkpointer.restore_latest(small(0))
         assert restored is not None
@@ -540,7 +540,7 @@ def test_bad_steps_and_keeps_are_refused(tmp_path: Path) -> None:
         with pytest.raises(TypeError):
             checkpointer.save(1.5, small(0))  # type: ignore[arg-type]
         checkpointer.save(np.int32(7), small(0))
-        checkpointer.wait()
+        WAIT
         assert checkpointer.steps() == [7]
     for keep in (0, -1):
         with pytest.raises(ValueError, match="keep is"):
