@@ -138,12 +138,15 @@ class Checkpointer:
             data = files.write_leaves(folder, rows)
             return files.sign(plain, {name: head[name] | data[name] for name in head})
 
-        if step in self._manager.all_steps():
-            if _holds(self.path / str(step), record(None)):
-                return
-            self._manager.delete(step)
-        item = BlocksSave(lambda folder: files.write_record(folder, record(folder)))
-        self._manager.save(step, args=ocp.args.Composite(**{files.ITEM: item}), force=True)
+        try:
+            if step in self._manager.all_steps():
+                if _holds(self.path / str(step), record(None)):
+                    return
+                self._manager.delete(step)
+            item = BlocksSave(lambda folder: files.write_record(folder, record(folder)))
+            self._manager.save(step, args=ocp.args.Composite(**{files.ITEM: item}), force=True)
+        finally:
+            rows.clear()  # whoever still holds `record` must not hold views: XLA copies a donated buffer that has one
 
     def restore_latest(self, template: PyTree, place: Place | None = None) -> Restored | None:
         """The newest sound state, or None when there is none.
@@ -239,7 +242,7 @@ def _holds(step: Path, record: Mapping[str, Any]) -> bool:
 def _newest_sound(
     folder: Path, use: Callable[[Path, dict[str, Any]], _T], damaged: Callable[[int, DamagedCheckpointError], None]
 ) -> _T | None:
-    """`use(step's folder, record)` of the newest step that passes; `damaged(step, error)` hears of those passed over."""
+    """`use(step's folder, record)` of the newest step that passes; `damaged(step, error)` for those passed over."""
     for step in sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True):
         try:
             return use(folder / str(step), files.read_record(folder / str(step)))
@@ -284,7 +287,7 @@ def _nested(record: Mapping[str, Any], get: Callable[[str], Any]) -> dict[str, A
 def _restore(step: Path, record: Mapping[str, Any], template: PyTree | None, place: Place | None) -> Restored:
     stored = _stored(step, record)
     if template is None:
-        state = _nested(record, lambda name: (place(None, stored[name]) if place else stored[name].whole()))
+        state = _nested(record, lambda name: place(None, stored[name]) if place else stored[name].whole())
     else:
         named, structure = leaves.flatten(template)
         leaves.check_matches(str(step), record["leaves"], named)

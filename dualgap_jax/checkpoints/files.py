@@ -50,11 +50,11 @@ class Rows(NamedTuple):
     """Consecutive rows of a leaf that lie together.
 
     Attributes:
-      count: number of rows.
+      num_rows: how many.
       read: `(first, count) -> [count, ...]`, called from several threads; a view where that is possible.
     """
 
-    count: int
+    num_rows: int
     read: Callable[[int, int], np.ndarray]
 
 
@@ -87,8 +87,8 @@ def write_leaves(folder: Path | None, leaves: Mapping[str, Leaf]) -> dict[str, d
             at_once = max(1, BLOCK_BYTES // max(1, _row_bytes(leaf.shape, leaf.dtype)))
             block = 0
             for rows in leaf.rows if 0 not in leaf.shape else ():
-                for first in range(0, rows.count, at_once):
-                    count = min(at_once, rows.count - first)
+                for first in range(0, rows.num_rows, at_once):
+                    count = min(at_once, rows.num_rows - first)
                     path = None if folder is None else folder / _file_name(f"{number:04d}", block)
                     under_way.append((blocks, count, pool.submit(_write_block, path, rows.read, first, count)))
                     block += 1
@@ -195,7 +195,7 @@ def _check_sizes(stored: Stored) -> None:
             size = block.path.stat().st_size
         except OSError as error:
             raise DamagedCheckpointError(f"leaf {stored.name!r} cannot be read ({error})") from error
-        if not 0 < size - block.count * stored.row_bytes <= _HEADER_BYTES:
+        if not 0 < size - block.num_rows * stored.row_bytes <= _HEADER_BYTES:
             raise DamagedCheckpointError(f"leaf {stored.name!r}: {block.path.name} has {size} bytes")
 
 
@@ -204,7 +204,7 @@ def _check_sizes(stored: Stored) -> None:
 
 class _Block(NamedTuple):
     first: int
-    count: int
+    num_rows: int
     path: Path
     digest: str
 
@@ -251,7 +251,7 @@ class Stored:
           DamagedCheckpointError: if a block is not what was saved.
         """
         first, count = operator.index(first), operator.index(count)
-        if not (0 <= first and 0 <= count and first + count <= self.num_rows):
+        if first < 0 or count < 0 or first + count > self.num_rows:
             raise ValueError(
                 f"leaf {self.name!r} has {self.num_rows} rows; rows {first} to {first + count} were asked for"
             )
@@ -259,10 +259,10 @@ class Stored:
         under_way = []
         try:
             for block in self._overlapping(first, count):
-                start, stop = max(block.first, first), min(block.first + block.count, first + count)
+                start, stop = max(block.first, first), min(block.first + block.num_rows, first + count)
                 part = out[start - first : stop - first]
                 inside = slice(start - block.first, stop - block.first)
-                if stop - start == block.count:
+                if stop - start == block.num_rows:
                     under_way.append(_readers().submit(self._load, block, part))
                 else:
                     part[...] = self._keep(block)[inside]
@@ -287,7 +287,7 @@ class Stored:
             if not ahead:
                 return
             block, future = ahead.popleft()
-            start, stop = max(block.first, first), min(block.first + block.count, first + count)
+            start, stop = max(block.first, first), min(block.first + block.num_rows, first + count)
             rows = future.result()[start - block.first : stop - block.first]
             del future
             yield start, rows
@@ -299,7 +299,7 @@ class Stored:
     def _overlapping(self, first: int, count: int) -> list[_Block]:
         if count == 0 or self.row_bytes == 0:
             return []
-        return [b for b in self.blocks if b.first < first + count and first < b.first + b.count]
+        return [b for b in self.blocks if b.first < first + count and first < b.first + b.num_rows]
 
     def _keep(self, block: _Block) -> np.ndarray:
         with self._lock:
@@ -311,7 +311,7 @@ class Stored:
     def _load(self, block: _Block, out: np.ndarray | None = None) -> np.ndarray:
         """The verified rows of a block, in `out` if given."""
         if out is None:
-            out = np.empty((block.count, *self.shape[1:]), self.dtype)
+            out = np.empty((block.num_rows, *self.shape[1:]), self.dtype)
         data = _bytes_of(out)
         try:
             with block.path.open("rb", buffering=0) as file:

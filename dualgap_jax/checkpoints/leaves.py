@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import ArrayLike
 
 from dualgap_jax.checkpoints.files import CheckpointMismatchError, Leaf, Rows, Stored
 from dualgap_jax.types import PyTree
@@ -170,7 +171,7 @@ def _device_rows(array: jax.Array) -> Rows:
 
 
 @jax.jit(static_argnames="count")
-def _take_rows(array: jax.Array, first: int, count: int) -> jax.Array:
+def _take_rows(array: jax.Array, first: ArrayLike, count: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, first, count)
 
 
@@ -222,7 +223,7 @@ def _on_devices(leaf: Any, stored: Stored, first: int, count: int | None) -> jax
     shape = stored.shape if count is None else (count, *stored.shape[1:])
     if stored.key_impl is not None:
         data = stored.read(first, shape[0]) if count is not None else stored.whole()
-        keys = jax.random.wrap_key_data(jnp.asarray(data), impl=stored.key_impl)
+        keys = jax.random.wrap_key_data(jnp.array(data), impl=stored.key_impl)
         if sharding is None or sharding.is_fully_addressable:
             return jax.device_put(keys, sharding)
         return jax.make_array_from_callback(keys.shape, sharding, lambda index: keys[index])
@@ -241,16 +242,17 @@ def _fill(
 ) -> list[jax.Array]:
     """The part of the leaf within `bounds` (start and stop on each axis, rows counted from `offset`), on each device.
 
-    Only a leaf of one block is put there from the host as a whole; `may_alias=False` gives it memory of JAX's own.
+    Only a leaf of one block is put there as a whole: with `jnp.array`, which gives it memory of JAX's own, where
+    `jax.device_put` takes over NumPy's on CPU if it is aligned, `may_alias=False` or not.
     """
     shape = tuple(stop - start for start, stop in bounds)
     if not shape:
-        return [jax.device_put(stored.whole(), place, may_alias=False) for place in places]
+        return [jnp.array(stored.whole(), device=place) for place in places]
     first = offset + bounds[0][0]
     columns = tuple(slice(*b) for b in bounds[1:])
     if stored.num_blocks(first, shape[0]) <= 1:
         host = stored.read(first, shape[0])[:, *columns]
-        return [jax.device_put(host, place, may_alias=False) for place in places]
+        return [jnp.array(host, device=place) for place in places]
     arrays = [jnp.zeros(shape, stored.dtype, device=place) for place in places]
     for start, rows in stored.in_blocks(first, shape[0]):
         for k in range(len(arrays)):
@@ -260,5 +262,5 @@ def _fill(
 
 
 @jax.jit(donate_argnums=0)
-def _put_rows(array: jax.Array, rows: np.ndarray, first: int) -> jax.Array:
+def _put_rows(array: jax.Array, rows: ArrayLike, first: ArrayLike) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)

@@ -1,4 +1,4 @@
-"""The Orbax side: a handler that writes a state as blocks.  Orbax gives the folder, and makes it a step when it is full.
+"""The Orbax side: a handler that writes a state as blocks.  Orbax gives the folder, and makes it a step at the end.
 
 Orbax's own array handlers copy the whole state on the host, and keep every array in flight at once.
 """
@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 class BlocksHandler(ocp.CheckpointHandler):
     """Saves one item with a function of its folder."""
 
-    def save(self, directory: Any, args: BlocksSave) -> None:  # type: ignore[override]
+    def save(self, directory: Any, args: BlocksSave) -> None:
         args.write(Path(directory))
 
-    def restore(self, directory: Any, args: Any = None) -> Any:  # type: ignore[override]
+    def restore(self, directory: Any, args: Any = None) -> Any:
         """Not the way: see `dualgap_jax.checkpoints.load`, which needs no Orbax."""
         raise NotImplementedError(f"{directory}: read it with dualgap_jax.checkpoints.load")
 
