@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import ml_collections
 
-from dualgap_jax import experiments
+from dualgap_jax import experiments, sharding
 from dualgap_jax.config import ConfigError, load, require
 from dualgap_jax.experiments import TABLES, Tables
 from dualgap_jax.registry import unknown
@@ -76,6 +77,26 @@ def check_arguments(argv: Sequence[str]) -> None:
             group = group[key]
 
 
+def join(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    distributed: bool,
+    cpu_devices: int | None,
+) -> None:
+    """Sets up devices and processes, before anything is computed.
+
+    Raises:
+      ConfigError: if the flags do not fit one another, or the run cannot be joined; see `sharding.join`.
+    """
+    if cpu_devices is not None:
+        require(cpu_devices >= 1, f"--cpu_devices={cpu_devices} must be at least 1.")
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    given = (coordinator, num_processes, process_id)
+    if distributed or any(g is not None for g in given):
+        sharding.join(*given)
+
+
 def run(
     config: ml_collections.ConfigDict | None,
     filename: str | None,
@@ -88,6 +109,8 @@ def run(
         raise ConfigError("no config given: use --config=configs/NAME.py:KEY=VALUE; --list prints the configs.")
     name = Path(filename).stem if filename else None
     report, folder, was_complete = experiments.run(config, tables=tables, name=name, workdir=workdir, command=command)
+    if not folder.writes:
+        return
     if was_complete:
         print(
             f"Complete already; nothing was computed. To start over, delete {folder.path} or give another --workdir.\n"

@@ -17,6 +17,7 @@ from jax import Array, lax
 from dualgap_jax.types import Branch, KeyArray, Params, PyTree, Stacked, State, Stem
 
 REDUCTIONS = ("mean", "sum")
+_DRAWN_AT_A_TIME = 16 * 2**20
 
 
 def branch_keys(key: KeyArray | None, first: Array | int, count: int) -> Any:
@@ -61,6 +62,40 @@ def sum_rest(
     return y.sum(0), state
 
 
+def draw_branches(
+    branch: Branch, key: KeyArray, x: Array, first: Array | int, count: int, *, chunk_size: int | None = None
+) -> tuple[Params, State]:
+    """Parameters and state of branches `first, first + 1, ...`, leaves `[count, ...]`; branch i from `fold_in(key, i)`.
+
+    A few branches are drawn at a time, some 16 MB of numbers, so that the temporaries of the random generator (several
+    times the numbers drawn) stay small beside the result.
+
+    Args:
+      branch: the one-branch network.
+      key: of the whole network.
+      x: an example batch, `[batch, ...]`.
+      first: index of the first branch; may be traced.
+      count: number of branches, at least 1.
+      chunk_size: at most this many at a time; None: as many as said above.
+    """
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(branch.init, key, x)))
+    chunk = min(chunk_size or count, max(1, count // 20), max(1, _DRAWN_AT_A_TIME // max(one, 1)))
+
+    def draw(start: Array | int) -> tuple[Params, State]:
+        return jax.vmap(lambda k: branch.init(k, x))(branch_keys(key, first + start, chunk))
+
+    def write(step: Array, stacked: PyTree) -> PyTree:
+        # The last chunk may overlap the one before: it draws the same branches again, with the same result.
+        start = jnp.minimum(step * chunk, count - chunk)
+        return jax.tree.map(
+            lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, start, 0), stacked, draw(start)
+        )
+
+    shapes = jax.eval_shape(draw, 0)
+    empty = jax.tree.map(lambda s: jnp.empty((count, *s.shape[1:]), s.dtype), shapes)
+    return lax.fori_loop(0, -(-count // chunk), write, empty)
+
+
 def _check_branches(tree: PyTree, num_branches: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if leaf.shape[:1] != (num_branches,):
@@ -76,7 +111,7 @@ def multi_branch(branch: Branch, num_branches: int, *, reduce: str = "mean", chu
 
     Every parameter and state leaf leads with the branch axis `[I, ...]`.  Branch i is initialised with
     `fold_in(key, i)`, so its draw depends on neither I nor the chunks; in training it gets `fold_in(key, i)` likewise.
-    A twentieth of the branches is drawn at a time: a jitted `init` peaks at about 1.2 times the bytes that it returns.
+    A few branches are drawn at a time: a jitted `init` peaks at most at about 1.2 times the bytes that it returns.
     With fewer than about 20 branches the temporaries of drawing one, some six times its size, are a larger share.
 
     Args:
@@ -96,22 +131,9 @@ def multi_branch(branch: Branch, num_branches: int, *, reduce: str = "mean", chu
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is unknown. Allowed: {', '.join(REDUCTIONS)}.")
     scale = 1.0 / num_branches if reduce == "mean" else 1.0
-    init_chunk = min(chunk_size or num_branches, max(1, num_branches // 20))
 
     def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
-        def draw(first: Array | int) -> tuple[Params, State]:
-            return jax.vmap(lambda k: branch.init(k, x))(branch_keys(key, first, init_chunk))
-
-        def write(step: Array, stacked: PyTree) -> PyTree:
-            # The last chunk may overlap the one before: it draws the same branches again, with the same result.
-            first = jnp.minimum(step * init_chunk, num_branches - init_chunk)
-            return jax.tree.map(
-                lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, first, 0), stacked, draw(first)
-            )
-
-        shapes = jax.eval_shape(draw, 0)
-        empty = jax.tree.map(lambda s: jnp.empty((num_branches, *s.shape[1:]), s.dtype), shapes)
-        return lax.fori_loop(0, -(-num_branches // init_chunk), write, empty)
+        return draw_branches(branch, key, x, 0, num_branches, chunk_size=chunk_size)
 
     def apply(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False

@@ -473,12 +473,24 @@ class Workdir:
     Attributes:
       path: the folder, absolute.
       config: the configuration, as JSON gives it back (tuples are lists).
+      writes: False in the processes of a distributed run that take part in the work and leave writing to the first.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], command: Sequence[str]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], command: Sequence[str], writes: bool = True) -> None:
         self.path = path
         self.config = config
+        self.writes = writes
         self._command = tuple(command)
+
+    @classmethod
+    def follow(cls, path: str | Path, config: Mapping[str, Any]) -> Workdir:
+        """The workdir of a distributed run as every process but the first sees it: nothing is made, checked or written.
+
+        Args:
+          path: the folder, which all processes see.
+          config: as for `open`.
+        """
+        return cls(Path(path).expanduser().resolve(), _plain_config(config), (), writes=False)
 
     @classmethod
     def open(cls, path: str | Path, config: Mapping[str, Any], *, command: Sequence[str] = ()) -> Workdir:
@@ -573,8 +585,10 @@ class Workdir:
             return "interrupted"
         return record["status"]
 
-    def metrics(self, tensorboard: bool = False) -> Metrics:
-        """The writer of `metrics.jsonl`, and of event files in `tensorboard/` when asked for."""
+    def metrics(self, tensorboard: bool = False) -> contextlib.AbstractContextManager[Metrics | None]:
+        """The writer of `metrics.jsonl`, and of event files in `tensorboard/` when asked for; None for a follower."""
+        if not self.writes:
+            return contextlib.nullcontext()
         return Metrics(self.path / "metrics.jsonl", self.path / "tensorboard" if tensorboard else None)
 
     @contextlib.contextmanager
@@ -652,5 +666,6 @@ class Workdir:
 
     def _folder(self, name: str) -> Path:
         folder = self.path / name
-        folder.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -24,15 +24,19 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from dualgap_jax.checkpoints import Checkpointer
+from dualgap_jax.checkpoints import Checkpointer, load, open_branches
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
 from dualgap_jax.records import Metrics, Progress, load_json, save_json
 from dualgap_jax.registry import Table, unknown
-from dualgap_jax.types import Branch, KeyArray, Params, PyTree, State
+from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, meet
+from dualgap_jax.steps import Batch, Carry, example_input, on_device, step, tree_bytes
+from dualgap_jax.streaming import StreamedSolver
+from dualgap_jax.types import Branch, BranchSource, KeyArray, Params, PyTree, State
 
 LearningRateScaling = Literal["branches", "none", "inverse_branches"]
+Streaming = Literal["auto", "on", "off"]
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------
@@ -160,6 +164,8 @@ class TrainingSpec:
       check_every: steps in a segment, between two looks of the schedule and two lines of metrics.
       tolerance: a mean loss over a segment below this is status 'converged' (authors: 1e-5).
       checkpoint_seconds: least time between two checkpoints; one is always written at the end.
+      streaming: 'on' takes the streamed step, 'off' never does, 'auto' does when memory asks for it; see `train`.
+      branch_chunk: branches at a time in the streamed step; 0 chooses.  Results depend on it through rounding only.
     """
 
     batch_size: int = 128
@@ -174,10 +180,15 @@ class TrainingSpec:
     check_every: int = 100
     tolerance: float = 1e-5
     checkpoint_seconds: float = 60.0
+    streaming: Streaming = "auto"
+    branch_chunk: int = 0
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 0, f"training.batch_size={self.batch_size} must be >= 0 (0: the full data set).")
         require(self.max_steps >= 0, f"training.max_steps={self.max_steps} must be >= 0.")
+        require(self.branch_chunk >= 0, f"training.branch_chunk={self.branch_chunk} must be >= 0 (0: chosen).")
+        allowed = get_args(Streaming)
+        require(self.streaming in allowed, unknown("value of training.streaming:", self.streaming, allowed))
         require(self.check_every >= 1, f"training.check_every={self.check_every} must be >= 1.")
         require(
             0 < self.learning_rate < math.inf,
@@ -241,56 +252,7 @@ def optimizer(spec: TrainingSpec) -> optax.GradientTransformation:
     return optax.chain(*parts) if parts else optax.identity()
 
 
-# --- the step -------------------------------------------------------------------------------------------------------
-
-
-class Carry(NamedTuple):
-    """What a step changes, for one solution."""
-
-    params: Params
-    state: State
-    opt_state: PyTree
-
-
-class Batch(NamedTuple):
-    """A data set on the device: features as stored (images stay uint8), labels, and the standardisation."""
-
-    x: Array
-    y: Array
-    mean: Array
-    std: Array
-
-
-def on_device(dataset: Dataset) -> Batch:
-    """Moves a data set to the device as it is stored."""
-    return Batch(*(jnp.asarray(a) for a in (dataset.x, dataset.y, dataset.mean, dataset.std)))
-
-
-def example_input(data: Batch) -> Array:
-    """The standardised first example, `[1, ...]`: what `init` needs to know of the data."""
-    return standardise(data.x[:1], data.mean, data.std)
-
-
-def step(
-    net: Branch,
-    loss: Loss,
-    transformation: optax.GradientTransformation,
-    carry: Carry,
-    x: Array,
-    y: Array,
-    rate: Array,
-    key: KeyArray,
-) -> tuple[Carry, Array]:
-    """One step of gradient descent on the mean loss of a standardised batch; returns the loss before the step."""
-
-    def objective(params: Params) -> tuple[Array, State]:
-        outputs, state = net.apply(params, carry.state, x, key=key, train=True)
-        return jnp.mean(loss.per_example(outputs, y)), state
-
-    (value, state), gradient = jax.value_and_grad(objective, has_aux=True)(carry.params)
-    updates, opt_state = transformation.update(gradient, carry.opt_state, carry.params)
-    params = jax.tree.map(lambda w, u: (w - rate * u).astype(w.dtype), carry.params, updates)
-    return Carry(params, state, opt_state), value
+# --- the segment ---------------------------------------------------------------------------------------------------
 
 
 def make_segment(
@@ -382,11 +344,12 @@ class Solution(NamedTuple):
     """Where one run of SGD ended.
 
     Attributes:
-      params, state: of the network.
+      params, state: of the network; None when it lies on disk.
       steps: number of steps done.
       status: 'converged' (segment loss below the tolerance), 'plateau' (the schedule gave up), 'max_steps', or
         'diverged' (a loss that is not finite).
       batch_loss: mean mini-batch loss over the last segment (NaN when no step was done).
+      source: the network on disk, read a few branches at a time; None when it is in memory.
     """
 
     params: Params
@@ -394,6 +357,7 @@ class Solution(NamedTuple):
     steps: int
     status: str
     batch_loss: float
+    source: BranchSource | None = None
 
 
 def solution_key(seed: int, index: int) -> KeyArray:
@@ -402,20 +366,22 @@ def solution_key(seed: int, index: int) -> KeyArray:
 
 
 def memory_available() -> int:
-    """Bytes that this process may still take on its first device (host memory on CPU)."""
+    """Bytes that this process may still take on its first device (host memory on CPU, within its control group)."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 8 * 2**30
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        free = 8 * 2**30
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return free
 
 
 class _Run(NamedTuple):
@@ -423,11 +389,12 @@ class _Run(NamedTuple):
 
     solution: int
     keys: Array  # [2]: batch order, noise
-    carry: PyTree  # a `Carry`; None while `_Trainer` holds it in a stack with the others
+    carry: PyTree  # as the engine keeps it; None while `_Trainer` holds it, or when it is on disk
     schedule_state: PyTree
     steps: int
     status: str
     batch_loss: float
+    pending: tuple[float, ...] = ()  # losses of the steps since the last look of the schedule
 
 
 def train(
@@ -440,14 +407,21 @@ def train(
     seed: int = 0,
     num_solutions: int = 3,
     group_size: int | None = None,
+    mesh: MeshSpec | None = None,
     checkpoints: Path | None = None,
     metrics: Metrics | None = None,
+    report: Callable[[str], object] | None = None,
 ) -> list[Solution]:
     """Trains `num_solutions` networks from independent initialisations.
 
-    Solutions are trained together in one vmapped program when four copies of each fit in half of the free memory, else
-    one after another; `group_size` overrides.  With `checkpoints`, progress is saved under `solution_K/`, and a second
-    call goes on from there, with the same groups, so that its numbers are those of an uninterrupted run bit for bit.
+    There are three ways, and the free memory decides (`spec.streaming` and `group_size` override).  Solutions are
+    trained together in one vmapped program when four copies of each fit in half of it; else one after another; and
+    when four copies of one do not fit either, one after another by the streamed step (`steps.branch_step`), which needs
+    little more than the parameters.  On a mesh of several devices the step is always the streamed one.
+
+    With `checkpoints`, progress is saved under `solution_K/`, and a second call goes on from there, in the same way, so
+    that its numbers are those of an uninterrupted run bit for bit.  A network trained by the streamed step is then left
+    on disk: `Solution.source` reads it.  A mesh may change between calls; results then agree to rounding.
 
     Args:
       net: the network; see `multi_branch`.
@@ -458,12 +432,14 @@ def train(
       seed: of initialisations, orders and dropout.
       num_solutions: number of solutions, at least 1.
       group_size: number of solutions in one program; results depend on it through rounding only.
-      checkpoints: folder, or None.
+      mesh: devices that share the branches and the batches; None is one device.
+      checkpoints: folder, or None.  With several processes only the first one writes there, and all must see it.
       metrics: writer of one line a segment and solution, or None.
+      report: called with lines that say how training will go, before it starts.
 
     Raises:
-      ConfigError: if the loss does not fit the data set, the batch is larger than it, or `num_solutions`,
-        `group_size` or `learning_rate` is not positive.
+      ConfigError: if the loss does not fit the data set, the batch is larger than it, `num_solutions`, `group_size` or
+        `learning_rate` is not positive, or streamed training is asked for and cannot be (see `StreamedSolver`).
       CheckpointMismatchError: if `checkpoints` holds solutions of another network or optimiser.
     """
     base_rate = spec.learning_rate if learning_rate is None else learning_rate
@@ -477,38 +453,53 @@ def train(
     )
     transformation = optimizer(spec)
     schedule = SCHEDULES.build(spec.schedule.name, max_steps=spec.max_steps, **spec.schedule.settings)
-    data = on_device(dataset)
-    example = example_input(data)
-
-    @jax.jit
-    def start(key: KeyArray) -> Carry:
-        params, state = net.init(key, example)
-        return Carry(params, state, transformation.init(params))
-
-    if group_size is None:
-        one = 4 * _bytes(jax.eval_shape(start, jax.random.key(0)))
-        group_size = _group_size(one, num_solutions, checkpoints)
+    mesh = mesh or MeshSpec()
+    several = mesh.size > 1 or jax.process_count() > 1
+    require(
+        not (several and spec.streaming == "off"),
+        "training.streaming='off' trains on one device; use 'auto' with a mesh of several.",
+    )
+    may_stream = spec.streaming == "auto" and net.stacked is not None
+    say = report or (lambda line: None)
+    if spec.streaming == "on" or several:
+        choice = _Choice(1, True)
+    else:
+        one = 4 * tree_bytes(jax.eval_shape(functools.partial(_start, net, dataset, transformation), jax.random.key(0)))
+        choice = _choose(one, num_solutions, group_size, may_stream, checkpoints)
+    engine: _Together | _Streamed
+    if choice.streamed:
+        solver = StreamedSolver(net, loss, transformation, dataset, spec.batch_size, mesh=mesh, chunk=spec.branch_chunk)
+        engine = _Streamed(solver, schedule, on_disk=checkpoints is not None)
+    else:
+        engine = _Together(net, loss, transformation, schedule, dataset, spec)
     trainer = _Trainer(
-        segment=make_segment(net, loss, transformation, schedule),
+        engine=engine,
         schedule=schedule,
         update=jax.jit(jax.vmap(schedule.update)),
         spec=spec,
         base_rate=base_rate,
-        data=data,
+        num_examples=len(dataset.y),
         metrics=metrics,
     )
+    groups = [range(i, min(i + choice.group_size, num_solutions)) for i in range(0, num_solutions, choice.group_size)]
+    said = False
     solutions: list[Solution] = []
-    for first in range(0, num_solutions, group_size):
-        group = range(first, min(first + group_size, num_solutions))
+    for group in groups:
         with contextlib.ExitStack() as stack:
-            savers = (
-                {i: stack.enter_context(Checkpointer(checkpoints / f"solution_{i}")) for i in group}
-                if checkpoints is not None
-                else {}
-            )
+            savers: dict[int, Checkpointer] = {}
+            if checkpoints is not None and is_first_process():
+                savers = {i: stack.enter_context(Checkpointer(checkpoints / f"solution_{i}")) for i in group}
             keys = {i: jax.random.split(solution_key(seed, i), 3) for i in group}
-            runs = {i: _begin(i, keys[i], start, schedule, savers.get(i), metrics) for i in group}
-            solutions += trainer.run(runs, savers)
+            runs = {i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics) for i in group}
+            if not said and any(trainer.is_under_way(r) for r in runs.values()):
+                said = True
+                say(engine.plan(spec, num_solutions, checkpoints is not None))
+            found = trainer.run(runs, savers)
+        if isinstance(engine, _Streamed) and checkpoints is not None:
+            meet("the checkpoints are written")
+            sources = (open_branches(checkpoints / f"solution_{i}", engine.shapes()) for i in group)
+            found = [s._replace(source=source) for s, source in zip(found, sources, strict=True)]
+        solutions += found
     return solutions
 
 
@@ -519,47 +510,230 @@ def _check_fits(loss: Loss, dataset: Dataset) -> None:
     )
 
 
-def _group_size(one: int, num_solutions: int, checkpoints: Path | None) -> int:
-    """All solutions or one, by the free memory; training that goes on keeps to what it was begun with, if that fits.
+class _Choice(NamedTuple):
+    """How many solutions in one program, and whether by the streamed step."""
+
+    group_size: int
+    streamed: bool
+
+
+def _choose(
+    one: int, num_solutions: int, group_size: int | None, may_stream: bool, checkpoints: Path | None
+) -> _Choice:
+    """How to train, by the free memory; training that goes on keeps to what it was begun with, if that fits.
 
     Args:
-      one: bytes that one solution needs.
+      one: bytes that one solution needs when it is not streamed.
       num_solutions: number of solutions.
+      group_size: asked for, or None.
+      may_stream: whether the streamed step may be used.
       checkpoints: folder where `groups.json` keeps the choice, or None.
     """
+    if group_size is not None:
+        return _Choice(group_size, False)
     free = memory_available()
     record = checkpoints / "groups.json" if checkpoints is not None else None
     if record is not None and record.exists():
-        begun = int(load_json(record)["group_size"])
-        if begun == 1 or one * begun < free:
+        begun = _Choice(**load_json(record))
+        fits = begun.group_size == 1 or one * begun.group_size < free
+        if may_stream if begun.streamed else fits:
             return begun
-    chosen = num_solutions if one * num_solutions < free / 2 else 1
+    chosen = _Choice(num_solutions if one * num_solutions < free / 2 else 1, may_stream and one > free / 2)
     if record is not None:
-        save_json(record, {"group_size": chosen})
+        save_json(record, chosen._asdict())
     return chosen
+
+
+def _start(net: Branch, dataset: Dataset, transformation: optax.GradientTransformation, key: KeyArray) -> Carry:
+    params, state = net.init(key, example_input(dataset))
+    return Carry(params, state, transformation.init(params))
+
+
+class _Together:
+    """Several solutions in one vmapped program, a segment a call."""
+
+    on_disk = False
+    stride: int | None = None
+
+    def __init__(
+        self,
+        net: Branch,
+        loss: Loss,
+        transformation: optax.GradientTransformation,
+        schedule: Schedule,
+        dataset: Dataset,
+        spec: TrainingSpec,
+    ) -> None:
+        self.start = jax.jit(functools.partial(_start, net, dataset, transformation))
+        self._segment = make_segment(net, loss, transformation, schedule)
+        self._data = on_device(dataset)
+        self._spec = spec
+
+    def template(self, key: KeyArray) -> Carry:
+        return jax.eval_shape(self.start, key)
+
+    place = None
+
+    def plan(self, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
+        del saved
+        one = tree_bytes(self.template(jax.random.key(0)))
+        return f"training: {num_solutions} solutions in memory, {_size(one)} each, some four times as much in training"
+
+    def join(self, carries: Sequence[Carry]) -> Carry:
+        return _stack(carries)
+
+    def part(self, carry: Carry, lane: int) -> Carry:
+        return _item(carry, lane)
+
+    def stored(self, carry: Carry, lane: int) -> Carry:
+        return _item(carry, lane)
+
+    def network(self, carry: Carry) -> tuple[Params, State]:
+        return carry.params, carry.state
+
+    def advance(
+        self,
+        carry: Carry,
+        schedule_state: PyTree,
+        keys: Array,
+        base_rate: float,
+        indices: np.ndarray | None,
+        first: int,
+        length: int,
+    ) -> tuple[Carry, np.ndarray]:
+        picked = jnp.asarray(indices) if indices is not None else None
+        carry, losses = self._segment(carry, schedule_state, keys, base_rate, self._data, picked, first, length)
+        return carry, np.asarray(losses, np.float64)
+
+
+class _Streamed:
+    """One solution by the streamed step, a step a call."""
+
+    stride: int | None = 1
+
+    def __init__(self, solver: StreamedSolver, schedule: Schedule, on_disk: bool) -> None:
+        self._solver, self.on_disk = solver, on_disk
+        self._rate = jax.jit(schedule.rate)
+        self.start = solver.start
+        self.place = solver.place
+
+    def template(self, key: KeyArray) -> Carry:
+        del key
+        return self._solver.restorable()
+
+    def shapes(self) -> tuple[Params, State]:
+        template = self._solver.template()
+        return template.params, template.state
+
+    def plan(self, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
+        return _plan(self._solver, spec, num_solutions, saved)
+
+    def join(self, carries: Sequence[Carry]) -> Carry:
+        (carry,) = carries
+        return carry
+
+    def part(self, carry: Carry, lane: int) -> Carry | None:
+        del lane
+        return None if self.on_disk else carry
+
+    def stored(self, carry: Carry, lane: int) -> Carry:
+        del lane
+        return self._solver.stored(carry)
+
+    def network(self, carry: Carry | None) -> tuple[Params, State]:
+        return self._solver.network(carry) if carry is not None else (None, None)
+
+    def advance(
+        self,
+        carry: Carry,
+        schedule_state: PyTree,
+        keys: Array,
+        base_rate: float,
+        indices: np.ndarray | None,
+        first: int,
+        length: int,
+    ) -> tuple[Carry, np.ndarray]:
+        losses = []
+        for t in range(length):
+            rate = base_rate * self._rate(_item(schedule_state, 0), jnp.asarray(first + t))
+            picked = indices[0, t] if indices is not None else None
+            carry, value = self._solver.step(carry, picked, rate, keys[0], first + t)
+            losses.append(value)
+        return carry, np.asarray([losses], np.float64)
+
+
+def _plan(solver: StreamedSolver, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
+    """What a streamed run will take, as text; all numbers are estimates."""
+    e = solver.estimate()
+    layout = solver.layout
+    parts = {
+        "parameters": e.parameters,
+        "optimiser": e.optimizer,
+        "kept pre-activations and one chunk": e.temporaries,
+        "data": e.data,
+    }
+    memory = " + ".join(f"{_size(size)} {name}" for name, size in parts.items() if size)
+    where = "" if layout.shards == 1 else f" on each of {layout.shards} devices along 'branch'"
+    total = e.seconds_per_step * spec.max_steps * num_solutions
+    lines = [
+        f"training: streamed, {layout.slots:,} branches{where}, {solver.chunk} at a time, one solution after another",
+        f"  memory (estimate): {memory} = {_size(e.memory)}; available: {_size(memory_available())}",
+        f"  time (estimate): {e.seconds_per_step:.3g} s a step; at most {spec.max_steps:,} steps x {num_solutions}"
+        f" solutions = {_duration(total)}",
+    ]
+    if saved:
+        lines.append(f"  disk (estimate): {_size(2 * (e.parameters + e.optimizer) * layout.shards)} a solution")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 5400
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 90
+        else f"{seconds:.0f} s"
+    )
 
 
 def _begin(
     solution: int,
     keys: Array,
-    start: Callable[[KeyArray], Carry],
+    engine: _Together | _Streamed,
     schedule: Schedule,
+    checkpoints: Path | None,
     saver: Checkpointer | None,
     metrics: Metrics | None,
 ) -> _Run:
     """A run at its first step, or at its newest checkpoint."""
-    if saver is not None:
-        template = {"carry": jax.eval_shape(start, keys[0]), "schedule": schedule.init(), "keys": keys[1:]}
-        restored = saver.restore_latest(template)
-        if restored is not None:
-            saved, meta = restored.state, restored.meta
-            if metrics is not None:
-                metrics.truncate_after(restored.step, solution=solution)
-            progress = restored.step, meta["status"], float(meta["batch_loss"])
-            return _Run(solution, saved["keys"], saved["carry"], saved["schedule"], *progress)
+    restored = None
+    if checkpoints is not None:
+        template = {"carry": engine.template(keys[0]), "schedule": schedule.init(), "keys": keys[1:]}
+        if saver is not None:
+            restored = saver.restore_latest(template, place=engine.place)
+        meet("the first process has looked at the checkpoints")
+        if saver is None:
+            with contextlib.suppress(FileNotFoundError):
+                restored = load(checkpoints / f"solution_{solution}", template, place=engine.place)
     if metrics is not None:
-        metrics.truncate_after(-1, solution=solution)
-    return _Run(solution, keys[1:], start(keys[0]), schedule.init(), 0, "running", float("nan"))
+        metrics.truncate_after(-1 if restored is None else restored.step, solution=solution)
+    if restored is None:
+        return _Run(solution, keys[1:], engine.start(keys[0]), schedule.init(), 0, "running", float("nan"))
+    saved, meta = restored.state, restored.meta
+    return _Run(
+        solution,
+        saved["keys"],
+        saved["carry"],
+        saved["schedule"],
+        restored.step,
+        meta["status"],
+        float(meta["batch_loss"]),
+        tuple(meta["pending"]),
+    )
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:
@@ -579,34 +753,34 @@ class _Trainer:
     fewer solutions may round otherwise, and a resumed run must not differ from an uninterrupted one.
     """
 
-    segment: Callable[..., tuple[Carry, Array]]
+    engine: _Together | _Streamed
     schedule: Schedule
     update: Callable[[PyTree, Array], PyTree]
     spec: TrainingSpec
     base_rate: float
-    data: Batch
+    num_examples: int
     metrics: Metrics | None
 
     def run(self, runs: dict[int, _Run], savers: Mapping[int, Checkpointer]) -> list[Solution]:
         """Takes a group to its end; `runs` holds one entry a solution and is brought up to date in place."""
         orders = {
-            i: BatchOrder(r.keys[0], len(self.data.y), self.spec.batch_size)
+            i: BatchOrder(r.keys[0], self.num_examples, self.spec.batch_size)
             for i, r in runs.items()
             if self.spec.batch_size
         }
         done = min(r.steps for r in runs.values())
-        with Progress(self.spec.max_steps, "training", done=done) as progress:
-            while standing := [r.steps for r in runs.values() if self._is_under_way(r)]:
+        label = "training" if len(runs) > 1 else f"solution {next(iter(runs))}"
+        with Progress(self.spec.max_steps, label, done=done) as progress:
+            while standing := [r.steps for r in runs.values() if self.is_under_way(r)]:
                 first = min(standing)
                 together = [
-                    i for i, r in runs.items() if r.steps > first or (r.steps == first and self._is_under_way(r))
+                    i for i, r in runs.items() if r.steps > first or (r.steps == first and self.is_under_way(r))
                 ]
                 limit = min([r.steps for r in runs.values() if r.steps > first], default=self.spec.max_steps)
                 self._advance(runs, together, min(limit, self.spec.max_steps), orders, savers, progress)
         return [
             Solution(
-                r.carry.params,
-                r.carry.state,
+                *self.engine.network(r.carry),
                 r.steps,
                 "max_steps" if r.status == "running" else r.status,
                 r.batch_loss,
@@ -614,7 +788,8 @@ class _Trainer:
             for r in runs.values()
         ]
 
-    def _is_under_way(self, run: _Run) -> bool:
+    def is_under_way(self, run: _Run) -> bool:
+        """Whether a run has steps to do."""
         return run.status == "running" and run.steps < self.spec.max_steps
 
     def _advance(
@@ -632,35 +807,46 @@ class _Trainer:
           runs: the group; the runs that move are replaced.
           together: the solutions in the program, in order: those that move, and those ahead that ride along.
           limit: the step to stop at.
-          orders, savers: one a solution; none for the full batch, or without checkpoints.
+          orders: one a solution; none for the full batch.
+          savers: one a solution; none without checkpoints, or when another process writes.
           progress: the line on the terminal.
         """
         first = min(runs[i].steps for i in together)
         moving = {i: lane for lane, i in enumerate(together) if runs[i].steps == first}
-        carry = _stack([runs[i].carry for i in together])
+        carry = self.engine.join([runs[i].carry for i in together])
         schedule_state = _stack([runs[i].schedule_state for i in together])
         noise_keys = jnp.stack([runs[i].keys[1] for i in together])
+        done = len(runs[next(iter(moving))].pending)  # of those that ride along nothing is looked at
+        pending = np.asarray([runs[i].pending if i in moving else [0.0] * done for i in together], np.float64)
         for i in moving:
             runs[i] = runs[i]._replace(carry=None)  # the stack is the only copy now
-        saved_at = time.monotonic()
+        saved_at, save_seconds = time.monotonic(), 0.0
         over = False
         while not over:
-            length = min(self.spec.check_every, limit - first)
-            indices = jnp.asarray(np.stack([orders[i].indices(first, length) for i in together])) if orders else None
+            left = min(self.spec.check_every - pending.shape[1], limit - first)
+            length = min(self.engine.stride or left, left)
+            indices = np.stack([orders[i].indices(first, length) for i in together]) if orders else None
             began = time.monotonic()
             rates = {i: self._rate(_item(schedule_state, lane), first) for i, lane in moving.items()}
-            carry, losses = self.segment(
-                carry, schedule_state, noise_keys, self.base_rate, self.data, indices, first, length
+            carry, losses = self.engine.advance(
+                carry, schedule_state, noise_keys, self.base_rate, indices, first, length
             )
-            means = np.asarray(losses, np.float64).mean(axis=1)
             speed = length / (time.monotonic() - began)
-            schedule_state = self.update(schedule_state, jnp.asarray(means, float))
             first += length
+            pending = np.concatenate([pending, losses], axis=1)
+            means = pending.mean(axis=1)
+            progress.update(first, f"loss {' '.join(f'{means[lane]:.3g}' for lane in moving.values())}")
+            looked = pending.shape[1] == self.spec.check_every or first >= limit or not np.isfinite(means).all()
+            if looked:
+                schedule_state = self.update(schedule_state, jnp.asarray(means, float))
+                pending = pending[:, :0]
             for i, lane in moving.items():
                 loss = float(means[lane])
-                status = self._status(loss, _item(schedule_state, lane))
-                runs[i] = runs[i]._replace(steps=first, status=status, batch_loss=loss)
-                if self.metrics is not None:
+                status = self._status(loss, _item(schedule_state, lane)) if looked else "running"
+                runs[i] = runs[i]._replace(
+                    steps=first, status=status, batch_loss=loss, pending=tuple(map(float, pending[lane]))
+                )
+                if looked and self.metrics is not None:
                     self.metrics.write(
                         first,
                         solution=i,
@@ -669,14 +855,18 @@ class _Trainer:
                         steps_per_second=speed,
                         status=status,
                     )
-            progress.update(first, f"loss {' '.join(f'{means[lane]:.3g}' for lane in moving.values())}")
             over = first >= limit or any(runs[i].status != "running" for i in moving)
-            if savers and (over or time.monotonic() - saved_at > self.spec.checkpoint_seconds):
-                for i, lane in moving.items():
-                    self._save(savers[i], runs[i], _item(carry, lane), _item(schedule_state, lane))
+            # Saving takes at most a tenth of the time.
+            due = time.monotonic() - saved_at > max(self.spec.checkpoint_seconds, 10 * save_seconds)
+            if jax.process_count() > 1:
+                due = looked and agreed(due)  # a save has a part for each process
+            if over or due:
+                began = time.monotonic()
+                self._save(runs, moving, savers, carry, schedule_state)
                 saved_at = time.monotonic()
+                save_seconds = saved_at - began
         for i, lane in moving.items():
-            runs[i] = runs[i]._replace(carry=_item(carry, lane), schedule_state=_item(schedule_state, lane))
+            runs[i] = runs[i]._replace(carry=self.engine.part(carry, lane), schedule_state=_item(schedule_state, lane))
 
     def _rate(self, schedule_state: PyTree, step: int) -> float:
         return float(self.base_rate * self.schedule.rate(schedule_state, jnp.asarray(step)))
@@ -688,10 +878,22 @@ class _Trainer:
             return "converged"
         return "plateau" if bool(self.schedule.stop(schedule_state)) else "running"
 
-    @staticmethod
-    def _save(saver: Checkpointer, run: _Run, carry: Carry, schedule_state: PyTree) -> None:
-        state = {"carry": carry, "schedule": schedule_state, "keys": run.keys}
-        saver.save(run.steps, state, {"status": run.status, "batch_loss": run.batch_loss})
+    def _save(
+        self,
+        runs: Mapping[int, _Run],
+        moving: Mapping[int, int],
+        savers: Mapping[int, Checkpointer],
+        carry: Carry,
+        schedule_state: PyTree,
+    ) -> None:
+        for i, lane in moving.items():
+            if not savers and not self.engine.on_disk:
+                continue
+            stored = self.engine.stored(carry, lane)  # all processes have a part in this
+            if i in savers:
+                state = {"carry": stored, "schedule": _item(schedule_state, lane), "keys": runs[i].keys}
+                meta = {"status": runs[i].status, "batch_loss": runs[i].batch_loss, "pending": runs[i].pending}
+                savers[i].save(runs[i].steps, state, meta)
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------

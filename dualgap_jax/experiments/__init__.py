@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from dualgap_jax.config import as_dict, require, to_spec
@@ -35,6 +36,7 @@ EXPERIMENTS: Table[ExperimentFn] = Table(
     },
 )
 TABLES = Tables(EXPERIMENTS)
+DISTRIBUTED = frozenset({"landscape", "landscape_row"})  # those that several processes can run together
 
 
 def run(
@@ -67,6 +69,10 @@ def run(
     require(isinstance(values.get("experiment"), str), "the config names no experiment: set config.experiment.")
     chosen = values.pop("experiment")
     experiment = tables.experiments[chosen]
+    require(
+        jax.process_count() == 1 or chosen in DISTRIBUTED,
+        f"experiment {chosen!r} runs in one process; several processes run {' and '.join(sorted(DISTRIBUTED))}.",
+    )
     spec: Any = to_spec(spec_type(experiment), values)
     if workdir is None:
         workdir = default_workdir(root, name or chosen, identity(spec))

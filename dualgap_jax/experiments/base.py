@@ -21,6 +21,7 @@ from dualgap_jax.losses import LOSSES
 from dualgap_jax.records import Workdir, load_json, save_json
 from dualgap_jax.registry import Table
 from dualgap_jax.shapley_folkman import SETS
+from dualgap_jax.sharding import agreed, is_first_process, meet
 
 
 class Report(NamedTuple):
@@ -44,6 +45,9 @@ class Report(NamedTuple):
         widths = [max(len(row[k]) for row in cells) for k in range(len(self.columns))]
         lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
         return "\n".join([self.title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *self.notes])
+
+
+NO_REPORT = Report("", (), ())
 
 
 def _cell(value: Any) -> str:
@@ -78,12 +82,15 @@ def spec_type(experiment: ExperimentFn) -> type:
 
 
 def identity(spec: Any) -> dict[str, Any]:
-    """The configuration that a workdir belongs to: the spec as JSON, without the place of the data on this machine."""
+    """The configuration that a workdir belongs to: the spec as JSON, without what is of this machine only.
+
+    That is where the data lie and which devices share the work: a run goes on on another machine, or another mesh.
+    """
     plain = config_lib.plain(spec)
 
     def strip(tree: Any) -> Any:
         if isinstance(tree, dict):
-            return {k: strip(v) for k, v in tree.items() if k != "data_dir"}
+            return {k: strip(v) for k, v in tree.items() if k not in ("data_dir", "mesh")}
         return tree
 
     return strip(plain)
@@ -94,21 +101,31 @@ def execute(
 ) -> tuple[Report, Workdir, bool]:
     """Runs an experiment in its workdir, or reads the report of one that is complete there.
 
+    In a distributed run all processes call it with the same arguments; the first one writes.
+
     Returns:
-      The report, the workdir, and whether it was complete before.
+      The report (empty in processes that do not write), the workdir, and whether it was complete before.
 
     Raises:
       WorkdirError: see `Workdir.open`; and whatever the experiment raises, after recording it.
     """
     if hasattr(spec, "validate"):
         spec.validate(tables)
+    if not is_first_process():
+        workdir = Workdir.follow(path, identity(spec))
+        complete = agreed(False)
+        if not complete:
+            experiment(spec, workdir, tables)
+            meet("the experiment is done")
+        return NO_REPORT, workdir, complete
     workdir = Workdir.open(path, identity(spec), command=command)
     record = workdir.path / "results" / "report.json"
-    if workdir.status == "complete" and record.exists():
+    if agreed(workdir.status == "complete" and record.exists()):
         return Report(**load_json(record)), workdir, True
     with workdir.session():
         report = experiment(spec, workdir, tables)
         if draw:
             figures.draw(workdir.path)
         save_json(record, report._asdict())
+    meet("the experiment is done")
     return report, workdir, False

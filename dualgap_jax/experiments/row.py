@@ -7,7 +7,7 @@ from typing import Any
 
 from dualgap_jax.config import require
 from dualgap_jax.experiments import landscape
-from dualgap_jax.experiments.base import Report, Tables, execute
+from dualgap_jax.experiments.base import NO_REPORT, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.records import Workdir, load_json, save_json
 
@@ -60,6 +60,8 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
         folder = f"I_{count}"
         cell = dataclasses.replace(spec.cell, num_branches=count)
         _, inner, _ = execute(landscape.landscape_experiment, cell, workdir.path / folder, tables)
+        if not workdir.writes:
+            continue
         record = load_json(inner.results / "landscape.json")
         records.append(record)
         cells.append(
@@ -82,4 +84,6 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
                 "definitions": record["definitions"],
             },
         )
+    if not workdir.writes:
+        return NO_REPORT
     return landscape.report(records)._replace(title=f"{spec.title} ({spec.paper_item})")
