@@ -33,6 +33,7 @@ from dualgap_jax.checkpoints import (
     Pieces,
     Stored,
     files,
+    leaves,
     like_template,
     load,
     open_branches,
@@ -330,7 +331,7 @@ def test_shards_are_stored_one_by_one_and_placed_anew(tmp_path: Path) -> None:
                                  jax.device_put(values[21:], devices[2])])
                 checkpointer.save(step, {{"w": array, "p": pieces}})
                 assert donated_in_place(array), place
-                for other in places:
+                for other in places[step % 2 :: 2]:
                     template = {{
                         "w": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=other),
                         "p": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=other),
@@ -456,14 +457,14 @@ def run_python(script: str) -> subprocess.CompletedProcess[str]:
 # --- Blocks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_blocks_pieces_and_slices_agree_with_the_whole(tmp_path: Path, tiny_blocks: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(20, 90))
     dtypes = [np.float32, jnp.bfloat16, np.int8, np.bool_]
     want: dict[str, np.ndarray] = {}
     state: dict[str, Any] = {}
-    for k in range(8):
+    for k in range(6):
         shape = (rows, *(int(n) for n in rng.integers(1, 9, rng.integers(0, 3))))
         want[f"w{k}"] = rng.integers(-9, 9, shape).astype(dtypes[k % 4])
         cuts = [0, *sorted(int(c) for c in rng.integers(0, rows + 1, 3)), rows]
@@ -523,11 +524,30 @@ def test_a_restored_leaf_of_many_blocks_can_be_donated(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, state)
     assert_same(load(tmp_path, state).state, state)  # which leaves views of NumPy's in the arrays
-    for _ in range(20):  # whatever the alignment of the memory that NumPy happens to read into
+    for _ in range(10):  # whatever the alignment of the memory that NumPy happens to read into
         restored = load(tmp_path, jax.eval_shape(lambda: state)).state
         for name in state:
             assert not restored[name].committed
             assert donated_in_place(restored[name])
+
+
+@pytest.mark.usefixtures("tiny_blocks", "x64")
+def test_rows_of_an_accelerator_are_fetched_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaves, "_IN_HOST_MEMORY", set())  # as if NumPy could not view what is on this device
+    fetched: list[int] = []
+    take = leaves._take_rows
+
+    def counted(array: jax.Array, first: int, count: int) -> jax.Array:
+        fetched.append(count)
+        return take(array, first, count)
+
+    monkeypatch.setattr(leaves, "_take_rows", counted)
+    values = np.random.default_rng(0).normal(size=(50, 4))
+    state = {"w": jnp.asarray(values), "k": jax.random.key(0), "n": jnp.asarray(2.5)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    assert_same(load(tmp_path, blank(state)).state, state)
+    assert sorted(fetched) == [2, 2] + [8] * 6  # the last two rows, the key's data, and blocks of 8 rows
 
 
 @pytest.mark.usefixtures("tiny_blocks")
