@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +36,7 @@ from dualgap_jax.checkpoints import (
     Pieces,
     Stored,
     files,
+    leaves,
     like_template,
     load,
     open_branches,
@@ -330,7 +334,7 @@ def test_shards_are_stored_one_by_one_and_placed_anew(tmp_path: Path) -> None:
                                  jax.device_put(values[21:], devices[2])])
                 checkpointer.save(step, {{"w": array, "p": pieces}})
                 assert donated_in_place(array), place
-                for other in places:
+                for other in places[step % 2 :: 2]:
                     template = {{
                         "w": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=other),
                         "p": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=other),
@@ -456,14 +460,14 @@ def run_python(script: str) -> subprocess.CompletedProcess[str]:
 # --- Blocks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_blocks_pieces_and_slices_agree_with_the_whole(tmp_path: Path, tiny_blocks: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(20, 90))
     dtypes = [np.float32, jnp.bfloat16, np.int8, np.bool_]
     want: dict[str, np.ndarray] = {}
     state: dict[str, Any] = {}
-    for k in range(8):
+    for k in range(6):
         shape = (rows, *(int(n) for n in rng.integers(1, 9, rng.integers(0, 3))))
         want[f"w{k}"] = rng.integers(-9, 9, shape).astype(dtypes[k % 4])
         cuts = [0, *sorted(int(c) for c in rng.integers(0, rows + 1, 3)), rows]
@@ -523,11 +527,30 @@ def test_a_restored_leaf_of_many_blocks_can_be_donated(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, state)
     assert_same(load(tmp_path, state).state, state)  # which leaves views of NumPy's in the arrays
-    for _ in range(20):  # whatever the alignment of the memory that NumPy happens to read into
+    for _ in range(10):  # whatever the alignment of the memory that NumPy happens to read into
         restored = load(tmp_path, jax.eval_shape(lambda: state)).state
         for name in state:
             assert not restored[name].committed
             assert donated_in_place(restored[name])
+
+
+@pytest.mark.usefixtures("tiny_blocks", "x64")
+def test_rows_of_an_accelerator_are_fetched_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaves, "_IN_HOST_MEMORY", set())  # as if NumPy could not view what is on this device
+    fetched: list[int] = []
+    take = leaves._take_rows
+
+    def counted(array: jax.Array, first: int, count: int) -> jax.Array:
+        fetched.append(count)
+        return take(array, first, count)
+
+    monkeypatch.setattr(leaves, "_take_rows", counted)
+    values = np.random.default_rng(0).normal(size=(50, 4))
+    state = {"w": jnp.asarray(values), "k": jax.random.key(0), "n": jnp.asarray(2.5)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    assert_same(load(tmp_path, blank(state)).state, state)
+    assert sorted(fetched) == [2, 2] + [8] * 6  # the last two rows, the key's data, and blocks of 8 rows
 
 
 @pytest.mark.usefixtures("tiny_blocks")
@@ -601,6 +624,30 @@ def test_a_damaged_block_shows_where_it_is_read_and_nowhere_else(tmp_path: Path)
         (tmp_path / "0" / "state" / "0000-00002.npy").unlink()
         with pytest.raises(FileNotFoundError, match="no sound checkpoint"):
             open_slices(tmp_path)
+
+
+@pytest.mark.usefixtures("tiny_blocks")
+@pytest.mark.parametrize("leaf", [Struct((160,), np.float32), np.zeros(160, np.float32)])
+def test_what_was_read_of_a_damaged_step_is_let_go(tmp_path: Path, leaf: Any) -> None:
+    values = np.arange(160, dtype=np.float32)
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"a": values, "b": values})
+    flip_byte(tmp_path / "2" / "state" / "0001-00001.npy")
+    seen: list[weakref.ref[Stored]] = []
+
+    def place(leaf: Any, stored: Stored) -> Any:
+        if stored.name == "a":  # the first of a step; who holds the leaf under way in the step before holds this too
+            assert all(before() is None for before in seen)
+        seen.append(weakref.ref(stored))
+        return like_template(leaf, stored)
+
+    gc.disable()  # only the last reference frees
+    try:
+        assert load(tmp_path, {"a": leaf, "b": leaf}, place).step == 1
+    finally:
+        gc.enable()
+    assert len(seen) == 4
 
 
 def test_place_may_leave_leaves_to_the_default(tmp_path: Path) -> None:
@@ -953,3 +1000,25 @@ def test_bad_steps_and_keeps_are_refused(tmp_path: Path) -> None:
     for keep in (0, -1):
         with pytest.raises(ValueError, match="keep is"):
             Checkpointer(tmp_path, keep=keep)
+
+
+# --- The benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_at_a_tiny_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_checkpoints", ROOT / "benchmarks" / "checkpoints.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "files").mkdir()
+    module.main(["--smoke", "--json", str(tmp_path / "results.json"), "--folder", str(tmp_path / "files")])
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["bytes"] == 4 * 20 * (3072 * 8 + 8 + 2 * (8 * 8 + 8) + 8 * 10 + 10)
+    for name in ("save_mb_s", "write_mb_s", "restore_mb_s", "slices_mb_s", "digest_mb_s", "of_write"):
+        assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
+    assert "I=20" in capsys.readouterr().out
+    assert list((tmp_path / "files").iterdir()) == []

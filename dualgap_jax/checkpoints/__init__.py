@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
@@ -167,7 +168,7 @@ class Checkpointer:
         """
         moved = False
 
-        def set_aside(step: int, error: DamagedCheckpointError) -> None:
+        def set_aside(step: int, reason: str) -> None:
             nonlocal moved
             target = self.path / f"damaged-{step}"
             n = 1
@@ -176,7 +177,7 @@ class Checkpointer:
                 target = self.path / f"damaged-{step}-{n}"
             (self.path / str(step)).rename(target)
             moved = True
-            _log.warning("%s is damaged and not used: %s; moved to %s", self.path / str(step), error, target.name)
+            _log.warning("%s is damaged and not used: %s; moved to %s", self.path / str(step), reason, target.name)
 
         self._manager.reload()
         try:
@@ -240,14 +241,15 @@ def _holds(step: Path, record: Mapping[str, Any]) -> bool:
 
 
 def _newest_sound(
-    folder: Path, use: Callable[[Path, dict[str, Any]], _T], damaged: Callable[[int, DamagedCheckpointError], None]
+    folder: Path, use: Callable[[Path, dict[str, Any]], _T], damaged: Callable[[int, str], None]
 ) -> _T | None:
-    """`use(step's folder, record)` of the newest step that passes; `damaged(step, error)` for those passed over."""
+    """`use(step's folder, record)` of the newest step that passes; `damaged(step, reason)` for those passed over."""
     for step in sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True):
         try:
             return use(folder / str(step), files.read_record(folder / str(step)))
         except DamagedCheckpointError as error:
-            damaged(step, error)
+            traceback.clear_frames(error.__traceback__)  # which hold, in a cycle, the leaf that was being made
+            damaged(step, str(error))
     return None
 
 
@@ -258,9 +260,9 @@ def _newest_in(path: str | Path, use: Callable[[Path, dict[str, Any]], _T]) -> _
         raise FileNotFoundError(f"{folder} is not a folder; give the checkpoints folder of a workdir")
     reasons: list[str] = []
 
-    def passed_over(step: int, error: DamagedCheckpointError) -> None:
-        reasons.append(f"step {step}: {error}")
-        _log.warning("%s is damaged and not used: %s", folder / str(step), error)
+    def passed_over(step: int, reason: str) -> None:
+        reasons.append(f"step {step}: {reason}")
+        _log.warning("%s is damaged and not used: %s", folder / str(step), reason)
 
     found = _newest_sound(folder, use, passed_over)
     if found is None:

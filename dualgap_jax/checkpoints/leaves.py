@@ -15,6 +15,7 @@ from dualgap_jax.checkpoints.files import CheckpointMismatchError, Leaf, Rows, S
 from dualgap_jax.types import PyTree
 
 _SHOWN = 8  # leaves listed in an error message
+_IN_HOST_MEMORY = {"cpu"}  # platforms whose arrays NumPy can view
 
 Place = Callable[[Any, Stored], Any]
 
@@ -153,9 +154,12 @@ def _side_by_side(count: int, array: jax.Array, parts: list[tuple[tuple[slice, .
 
 
 def _device_rows(array: jax.Array) -> Rows:
-    """Rows of an array on one device.  `array` is a new handle: NumPy's view stays with it, not with the caller's."""
+    """Rows of an array on one device: views of it in host memory, else fetched.
+
+    `array` is a handle made for this: NumPy's view stays with it, and the caller's array remains free to be donated.
+    """
     (device,) = array.devices()
-    if device.platform == "cpu":
+    if device.platform in _IN_HOST_MEMORY:
         view = np.asarray(array)
         rows = view.reshape(1) if view.ndim == 0 else view
         return Rows(rows.shape[0], lambda first, count: rows[first : first + count])
