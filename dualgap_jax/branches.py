@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dualgap_jax.registry import Table, UnknownNameError, unknown
-from dualgap_jax.types import ApplyFn, Branch, KeyArray, Params, PyTree, State, Stem
+from dualgap_jax.types import Branch, KeyArray, Params, PyTree, State, Stem
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -425,7 +425,7 @@ def with_precision(branch: Branch, *, param_dtype: Any = "float32", compute_dtyp
         params, state = branch.init(key, x)
         return _cast(params, param_dtype), state
 
-    def at_precision(apply: ApplyFn) -> ApplyFn:
+    def at_precision(apply: Callable[..., tuple[Array, State]]) -> Callable[..., tuple[Array, State]]:
         def run(
             params: Params, state: State, x: PyTree, /, *, key: Any = None, train: bool = False
         ) -> tuple[Array, State]:
