@@ -16,7 +16,7 @@ GROUPS = {
     "base": {"registry", "types", "config"},
     "pure": {"branches", "multibranch", "losses", "convexity", "spectral", "shapley_folkman"},
     "host": {"data", "checkpoints", "records", "figures"},
-    "work": {"training", "landscape", "hitting", "duality"},
+    "work": {"training", "landscape", "hitting", "duality", "sharding"},
     "top": {"experiments"},
     "entry": {"cli"},
 }

@@ -78,12 +78,15 @@ def spec_type(experiment: ExperimentFn) -> type:
 
 
 def identity(spec: Any) -> dict[str, Any]:
-    """The configuration that a workdir belongs to: the spec as JSON, without the place of the data on this machine."""
+    """The configuration that a workdir belongs to: the spec as JSON, without what is of this machine only.
+
+    That is the place of the data, and the number of devices of a hitting study.
+    """
     plain = config_lib.plain(spec)
 
     def strip(tree: Any) -> Any:
         if isinstance(tree, dict):
-            return {k: strip(v) for k, v in tree.items() if k != "data_dir"}
+            return {k: strip(v) for k, v in tree.items() if k not in ("data_dir", "devices")}
         return tree
 
     return strip(plain)
