@@ -446,10 +446,16 @@ def with_precision(branch: Branch, *, param_dtype: Any = "float32", compute_dtyp
 
 
 def upcast(params: Params) -> Params:
-    """Parameters with floating leaves of at least float32; exact.  What is as wide already is the same array."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(_accumulator(leaf.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params
-    )
+    """Parameters, NumPy or JAX arrays, with floating leaves of at least float32; exact.
+
+    A leaf that is as wide already is the same array.
+    """
+
+    def wide(leaf: Any) -> Any:
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and _accumulator(leaf.dtype) != leaf.dtype
+        return leaf.astype(_accumulator(leaf.dtype)) if narrow else leaf
+
+    return jax.tree.map(wide, params)
 
 
 BRANCHES: Table[Callable[..., Branch]] = Table("branch", {"mlp": mlp, "conv": conv, "gru": gru})

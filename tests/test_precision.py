@@ -369,6 +369,11 @@ def test_upcast_is_exact_and_leaves_wide_numbers_alone(rng: np.random.Generator,
     for name, leaf in tree.items():
         np.testing.assert_array_equal(np.asarray(wide[name], np.float64), np.asarray(leaf, np.float64))
     assert wide[F32] is tree[F32]
+    on_disk = {name: np.asarray(leaf) for name, leaf in tree.items()}
+    for name, leaf in upcast(on_disk).items():
+        assert isinstance(leaf, np.ndarray)
+        np.testing.assert_array_equal(leaf, wide[name])
+    assert upcast(on_disk)["float64"] is on_disk["float64"]
     net = with_precision(branches.mlp((3,), 2), param_dtype="float64", compute_dtype="float64")
     params, state = net.init(jax.random.key(0), jnp.ones((2, 3), jnp.float32))
     assert net.apply(params, state, jnp.ones((2, 3), jnp.float32))[0].dtype == jnp.float64
