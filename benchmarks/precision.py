@@ -3,8 +3,9 @@
     python benchmarks/precision.py [--json FILE] [--smoke] [--branches I] [--steps T] [--solutions S]
 
 The network of configs/mnist_1layer.py is trained by `training.train` from the same initialisations on the same batches
-in float32, with bfloat16 compute, with bfloat16 parameters, and with both.  Losses and accuracy are over the full
-training set, in float32 from the stored parameters.  The course is the mean mini-batch loss of segments of 50 steps.
+at the config's first rate, in float32, with bfloat16 compute, with bfloat16 parameters, and with both.  Losses and
+accuracy are over the full training set, in float32 from the stored parameters.  The course is the mean mini-batch loss
+of segments of 50 steps.  Lost updates are the weights with a gradient that one more step leaves as they are.
 `--branches` and `--steps` shrink it for a slow machine.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 import tempfile
 import time
@@ -21,14 +23,19 @@ from typing import Any
 
 import common
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dualgap_jax import config as config_lib
 from dualgap_jax import training
 from dualgap_jax.branches import upcast
+from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.landscape import LandscapeSpec, PrecisionSpec, build
+from dualgap_jax.losses import Loss
 from dualgap_jax.records import Metrics, read_metrics
+from dualgap_jax.types import Branch
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "mnist_1layer.py"
 CASES = (
@@ -41,14 +48,30 @@ _EVERY = 50  # steps in a segment
 
 
 def setting(num_branches: int, steps: int, *, smoke: bool) -> LandscapeSpec:
-    """The config's landscape, trained for exactly `steps` steps."""
+    """The config's landscape, trained for exactly `steps` steps at a constant rate."""
     config = config_lib.load(CONFIG, f"I={num_branches}" + (",smoke" if smoke else ""))
     del config.experiment
     spec = config_lib.to_spec(LandscapeSpec, config)
-    return dataclasses.replace(
-        spec,
-        training=dataclasses.replace(spec.training, max_steps=steps, check_every=min(_EVERY, steps), tolerance=0.0),
+    constant = config_lib.component(training.SCHEDULES, "constant")
+    changes: dict[str, Any] = {"max_steps": steps, "check_every": min(_EVERY, steps), "tolerance": 0.0}
+    return dataclasses.replace(spec, training=dataclasses.replace(spec.training, schedule=constant, **changes))
+
+
+def lost_updates(net: Branch, loss: Loss, dataset: Dataset, solution: training.Solution, rate: float) -> float:
+    """Share of the weights with a gradient that a step at this rate does not change; its batch is the first 128."""
+    keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
+    count = min(128, len(dataset.y))
+    x = standardise(dataset.x[:count], dataset.mean, dataset.std)
+    before = training.Carry(solution.params, solution.state, solution.params)
+    after, _ = jax.jit(functools.partial(training.step, net, loss, keep))(
+        before, x, jnp.asarray(dataset.y[:count]), jnp.float32(rate), jax.random.key(0)
     )
+    parts = zip(*map(jax.tree.leaves, (after.opt_state, before.params, after.params)), strict=True)
+    moved, lost = 0, 0
+    for gradient, old, new in parts:
+        moved += int((gradient != 0).sum())
+        lost += int(((gradient != 0) & (old == new)).sum())
+    return lost / moved
 
 
 def measure(spec: LandscapeSpec, precision: PrecisionSpec, num_solutions: int) -> dict[str, Any]:
@@ -73,6 +96,9 @@ def measure(spec: LandscapeSpec, precision: PrecisionSpec, num_solutions: int) -
         "compute": precision.compute,
         "loss": common.spread(np.asarray([r.loss for r in rows])),
         "accuracy": common.spread(np.asarray([r.accuracy for r in rows])),
+        "lost_updates": common.spread(
+            np.asarray([lost_updates(training_net, loss, dataset, s, rate) for s in solutions])
+        ),
         "step_ms": common.spread(1e3 / speeds[1:] if len(speeds) > 1 else 1e3 / speeds),
         "seconds": seconds,
         "course": [[line["loss"] for line in lines if line["solution"] == i] for i in range(num_solutions)],
@@ -122,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "accuracy": "accuracy",
         "largest_relative": "largest relative difference",
         "largest_to_start": "to the start",
+        "lost_updates": "lost updates",
         "step_ms": "step, ms",
     }
     notes = [

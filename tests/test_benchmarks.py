@@ -265,8 +265,9 @@ def test_the_precision_benchmark_measures_the_effect_of_bfloat16(
         ("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"),
     }  # fmt: skip
     for row in results["rows"]:
-        for key in ("loss", "accuracy", "step_ms"):
+        for key in ("loss", "accuracy", "step_ms", "lost_updates"):
             assert is_spread(row[key]), key
+        assert (row["lost_updates"]["median"] > 0.01) == (row["params"] == "bfloat16")
         factor = 1 if row["params"] == "float32" else 2
         assert plain["parameter_bytes"] == factor * row["parameter_bytes"]
     for row in others:
