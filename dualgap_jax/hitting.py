@@ -36,6 +36,7 @@ from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset, Teacher, relu_teacher, standardise, teacher_outputs
 from dualgap_jax.losses import Loss
 from dualgap_jax.records import Metrics, Progress
+from dualgap_jax.sharding import local_devices, over_devices, place
 from dualgap_jax.training import SCHEDULES, Schedule
 from dualgap_jax.types import PyTree
 
@@ -69,8 +70,10 @@ class SgdSpec:
       stop_below: a run whose loss on the full data is at most this at a look stops there; -1 never stops so.
       stop_at_rest: a run of a hinge loss whose margins all exceed tau has no gradient any more; True ends it at the
         next look, which changes no number of its result.
-      lanes: runs in a block, a multiple of 16.  Results do not depend on it; on CPU 64 suits batches up to 20 and 128
-        larger ones.
+      lanes: runs in a block, on each device, a multiple of 16.  Results do not depend on it; on CPU 64 suits batches up
+        to 20 and 128 larger ones.
+      devices: devices of this machine that share a block, each with `lanes` of its runs; 0 is all of them.  Results do
+        not depend on it.
       checkpoint_seconds: least time between two checkpoints.
     """
 
@@ -84,6 +87,7 @@ class SgdSpec:
     stop_below: float = -1.0
     stop_at_rest: bool = True
     lanes: int = 64
+    devices: int = 0
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -95,6 +99,7 @@ class SgdSpec:
             self.lanes >= 16 and self.lanes % 16 == 0,
             f"sgd.lanes={self.lanes} must be a multiple of 16, the width of the widest vector registers.",
         )
+        require(self.devices >= 0, f"sgd.devices={self.devices} must be >= 0 (0: all of this machine).")
         require(self.checkpoint_seconds >= 0, f"sgd.checkpoint_seconds={self.checkpoint_seconds} must be >= 0.")
         SCHEDULES.build(self.schedule.name, max_steps=self.steps, **self.schedule.settings)
 
@@ -282,10 +287,13 @@ def run_keys(runs: Runs) -> tuple[Array, UInt32[np.ndarray, "2 runs"]]:
 class _Block(NamedTuple):
     """The weights of a block: `kernel [height, d, lanes]`, `bias`, `head [height, lanes]`, `offset [lanes]`."""
 
-    kernel: Array
-    bias: Array
-    head: Array
-    offset: Array
+    kernel: Any
+    bias: Any
+    head: Any
+    offset: Any
+
+
+_LANES = _Block(2, 1, 1, 0)  # the axis of the lanes in each
 
 
 def _total(terms: Sequence[Array], start: Array) -> Array:
@@ -342,6 +350,7 @@ class _Program:
     use_bias: bool
     n: int
     d: int
+    devices: tuple[jax.Device, ...]
 
     def chunks(self, count: int) -> tuple[int, int]:
         """How `count` examples are worked through: number of chunks, examples in each; the last may hold fewer."""
@@ -471,17 +480,19 @@ class _Program:
             stops = jax.vmap(self.schedule.stop, axis_size=len(rates))(states)
             return block, states, stops, *self.look(block, base, table, live)
 
-        return jax.jit(segment, donate_argnums=(0, 1))
+        # By hand, not by XLA: the permutation draws until all lanes have a place, and must not wait for other devices.
+        axes = (_LANES, 0, 0, 1, 0, None, None, None, None)
+        return jax.jit(over_devices(segment, self.devices, axes, (_LANES, 0, 0, 0, 0)), donate_argnums=(0, 1))
 
 
 @functools.lru_cache(maxsize=16)
 def _program(
     loss: Loss, schedule: str, settings: tuple[Any, ...], steps: int, batch_size: int, order: Order, use_bias: bool,
-    n: int, d: int,
+    n: int, d: int, devices: tuple[jax.Device, ...],
 ) -> _Program:  # fmt: skip
     """One program for all studies that need the same, so that it is compiled once."""
     built = SCHEDULES.build(schedule, max_steps=steps, **dict(settings))
-    return _Program(loss, built, batch_size or n, order if batch_size else "epochs", use_bias, n, d)
+    return _Program(loss, built, batch_size or n, order if batch_size else "epochs", use_bias, n, d, devices)
 
 
 # --- all runs -------------------------------------------------------------------------------------------------------
@@ -589,26 +600,35 @@ class _Study:
         """The runs under way, packed by width into as few blocks as they fill; tallest first."""
         active = np.flatnonzero(self.status == _RUNNING)
         active = active[np.argsort(self.runs.width[active], kind="stable")]
-        return np.split(active, range(self.spec.lanes, len(active), self.spec.lanes))[::-1]
+        return np.split(active, range(self.lanes, len(active), self.lanes))[::-1]
+
+    @property
+    def lanes(self) -> int:
+        """Of a block, on all devices together."""
+        return self.spec.lanes * len(self.program.devices)
 
     def height(self, chosen: np.ndarray) -> int:
         return _HEIGHTS * -(-int(self.runs.width[chosen].max()) // _HEIGHTS)
 
     def advance(self, chosen: np.ndarray, first: int, last: int) -> None:
         """Takes the runs of one block from step `first` to `last`; with `first = last = 0`, only looks."""
-        m, lanes = len(chosen), np.resize(chosen, self.spec.lanes)
-        block = self._load(lanes, self.height(chosen))
-        states = jax.tree.map(lambda leaf: jnp.asarray(leaf[lanes]), self.states)
-        keys = jnp.asarray(self.order_keys[:, lanes])
+        m, lanes, put = (
+            len(chosen),
+            np.resize(chosen, self.lanes),
+            functools.partial(place, devices=self.program.devices),
+        )
+        block = put(self._load(lanes, self.height(chosen)), axes=_LANES)
+        states = put(jax.tree.map(lambda leaf: leaf[lanes], self.states), axes=0)
+        keys = put(self.order_keys[:, lanes], axes=1)
         size = (self.program.d + 1) * self.program.n
-        base = jnp.asarray(self.runs.data[lanes] * size, jnp.int32)
+        base = put((self.runs.data[lanes] * size).astype(np.int32), axes=0)
         rates = self.runs.learning_rate[lanes].astype(self.table.dtype)
         status = np.where(np.arange(len(lanes)) < m, _RUNNING, _DIVERGED)  # lanes that only fill the block stand still
         now, live = first, jnp.asarray(True)
         while now == first or (now < last and (status == _RUNNING).any()):
             length = min(self.spec.check_every, last - now)
             going = status == _RUNNING
-            moved = (block, states, jnp.asarray(np.where(going, rates, 0), self.table.dtype), keys, base, self.table)
+            moved = (block, states, put(np.where(going, rates, 0), axes=0), keys, base, self.table)
             block, states, stops, full, least = self.program.segment(*moved, jnp.int32(now), jnp.int32(length), live)
             held, mine = chosen[going[:m]], going[:m]
             losses = np.asarray(full)
@@ -639,7 +659,7 @@ class _Study:
 
         kernel, bias, head, offset = self.weights
         last = (tall(kernel).transpose(1, 2, 0), tall(bias).T, tall(head).T, offset[lanes])
-        return _Block(*(jnp.asarray(np.ascontiguousarray(part)) for part in last))
+        return _Block(*map(np.ascontiguousarray, last))
 
     def _store(self, chosen: np.ndarray, block: _Block, states: PyTree) -> None:
         m = len(chosen)
@@ -669,14 +689,17 @@ def _prepare(datasets: Sequence[Dataset], loss: Loss, runs: Runs, spec: SgdSpec)
     require(
         spec.batch_size <= n, f"sgd.batch_size={spec.batch_size} exceeds the {n} examples; use 0 for the full data set."
     )
+    devices = local_devices(spec.devices)
     settings = tuple(sorted(spec.schedule.settings.items()))
-    program = _program(loss, spec.schedule.name, settings, spec.steps, spec.batch_size, spec.order, spec.use_bias, n, d)
+    program = _program(
+        loss, spec.schedule.name, settings, spec.steps, spec.batch_size, spec.order, spec.use_bias, n, d, devices
+    )
     count = len(runs.width)
     return _Study(
         runs=runs,
         spec=spec,
         program=program,
-        table=jnp.asarray(table),
+        table=place(table, devices, None),
         order_keys=run_keys(runs)[1],
         weights=initial_weights(runs, d, spec),
         states=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], count, axis=0), program.schedule.init()),
@@ -713,7 +736,7 @@ def train_runs(
 
     Raises:
       ConfigError: if the loss does not fit a data set, the data sets differ in size or are too large, a run points
-        beyond them, or the batch exceeds the data.
+        beyond them, the batch exceeds the data, or there are fewer devices than the spec names.
       CheckpointMismatchError: if `checkpoints` holds another study.
     """
     study = _prepare(datasets, loss, runs, spec)

@@ -252,3 +252,33 @@ def test_the_value_by_pinv_is_problem_4_at_the_closed_form(
     fitted = (left * kept) @ right
     expected = 0.5 * np.sum((y - fitted) ** 2) + 5.0 * np.linalg.norm(fitted, "nuc")
     assert module.value_of(*module.by_pinv(x, y), x, y) == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_precision_benchmark_measures_the_effect_of_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run("precision", tmp_path / "results.json", monkeypatch)
+    plain, *others = results["rows"]
+    assert (plain["params"], plain["compute"]) == ("float32", "float32")
+    assert plain["largest_relative"] == plain["largest_to_start"] == 0
+    assert {(row["params"], row["compute"]) for row in others} == {
+        ("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"),
+    }  # fmt: skip
+    for row in results["rows"]:
+        for key in ("loss", "accuracy", "step_ms", "lost_updates"):
+            assert is_spread(row[key]), key
+        assert (row["lost_updates"]["median"] > 0.01) == (row["params"] == "bfloat16")
+        factor = 1 if row["params"] == "float32" else 2
+        assert plain["parameter_bytes"] == factor * row["parameter_bytes"]
+    for row in others:
+        assert 0 < row["largest_relative"] < 0.1
+        assert row["loss"]["median"] == pytest.approx(plain["loss"]["median"], rel=0.1)
+    assert "bfloat16 parameters" in capsys.readouterr().out
+
+
+def test_differences_of_courses_are_taken_segment_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("precision", monkeypatch)
+    plain = {"course": [[2.0, 1.0, 0.5], [4.0, 2.0, 0.1]]}
+    row = {"course": [[2.0, 1.1, 0.5], [4.0, 1.9, 0.15]]}
+    found = module.compare(row, plain)
+    assert found == {"largest_relative": pytest.approx(0.5), "largest_to_start": pytest.approx(0.05)}

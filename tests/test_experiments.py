@@ -273,7 +273,7 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
         """Builds and counts."""
         from dualgap_jax.experiments.landscape import build
 
-        dataset, _, _ = build(spec, tables)
+        dataset = build(spec, tables).dataset
         seen.append(dataset.name)
         (workdir.results / "landscape.json").write_text("{}")
         return Report("probe", ["n"], [[len(dataset.y)]])

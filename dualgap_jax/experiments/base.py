@@ -90,7 +90,7 @@ def identity(spec: Any) -> dict[str, Any]:
 
     def strip(tree: Any) -> Any:
         if isinstance(tree, dict):
-            return {k: strip(v) for k, v in tree.items() if k not in ("data_dir", "mesh")}
+            return {k: strip(v) for k, v in tree.items() if k not in ("data_dir", "mesh", "devices")}
         return tree
 
     return strip(plain)

@@ -16,6 +16,7 @@ from dualgap_jax.experiments.base import Report, Tables
 from dualgap_jax.hitting import GroundTruth, Outcome, Runs, SgdSpec
 from dualgap_jax.losses import Loss
 from dualgap_jax.records import Workdir, save_json, save_npz
+from dualgap_jax.sharding import local_devices
 
 PAPER_RUNS = 100
 PAPER_HITS = {12: 21, 13: 24, 14: 24, 15: 29, 16: 30, 17: 32, 18: 35, 19: 52, 20: 64, 21: 75}
@@ -77,6 +78,7 @@ class HittingRateSpec:
         """Looks every name and setting up, so that a bad config fails before anything is written."""
         tables.losses.build(self.loss.name, **self.loss.settings)
         tables.datasets.check(self.data.name, **self.data.settings, seed=0)
+        local_devices(self.sgd.devices)
 
 
 class Study(NamedTuple):

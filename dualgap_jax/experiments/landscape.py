@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from dualgap_jax import convexity, landscape
+from dualgap_jax.branches import upcast, with_precision
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments.base import Report, Tables
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.multibranch import multi_branch
 from dualgap_jax.records import Workdir, save_json, save_npz
+from dualgap_jax.registry import unknown
 from dualgap_jax.training import SCHEDULES, Solution, TrainingSpec, evaluate, optimizer, scaled_learning_rate, train
 from dualgap_jax.types import Branch
+
+DType = Literal["float32", "bfloat16"]
 
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
 
@@ -56,6 +60,24 @@ class PlaneSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrecisionSpec:
+    """The number formats of training; see `branches.with_precision`.  Evaluation and surfaces are always in float32.
+
+    Attributes:
+      params: of the stored parameters, 'float32' or 'bfloat16'.
+      compute: of the products inside a branch; outputs of branches, their sum and the loss are float32.
+    """
+
+    params: DType = "float32"
+    compute: DType = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("params", "compute"):
+            given, allowed = getattr(self, name), get_args(DType)
+            require(given in allowed, unknown(f"value of precision.{name}:", given, allowed))
+
+
+@dataclasses.dataclass(frozen=True)
 class LandscapeSpec:
     """One landscape.
 
@@ -68,6 +90,7 @@ class LandscapeSpec:
       branch: an entry of the branch table and its settings; the number of outputs comes from the data.
       data, loss: entries of their tables.
       training, plane: how solutions are found, and what is drawn through them.
+      precision: number formats of the training.
       tensorboard: whether to write event files too.
     """
 
@@ -81,6 +104,7 @@ class LandscapeSpec:
     loss: Component = Component("binary_hinge", {})
     training: TrainingSpec = TrainingSpec()
     plane: PlaneSpec = PlaneSpec()
+    precision: PrecisionSpec = PrecisionSpec()
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -110,13 +134,36 @@ def smoke(spec: LandscapeSpec, **data: Any) -> LandscapeSpec:
     )
 
 
-def build(spec: LandscapeSpec, tables: Tables) -> tuple[Dataset, Branch, Loss]:
-    """The data set, network and loss of a spec."""
+class Setting(NamedTuple):
+    """What a spec names.
+
+    Attributes:
+      dataset: the training set.
+      net: the network in float32, for evaluation and surfaces.
+      training_net: the same network at the precision of its training; `net` itself for float32.
+      loss: the loss.
+    """
+
+    dataset: Dataset
+    net: Branch
+    training_net: Branch
+    loss: Loss
+
+
+def build(spec: LandscapeSpec, tables: Tables) -> Setting:
+    """The data set, networks and loss of a spec."""
     loss = tables.losses.build(spec.loss.name, **spec.loss.settings)
     dataset = tables.datasets.build(spec.data.name, **spec.data.settings)
     branch = tables.branches.build(spec.branch.name, **{**spec.branch.settings, "out": dataset.num_outputs})
-    net = multi_branch(branch, spec.num_branches, reduce=spec.reduce, chunk_size=spec.chunk_size or None)
-    return dataset, net, loss
+
+    def network(branch: Branch) -> Branch:
+        return multi_branch(branch, spec.num_branches, reduce=spec.reduce, chunk_size=spec.chunk_size or None)
+
+    net = network(branch)
+    if spec.precision == PrecisionSpec():
+        return Setting(dataset, net, net, loss)
+    lowered = with_precision(branch, param_dtype=spec.precision.params, compute_dtype=spec.precision.compute)
+    return Setting(dataset, net, network(lowered), loss)
 
 
 def regime(spec: LandscapeSpec) -> str:
@@ -124,15 +171,20 @@ def regime(spec: LandscapeSpec) -> str:
     rate = scaled_learning_rate(spec.training, spec.num_branches)
     settings = ", ".join(f"{k} {v}" for k, v in spec.branch.settings.items() if k in ("init", "init_scale", "use_bias"))
     scaling = {"branches": "times I", "inverse_branches": "over I", "none": "not scaled"}[spec.training.lr_scaling]
-    return f"{spec.reduce} over branches, {settings or spec.branch.name}, learning rate {rate:g} ({scaling})"
+    numbers = (
+        f", trained with {spec.precision.params} parameters and {spec.precision.compute} compute"
+        if spec.precision != PrecisionSpec()
+        else ""
+    )
+    return f"{spec.reduce} over branches, {settings or spec.branch.name}, learning rate {rate:g} ({scaling}){numbers}"
 
 
 def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
     """Loss landscape through three SGD solutions, with convexity scores (one panel of Figures 1 and 4)."""
-    dataset, net, loss = build(spec, tables)
+    dataset, net, training_net, loss = build(spec, tables)
     with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
         solutions = train(
-            net,
+            training_net,
             loss,
             dataset,
             spec.training,
@@ -141,6 +193,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             checkpoints=workdir.checkpoints,
             metrics=metrics,
         )
+    solutions = [s._replace(params=upcast(s.params)) for s in solutions]
     evaluations = [evaluate(net, loss, dataset, s.params, s.state) for s in solutions]
     rows = [
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
@@ -152,6 +205,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
         "num_branches": spec.num_branches,
         "regime": regime(spec),
+        "precision": dataclasses.asdict(spec.precision),
         "solutions": rows,
         "assumption_1": check_assumption_1(loss, jnp.asarray(margins))._asdict(),
         "data": dataset.info,
