@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Key
 
@@ -82,3 +82,17 @@ class Stacked(NamedTuple):
     branch: Branch
     num_branches: int
     scale: float
+
+
+@runtime_checkable
+class BranchSource(Protocol):
+    """A stacked network's parameters and state, read a few branches at a time; leaves lead with `[I, ...]`."""
+
+    @property
+    def num_branches(self) -> int:
+        """I."""
+        ...
+
+    def read(self, first: int, count: int) -> tuple[Params, State]:
+        """Parameters and state of branches `first .. first + count - 1`: leaves `[count, ...]`, NumPy or JAX arrays."""
+        ...
