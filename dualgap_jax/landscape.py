@@ -926,7 +926,7 @@ def evaluate_source(
                 x = standardise(dataset.x[which], dataset.mean, dataset.std)
                 if index not in totals:
                     one = jax.tree.map(lambda leaf: leaf[:1], block)
-                    shape = jax.eval_shape(lambda tree, x: sum_branches(stacked.branch, *tree, x)[0], one, x)
+                    shape = jax.eval_shape(lambda p, s, x: sum_branches(stacked.branch, p, s, x)[0], *one, x)
                     totals[index] = jnp.zeros(shape.shape, shape.dtype)
                 totals[index] = jax.block_until_ready(add(totals[index], block, x))
                 done += 1
