@@ -35,6 +35,7 @@ from dualgap_jax.landscape import (
 from dualgap_jax.losses import Loss, binary_hinge, logistic, multi_margin, squared
 from dualgap_jax.multibranch import mixture, multi_branch
 from dualgap_jax.records import load_npz, save_npz
+from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.types import Branch, BranchSource
 
 
@@ -92,7 +93,7 @@ def make(name: str, folder: Path, rng: np.random.Generator, dtype: Any = np.floa
     solutions = [
         (
             jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), dtype), shapes[0]),
-            jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.5, 2, s.shape), dtype), shapes[1]),
+            jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.9, 1.2, s.shape), dtype), shapes[1]),
         )
         for _ in range(3)
     ]
@@ -104,7 +105,7 @@ def make(name: str, folder: Path, rng: np.random.Generator, dtype: Any = np.floa
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many bytes a block that 13 small branches make several blocks, of inner products too."""
-    monkeypatch.setattr(landscape, "_BLOCK_BYTES", 3000)
+    monkeypatch.setattr(landscape, "_BLOCK_BYTES", 2000)
     monkeypatch.setattr(landscape, "_PRODUCT_BYTES", 1000)
     monkeypatch.setattr(landscape, "_PIECE", 50)
 
@@ -176,7 +177,7 @@ def test_heights_keep_their_digits_near_a_line(distance: float, rng: np.random.G
     solutions = [start, start + along, start - 2.5 * along + distance * across]
     plane = plane_through([{"w": jnp.asarray(w)} for w in solutions], "orthonormal")
     height = distance * np.linalg.norm(across)
-    assert plane.anchors[2, 1] - plane.anchors[0, 1] == pytest.approx(height, rel=1e-15 / distance**1 * 100)
+    assert plane.anchors[2, 1] - plane.anchors[0, 1] == pytest.approx(height, rel=1e-13 / distance)
     np.testing.assert_allclose(plane.v["w"], across / np.linalg.norm(across), atol=1e-13 / distance)
 
 
@@ -187,7 +188,7 @@ def test_other_misuse_of_sources_is_named(tmp_path: Path, rng: np.random.Generat
         plane_through_sources(sources)
     with pytest.raises(ValueError, match="three solutions, got 2"):
         plane_through_sources(sources[:2])
-    with pytest.raises(ValueError, match="unknown axes 'x'"):
+    with pytest.raises(UnknownNameError, match="unknown axes 'x'"):
         plane_through_sources(sources, "x")
     for other in (
         OnDisk(tmp_path / "a", {"w": arrays[0][:, :2]}, ()),
@@ -220,7 +221,7 @@ def test_streamed_values_are_those_in_memory_bit_for_bit(
         np.testing.assert_allclose(streamed, plain, rtol=1e-12 if dtype is np.float64 else 1e-5)
         for source in case.sources:
             blocks = [read for read in source.reads if read != (0, 1)]
-            assert len(blocks) > 2, "one block only: the test shows nothing"
+            assert len(blocks) > 1, "one block only: the test shows nothing"
             assert sum(count for _, count in blocks) == NUM_BRANCHES, "read more than once"
             assert len({count for _, count in blocks}) == 2
 
@@ -291,7 +292,7 @@ class Stopped(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.45, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.45, 0.8, 1.0])
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.usefixtures("small_blocks")
 def test_interrupted_work_goes_on_at_its_block(
@@ -329,7 +330,7 @@ def test_interrupted_work_goes_on_at_its_block(
     with pytest.raises(Stopped):
         call()
     stored = load_npz(partial)
-    if share in (0.2, 0.45, 0.7):
+    if share in (0.2, 0.45, 0.8):
         assert len(stored["parts"])
         assert stored["parts"][:, 2].min() >= 1
     before, updates, Watched.stop_at = last_done[-1], 0, math.inf
@@ -341,7 +342,7 @@ def test_interrupted_work_goes_on_at_its_block(
     assert updates == whole - stopped
     assert not partial.exists()
     if streamed and share == 0.2:  # blocks that all points have had are not read again
-        assert len(case.sources[0].reads[1:]) < 2 * math.ceil(NUM_BRANCHES / case.sources[0].reads[1][1])
+        assert sum(count for _, count in case.sources[0].reads[1:]) == 2 * NUM_BRANCHES - case.sources[0].reads[1][1]
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -397,7 +398,9 @@ def test_evaluation_of_a_source_is_that_in_memory(name: str, tmp_path: Path, rng
         expected = training.evaluate(case.net, case.loss, case.data, params, state)
         assert got.loss == pytest.approx(expected.loss, rel=1e-12)
         assert got.accuracy == expected.accuracy
-        np.testing.assert_allclose(got.margins, expected.margins, rtol=1e-10)
+        assert (got.margins is None) == (expected.margins is None)
+        if got.margins is not None:
+            np.testing.assert_allclose(got.margins, expected.margins, rtol=1e-10)
         assert len(source.reads) > 3
         assert sum(count for _, count in source.reads[1:]) == NUM_BRANCHES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -16,10 +17,14 @@ from dualgap_jax.experiments.base import Report, Tables
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.multibranch import multi_branch
 from dualgap_jax.records import Workdir, save_json, save_npz
-from dualgap_jax.training import SCHEDULES, Solution, TrainingSpec, evaluate, optimizer, scaled_learning_rate, train
-from dualgap_jax.types import Branch
+from dualgap_jax.training import SCHEDULES, Evaluation, TrainingSpec, evaluate, optimizer, scaled_learning_rate, train
+from dualgap_jax.types import Branch, BranchSource, Params, State
 
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
+
+
+# A solution in memory, or where it can be read a few branches at a time.
+Network = tuple[Params, State] | BranchSource
 
 
 class DivergedError(RuntimeError):
@@ -38,6 +43,8 @@ class PlaneSpec:
       points: grid points along each side.
       edge_points: points along each edge between two solutions.
       sample_chunk: samples at a time.
+      samples: how many training examples, drawn by the seed, the surface, the edges, the scores, and the losses of the
+        solutions are taken over; 0 is all of them.
       route: 'auto', 'stem' or 'plain'; see `landscape.evaluate_points`.
     """
 
@@ -46,6 +53,7 @@ class PlaneSpec:
     points: int = 51
     edge_points: int = 25
     sample_chunk: int = 256
+    samples: int = 0
     route: Literal["auto", "stem", "plain"] = "auto"
 
     def __post_init__(self) -> None:
@@ -53,6 +61,7 @@ class PlaneSpec:
         require(self.points >= 3, f"plane.points={self.points} must be at least 3.")
         require(self.edge_points >= 3, f"plane.edge_points={self.edge_points} must be at least 3.")
         require(self.sample_chunk >= 1, f"plane.sample_chunk={self.sample_chunk} must be at least 1.")
+        require(self.samples >= 0, f"plane.samples={self.samples} must be >= 0 (0: all training examples).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,45 +150,84 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             checkpoints=workdir.checkpoints,
             metrics=metrics,
         )
-    evaluations = [evaluate(net, loss, dataset, s.params, s.state) for s in solutions]
+    measured = chosen(dataset, spec.plane.samples, spec.seed)
+    networks: list[Network] = [(s.params, s.state) for s in solutions]
+    evaluations = [_evaluate(net, loss, measured, network) for network in networks]
     rows = [
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
         for s, e in zip(solutions, evaluations, strict=True)
     ]
     save_json(workdir.results / "solutions.json", rows)
-    margins = np.concatenate([e.margins for e in evaluations if e.margins is not None] or [np.zeros(0)])
-    record: dict[str, Any] = {
-        "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
-        "num_branches": spec.num_branches,
-        "regime": regime(spec),
-        "solutions": rows,
-        "assumption_1": check_assumption_1(loss, jnp.asarray(margins))._asdict(),
-        "data": dataset.info,
-        **_measure(spec, workdir, dataset, net, loss, solutions),
-    }
-    save_json(workdir.results / "landscape.json", record)
-    return report([record])
-
-
-def _measure(
-    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Branch, loss: Loss, solutions: list[Solution]
-) -> dict[str, Any]:
-    """Plane, surface and scores; writes `results/landscape.npz`."""
     diverged = [k for k, s in enumerate(solutions) if s.status == "diverged"]
     if diverged:
         raise DivergedError(
             f"solution {', '.join(map(str, diverged))} diverged after {solutions[diverged[0]].steps} steps at learning"
             f" rate {scaled_learning_rate(spec.training, spec.num_branches):g}; lower --config.training.learning_rate."
         )
-    plane = landscape.plane_through([s.params for s in solutions], spec.plane.axes, states=[s.state for s in solutions])
+    margins = np.concatenate([e.margins for e in evaluations if e.margins is not None] or [np.zeros(0)])
+    record: dict[str, Any] = {
+        "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
+        "num_branches": spec.num_branches,
+        "regime": regime(spec),
+        "samples": {"used": len(measured.y), "of": len(dataset.y)},
+        "solutions": rows,
+        "assumption_1": check_assumption_1(loss, jnp.asarray(margins))._asdict(),
+        "data": dataset.info,
+        **_measure(spec, workdir, measured, net, loss, networks),
+    }
+    save_json(workdir.results / "landscape.json", record)
+    return report([record])
+
+
+def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
+    """The first `samples` examples of a permutation of the data set that the seed fixes; 0 is all of them as they are.
+
+    Raises:
+      ConfigError: if there are fewer.
+    """
+    require(
+        samples <= len(dataset.y),
+        f"plane.samples={samples} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
+    )
+    if samples in (0, len(dataset.y)):
+        return dataset
+    picked = np.random.default_rng(seed).permutation(len(dataset.y))[:samples]
+    return dataset._replace(x=dataset.x[picked], y=dataset.y[picked])
+
+
+def _evaluate(net: Branch, loss: Loss, dataset: Dataset, network: Network) -> Evaluation:
+    if isinstance(network, tuple):
+        return evaluate(net, loss, dataset, *network)
+    return landscape.evaluate_source(net, loss, dataset, network)
+
+
+def _plane(networks: Sequence[Network], axes: str) -> landscape.Plane | landscape.StreamedPlane:
+    """The plane through three solutions, all in memory or all on disk."""
+    in_memory = [network for network in networks if isinstance(network, tuple)]
+    if in_memory:
+        return landscape.plane_through([p for p, _ in in_memory], axes, states=[s for _, s in in_memory])
+    return landscape.plane_through_sources([n for n in networks if not isinstance(n, tuple)], axes)
+
+
+def _measure(
+    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Branch, loss: Loss, networks: Sequence[Network]
+) -> dict[str, Any]:
+    """Plane, surface and scores; writes `results/landscape.npz`."""
+    plane = _plane(networks, spec.plane.axes)
     unit = 1.0 if spec.plane.axes == "authors" else float(np.linalg.norm(plane.anchors, axis=1).max())
     xs = spec.plane.half_width * unit * np.linspace(-1, 1, spec.plane.points)
-    partial = workdir.results / "landscape.partial.npz"
-    options: dict[str, Any] = {"sample_chunk": spec.plane.sample_chunk, "route": spec.plane.route}
-    t, edge_loss = landscape.edges(
-        net, plane, dataset, loss, num_points=spec.plane.edge_points, label="edges", **options
+    surface, t, edge_loss = landscape.survey(
+        net,
+        plane,
+        dataset,
+        loss,
+        xs,
+        xs,
+        edge_points=spec.plane.edge_points,
+        sample_chunk=spec.plane.sample_chunk,
+        route=spec.plane.route,
+        partial=workdir.results / "landscape.partial.npz",
     )
-    surface = landscape.evaluate(net, plane, dataset, loss, xs, xs, partial=partial, label="landscape", **options)
     zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
     zero_loss = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
     save_npz(
@@ -203,6 +251,14 @@ def _measure(
         inside.pop("definitions")
         measured["scores_paper_window"] = inside
     return measured
+
+
+def _losses_over(records: list[dict[str, Any]]) -> str:
+    """'the full training set', or how many of its examples."""
+    said = [r["samples"] for r in records if r["samples"]["used"] < r["samples"]["of"]]
+    if not said:
+        return "the full training set"
+    return ", ".join(sorted({f"{s['used']:,} of the {s['of']:,} training examples" for s in said}))
 
 
 def report(records: list[dict[str, Any]]) -> Report:
@@ -239,7 +295,7 @@ def report(records: list[dict[str, Any]]) -> Report:
     first = records[0]
     notes = [
         f"Regime: {first['regime']}.",
-        "Scores: estimated from the grid; definitions in results/landscape.json. Losses: over the full training set.",
+        f"Scores: estimated from the grid; definitions in results/landscape.json. Losses: over {_losses_over(records)}.",
     ]
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")
