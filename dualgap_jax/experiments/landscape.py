@@ -139,6 +139,7 @@ def regime(spec: LandscapeSpec) -> str:
 def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
     """Loss landscape through three SGD solutions, with convexity scores (one panel of Figures 1 and 4)."""
     dataset, net, loss = build(spec, tables)
+    measured = chosen(dataset, spec.plane.samples, spec.seed)
     with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
         solutions = train(
             net,
@@ -150,7 +151,6 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             checkpoints=workdir.checkpoints,
             metrics=metrics,
         )
-    measured = chosen(dataset, spec.plane.samples, spec.seed)
     networks: list[Network] = [(s.params, s.state) for s in solutions]
     evaluations = [_evaluate(net, loss, measured, network) for network in networks]
     rows = [
@@ -196,17 +196,18 @@ def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
 
 
 def _evaluate(net: Branch, loss: Loss, dataset: Dataset, network: Network) -> Evaluation:
-    if isinstance(network, tuple):
-        return evaluate(net, loss, dataset, *network)
-    return landscape.evaluate_source(net, loss, dataset, network)
+    if isinstance(network, BranchSource):
+        return landscape.evaluate_source(net, loss, dataset, network)
+    return evaluate(net, loss, dataset, *network)
 
 
 def _plane(networks: Sequence[Network], axes: str) -> landscape.Plane | landscape.StreamedPlane:
     """The plane through three solutions, all in memory or all on disk."""
-    in_memory = [network for network in networks if isinstance(network, tuple)]
-    if in_memory:
-        return landscape.plane_through([p for p, _ in in_memory], axes, states=[s for _, s in in_memory])
-    return landscape.plane_through_sources([n for n in networks if not isinstance(n, tuple)], axes)
+    sources = [network for network in networks if isinstance(network, BranchSource)]
+    if sources:
+        return landscape.plane_through_sources(sources, axes)
+    in_memory = [network for network in networks if not isinstance(network, BranchSource)]
+    return landscape.plane_through([p for p, _ in in_memory], axes, states=[s for _, s in in_memory])
 
 
 def _measure(
@@ -255,7 +256,7 @@ def _measure(
 
 def _losses_over(records: list[dict[str, Any]]) -> str:
     """'the full training set', or how many of its examples."""
-    said = [r["samples"] for r in records if r["samples"]["used"] < r["samples"]["of"]]
+    said = [s for r in records if (s := r.get("samples")) is not None and s["used"] < s["of"]]
     if not said:
         return "the full training set"
     return ", ".join(sorted({f"{s['used']:,} of the {s['of']:,} training examples" for s in said}))
@@ -295,7 +296,8 @@ def report(records: list[dict[str, Any]]) -> Report:
     first = records[0]
     notes = [
         f"Regime: {first['regime']}.",
-        f"Scores: estimated from the grid; definitions in results/landscape.json. Losses: over {_losses_over(records)}.",
+        "Scores: estimated from the grid; definitions in results/landscape.json."
+        f" Losses: over {_losses_over(records)}.",
     ]
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")
