@@ -111,7 +111,7 @@ class _Piece(NamedTuple):
     """A range of slots, and the weight of its outputs in the sum (None: 1)."""
 
     first: Array | int
-    count: int
+    size: int
     weight: Array | None = None
 
 
@@ -176,7 +176,7 @@ def branch_step(
         key = jax.random.fold_in(key, lax.axis_index(place.data_axis))
 
     def keys(piece: _Piece) -> Any:
-        return branch_keys(key, place.first + piece.first, piece.count)
+        return branch_keys(key, place.first + piece.first, piece.size)
 
     def first_layer(params: Params) -> PyTree:
         return jax.vmap(stem.preactivation, (0, None))(params, x)
@@ -190,7 +190,7 @@ def branch_step(
 
     def forward(piece: _Piece, value: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         total, kept = value
-        params, state = _take((carry.params, carry.state), piece.first, piece.count)
+        params, state = _take((carry.params, carry.state), piece.first, piece.size)
         z = first_layer(params) if stem is not None else ()
         part, _ = run(params, state, piece, z)
         total = total + (part if piece.weight is None else piece.weight.astype(part.dtype) * part)
@@ -218,7 +218,7 @@ def branch_step(
     def backward(piece: _Piece, now: tuple[Carry, list[Array]]) -> tuple[Carry, list[Array]]:
         new, _ = now
         own = (new.params, new.state, _pick(new.opt_state, per_branch, True), kept)
-        params, state, own_opt, z = _take(own, piece.first, piece.count)
+        params, state, own_opt, z = _take(own, piece.first, piece.size)
         cotangent = gradient if piece.weight is None else piece.weight.astype(gradient.dtype) * gradient
         if stem is None:
             _, pull, state = jax.vjp(lambda p: run(p, state, piece, ()), params, has_aux=True)

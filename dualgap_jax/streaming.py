@@ -27,7 +27,7 @@ from dualgap_jax.losses import Loss
 from dualgap_jax.multibranch import draw_branches, multi_branch
 from dualgap_jax.sharding import BRANCH, DATA, Layout, MeshSpec
 from dualgap_jax.steps import Carry, Place, tree_bytes
-from dualgap_jax.types import Branch, KeyArray, Params, PyTree, Stacked, State
+from dualgap_jax.types import Branch, KeyArray, Params, Stacked, State
 
 # What a chunk of branches may take, parameters and activations: on CPU a gradient that stays in the cache is used from
 # there, and more than this is slower; on accelerators larger products are faster.
@@ -63,7 +63,7 @@ class Estimate(NamedTuple):
 class StreamedSolver:
     """Trains one solution of a stacked network with `steps.branch_step`.
 
-    A carry's leaves lead with the slots of the mesh, `[shards * slots, ...]`, and are taken over (donated) by each step.
+    A carry's leaves lead with the slots of the mesh, `[shards * slots, ...]`; each step takes them over (donated).
 
     Args:
       net: a network made by `multi_branch`.
@@ -98,8 +98,8 @@ class StreamedSolver:
         )
         require(
             steps.acts_branch_by_branch(transformation),
-            "training.chain mixes branches (as clip_by_global_norm does), but streamed or sharded training updates a few"
-            " branches at a time; leave that item out, or train with training.streaming='off' on a mesh of one device.",
+            "training.chain mixes branches (as clip_by_global_norm does), but streamed or sharded training updates a"
+            " few branches at a time; leave that item out, or train with training.streaming='off' on one device.",
         )
         batch = batch_size or len(dataset.y)
         require(
@@ -115,18 +115,17 @@ class StreamedSolver:
         one = jax.eval_shape(lambda k: draw_branches(self.stacked.branch, k, self._example, 0, 1), jax.random.key(0))
         require(
             mesh.data == 1 or not jax.tree.leaves(one[1]),
-            f"mesh.data={mesh.data}: these branches have state (batch statistics), which would be that of a share of the"
-            " batch; use mesh.branch only.",
+            f"mesh.data={mesh.data}: these branches have state (batch statistics), which would be that of a share of"
+            " the batch; use mesh.branch only.",
         )
         self._opt_own = steps.branchwise_leaves(transformation, one[0])
         self.chunk = chunk or self._default_chunk(one)
         self._constants = tuple(self._everywhere(a) for a in (dataset.mean, dataset.std))
-        self._fixed = self._send(dataset.x, dataset.y) if not batch_size else None
 
     # --- programs ---
 
     @functools.cached_property
-    def _step(self) -> Callable[..., tuple[Carry, Array]]:
+    def _step(self) -> Any:
         def local(
             carry: Carry, x: Array, y: Array, mean: Array, std: Array, rate: Array, key: Array, now: Array
         ) -> tuple[Carry, Array]:
@@ -194,8 +193,8 @@ class StreamedSolver:
         """As many branches as the cache, or a share of an accelerator's memory, holds with their activations."""
         shape = (self._batch // self._spec.data, *self._example.shape[1:])
         x = jax.ShapeDtypeStruct(shape, self._example.dtype)
-        single = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), one)
-        each = tree_bytes(one) + steps.activation_bytes(self.stacked.branch, *single, x)
+        params, state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), one)
+        each = tree_bytes(one) + steps.activation_bytes(self.stacked.branch, params, state, x)
         budget = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ACCELERATOR)
         return int(np.clip(budget // each, 1, self.layout.slots))
 
@@ -226,7 +225,7 @@ class StreamedSolver:
           key: of the noise.
           now: index of the step.
         """
-        x, y = self._send(self._dataset.x[picked], self._dataset.y[picked]) if picked is not None else self._fixed
+        x, y = self._send(self._dataset.x[picked], self._dataset.y[picked]) if picked is not None else self._whole
         numbers = (jnp.asarray(rate, float), jax.random.key_data(key), np.int32(now))
         carry, value = self._step(carry, x, y, *self._constants, *(self._everywhere(a) for a in numbers))
         return carry, float(value)
@@ -234,7 +233,13 @@ class StreamedSolver:
     def _send(self, x: np.ndarray, y: np.ndarray) -> tuple[Array, Array]:
         if self._mesh is None:
             return jnp.asarray(x), jnp.asarray(y)
-        return tuple(sharding.spread(self._mesh, PartitionSpec(DATA), a) for a in (x, y))
+        batch = PartitionSpec(DATA)
+        return sharding.spread(self._mesh, batch, x), sharding.spread(self._mesh, batch, y)
+
+    @functools.cached_property
+    def _whole(self) -> tuple[Array, Array]:
+        """The full data set as one batch."""
+        return self._send(self._dataset.x, self._dataset.y)
 
     def _everywhere(self, value: Any) -> Array:
         return jnp.asarray(value) if self._mesh is None else sharding.replicated(self._mesh, value)
@@ -381,9 +386,9 @@ class StreamedSolver:
             for a in (self._dataset.x, self._dataset.y)
         )
         numbers = (jnp.zeros((), float), jax.random.key_data(jax.random.key(0)), np.int32(0))
-        if self._mesh is not None:
+        if (mesh := self._mesh) is not None:
             padded = jax.tree.map(
-                lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(self._mesh, spec)),
+                lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
                 padded,
                 self._specs(),
             )

@@ -38,6 +38,8 @@ from dualgap_jax.types import Branch, BranchSource, KeyArray, Params, PyTree, St
 LearningRateScaling = Literal["branches", "none", "inverse_branches"]
 Streaming = Literal["auto", "on", "off"]
 
+_WORTH_SAYING = 10**8  # bytes of a network from which on a run says beforehand what it will take
+
 
 # --- schedules ------------------------------------------------------------------------------------------------------
 
@@ -493,7 +495,8 @@ def train(
             runs = {i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics) for i in group}
             if not said and any(trainer.is_under_way(r) for r in runs.values()):
                 said = True
-                say(engine.plan(spec, num_solutions, checkpoints is not None))
+                if plan := engine.plan(spec, num_solutions, checkpoints is not None):
+                    say(plan)
             found = trainer.run(runs, savers)
         if isinstance(engine, _Streamed) and checkpoints is not None:
             meet("the checkpoints are written")
@@ -577,7 +580,10 @@ class _Together:
     def plan(self, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
         del saved
         one = tree_bytes(self.template(jax.random.key(0)))
-        return f"training: {num_solutions} solutions in memory, {_size(one)} each, some four times as much in training"
+        if one < _WORTH_SAYING:
+            return ""
+        steps = f"at most {spec.max_steps:,} steps"
+        return f"training: {num_solutions} solutions in memory, {steps}; memory (estimate): {_size(4 * one)} a solution"
 
     def join(self, carries: Sequence[Carry]) -> Carry:
         return _stack(carries)

@@ -229,6 +229,24 @@ def test_targets_are_judged_by_the_median(monkeypatch: pytest.MonkeyPatch) -> No
     assert common.text(ratio) == "3.00 (1.00-8.00)"
 
 
+def test_the_streamed_landscape_agrees_with_full_reevaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run("landscape_streamed", tmp_path / "results.json", monkeypatch)
+    (row,) = results["rows"]
+    for key in ("survey_seconds", "points_per_second", "point_ms", "full_point_ms", "over_full"):
+        assert is_spread(row[key]), key
+    assert row["points"] == 81 + 75
+    assert row["full_disagreement"] < 1e-2
+    assert row["peak_gib"] > 0.05
+    assert "full / point" in capsys.readouterr().out
+    module = load("landscape_streamed", monkeypatch)
+    right = module.full_reevaluation
+    monkeypatch.setattr(module, "full_reevaluation", lambda c, p, d, points: right(c, p, d, points[:, ::-1] * [1, -1]))
+    with pytest.raises(RuntimeError, match="full re-evaluation"):
+        module.measure(module.in_memory.SMOKE, 3, 2, 1, tmp_path / "solutions", None)
+
+
 def test_the_spectral_benchmark_agrees_with_its_peers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tfds_files import random_split, write_tfds
@@ -20,6 +22,7 @@ from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
 from dualgap_jax.data import DATASETS, Dataset
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Report, base
+from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec
 from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.records import Workdir, WorkdirError, load_json, load_npz, read_metrics
@@ -166,6 +169,60 @@ def test_the_records_of_a_landscape(tmp_path: Path) -> None:
     restored = load(workdir.checkpoints / "solution_1")
     assert restored.step == 20
     assert not list(workdir.results.glob("*.partial*"))
+
+
+def test_a_landscape_over_some_of_the_examples(tmp_path: Path) -> None:
+    spec = tiny(plane=PlaneSpec(points=5, edge_points=4, samples=7, sample_chunk=3))
+    report, workdir, _ = run(spec, tmp_path / "some")
+    record = load_json(workdir.results / "landscape.json")
+    assert record["samples"] == {"used": 7, "of": 40}
+    assert "Losses: over 7 of the 40 training examples." in report.text()
+    arrays = load_npz(workdir.results / "landscape.npz")
+    for k in range(3):
+        assert arrays["edge_loss"][k, 0] == pytest.approx(record["solutions"][k]["loss"], rel=1e-4, abs=1e-6)
+    _, whole, _ = run(tiny(), tmp_path / "whole")
+    of_all = load_npz(whole.results / "landscape.npz")
+    np.testing.assert_array_equal(of_all["anchors"], arrays["anchors"])  # training sees all examples
+    assert not np.allclose(of_all["loss"], arrays["loss"])
+    assert load_json(whole.results / "landscape.json")["samples"] == {"used": 40, "of": 40}
+    with pytest.raises(ConfigError, match=r"plane.samples=41 exceeds the 40 examples"):
+        run(tiny(plane=PlaneSpec(points=5, edge_points=4, samples=41)), tmp_path / "more")
+
+
+def test_the_examples_are_the_first_of_a_seeded_permutation(rng: np.random.Generator) -> None:
+    x = rng.normal(size=(30, 2))
+    data = Dataset("d", x, np.arange(30.0), np.zeros(2), np.ones(2), 1, "regression", {})
+    few, more, other = (landscape_experiments.chosen(data, samples, seed) for samples, seed in ((5, 0), (9, 0), (9, 1)))
+    np.testing.assert_array_equal(more.y[:5], few.y)
+    assert len(set(more.y.tolist())) == 9
+    assert more.y.tolist() != other.y.tolist()
+    assert more.y.tolist() != sorted(more.y.tolist())
+    np.testing.assert_array_equal(more.x, x[more.y.astype(int)])
+    assert landscape_experiments.chosen(data, 0, 0) is data
+
+
+def test_solutions_on_disk_are_measured_as_those_in_memory(tmp_path: Path) -> None:
+    class Held:
+        def __init__(self, params: Any, state: Any) -> None:
+            self.num_branches, self._trees = 3, (params, state)
+
+        def read(self, first: int, count: int) -> Any:
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[first : first + count], self._trees)
+
+    spec, tables = tiny(), TABLES
+    dataset, net, loss = landscape_experiments.build(spec, tables)
+    networks = [net.init(jax.random.key(k), jnp.asarray(dataset.x[:1])) for k in range(3)]
+    measured = []
+    for name, solutions in (("memory", networks), ("disk", [Held(*n) for n in networks])):
+        workdir = Workdir.open(tmp_path / name, {})
+        losses = [landscape_experiments._evaluate(net, loss, dataset, s).loss for s in solutions]
+        record = landscape_experiments._measure(spec, workdir, dataset, net, loss, solutions)
+        measured.append((load_npz(workdir.results / "landscape.npz"), record, losses))
+    (arrays, record, losses), (on_disk, other, streamed) = measured
+    assert record == other
+    np.testing.assert_allclose(losses, streamed, rtol=1e-6)
+    for key, value in arrays.items():
+        np.testing.assert_array_equal(on_disk[key], value)
 
 
 def test_figures_are_drawn_again_from_the_records(tmp_path: Path) -> None:

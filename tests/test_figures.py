@@ -242,6 +242,14 @@ def test_the_map_marks_the_solutions_and_the_edges_show_the_losses(tmp_path: Pat
     assert "converged after 1,200 steps" in words
 
 
+def test_losses_over_some_of_the_examples_are_said_to_be(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    said = "Losses are over 1,000 of the 50,000 training examples"
+    figures.landscape(write_landscape(tmp_path / "some", samples={"used": 1000, "of": 50_000}))
+    assert said in " ".join(texts(drawn["landscape"]).split())
+    figures.landscape(write_landscape(tmp_path / "all", samples={"used": 50_000, "of": 50_000}))
+    assert "training examples" not in texts(drawn["landscape"])
+
+
 def test_solutions_outside_the_window_widen_the_map(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     figures.landscape(write_landscape(tmp_path / "run", anchors=OUTSIDE))
     flat = drawn["landscape"].axes[1]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -13,17 +16,31 @@ from dualgap_jax import convexity, landscape
 from dualgap_jax.branches import upcast, with_precision
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
-from dualgap_jax.experiments.base import Report, Tables
+from dualgap_jax.experiments.base import NO_REPORT, Report, Tables
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.multibranch import multi_branch
 from dualgap_jax.records import Workdir, save_json, save_npz
 from dualgap_jax.registry import unknown
-from dualgap_jax.training import SCHEDULES, Solution, TrainingSpec, evaluate, optimizer, scaled_learning_rate, train
-from dualgap_jax.types import Branch
+from dualgap_jax.sharding import MeshSpec
+from dualgap_jax.training import (
+    SCHEDULES,
+    Evaluation,
+    Solution,
+    TrainingSpec,
+    evaluate,
+    optimizer,
+    scaled_learning_rate,
+    train,
+)
+from dualgap_jax.types import Branch, BranchSource, Params, State
 
 DType = Literal["float32", "bfloat16"]
 
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
+
+
+# A solution in memory, or where it can be read a few branches at a time.
+Network = tuple[Params, State] | BranchSource
 
 
 class DivergedError(RuntimeError):
@@ -42,6 +59,8 @@ class PlaneSpec:
       points: grid points along each side.
       edge_points: points along each edge between two solutions.
       sample_chunk: samples at a time.
+      samples: how many training examples, drawn by the seed, the surface, the edges, the scores, and the losses of the
+        solutions are taken over; 0 is all of them.
       route: 'auto', 'stem' or 'plain'; see `landscape.evaluate_points`.
     """
 
@@ -50,6 +69,7 @@ class PlaneSpec:
     points: int = 51
     edge_points: int = 25
     sample_chunk: int = 256
+    samples: int = 0
     route: Literal["auto", "stem", "plain"] = "auto"
 
     def __post_init__(self) -> None:
@@ -57,6 +77,7 @@ class PlaneSpec:
         require(self.points >= 3, f"plane.points={self.points} must be at least 3.")
         require(self.edge_points >= 3, f"plane.edge_points={self.edge_points} must be at least 3.")
         require(self.sample_chunk >= 1, f"plane.sample_chunk={self.sample_chunk} must be at least 1.")
+        require(self.samples >= 0, f"plane.samples={self.samples} must be >= 0 (0: all training examples).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +107,10 @@ class LandscapeSpec:
       num_branches: I.
       reduce: 'mean' (Section 2) or 'sum' (Section 5).
       seed: of initialisations and orders; the three solutions have independent keys.
-      chunk_size: branches at a time in training; 0 is all at once.
       branch: an entry of the branch table and its settings; the number of outputs comes from the data.
       data, loss: entries of their tables.
       training, plane: how solutions are found, and what is drawn through them.
+      mesh: devices that share the branches and the batches in training.
       precision: number formats of the training.
       tensorboard: whether to write event files too.
     """
@@ -98,18 +119,17 @@ class LandscapeSpec:
     num_branches: int = 10
     reduce: Literal["mean", "sum"] = "mean"
     seed: int = 0
-    chunk_size: int = 0
     branch: Component = Component("mlp", {"hidden": (8,)})
     data: Component = Component("synthetic_relu", {})
     loss: Component = Component("binary_hinge", {})
     training: TrainingSpec = TrainingSpec()
     plane: PlaneSpec = PlaneSpec()
+    mesh: MeshSpec = MeshSpec()
     precision: PrecisionSpec = PrecisionSpec()
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         require(self.num_branches >= 1, f"num_branches={self.num_branches} must be a positive integer.")
-        require(self.chunk_size >= 0, f"chunk_size={self.chunk_size} must be >= 0 (0: all branches at once).")
 
     def validate(self, tables: Tables) -> None:
         """Looks every name and setting up, so that a bad config fails before anything is written or read."""
@@ -157,7 +177,7 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
     branch = tables.branches.build(spec.branch.name, **{**spec.branch.settings, "out": dataset.num_outputs})
 
     def network(branch: Branch) -> Branch:
-        return multi_branch(branch, spec.num_branches, reduce=spec.reduce, chunk_size=spec.chunk_size or None)
+        return multi_branch(branch, spec.num_branches, reduce=spec.reduce)
 
     net = network(branch)
     if spec.precision == PrecisionSpec():
@@ -182,6 +202,7 @@ def regime(spec: LandscapeSpec) -> str:
 def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
     """Loss landscape through three SGD solutions, with convexity scores (one panel of Figures 1 and 4)."""
     dataset, net, training_net, loss = build(spec, tables)
+    measured = chosen(dataset, spec.plane.samples, spec.seed)
     with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
         solutions = train(
             training_net,
@@ -190,50 +211,116 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             spec.training,
             learning_rate=scaled_learning_rate(spec.training, spec.num_branches),
             seed=spec.seed,
+            mesh=spec.mesh,
             checkpoints=workdir.checkpoints,
             metrics=metrics,
+            report=functools.partial(print, file=sys.stderr) if workdir.writes else None,
         )
-    solutions = [s._replace(params=upcast(s.params)) for s in solutions]
-    evaluations = [evaluate(net, loss, dataset, s.params, s.state) for s in solutions]
+    if not workdir.writes:
+        _check_converged(spec, solutions)
+        return NO_REPORT
+    networks: list[Network] = [
+        (upcast(s.params), s.state) if s.source is None else _Upcast(s.source) for s in solutions
+    ]
+    evaluations = [_evaluate(net, loss, measured, network) for network in networks]
     rows = [
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
         for s, e in zip(solutions, evaluations, strict=True)
     ]
     save_json(workdir.results / "solutions.json", rows)
+    _check_converged(spec, solutions)
     margins = np.concatenate([e.margins for e in evaluations if e.margins is not None] or [np.zeros(0)])
     record: dict[str, Any] = {
         "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
         "num_branches": spec.num_branches,
         "regime": regime(spec),
         "precision": dataclasses.asdict(spec.precision),
+        "samples": {"used": len(measured.y), "of": len(dataset.y)},
         "solutions": rows,
         "assumption_1": check_assumption_1(loss, jnp.asarray(margins))._asdict(),
         "data": dataset.info,
-        **_measure(spec, workdir, dataset, net, loss, solutions),
+        **_measure(spec, workdir, measured, net, loss, networks),
     }
     save_json(workdir.results / "landscape.json", record)
     return report([record])
 
 
-def _measure(
-    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Branch, loss: Loss, solutions: list[Solution]
-) -> dict[str, Any]:
-    """Plane, surface and scores; writes `results/landscape.npz`."""
+def _check_converged(spec: LandscapeSpec, solutions: Sequence[Solution]) -> None:
     diverged = [k for k, s in enumerate(solutions) if s.status == "diverged"]
     if diverged:
         raise DivergedError(
             f"solution {', '.join(map(str, diverged))} diverged after {solutions[diverged[0]].steps} steps at learning"
             f" rate {scaled_learning_rate(spec.training, spec.num_branches):g}; lower --config.training.learning_rate."
         )
-    plane = landscape.plane_through([s.params for s in solutions], spec.plane.axes, states=[s.state for s in solutions])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Upcast:
+    """A network on disk, in float32 whatever it was trained in."""
+
+    source: BranchSource
+
+    @property
+    def num_branches(self) -> int:
+        """I."""
+        return self.source.num_branches
+
+    def read(self, first: int, count: int) -> tuple[Params, State]:
+        """As the source, with floating parameters of at least float32."""
+        params, state = self.source.read(first, count)
+        return upcast(params), state
+
+
+def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
+    """The first `samples` examples of a permutation of the data set that the seed fixes; 0 is all of them as they are.
+
+    Raises:
+      ConfigError: if there are fewer.
+    """
+    require(
+        samples <= len(dataset.y),
+        f"plane.samples={samples} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
+    )
+    if samples in (0, len(dataset.y)):
+        return dataset
+    picked = np.random.default_rng(seed).permutation(len(dataset.y))[:samples]
+    return dataset._replace(x=dataset.x[picked], y=dataset.y[picked])
+
+
+def _evaluate(net: Branch, loss: Loss, dataset: Dataset, network: Network) -> Evaluation:
+    if isinstance(network, BranchSource):
+        return landscape.evaluate_source(net, loss, dataset, network)
+    return evaluate(net, loss, dataset, *network)
+
+
+def _plane(networks: Sequence[Network], axes: str) -> landscape.Plane | landscape.StreamedPlane:
+    """The plane through three solutions, all in memory or all on disk."""
+    sources = [network for network in networks if isinstance(network, BranchSource)]
+    if sources:
+        return landscape.plane_through_sources(sources, axes)
+    in_memory = [network for network in networks if not isinstance(network, BranchSource)]
+    return landscape.plane_through([p for p, _ in in_memory], axes, states=[s for _, s in in_memory])
+
+
+def _measure(
+    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Branch, loss: Loss, networks: Sequence[Network]
+) -> dict[str, Any]:
+    """Plane, surface and scores; writes `results/landscape.npz`."""
+    plane = _plane(networks, spec.plane.axes)
     unit = 1.0 if spec.plane.axes == "authors" else float(np.linalg.norm(plane.anchors, axis=1).max())
     xs = spec.plane.half_width * unit * np.linspace(-1, 1, spec.plane.points)
-    partial = workdir.results / "landscape.partial.npz"
-    options: dict[str, Any] = {"sample_chunk": spec.plane.sample_chunk, "route": spec.plane.route}
-    t, edge_loss = landscape.edges(
-        net, plane, dataset, loss, num_points=spec.plane.edge_points, label="edges", **options
+    surface, t, edge_loss = landscape.survey(
+        net,
+        plane,
+        dataset,
+        loss,
+        xs,
+        xs,
+        edge_points=spec.plane.edge_points,
+        sample_chunk=spec.plane.sample_chunk,
+        route=spec.plane.route,
+        partial=workdir.results / "landscape.partial.npz",
     )
-    surface = landscape.evaluate(net, plane, dataset, loss, xs, xs, partial=partial, label="landscape", **options)
     zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
     zero_loss = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
     save_npz(
@@ -257,6 +344,14 @@ def _measure(
         inside.pop("definitions")
         measured["scores_paper_window"] = inside
     return measured
+
+
+def _losses_over(records: list[dict[str, Any]]) -> str:
+    """'the full training set', or how many of its examples."""
+    said = [s for r in records if (s := r.get("samples")) is not None and s["used"] < s["of"]]
+    if not said:
+        return "the full training set"
+    return ", ".join(sorted({f"{s['used']:,} of the {s['of']:,} training examples" for s in said}))
 
 
 def report(records: list[dict[str, Any]]) -> Report:
@@ -293,7 +388,8 @@ def report(records: list[dict[str, Any]]) -> Report:
     first = records[0]
     notes = [
         f"Regime: {first['regime']}.",
-        "Scores: estimated from the grid; definitions in results/landscape.json. Losses: over the full training set.",
+        "Scores: estimated from the grid; definitions in results/landscape.json."
+        f" Losses: over {_losses_over(records)}.",
     ]
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")

@@ -337,6 +337,14 @@ def _draw_edges(axes: Axes, surface: _Surface) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.0, handlelength=1.9)
 
 
+def _samples_note(record: Mapping[str, Any]) -> str:
+    """The caption's words for losses over a part of the data set."""
+    samples = record.get("samples")
+    if samples is None or samples["used"] >= samples["of"]:
+        return ""
+    return f"Losses are over {samples['used']:,} of the {samples['of']:,} training examples, drawn at random."
+
+
 def _surface_notes(surface: _Surface, scale: _Scale) -> list[str]:
     """What a reader must know to trust one surface: holes, cut axes, uneven levels, solutions outside the window."""
     notes = []
@@ -385,6 +393,7 @@ def landscape(workdir: str | Path) -> list[Path]:
         _describe_solutions(record["solutions"]),
         *_surface_notes(surface, scale),
         edge_note,
+        _samples_note(record),
         data_note(record),
     ]
     with page(11.0, 4.2, caption) as figure:
@@ -431,7 +440,7 @@ def _draw_row(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[
         caption.append("$a$: {}; $b$: {}.".format(*_PLANE_LABELS[plane]))
     for index, (surface, scale) in enumerate(zip(surfaces, scales, strict=True)):
         caption += [f"({_letter(index)}) {note}" for note in _surface_notes(surface, scale)]
-    caption += sorted({data_note(r) for r in records})
+    caption += sorted({_samples_note(r) for r in records}) + sorted({data_note(r) for r in records})
     column = 2.8
     with page(max(0.3 + column * len(cells), 5.8), 6.15, caption) as figure:
         head(figure, record["title"], plain(record["paper_item"]))
