@@ -2,8 +2,8 @@
 
 A mesh has two axes.  Along `branch` every device holds its own branches, and a step needs one all-reduce of
 `batch x out` numbers, whatever I is.  Along `data` devices hold the same branches and share the examples of a batch;
-a step then also sums the gradients over that axis.  Lanes, the independent runs of a study, lie along `seed` on the devices
-of one process and never speak to each other, so that a loop inside the work runs on each device at its own pace.
+a step then also sums the gradients over that axis.  Lanes, the independent runs of a study, lie along `seed` on the
+devices of one process and never speak to each other, so a loop inside the work runs on each device at its own pace.
 """
 
 from __future__ import annotations
