@@ -414,7 +414,7 @@ def test_two_processes_one_saves_and_both_load(tmp_path: Path) -> None:
 
 
 def test_a_large_state_is_not_held_twice(tmp_path: Path) -> None:
-    """Peak of the resident memory above what was there before, in MiB, for a state of 304 MiB."""
+    """Peak of the resident memory above what was there before, in MiB, for a state of 297 MiB."""
     script = f"""
         import json, pathlib
         import jax, jax.numpy as jnp, numpy as np
@@ -445,10 +445,11 @@ def test_a_large_state_is_not_held_twice(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     saved, sliced, restored, host = json.loads(done.stdout)
     state = (3000 * 8 * 3072 + 30_000 * 140) * 4 / 2**20
-    assert saved < 0.25 * state
-    assert sliced < 0.5 * state  # the slice is 0.16 of it
-    assert 0.5 * state < restored < 1.4 * state  # what is restored is in it, once
-    assert host < 1.4 * state
+    # Beside the state: compiled programs and a few blocks of 16 MiB, whatever its size.  Held twice would be 297 more.
+    assert saved < 100
+    assert sliced < 0.16 * state + 100  # the slice, and what is read ahead
+    assert 0.5 * state < restored < state + 200
+    assert host < state + 200
 
 
 def run_python(script: str) -> subprocess.CompletedProcess[str]:

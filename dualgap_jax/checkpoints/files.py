@@ -278,19 +278,25 @@ class Stored:
         return self.read(0, self.num_rows).reshape(self.shape)
 
     def in_blocks(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows asked for as `(first row, rows)`, block by block, with a few blocks read ahead."""
-        ahead: deque[tuple[_Block, Future[np.ndarray]]] = deque()
-        waiting = iter(self._overlapping(first, count))
+        """The rows asked for as `(first row, rows)`, block by block, with a few blocks read ahead.
+
+        Memory is used again, for fresh memory costs as much as reading: rows hold until the next ones are asked for.
+        """
+        blocks = self._overlapping(first, count)
+        most = max((block.num_rows for block in blocks), default=0)
+        buffers = [np.empty((most, *self.shape[1:]), self.dtype) for _ in range(min(WORKERS + 1, len(blocks)))]
+        ahead: deque[tuple[_Block, np.ndarray, Future[np.ndarray]]] = deque()
+        waiting = iter(blocks)
         while True:
-            while len(ahead) < WORKERS and (block := next(waiting, None)) is not None:
-                ahead.append((block, _readers().submit(self._load, block)))
+            while buffers and (block := next(waiting, None)) is not None:
+                buffer = buffers.pop()
+                ahead.append((block, buffer, _readers().submit(self._load, block, buffer[: block.num_rows])))
             if not ahead:
                 return
-            block, future = ahead.popleft()
+            block, buffer, future = ahead.popleft()
             start, stop = max(block.first, first), min(block.first + block.num_rows, first + count)
-            rows = future.result()[start - block.first : stop - block.first]
-            del future
-            yield start, rows
+            yield start, future.result()[start - block.first : stop - block.first]
+            buffers.append(buffer)
 
     def num_blocks(self, first: int, count: int) -> int:
         """How many blocks hold these rows."""

@@ -261,7 +261,7 @@ def _fill(
     for start, rows in stored.in_blocks(first, shape[0]):
         for k in range(len(arrays)):
             arrays[k] = _put_rows(arrays[k], rows[:, *columns], start - first)
-        jax.block_until_ready(arrays)  # or blocks pile up
+        jax.block_until_ready(arrays)  # the rows' memory is used again
     return arrays
 
 
