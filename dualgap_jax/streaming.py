@@ -110,7 +110,6 @@ class StreamedSolver:
         self.layout = Layout(self.stacked.num_branches, mesh.branch)
         self._loss, self._transformation, self._dataset, self._batch = loss, transformation, dataset, batch
         self._spec = mesh
-        self._mesh = sharding.make_mesh(mesh) if mesh.size > 1 or jax.process_count() > 1 else None
         self._example = steps.example_input(dataset)
         one = jax.eval_shape(lambda k: draw_branches(self.stacked.branch, k, self._example, 0, 1), jax.random.key(0))
         require(
@@ -118,6 +117,7 @@ class StreamedSolver:
             f"mesh.data={mesh.data}: these branches have state (batch statistics), which would be that of a share of"
             " the batch; use mesh.branch only.",
         )
+        self._mesh = sharding.make_mesh(mesh) if mesh.size > 1 or jax.process_count() > 1 else None
         self._opt_own = steps.branchwise_leaves(transformation, one[0])
         self.chunk = chunk or self._default_chunk(one)
         self._constants = tuple(self._everywhere(a) for a in (dataset.mean, dataset.std))
@@ -214,7 +214,7 @@ class StreamedSolver:
         return self._start(self._everywhere(jax.random.key_data(key)))
 
     def step(
-        self, carry: Carry, picked: np.ndarray | None, rate: float, key: KeyArray, now: int
+        self, carry: Carry, picked: np.ndarray | None, rate: float | Array, key: KeyArray, now: int
     ) -> tuple[Carry, float]:
         """One step; returns the new carry and the mean loss of the batch before it.
 

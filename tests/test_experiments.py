@@ -210,7 +210,7 @@ def test_solutions_on_disk_are_measured_as_those_in_memory(tmp_path: Path) -> No
             return jax.tree.map(lambda leaf: np.asarray(leaf)[first : first + count], self._trees)
 
     spec, tables = tiny(), TABLES
-    dataset, net, loss = landscape_experiments.build(spec, tables)
+    dataset, net, _, loss = landscape_experiments.build(spec, tables)
     networks = [net.init(jax.random.key(k), jnp.asarray(dataset.x[:1])) for k in range(3)]
     measured = []
     for name, solutions in (("memory", networks), ("disk", [Held(*n) for n in networks])):

@@ -1,0 +1,136 @@
+"""Branches over eight devices and over two processes: one device's numbers, and a traffic that does not know I."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dualgap_jax.config import ConfigError
+from dualgap_jax.records import load_json, load_npz
+from dualgap_jax.sharding import join
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUTS = 16 * 3 * 4  # bytes of a batch of 16 examples times 3 outputs in float32
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `mesh_of_eight.py` found."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "mesh_of_eight.py"), str(tmp_path_factory.mktemp("eight"))],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_give_the_losses_of_one(eight: dict[str, Any]) -> None:
+    """MLP and convolutional branches, I divisible by the mesh and not; ten steps with momentum."""
+    assert len(eight["same"]) == 7
+    for name, (losses, weights, spread) in eight["same"].items():
+        assert losses < 1e-6, name
+        assert weights < 1e-5, name
+        assert spread > 1e-2, name  # the losses do change
+
+
+def test_the_traffic_of_a_step_is_one_sum_of_the_outputs_whatever_the_number_of_branches(
+    eight: dict[str, Any],
+) -> None:
+    found = {name: ops for name, ops in eight["traffic"].items() if "8x1" in name}
+    assert len(found) == 6
+    for name, operations in found.items():
+        assert operations == [["all-reduce", OUTPUTS]], name
+
+
+def test_along_data_a_step_also_sums_the_gradients(eight: dict[str, Any]) -> None:
+    """The price of the second axis: the bytes of the parameters on one device, besides outputs and the loss."""
+    one = (72 * 4 + 4 + 4 * 4 + 4 + 4 * 3 + 3) * 4  # bytes of a branch
+    for count in (16, 256):
+        operations = eight["traffic"][f"I={count} on 4x2, 1000 at a time"]
+        assert {kind for kind, _ in operations} == {"all-reduce"}
+        assert sum(size for _, size in operations) == OUTPUTS // 2 + 4 + one * count // 4
+
+
+def test_a_run_goes_on_on_other_meshes(eight: dict[str, Any]) -> None:
+    moved = eight["moves"]
+    assert moved["steps"] == [15, 15]
+    assert moved["weights"] < 1e-5
+    assert moved["losses"] < 1e-6
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def command(workdir: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable,
+        "scripts/run.py",
+        "--config=configs/synthetic_relu.py:I=5,smoke",
+        "--config.training.streaming=on",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """The command line in two processes on this machine, beside one; process 0 alone writes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    run = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    flags = [address, "--num_processes=2", "--config.mesh.branch=2"]
+    two = [
+        subprocess.Popen(command(tmp_path / "two", *flags, f"--process_id={i}"), **run)  # type: ignore[call-overload]
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in two]
+    finally:
+        for process in two:
+            process.kill()
+    assert [process.returncode for process in two] == [0, 0], "\n".join(said)
+    assert "workdir:" in said[0]
+    assert "workdir:" not in said[1]
+
+    done = subprocess.run(command(tmp_path / "one"), check=False, timeout=240, **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout
+    one, other = (load_json(tmp_path / name / "results" / "landscape.json") for name in ("one", "two"))
+    for a, b in zip(one["solutions"], other["solutions"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert (b["steps"], b["status"]) == (a["steps"], a["status"])
+    surfaces = [load_npz(tmp_path / name / "results" / "landscape.npz")["loss"] for name in ("one", "two")]
+    np.testing.assert_allclose(surfaces[1], surfaces[0], rtol=1e-4)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("one", "two")]
+    assert lines[0] == lines[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", None, None), "give all three"),
+        ((None, 2, 0), "give all three"),
+        (("127.0.0.1", 2, 0), "HOST:PORT"),
+        (("127.0.0.1:1", 0, 0), "num_processes=0"),
+        (("127.0.0.1:1", 2, 2), "between 0 and num_processes - 1 = 1"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_before_anything_waits(arguments: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        join(*arguments)

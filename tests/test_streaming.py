@@ -1,0 +1,333 @@
+"""The streamed step and whoever uses it on one device: the numbers of the plain step, in the memory of a chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dualgap_jax import training
+from dualgap_jax.branches import conv, from_functions, mlp
+from dualgap_jax.config import Component, ConfigError
+from dualgap_jax.data import Dataset, validate
+from dualgap_jax.losses import multi_margin
+from dualgap_jax.multibranch import mixture, multi_branch
+from dualgap_jax.sharding import Layout, MeshSpec
+from dualgap_jax.steps import Carry, Place, acts_branch_by_branch, branch_step, step
+from dualgap_jax.streaming import StreamedSolver
+from dualgap_jax.training import Solution, TrainingSpec, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BRANCHES: dict[str, Callable[[], Any]] = {
+    "mlp": lambda: mlp((3, 2), 3),
+    "affine": lambda: mlp((), 3),
+    "conv": lambda: conv((2,), 3),
+    "batch norm and dropout": lambda: conv((2,), 3, batch_norm=True, dropout=0.3),
+}
+CHAINS: dict[str, Callable[[], Any]] = {
+    "sgd": optax.identity,
+    "momentum": lambda: optax.trace(0.9, nesterov=True),
+    "adam and decay": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_adam()),
+}
+
+
+def images(rng: np.random.Generator, n: int = 24, side: int = 4) -> Dataset:
+    x = rng.integers(0, 256, (n, side, side, 2), dtype=np.uint8)
+    std = np.maximum(x.std(axis=0), 1).astype(np.float32)
+    y = rng.integers(0, 3, n, dtype=np.int32)
+    return validate(Dataset("images", x, y, x.mean(axis=0, dtype=np.float32), std, 3, "multiclass", {}))
+
+
+def spec_with(**settings: Any) -> TrainingSpec:
+    defaults = {"batch_size": 8, "max_steps": 12, "learning_rate": 0.05, "check_every": 5, "lr_scaling": "none"}
+    return TrainingSpec(**{**defaults, **settings})
+
+
+def worst(a: Any, b: Any) -> float:
+    """Largest difference of two trees, relative to the largest entry of each leaf."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x) - y)) / (np.max(np.abs(y)) + 1e-30)) for x, y in pairs)
+
+
+# --- the step -------------------------------------------------------------------------------------------------------
+
+
+PAIRS = [(name, chain, 3) for name in BRANCHES for chain in CHAINS]
+PAIRS += [("mlp", "adam and decay", chunk) for chunk in (1, 7, 100)] + [
+    ("conv", "momentum", 1),
+    ("conv", "momentum", 7),
+]
+
+
+@pytest.mark.parametrize(("name", "chain", "chunk"), PAIRS)
+def test_the_streamed_step_is_the_plain_one(
+    name: str, chain: str, chunk: int, x64: None, rng: np.random.Generator
+) -> None:
+    net = multi_branch(BRANCHES[name](), 7, reduce=str(rng.choice(["mean", "sum"])))
+    transformation = CHAINS[chain]()
+    x = jnp.asarray(rng.normal(size=(6, 4, 4, 2)))
+    y = jnp.asarray(rng.integers(0, 3, 6))
+    params, state = net.init(jax.random.key(int(rng.integers(1 << 30))), x)
+    carry = Carry(params, state, transformation.init(params))
+    loss, rate, key = multi_margin(), jnp.asarray(0.3), jax.random.key(int(rng.integers(1 << 30)))
+
+    plain = jax.jit(lambda c, k: step(net, loss, transformation, c, x, y, rate, k))
+    streamed = jax.jit(
+        lambda c, k: branch_step(net.stacked, loss, transformation, c, x, y, rate, k, chunk=chunk, place=Place(0, 7))
+    )
+    expected, got = carry, carry
+    for now in range(3):
+        noise = jax.random.fold_in(key, now)
+        (expected, value), (got, other) = plain(expected, noise), streamed(got, noise)
+        assert float(other) == pytest.approx(float(value), rel=1e-12)
+    assert worst(got, expected) < 1e-9  # Adam divides by roots of tiny second moments
+    assert worst(got.params, carry.params) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("chain", "alone"),
+    [
+        (optax.identity(), True),
+        (optax.trace(0.9), True),
+        (optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_adam()), True),
+        (optax.clip(1e-3), True),
+        (optax.scale_by_rms(), True),
+        (optax.clip_by_global_norm(1e-6), False),
+        (optax.clip_by_global_norm(1e3), False),
+        (optax.normalize_by_update_norm(), False),
+        (optax.scale_by_trust_ratio(), False),
+        (optax.chain(optax.scale_by_adam(), optax.centralize()), True),
+    ],
+)
+def test_optimisers_that_mix_branches_are_found(chain: optax.GradientTransformation, alone: bool) -> None:
+    assert acts_branch_by_branch(chain) == alone
+
+
+def test_the_compiled_step_keeps_pre_activations_and_no_gradient(rng: np.random.Generator) -> None:
+    """Twice the branches take more memory by the kept pre-activations, `h x batch` each, and nothing else."""
+    dataset = images(rng, n=64, side=8)
+
+    def temporaries(num_branches: int) -> int:
+        net = multi_branch(mlp((4,), 3), num_branches)
+        return StreamedSolver(net, multi_margin(), optax.identity(), dataset, 16, chunk=10)._temporary_bytes()
+
+    small, large = temporaries(400), temporaries(800)
+    kept = 400 * 4 * 16 * 4
+    assert kept <= large - small < 1.2 * kept
+    assert 3 * (large - small) < 400 * 128 * 4 * 4  # a gradient of 400 branches would show
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [8, 0])
+def test_streamed_training_is_plain_training(batch_size: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    net, dataset = multi_branch(mlp((3,), 3), 5), images(rng)
+    spec = spec_with(batch_size=batch_size, momentum=0.9, schedule=Component("cosine", {}))
+    plain = train(net, multi_margin(), dataset, spec, num_solutions=2, group_size=1)
+    on = dataclasses.replace(spec, streaming="on", branch_chunk=2)
+    in_memory = train(net, multi_margin(), dataset, on, num_solutions=2)
+    on_disk = train(net, multi_margin(), dataset, on, num_solutions=2, checkpoints=tmp_path)
+    for one, other, stored in zip(plain, in_memory, on_disk, strict=True):
+        assert worst((other.params, other.batch_loss), (one.params, one.batch_loss)) < 1e-5
+        assert stored.source is not None
+        assert stored.params is None
+        assert stored.source.num_branches == 5
+        for a, b in zip(jax.tree.leaves(stored.source.read(1, 3)[0]), jax.tree.leaves(other.params), strict=True):
+            np.testing.assert_array_equal(a, b[1:4])
+        assert (stored.steps, stored.status, stored.batch_loss) == (other.steps, other.status, other.batch_loss)
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+@pytest.mark.parametrize("at", [3, 5, 9, 17])
+def test_a_kill_in_mid_segment_is_made_good_bit_for_bit(
+    at: int, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 and 9 lie inside segments of five, 17 inside the second solution."""
+    net, dataset = multi_branch(mlp((3,), 3), 5), images(rng)
+    spec = spec_with(streaming="on", chain=("scale_by_adam()",), checkpoint_seconds=0.0, learning_rate=0.01)
+
+    def run(folder: Path) -> list[Solution]:
+        return train(net, multi_margin(), dataset, spec, num_solutions=2, checkpoints=folder)
+
+    expected = run(tmp_path / "whole")
+    calls, original = 0, StreamedSolver.step
+
+    def dying(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(StreamedSolver, "step", dying)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts")
+    monkeypatch.setattr(StreamedSolver, "step", original)
+    for got, wanted in zip(run(tmp_path / "parts"), expected, strict=True):
+        assert got.source is not None
+        assert wanted.source is not None
+        jax.tree.map(np.testing.assert_array_equal, got.source.read(0, 5), wanted.source.read(0, 5))
+        assert (got.steps, got.status, got.batch_loss) == (wanted.steps, wanted.status, wanted.batch_loss)
+
+
+@pytest.mark.parametrize(("free", "way"), [(10**9, "together"), (10**5, "one by one"), (10**4, "streamed")])
+def test_memory_decides_and_the_choice_is_kept(
+    free: int, way: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, dataset = multi_branch(mlp((3,), 3), 20), images(rng)  # 111 numbers a branch: 8.9 kB, and four times that
+    monkeypatch.setattr(training, "memory_available", lambda: free)
+    said: list[str] = []
+
+    def run(**settings: Any) -> list[Solution]:
+        spec = spec_with(max_steps=3, **settings)
+        return train(net, multi_margin(), dataset, spec, checkpoints=tmp_path, report=said.append)
+
+    found = run()
+    begun = json.loads((tmp_path / "groups.json").read_text())
+    expected = {"together": (3, False), "one by one": (1, False), "streamed": (1, True)}[way]
+    assert (begun["group_size"], begun["streamed"]) == expected
+    assert all((s.source is not None) == (way == "streamed") for s in found)
+    if way == "streamed":
+        (plan,) = said
+        assert "20 branches" in plan
+        assert "memory (estimate)" in plan
+        assert "s a step" in plan
+        assert "disk" in plan
+        monkeypatch.setattr(training, "memory_available", lambda: 10**9)
+        assert all(s.source is not None for s in run())  # goes on as it was begun
+    assert len(said) == (way == "streamed")
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_at_once(rng: np.random.Generator) -> None:
+    spec = spec_with(streaming="on", learning_rate=1e30, check_every=100, max_steps=1000)
+    found = train(multi_branch(mlp((3,), 3), 2), multi_margin(), images(rng), spec, num_solutions=1)
+    assert found[0].status == "diverged"
+    assert found[0].steps < 20
+
+
+def test_what_cannot_be_streamed_is_refused_in_words(rng: np.random.Generator) -> None:
+    dataset, stacked = images(rng), multi_branch(mlp((3,), 3), 4)
+    on = spec_with(streaming="on")
+    mixed = mixture([stacked, multi_branch(mlp((2,), 3), 2)])
+    cases: list[tuple[Any, TrainingSpec, MeshSpec, str]] = [
+        (mixed, on, MeshSpec(), "made by multi_branch"),
+        (mlp((3,), 3), on, MeshSpec(), "made by multi_branch"),
+        (stacked, spec_with(streaming="on", chain=("clip_by_global_norm(1.0)",)), MeshSpec(), "mixes branches"),
+        (stacked, on, MeshSpec(data=3), "cannot be shared evenly"),
+        (multi_branch(conv((2,), 3, batch_norm=True), 4), on, MeshSpec(data=2), "batch statistics"),
+        (stacked, on, MeshSpec(branch=64), "64 devices, but there are"),
+        (stacked, spec_with(streaming="off"), MeshSpec(branch=2), "one device"),
+    ]
+    for net, spec, mesh, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            train(net, multi_margin(), dataset, spec, mesh=mesh)
+    with pytest.raises(ConfigError, match=r"mesh\.branch=0"):
+        MeshSpec(branch=0)
+    unknown = object.__new__(TrainingSpec)
+    for field in dataclasses.fields(TrainingSpec):
+        object.__setattr__(unknown, field.name, "onn" if field.name == "streaming" else field.default)
+    with pytest.raises(ConfigError, match="onn"):
+        unknown.__post_init__()
+
+
+def test_networks_that_cannot_be_streamed_are_trained_plainly_whatever_the_memory(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "memory_available", lambda: 1)
+    net = mixture([multi_branch(mlp((3,), 3), 2), multi_branch(mlp((2,), 3), 2)])
+    assert train(net, multi_margin(), images(rng), spec_with(max_steps=2), num_solutions=1)[0].steps == 2
+
+
+def test_functions_without_a_stem_are_streamed_too(rng: np.random.Generator) -> None:
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        return {"w": jax.random.normal(key, (x.reshape(len(x), -1).shape[1], 3))}
+
+    branch = from_functions(init, lambda p, x: jnp.tanh(x.reshape(len(x), -1) @ p["w"]))
+    net, dataset = multi_branch(branch, 6), images(rng)
+    one, other = (
+        train(net, multi_margin(), dataset, spec_with(streaming=s, branch_chunk=4), num_solutions=1)[0]
+        for s in ("off", "on")
+    )
+    assert worst(other.params, one.params) < 1e-5
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_branch_lies_on_one_shard(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    layout = Layout(int(rng.integers(1, 100)), int(rng.integers(1, 20)))
+    held = [layout.first(s) + i for s in range(layout.shards) for i in range(layout.count(s))]
+    assert held == list(range(layout.num_branches))
+    assert {int(layout.count(s)) for s in range(layout.shards)} <= {layout.slots, layout.slots - 1}
+    assert layout.is_even == all(layout.count(s) == layout.slots for s in range(layout.shards))
+    for s in range(layout.shards):
+        assert int(layout.first(jnp.asarray(s))) == layout.first(s)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+_MEMORY = """
+    import json
+    import jax
+    import numpy as np
+    from dualgap_jax.branches import mlp
+    from dualgap_jax.data import Dataset, validate
+    from dualgap_jax.losses import multi_margin
+    from dualgap_jax.multibranch import multi_branch
+    from dualgap_jax.sharding import MeshSpec
+    from dualgap_jax.training import TrainingSpec, train
+
+    def peak():
+        lines = open("/proc/self/status").read().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)
+    std = np.maximum(x.std(axis=0), 1).astype(np.float32)
+    y = rng.integers(0, 10, 256).astype(np.int32)
+    data = validate(Dataset("r", x, y, x.mean(axis=0, dtype=np.float32), std, 10, "multiclass", {}))
+
+    def run(count, folder):
+        spec = TrainingSpec(batch_size=32, max_steps=3, streaming="on", branch_chunk=50, checkpoint_seconds=0.0)
+        train(multi_branch(mlp((8, 8, 8), 10), count), multi_margin(), data, spec, num_solutions=2, checkpoints=folder)
+
+    import pathlib, sys
+    folder = pathlib.Path(sys.argv[1])
+    run(100, folder / "small")
+    before = peak()
+    run(4000, folder / "large")
+    print(json.dumps({"grown": peak() - before, "parameters": 4 * 24818 * 4000}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_training_with_checkpoints_needs_little_more_than_the_parameters(tmp_path: Path) -> None:
+    """In a fresh process: 397 MB of parameters, two solutions, a checkpoint at every step; programs were warmed up."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_MEMORY), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.9 * found["parameters"] < found["grown"] < 1.35 * found["parameters"]
