@@ -772,7 +772,7 @@ def _check_streams(net: Branch, source: BranchSource) -> None:
         )
 
 
-def _grid(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _grid(xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The axes in float64 and the points `[ny nx, 2]` of the grid, row by row."""
     xs, ys = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
     if xs.ndim != 1 or ys.ndim != 1 or not xs.size or not ys.size:
