@@ -331,10 +331,11 @@ def plane_through(
     host = [jax.tree.map(np.asarray, tree) for tree in solutions]
     heads = {leaf.shape[:1] for leaf in jax.tree.leaves(host[0])}
     (rows,) = heads.pop() if len(heads) == 1 and heads != {()} else (1,)
-    if rows > 1:  # perhaps branches: the same portions as `plane_through_sources` takes
-        read: Callable[[int, int], Any] = lambda first, count: [_rows(tree, first, count) for tree in host]  # noqa: E731
-    else:
-        read = lambda first, count: host  # noqa: E731
+
+    def read(first: int, count: int) -> list[PyTree]:
+        # More than one row: perhaps branches, so the same portions as `plane_through_sources` takes.
+        return [_rows(tree, first, count) for tree in host] if rows > 1 else host
+
     sums = _inner_products(read, rows, _bytes(host[0]) // max(rows, 1))
     coefficients, anchors, _ = _coordinates(sums, axes)
     along = _span(coefficients, states) if states is not None else ((), (), ())
@@ -730,7 +731,8 @@ def evaluate_points(
                     z = kernels.below(block[0], x)
                     if empty is None:
                         empty = jax.eval_shape(kernels.outputs, block, z, jnp.zeros((multiple, 2), float))
-                    nothing = 0, jnp.zeros((size, len(y), *empty.shape[2:]), empty.dtype)
+                    wide = jnp.promote_types(empty.dtype, jnp.float32)  # sums of narrow outputs need more digits
+                    nothing = 0, jnp.zeros((size, len(y), *empty.shape[2:]), wide)
                     totals = [work.parts.get((b, p), nothing)[1] for p in todo]
                     chosen = [points[point_blocks[p]] for p in todo]
                     labels = y if number == last else None
@@ -770,7 +772,7 @@ def _check_streams(net: Branch, source: BranchSource) -> None:
         )
 
 
-def _grid(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _grid(xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The axes in float64 and the points `[ny nx, 2]` of the grid, row by row."""
     xs, ys = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
     if xs.ndim != 1 or ys.ndim != 1 or not xs.size or not ys.size:
