@@ -423,6 +423,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
 def _devices() -> list[dict[str, Any]]:
     import jax
 
@@ -617,7 +627,8 @@ class Workdir:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
-            run._update(status=status, reason=reason, end=_now(), seconds=round(time.monotonic() - start, 3))
+            seconds = round(time.monotonic() - start, 3)
+            run._update(status=status, reason=reason, end=_now(), seconds=seconds, peak_memory_bytes=_peak_memory())
 
     def _new_record(self) -> dict[str, Any]:
         attempts = []
@@ -634,6 +645,7 @@ class Workdir:
             "start": _now(),
             "end": None,
             "seconds": None,
+            "peak_memory_bytes": None,
             "git": _git_state(),
             "packages": {name: _version(name) for name in PACKAGES},
             "python": platform.python_version(),

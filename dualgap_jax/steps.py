@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from dualgap_jax.branches import upcast
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
 from dualgap_jax.multibranch import branch_keys, sum_branches, sum_rest
@@ -80,10 +81,16 @@ def step(
     return Carry(params, state, opt_state), value
 
 
+def begin(transformation: optax.GradientTransformation, params: Params, state: State) -> Carry:
+    """The carry at step 0."""
+    return Carry(params, state, transformation.init(upcast(params)))
+
+
 def _updated(
     transformation: optax.GradientTransformation, gradient: Params, opt_state: PyTree, params: Params, rate: Array
 ) -> tuple[Params, PyTree]:
-    updates, opt_state = transformation.update(gradient, opt_state, params)
+    # The optimiser works in float32 at least, whatever the parameters are stored in.
+    updates, opt_state = transformation.update(upcast(gradient), opt_state, upcast(params))
     return jax.tree.map(lambda w, u: (w - rate * u).astype(w.dtype), params, updates), opt_state
 
 
@@ -250,7 +257,7 @@ def branchwise_leaves(transformation: optax.GradientTransformation, params: Para
 
     def shapes(extra: int) -> list[tuple[int, ...]]:
         grown = jax.tree.map(lambda w: jax.ShapeDtypeStruct((w.shape[0] + extra, *w.shape[1:]), w.dtype), params)
-        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(transformation.init, grown))]
+        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda p: transformation.init(upcast(p)), grown))]
 
     return [a != b for a, b in zip(shapes(0), shapes(1), strict=True)]
 

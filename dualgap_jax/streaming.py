@@ -6,6 +6,8 @@ and how a state is handed to checkpoints and taken from them, in the order of th
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import time
 import typing
@@ -125,7 +127,34 @@ class StreamedSolver:
     # --- programs ---
 
     @functools.cached_property
-    def _step(self) -> Any:
+    def compiled(self) -> Any:
+        """The compiled step, for the shapes of this network."""
+        return self._lowered().compile()
+
+    def _lowered(self) -> Any:
+        """The step, lowered for shapes only: nothing is allocated."""
+        layout, mesh = self.layout, self._mesh
+        template = self.template()
+        carry = jax.tree.map(
+            lambda a, own: jax.ShapeDtypeStruct((layout.shards * layout.slots, *a.shape[1:]), a.dtype) if own else a,
+            template,
+            self._is_own(template),
+        )
+        x, y = (
+            jax.ShapeDtypeStruct((self._batch, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype))
+            for a in (self._dataset.x, self._dataset.y)
+        )
+        if mesh is not None:
+
+            def on_mesh(shape: Any, spec: PartitionSpec) -> Any:
+                return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+
+            carry = jax.tree.map(on_mesh, carry, self._specs())
+            x, y = on_mesh(x, PartitionSpec(DATA)), on_mesh(y, PartitionSpec(DATA))
+        return self._program.lower(carry, x, y, *self._constants, *self._numbers(0.0, jax.random.key(0), 0))
+
+    @functools.cached_property
+    def _program(self) -> Any:
         def local(
             carry: Carry, x: Array, y: Array, mean: Array, std: Array, rate: Array, key: Array, now: Array
         ) -> tuple[Carry, Array]:
@@ -157,7 +186,7 @@ class StreamedSolver:
             place = self._place()
             root = jax.random.wrap_key_data(key)
             params, state = draw_branches(self.stacked.branch, root, self._example, place.first, place.slots)
-            return Carry(params, state, self._transformation.init(params))
+            return steps.begin(self._transformation, params, state)
 
         if self._mesh is not None:
             local = sharding.over_mesh(self._mesh, local, PartitionSpec(), self._specs())
@@ -205,12 +234,14 @@ class StreamedSolver:
 
         def whole(key: KeyArray) -> Carry:
             params, state = draw_branches(self.stacked.branch, key, self._example, 0, self.stacked.num_branches)
-            return Carry(params, state, self._transformation.init(params))
+            return steps.begin(self._transformation, params, state)
 
         return jax.eval_shape(whole, jax.random.key(0))
 
     def start(self, key: KeyArray) -> Carry:
         """The carry at step 0.  Branch i is drawn with `fold_in(key, i)`, so the mesh does not change it."""
+        self.compiled  # noqa: B018  (the compiler's memory is given back before that of the parameters is taken)
+        _give_back()
         return self._start(self._everywhere(jax.random.key_data(key)))
 
     def step(
@@ -226,9 +257,12 @@ class StreamedSolver:
           now: index of the step.
         """
         x, y = self._send(self._dataset.x[picked], self._dataset.y[picked]) if picked is not None else self._whole
-        numbers = (jnp.asarray(rate, float), jax.random.key_data(key), np.int32(now))
-        carry, value = self._step(carry, x, y, *self._constants, *(self._everywhere(a) for a in numbers))
+        carry, value = self.compiled(carry, x, y, *self._constants, *self._numbers(rate, key, now))
         return carry, float(value)
+
+    def _numbers(self, rate: float | Array, key: KeyArray, now: int) -> tuple[Array, ...]:
+        numbers = (jnp.asarray(rate, float), jax.random.key_data(key), np.int32(now))
+        return tuple(self._everywhere(a) for a in numbers)
 
     def _send(self, x: np.ndarray, y: np.ndarray) -> tuple[Array, Array]:
         if self._mesh is None:
@@ -370,29 +404,14 @@ class StreamedSolver:
 
     def _temporary_bytes(self) -> int:
         """What the compiled step takes besides its arguments, on one device; its own estimate where there is none."""
-        analysis = self._lowered().compile().memory_analysis()
+        analysis = self.compiled.memory_analysis()
         return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
-    def _lowered(self) -> Any:
-        """The step, lowered for shapes only: nothing is allocated."""
-        layout = self.layout
-        padded = jax.tree.map(
-            lambda a, own: jax.ShapeDtypeStruct((layout.shards * layout.slots, *a.shape[1:]), a.dtype) if own else a,
-            self.template(),
-            self._is_own(self.template()),
-        )
-        x, y = (
-            jax.ShapeDtypeStruct((self._batch, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype))
-            for a in (self._dataset.x, self._dataset.y)
-        )
-        numbers = (jnp.zeros((), float), jax.random.key_data(jax.random.key(0)), np.int32(0))
-        if (mesh := self._mesh) is not None:
-            padded = jax.tree.map(
-                lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
-                padded,
-                self._specs(),
-            )
-        return self._step.lower(padded, x, y, *self._constants, *(self._everywhere(a) for a in numbers))
+
+def _give_back() -> None:
+    """Returns freed heap memory to the system, where the C library can: compiling leaves some 100 MB of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _filled(stored: Any, first: int, count: int, slots: int, device: jax.Device) -> Array:

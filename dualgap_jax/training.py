@@ -31,7 +31,7 @@ from dualgap_jax.losses import Loss
 from dualgap_jax.records import Metrics, Progress, load_json, save_json
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, meet
-from dualgap_jax.steps import Batch, Carry, example_input, on_device, step, tree_bytes
+from dualgap_jax.steps import Batch, Carry, begin, example_input, on_device, step, tree_bytes
 from dualgap_jax.streaming import StreamedSolver
 from dualgap_jax.types import Branch, BranchSource, KeyArray, Params, PyTree, State
 
@@ -548,8 +548,7 @@ def _choose(
 
 
 def _start(net: Branch, dataset: Dataset, transformation: optax.GradientTransformation, key: KeyArray) -> Carry:
-    params, state = net.init(key, example_input(dataset))
-    return Carry(params, state, transformation.init(params))
+    return begin(transformation, *net.init(key, example_input(dataset)))
 
 
 class _Together:

@@ -56,7 +56,7 @@ def collectives(branches: int, mesh: MeshSpec, chunk: int) -> list[tuple[str, in
     net = multi_branch(mlp((4, 4), 3), branches)
     solver = StreamedSolver(net, multi_margin(), optimizer(SPEC), images(0), 16, mesh=mesh, chunk=chunk)
     found = []
-    for shapes, operation in _OPERATION.findall(solver._lowered().compile().as_text()):
+    for shapes, operation in _OPERATION.findall(solver.compiled.as_text()):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         found.append((operation, sum(_BYTES[t] * math.prod(map(int, filter(None, d.split(",")))) for t, d in arrays)))
     return found
