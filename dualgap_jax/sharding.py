@@ -25,23 +25,32 @@ BRANCH, DATA, SEED = "branch", "data", "seed"  # axes of meshes
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """How many devices share the branches and the examples; the product is the number of devices.
+    """How many devices share the branches, the examples, or the solutions.
 
     Attributes:
-      branch: devices that share the branches.
-      data: devices that share the examples of a batch.
+      branch: devices that share the branches of one network.
+      data: devices that share the examples of a batch; `branch * data` devices train one network.
+      seed: devices that share the solutions trained together, when branch and data are 1; 0: all of this process, at
+        most one a solution.
     """
 
     branch: int = 1
     data: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in (BRANCH, DATA):
             require(getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)} must be at least 1.")
+        require(self.seed >= 0, f"mesh.seed={self.seed} must be >= 0 (0: all devices of this process).")
+        require(
+            self.size == 1 or self.seed in (0, 1),
+            f"mesh.seed={self.seed} shares solutions that are trained together, but mesh.branch={self.branch} and"
+            f" mesh.data={self.data} train one after another; leave mesh.seed out.",
+        )
 
     @property
     def size(self) -> int:
-        """Number of devices."""
+        """Number of devices that train one network."""
         return self.branch * self.data
 
 

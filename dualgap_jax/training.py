@@ -30,7 +30,16 @@ from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
 from dualgap_jax.records import Metrics, Progress, load_json, save_json
 from dualgap_jax.registry import Table, unknown
-from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, meet
+from dualgap_jax.sharding import (
+    MeshSpec,
+    agreed,
+    filled,
+    is_first_process,
+    local_devices,
+    meet,
+    over_devices,
+    place,
+)
 from dualgap_jax.steps import Batch, Carry, begin, example_input, on_device, step, tree_bytes
 from dualgap_jax.streaming import StreamedSolver
 from dualgap_jax.types import Branch, BranchSource, KeyArray, Params, PyTree, State
@@ -434,7 +443,8 @@ def train(
       seed: of initialisations, orders and dropout.
       num_solutions: number of solutions, at least 1.
       group_size: number of solutions in one program; results depend on it through rounding only.
-      mesh: devices that share the branches and the batches; None is one device.
+      mesh: devices that share the branches and the batches, or the solutions; None: the solutions that are trained
+        together share the devices of this process.
       checkpoints: folder, or None.  With several processes only the first one writes there, and all must see it.
       metrics: writer of one line a segment and solution, or None.
       report: called with lines that say how training will go, before it starts.
@@ -473,7 +483,8 @@ def train(
         solver = StreamedSolver(net, loss, transformation, dataset, spec.batch_size, mesh=mesh, chunk=spec.branch_chunk)
         engine = _Streamed(solver, schedule, on_disk=checkpoints is not None)
     else:
-        engine = _Together(net, loss, transformation, schedule, dataset, spec)
+        devices = local_devices(min(choice.group_size, num_solutions, mesh.seed or jax.local_device_count()))
+        engine = _Together(net, loss, transformation, schedule, dataset, devices)
     trainer = _Trainer(
         engine=engine,
         schedule=schedule,
@@ -564,17 +575,18 @@ class _Together:
         transformation: optax.GradientTransformation,
         schedule: Schedule,
         dataset: Dataset,
-        spec: TrainingSpec,
+        devices: Sequence[jax.Device],
     ) -> None:
         self.start = jax.jit(functools.partial(_start, net, dataset, transformation))
         self._segment = make_segment(net, loss, transformation, schedule)
-        self._data = on_device(dataset)
-        self._spec = spec
+        self._devices = devices
+        self._data = place(on_device(dataset), devices, None)
+        self._programs: dict[int, Callable[..., tuple[Carry, Array]]] = {}  # by the length of a segment
 
     def template(self, key: KeyArray) -> Carry:
         return jax.eval_shape(self.start, key)
 
-    place = None
+    place = None  # of leaves in checkpoints: where JAX puts them
 
     def plan(self, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
         del saved
@@ -585,13 +597,16 @@ class _Together:
         return f"training: {num_solutions} solutions in memory, {steps}; memory (estimate): {_size(4 * one)} a solution"
 
     def join(self, carries: Sequence[Carry]) -> Carry:
-        return _stack(carries)
+        lanes = filled(len(carries), self._devices)
+        return place(_stack([carries[i] for i in lanes]), self._devices, 0)
 
     def part(self, carry: Carry, lane: int) -> Carry:
-        return _item(carry, lane)
+        if len(self._devices) == 1:
+            return _item(carry, lane)
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf[lane])), carry)  # where everything else is
 
     def stored(self, carry: Carry, lane: int) -> Carry:
-        return _item(carry, lane)
+        return self.part(carry, lane)
 
     def network(self, carry: Carry) -> tuple[Params, State]:
         return carry.params, carry.state
@@ -607,8 +622,31 @@ class _Together:
         length: int,
     ) -> tuple[Carry, np.ndarray]:
         picked = jnp.asarray(indices) if indices is not None else None
-        carry, losses = self._segment(carry, schedule_state, keys, base_rate, self._data, picked, first, length)
-        return carry, np.asarray(losses, np.float64)
+        if len(self._devices) == 1:
+            carry, losses = self._segment(carry, schedule_state, keys, base_rate, self._data, picked, first, length)
+            return carry, np.asarray(losses, np.float64)
+        count = len(keys)
+        lanes = filled(count, self._devices)
+        words = jax.random.key_data(keys)
+        mine = jax.tree.map(lambda a: np.asarray(a)[lanes], (schedule_state, words, picked))
+        carry, losses = self._program(length)(
+            carry, *place(mine, self._devices, 0), jnp.asarray(base_rate, float), self._data, jnp.asarray(first)
+        )
+        return carry, np.asarray(losses, np.float64)[:count]
+
+    def _program(self, length: int) -> Callable[..., tuple[Carry, Array]]:
+        """The segment with its lanes shared out over the devices."""
+        if length not in self._programs:
+
+            def segment(
+                carry: Carry, states: PyTree, words: Array, picked: PyTree, rate: Array, data: Batch, first: Array
+            ) -> tuple[Carry, Array]:
+                keys = jax.random.wrap_key_data(words)
+                return self._segment(carry, states, keys, rate, data, picked, first, length)
+
+            shared = over_devices(segment, self._devices, (0, 0, 0, 0, None, None, None), 0)
+            self._programs[length] = jax.jit(shared, donate_argnums=0)
+        return self._programs[length]
 
 
 class _Streamed:
