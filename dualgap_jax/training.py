@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -468,6 +469,10 @@ def train(
     mesh = mesh or MeshSpec()
     several = mesh.size > 1 or jax.process_count() > 1
     require(
+        jax.process_count() == 1 or checkpoints is not None,
+        "several processes hand a network on through its checkpoints; give a folder that all of them see.",
+    )
+    require(
         not (several and spec.streaming == "off"),
         "training.streaming='off' trains on one device; use 'auto' with a mesh of several.",
     )
@@ -506,7 +511,7 @@ def train(
             runs = {i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics) for i in group}
             if not said and any(trainer.is_under_way(r) for r in runs.values()):
                 said = True
-                if plan := engine.plan(spec, num_solutions, checkpoints is not None):
+                if plan := engine.plan(spec, num_solutions, checkpoints):
                     say(plan)
             found = trainer.run(runs, savers)
         if isinstance(engine, _Streamed) and checkpoints is not None:
@@ -588,8 +593,8 @@ class _Together:
 
     place = None  # of leaves in checkpoints: where JAX puts them
 
-    def plan(self, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
-        del saved
+    def plan(self, spec: TrainingSpec, num_solutions: int, checkpoints: Path | None) -> str:
+        del checkpoints
         one = tree_bytes(self.template(jax.random.key(0)))
         if one < _WORTH_SAYING:
             return ""
@@ -668,8 +673,8 @@ class _Streamed:
         template = self._solver.template()
         return template.params, template.state
 
-    def plan(self, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
-        return _plan(self._solver, spec, num_solutions, saved)
+    def plan(self, spec: TrainingSpec, num_solutions: int, checkpoints: Path | None) -> str:
+        return _plan(self._solver, spec, num_solutions, checkpoints)
 
     def join(self, carries: Sequence[Carry]) -> Carry:
         (carry,) = carries
@@ -705,7 +710,7 @@ class _Streamed:
         return carry, np.asarray([losses], np.float64)
 
 
-def _plan(solver: StreamedSolver, spec: TrainingSpec, num_solutions: int, saved: bool) -> str:
+def _plan(solver: StreamedSolver, spec: TrainingSpec, num_solutions: int, checkpoints: Path | None) -> str:
     """What a streamed run will take, as text; all numbers are estimates."""
     e = solver.estimate()
     layout = solver.layout
@@ -724,8 +729,17 @@ def _plan(solver: StreamedSolver, spec: TrainingSpec, num_solutions: int, saved:
         f"  time (estimate): {e.seconds_per_step:.3g} s a step; at most {spec.max_steps:,} steps x {num_solutions}"
         f" solutions = {_duration(total)}",
     ]
-    if saved:
-        lines.append(f"  disk (estimate): {_size(2 * (e.parameters + e.optimizer) * layout.shards)} a solution")
+    if e.memory > memory_available():
+        lines.append(
+            "  WARNING: that is more memory than is available; share the branches with --config.mesh.branch, or store"
+            " the parameters with --config.precision.params=bfloat16"
+        )
+    if checkpoints is not None:
+        disk = 2 * (e.parameters + e.optimizer) * layout.shards * num_solutions
+        free = shutil.disk_usage(checkpoints).free
+        lines.append(f"  disk (estimate): {_size(disk)}, two checkpoints of each solution; available: {_size(free)}")
+        if disk > free:
+            lines.append("  WARNING: that is more than is available; give a folder on another disk with --workdir")
     return "\n".join(lines)
 
 

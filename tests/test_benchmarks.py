@@ -300,3 +300,27 @@ def test_differences_of_courses_are_taken_segment_by_segment(monkeypatch: pytest
     row = {"course": [[2.0, 1.1, 0.5], [4.0, 1.9, 0.15]]}
     found = module.compare(row, plain)
     assert found == {"largest_relative": pytest.approx(0.5), "largest_to_start": pytest.approx(0.05)}
+
+
+def test_the_scaling_benchmark_measures_time_and_memory_in_fresh_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = run("scaling", tmp_path / "results.json", monkeypatch, "--branches=3")["rows"]
+    for key in ("step_ms", "step_gflops", "limit_gflops", "of_limit", "plain_of_limit"):
+        assert is_spread(row[key]), key
+    assert row["parameter_gb"] * 1e9 == 3 * 4 * (49 * 3 + 4 * 2 + 3 * 10)
+    assert 0.05 < row["peak_gb"] < row["peak_with_checkpoints_gb"] < 4  # saving brings in Orbax
+    assert "with checkpoints" in capsys.readouterr().out
+    assert not list(tmp_path.glob("tmp*"))
+
+
+def test_growth_is_told_between_the_two_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("scaling", monkeypatch)
+    rows = [
+        {"case": f"I={i}", "num_branches": i, "step_ms": {"median": t}, "peak_gb": 1 + 1.5 * p, "parameter_gb": p}
+        for i, t, p in ((10, 2.0, 1.0), (1, 7.0, 0.1), (40, 9.0, 4.0))
+    ]
+    text = module.growth(rows)
+    assert "From I=10 to I=40 (x 4)" in text
+    assert "x 4.5" in text
+    assert "adds 1.5 bytes" in text

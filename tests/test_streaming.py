@@ -209,6 +209,7 @@ def test_memory_decides_and_the_choice_is_kept(
         assert "memory (estimate)" in plan
         assert "s a step" in plan
         assert "disk" in plan
+        assert "WARNING: that is more memory" in plan
         monkeypatch.setattr(training, "memory_available", lambda: 10**9)
         assert all(s.source is not None for s in run())  # goes on as it was begun
     assert len(said) == (way == "streamed")
