@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     case = in_memory.Case((32, 32, 3), (8, 8, 8), flags.branches, flags.samples, flags.grid)
     case, rounds = (in_memory.SMOKE, 1) if flags.smoke else (case, flags.rounds)
     print(f"measuring {case.num_branches} branches, {case.side} x {case.side} points", file=sys.stderr)
+    if flags.folder is not None:
+        flags.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         row = measure(case, 3 if flags.smoke else 2, 2, rounds, Path(folder), torch)
     row["targets"] = common.judge(row, () if flags.smoke else (common.Target(_OVER_FULL, 60.0),))

@@ -212,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     where = common.environment()
     rows = []
+    if flags.folder is not None:
+        flags.folder.mkdir(parents=True, exist_ok=True)
     for count in flags.branches or ((2, 5) if flags.smoke else _COUNTS):
         print(f"measuring I={count}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=flags.folder) as folder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -181,7 +182,7 @@ class StreamedSolver:
         return jax.jit(local, donate_argnums=0)
 
     @functools.cached_property
-    def _start(self) -> Callable[[Array], Carry]:
+    def _start(self) -> Any:
         def local(key: Array) -> Carry:
             place = self._place()
             root = jax.random.wrap_key_data(key)
@@ -240,9 +241,12 @@ class StreamedSolver:
 
     def start(self, key: KeyArray) -> Carry:
         """The carry at step 0.  Branch i is drawn with `fold_in(key, i)`, so the mesh does not change it."""
+        words = self._everywhere(jax.random.key_data(key))
         self.compiled  # noqa: B018  (the compiler's memory is given back before that of the parameters is taken)
+        draw = self._start.lower(words).compile()
+        gc.collect()
         _give_back()
-        return self._start(self._everywhere(jax.random.key_data(key)))
+        return draw(words)
 
     def step(
         self, carry: Carry, picked: np.ndarray | None, rate: float | Array, key: KeyArray, now: int

@@ -500,7 +500,9 @@ def train(
         metrics=metrics,
     )
     groups = [range(i, min(i + choice.group_size, num_solutions)) for i in range(0, num_solutions, choice.group_size)]
-    said = False
+    # Before any parameters are there: compiling what is measured takes memory that is given back.
+    if plan := engine.plan(spec, num_solutions, checkpoints):
+        say(plan)
     solutions: list[Solution] = []
     for group in groups:
         with contextlib.ExitStack() as stack:
@@ -509,10 +511,6 @@ def train(
                 savers = {i: stack.enter_context(Checkpointer(checkpoints / f"solution_{i}")) for i in group}
             keys = {i: jax.random.split(solution_key(seed, i), 3) for i in group}
             runs = {i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics) for i in group}
-            if not said and any(trainer.is_under_way(r) for r in runs.values()):
-                said = True
-                if plan := engine.plan(spec, num_solutions, checkpoints):
-                    say(plan)
             found = trainer.run(runs, savers)
         if isinstance(engine, _Streamed) and checkpoints is not None:
             meet("the checkpoints are written")
@@ -734,7 +732,8 @@ def _plan(solver: StreamedSolver, spec: TrainingSpec, num_solutions: int, checkp
             "  WARNING: that is more memory than is available; share the branches with --config.mesh.branch, or store"
             " the parameters with --config.precision.params=bfloat16"
         )
-    if checkpoints is not None:
+    if checkpoints is not None and is_first_process():
+        checkpoints.mkdir(parents=True, exist_ok=True)
         disk = 2 * (e.parameters + e.optimizer) * layout.shards * num_solutions
         free = shutil.disk_usage(checkpoints).free
         lines.append(f"  disk (estimate): {_size(disk)}, two checkpoints of each solution; available: {_size(free)}")
