@@ -196,7 +196,7 @@ def measure(case: Case, peer_steps: int, rounds: int, torch: Any) -> dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures both batch sizes, prints the table, and writes the JSON file."""
-    parser = common.arguments("Table 1: the package, matrix products, a PyTorch loop.", rounds=7)
+    parser = common.arguments("Table 1: the package, matrix products, a PyTorch loop.", rounds=7, torch=True)
     flags = parser.parse_args(argv)
     where = common.environment()
     torch = None if flags.no_torch else common.load_torch()

@@ -221,7 +221,9 @@ def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and writes the JSON file."""
-    parser = common.arguments("Landscape: the package, full re-evaluation of every point, PyTorch.", rounds=5)
+    parser = common.arguments(
+        "Landscape: the package, full re-evaluation of every point, PyTorch.", rounds=5, torch=True
+    )
     parser.add_argument("--branches", type=common.positive, default=1024, help="I of the cifar_3layer network")
     parser.add_argument("--samples", type=common.positive, default=256, help="samples that the loss is taken over")
     parser.add_argument(

@@ -14,7 +14,6 @@ these need more than half of the free memory.
 from __future__ import annotations
 
 import itertools
-import resource
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from dualgap_jax.branches import mlp
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import multi_margin
 from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.records import peak_memory
 from dualgap_jax.training import memory_available
 from dualgap_jax.types import Params, State
 
@@ -97,12 +97,6 @@ def full_reevaluation(
     return seconds, np.asarray(losses, np.float64)
 
 
-def peak_bytes() -> int:
-    """Most memory that this process has had resident so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def measure(
     case: in_memory.Case, num_full: int, num_peer: int, rounds: int, folder: Path, torch: Any
 ) -> dict[str, Any]:
@@ -132,7 +126,7 @@ def measure(
         start = time.perf_counter()
         losses = package()
         survey_seconds.append(time.perf_counter() - start)
-        peak = peak or peak_bytes()
+        peak = peak or peak_memory()
         seconds, expected = full_reevaluation(case, plane, data, grid[picks])
         full_seconds.append(seconds)
     point = np.asarray(survey_seconds) / num_points
@@ -180,7 +174,9 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and writes the JSON file."""
-    parser = common.arguments("Landscape of solutions on disk, beside full re-evaluation and PyTorch.", rounds=3)
+    parser = common.arguments(
+        "Landscape of solutions on disk, beside full re-evaluation and PyTorch.", rounds=3, torch=True
+    )
     parser.add_argument("--branches", type=common.positive, default=8000, help="I of the cifar_3layer network")
     parser.add_argument("--samples", type=common.positive, default=256, help="samples that the loss is taken over")
     parser.add_argument("--grid", type=common.positive, default=51, help="points along each side, at least 2")

@@ -13,7 +13,6 @@ For I up to 8,000 the plain step (automatic differentiation of the whole network
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,9 +30,10 @@ import training_step
 
 from dualgap_jax import training
 from dualgap_jax.branches import mlp
-from dualgap_jax.data import Dataset, validate
+from dualgap_jax.data import Dataset
 from dualgap_jax.losses import multi_margin
 from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.records import peak_memory
 from dualgap_jax.steps import tree_bytes
 from dualgap_jax.streaming import StreamedSolver
 
@@ -117,7 +117,7 @@ def time_one(case: training_step.Case, batch: int, rounds: int) -> dict[str, Any
         "case": f"I={case.num_branches}",
         "num_branches": case.num_branches,
         "chunk": solver.chunk,
-        "parameter_gb": tree_bytes(solver.template().params) / 1e9,
+        "parameter_gb": tree_bytes(solver.template.params) / 1e9,
         "step_ms": common.spread(1e3 * seconds["streamed"]),
         "step_gflops": common.spread(done / seconds["streamed"] / 1e9),
         "limit_gflops": common.spread(limit / 1e9),
@@ -126,18 +126,9 @@ def time_one(case: training_step.Case, batch: int, rounds: int) -> dict[str, Any
     }
 
 
-def _images(shape: tuple[int, ...], num_examples: int) -> Dataset:
-    """Random images as `common.random_images`, with the statistics known beforehand: computing them takes gigabytes."""
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (num_examples, *shape), dtype=np.uint8)
-    y = rng.integers(0, 10, num_examples, dtype=np.int32)
-    mean, std = np.full(shape, 127.5, np.float32), np.full(shape, 73.9, np.float32)
-    return validate(Dataset("random_images", x, y, mean, std, 10, "multiclass", {}))
-
-
 def memory_one(case: training_step.Case, batch: int, folder: Path | None) -> dict[str, Any]:
     """Peak resident memory of this process after two steps of `train`."""
-    data = _images(case.image, num_examples=50_000 if case.image == (32, 32, 3) else 64)
+    data = common.random_images(case.image, num_examples=50_000 if case.image == (32, 32, 3) else 64)
     spec = training.TrainingSpec(batch_size=batch, max_steps=2, streaming="on", checkpoint_seconds=0.0)
     start = time.perf_counter()
     training.train(
@@ -150,8 +141,7 @@ def memory_one(case: training_step.Case, batch: int, folder: Path | None) -> dic
         checkpoints=folder,
         report=lambda line: print(line, file=sys.stderr),
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"peak_bytes": peak, "seconds": time.perf_counter() - start}
+    return {"peak_bytes": peak_memory(), "seconds": time.perf_counter() - start}
 
 
 def in_fresh_process(*arguments: str) -> dict[str, Any]:

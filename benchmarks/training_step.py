@@ -208,7 +208,7 @@ def measure(case: Case, batch: int, steps: int, peer_steps: int, rounds: int, to
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every case, prints the table, and writes the JSON file."""
-    parser = common.arguments("Training step: the package, bare matrix products, PyTorch.", rounds=9)
+    parser = common.arguments("Training step: the package, bare matrix products, PyTorch.", rounds=9, torch=True)
     parser.add_argument("--case", action="append", choices=[c.name for c in CASES], help="only this; may be repeated")
     flags = parser.parse_args(argv)
     where = common.environment()

@@ -108,7 +108,10 @@ class Layout(NamedTuple):
 
 
 def over_mesh(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` without the static check of what is replicated: sums over axes are written out here."""
+    """`jax.shard_map` without the static check of what is replicated.
+
+    Sums over axes are written out, and loops may start from constants that are alike on all devices and then differ.
+    """
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -159,14 +162,7 @@ def over_devices(
     """
     if len(devices) == 1:
         return function
-    # Without the check of replication: loops in the function may start from constants and go on with lanes.
-    return jax.shard_map(
-        function,
-        mesh=_mesh(devices),
-        in_specs=tuple(map(_specs, in_axes)),
-        out_specs=_specs(out_axes),
-        check_vma=False,
-    )
+    return over_mesh(_mesh(devices), function, tuple(map(_specs, in_axes)), _specs(out_axes))
 
 
 def _mesh(devices: Sequence[jax.Device]) -> Mesh:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dualgap_jax import sharding, steps
-from dualgap_jax.checkpoints import Pieces, like_template
+from dualgap_jax.checkpoints import Pieces, Stored, like_template, put_rows
 from dualgap_jax.config import require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
@@ -37,7 +37,7 @@ from dualgap_jax.types import Branch, KeyArray, Params, Stacked, State
 _CHUNK_BYTES = {"cpu": 12 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 256 * 2**20
 
-_BLOCK_BYTES = 32 * 2**20  # of a leaf, when it is moved between a device and the host
+_BLOCK_BYTES = 32 * 2**20  # of a leaf, when processes send it to the first one
 
 
 class Estimate(NamedTuple):
@@ -135,11 +135,10 @@ class StreamedSolver:
     def _lowered(self) -> Any:
         """The step, lowered for shapes only: nothing is allocated."""
         layout, mesh = self.layout, self._mesh
-        template = self.template()
         carry = jax.tree.map(
             lambda a, own: jax.ShapeDtypeStruct((layout.shards * layout.slots, *a.shape[1:]), a.dtype) if own else a,
-            template,
-            self._is_own(template),
+            self.template,
+            self._is_own(self.template),
         )
         x, y = (
             jax.ShapeDtypeStruct((self._batch, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype))
@@ -182,7 +181,9 @@ class StreamedSolver:
         return jax.jit(local, donate_argnums=0)
 
     @functools.cached_property
-    def _start(self) -> Any:
+    def _draw(self) -> Any:
+        """The compiled start."""
+
         def local(key: Array) -> Carry:
             place = self._place()
             root = jax.random.wrap_key_data(key)
@@ -191,7 +192,7 @@ class StreamedSolver:
 
         if self._mesh is not None:
             local = sharding.over_mesh(self._mesh, local, PartitionSpec(), self._specs())
-        return jax.jit(local)
+        return jax.jit(local).lower(self._everywhere(jax.random.key_data(jax.random.key(0)))).compile()
 
     def _place(self) -> Place:
         """Which branches the running device holds; inside the program."""
@@ -210,7 +211,7 @@ class StreamedSolver:
 
     def _specs(self) -> Carry:
         """Where the leaves of a carry lie on the mesh."""
-        shapes = self.template()
+        shapes = self.template
         own = PartitionSpec(BRANCH)
         opt_leaves = [own if mine else PartitionSpec() for mine in self._opt_own]
         return Carry(
@@ -230,6 +231,7 @@ class StreamedSolver:
 
     # --- the run ---
 
+    @functools.cached_property
     def template(self) -> Carry:
         """Shapes and dtypes of a carry in the order of the branches, `[I, ...]`, without padding."""
 
@@ -241,12 +243,10 @@ class StreamedSolver:
 
     def start(self, key: KeyArray) -> Carry:
         """The carry at step 0.  Branch i is drawn with `fold_in(key, i)`, so the mesh does not change it."""
-        words = self._everywhere(jax.random.key_data(key))
-        self.compiled  # noqa: B018  (the compiler's memory is given back before that of the parameters is taken)
-        draw = self._start.lower(words).compile()
+        draw, _ = self._draw, self.compiled  # the compiler's memory is given back before the parameters take theirs
         gc.collect()
         _give_back()
-        return draw(words)
+        return draw(self._everywhere(jax.random.key_data(key)))
 
     def step(
         self, carry: Carry, picked: np.ndarray | None, rate: float | Array, key: KeyArray, now: int
@@ -293,7 +293,7 @@ class StreamedSolver:
 
     def restorable(self) -> Carry:
         """The template that a checkpoint is restored with; `place` reads its shardings."""
-        shapes = self.template()
+        shapes = self.template
         if self._mesh is None:
             return shapes
         mesh = self._mesh
@@ -311,8 +311,7 @@ class StreamedSolver:
         if not where.spec:
             return sharding.replicated(self._mesh, stored.whole())
         layout, shards = self.layout, []
-        for (shard, column), device in np.ndenumerate(self._mesh.devices):
-            del column
+        for (shard, _), device in np.ndenumerate(self._mesh.devices):
             if device.process_index == jax.process_index():
                 shards.append(_filled(stored, layout.first(shard), int(layout.count(shard)), layout.slots, device))
         shape = (layout.shards * layout.slots, *template.shape[1:])
@@ -372,7 +371,7 @@ class StreamedSolver:
 
     def estimate(self) -> Estimate:
         """Memory from the compiler, time from a network of two chunks on each device."""
-        shapes = self.template()
+        shapes = self.template
         shards = self.layout.shards
         chunks = min(self.layout.slots, 2 * self.chunk)
         probe = StreamedSolver(
@@ -404,10 +403,10 @@ class StreamedSolver:
             carry, _ = self.step(carry, picked, 1e-3, key, now)
             jax.block_until_ready(carry)
             times.append(time.perf_counter() - began)
-        return float(np.median(times[1:]))  # the first compiles
+        return float(np.median(times[1:]))  # the first touches new memory
 
     def _temporary_bytes(self) -> int:
-        """What the compiled step takes besides its arguments, on one device; its own estimate where there is none."""
+        """What the compiled step takes besides its arguments, on one device; 0 where the compiler does not say."""
         analysis = self.compiled.memory_analysis()
         return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
@@ -418,14 +417,10 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _filled(stored: Any, first: int, count: int, slots: int, device: jax.Device) -> Array:
+def _filled(stored: Stored, first: int, count: int, slots: int, device: jax.Device) -> Array:
     """Rows `first, first + 1, ...` of a stored leaf on a device, block by block; a slot that is left repeats a row."""
-    here = SingleDeviceSharding(device)
-    leaf = jax.jit(lambda: jnp.zeros((slots, *stored.shape[1:]), stored.dtype), out_shardings=here)()
-    put = jax.jit(lambda all_, part, at: lax.dynamic_update_slice_in_dim(all_, part, at, 0), donate_argnums=0)
-    rows = max(1, _BLOCK_BYTES // max(1, tree_bytes(leaf) // slots))
-    ranges = [(at, first + at, min(rows, count - at)) for at in range(0, count, rows)]
-    ranges += [(count, first if count else 0, 1)] if count < slots else []
-    for at, row, size in ranges:
-        leaf = put(leaf, jax.device_put(stored.read(row, size), device), np.int32(at))
-    return leaf
+    leaf = jnp.zeros((slots, *stored.shape[1:]), stored.dtype, device=device)
+    for start, rows in stored.in_blocks(first, count):
+        leaf = put_rows(leaf, rows, start - first)
+        leaf.block_until_ready()  # the rows' memory is used again
+    return leaf if count == slots else put_rows(leaf, stored.read(first if count else 0, 1), count)

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from dualgap_jax.checkpoints import Checkpointer, load, open_branches
+from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_template, load, open_branches
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
@@ -501,7 +501,9 @@ def train(
     )
     groups = [range(i, min(i + choice.group_size, num_solutions)) for i in range(0, num_solutions, choice.group_size)]
     # Before any parameters are there: compiling what is measured takes memory that is given back.
-    if plan := engine.plan(spec, num_solutions, checkpoints):
+    if not agreed(_all_over(checkpoints, num_solutions, spec)) and (
+        plan := engine.plan(spec, num_solutions, checkpoints)
+    ):
         say(plan)
     solutions: list[Solution] = []
     for group in groups:
@@ -510,7 +512,7 @@ def train(
             if checkpoints is not None and is_first_process():
                 savers = {i: stack.enter_context(Checkpointer(checkpoints / f"solution_{i}")) for i in group}
             keys = {i: jax.random.split(solution_key(seed, i), 3) for i in group}
-            runs = {i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics) for i in group}
+            runs = {i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics, spec) for i in group}
             found = trainer.run(runs, savers)
         if isinstance(engine, _Streamed) and checkpoints is not None:
             meet("the checkpoints are written")
@@ -589,7 +591,7 @@ class _Together:
     def template(self, key: KeyArray) -> Carry:
         return jax.eval_shape(self.start, key)
 
-    place = None  # of leaves in checkpoints: where JAX puts them
+    place_leaf = None  # of a checkpoint: where JAX puts it
 
     def plan(self, spec: TrainingSpec, num_solutions: int, checkpoints: Path | None) -> str:
         del checkpoints
@@ -661,14 +663,14 @@ class _Streamed:
         self._solver, self.on_disk = solver, on_disk
         self._rate = jax.jit(schedule.rate)
         self.start = solver.start
-        self.place = solver.place
+        self.place_leaf = solver.place
 
     def template(self, key: KeyArray) -> Carry:
         del key
         return self._solver.restorable()
 
     def shapes(self) -> tuple[Params, State]:
-        template = self._solver.template()
+        template = self._solver.template
         return template.params, template.state
 
     def plan(self, spec: TrainingSpec, num_solutions: int, checkpoints: Path | None) -> str:
@@ -687,7 +689,7 @@ class _Streamed:
         return self._solver.stored(carry)
 
     def network(self, carry: Carry | None) -> tuple[Params, State]:
-        return self._solver.network(carry) if carry is not None else (None, None)
+        return (None, None) if carry is None or self.on_disk else self._solver.network(carry)
 
     def advance(
         self,
@@ -764,17 +766,29 @@ def _begin(
     checkpoints: Path | None,
     saver: Checkpointer | None,
     metrics: Metrics | None,
+    spec: TrainingSpec,
 ) -> _Run:
-    """A run at its first step, or at its newest checkpoint."""
+    """A run at its first step, or at its newest checkpoint; a network that is trained and stays on disk is not held."""
     restored = None
     if checkpoints is not None:
+        folder = checkpoints / f"solution_{solution}"
         template = {"carry": engine.template(keys[0]), "schedule": schedule.init(), "keys": keys[1:]}
-        if saver is not None:
-            restored = saver.restore_latest(template, place=engine.place)
-        meet("the first process has looked at the checkpoints")
-        if saver is None:
+
+        def restore(place_leaf: Place | None) -> Restored | None:
+            if saver is not None:
+                return saver.restore_latest(template, place=place_leaf)
             with contextlib.suppress(FileNotFoundError):
-                restored = load(checkpoints / f"solution_{solution}", template, place=engine.place)
+                return load(folder, template, place=place_leaf)
+            return None
+
+        if saver is None:
+            meet("the first process has looked at the checkpoints")
+        if engine.on_disk and _is_over(_newest(folder), spec):
+            restored = restore(_verified)
+        if not _is_over(restored, spec):
+            restored = restore(engine.place_leaf)
+        if saver is not None:
+            meet("the first process has looked at the checkpoints")
     if metrics is not None:
         metrics.truncate_after(-1 if restored is None else restored.step, solution=solution)
     if restored is None:
@@ -790,6 +804,36 @@ def _begin(
         float(meta["batch_loss"]),
         tuple(meta["pending"]),
     )
+
+
+def _newest(folder: Path) -> Restored | None:
+    """The newest checkpoint without its leaves, which are not read."""
+    with contextlib.suppress(FileNotFoundError):
+        return load(folder, place=lambda leaf, stored: None)
+    return None
+
+
+def _is_over(restored: Restored | None, spec: TrainingSpec) -> bool:
+    """Whether a checkpoint is the end of its run."""
+    return restored is not None and (
+        restored.meta.get("status", "running") != "running" or restored.step >= spec.max_steps
+    )
+
+
+def _all_over(checkpoints: Path | None, num_solutions: int, spec: TrainingSpec) -> bool:
+    """Whether nothing is left to train."""
+    return checkpoints is not None and all(
+        _is_over(_newest(checkpoints / f"solution_{i}"), spec) for i in range(num_solutions)
+    )
+
+
+def _verified(template: Any, stored: Stored) -> Any:
+    """Reads a leaf of a checkpoint; what is large, the carry, is dropped."""
+    if not stored.name.startswith("carry/"):
+        return like_template(template, stored)
+    for _ in stored.in_blocks(0, stored.num_rows):
+        pass  # reading verifies
+    return None
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:
@@ -877,23 +921,26 @@ class _Trainer:
         for i in moving:
             runs[i] = runs[i]._replace(carry=None)  # the stack is the only copy now
         saved_at, save_seconds = time.monotonic(), 0.0
+        taken, seconds = 0, 0.0  # steps since the last look, and their time
         over = False
         while not over:
             left = min(self.spec.check_every - pending.shape[1], limit - first)
             length = min(self.engine.stride or left, left)
             indices = np.stack([orders[i].indices(first, length) for i in together]) if orders else None
             began = time.monotonic()
-            rates = {i: self._rate(_item(schedule_state, lane), first) for i, lane in moving.items()}
             carry, losses = self.engine.advance(
                 carry, schedule_state, noise_keys, self.base_rate, indices, first, length
             )
-            speed = length / (time.monotonic() - began)
+            taken, seconds = taken + length, seconds + time.monotonic() - began
             first += length
             pending = np.concatenate([pending, losses], axis=1)
             means = pending.mean(axis=1)
             progress.update(first, f"loss {' '.join(f'{means[lane]:.3g}' for lane in moving.values())}")
             looked = pending.shape[1] == self.spec.check_every or first >= limit or not np.isfinite(means).all()
             if looked:
+                start = first - pending.shape[1]
+                rates = {i: self._rate(_item(schedule_state, lane), start) for i, lane in moving.items()}
+                speed, taken, seconds = taken / seconds, 0, 0.0
                 schedule_state = self.update(schedule_state, jnp.asarray(means, float))
                 pending = pending[:, :0]
             for i, lane in moving.items():

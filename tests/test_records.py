@@ -739,3 +739,24 @@ def test_the_commit_is_that_of_the_package_source(tmp_path: Path, monkeypatch: p
     assert records._git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert records._git_state() is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the system says nothing better")
+def test_peak_memory_is_that_of_the_process_itself_and_not_of_what_started_it() -> None:
+    """`ru_maxrss` of a new program starts at that of its parent; a peak stays when the memory is given back."""
+    held = np.ones(400 * 2**20, np.uint8)
+    source = """
+        import numpy as np
+        from dualgap_jax.records import peak_memory
+        before = peak_memory()
+        np.ones(100 * 2**20, np.uint8)
+        print(before, peak_memory())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
+    before, after = map(int, done.stdout.split())
+    own = records.peak_memory()
+    assert own is not None
+    assert own > held.nbytes
+    assert 90 * 2**20 < after - before < 110 * 2**20
+    assert after < held.nbytes

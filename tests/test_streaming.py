@@ -186,6 +186,34 @@ def test_a_kill_in_mid_segment_is_made_good_bit_for_bit(
         assert (got.steps, got.status, got.batch_loss) == (wanted.steps, wanted.status, wanted.batch_loss)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_trained_is_checked_on_disk_and_not_held(
+    damaged: bool, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call has nothing to do, unless the last checkpoint is damaged: then it does the last steps again."""
+    net, dataset = multi_branch(mlp((3,), 3), 5), images(rng)
+    spec = spec_with(streaming="on", checkpoint_seconds=0.0)
+
+    def run() -> list[Solution]:
+        return train(net, multi_margin(), dataset, spec, num_solutions=2, checkpoints=tmp_path)
+
+    expected = [s.source.read(0, 5) for s in run() if s.source is not None]
+    if damaged:
+        newest = max((tmp_path / "solution_1").glob("[0-9]*"), key=lambda step: int(step.name))
+        block = max((newest / "state").glob("*.npy"), key=lambda path: path.stat().st_size)
+        block.write_bytes(block.read_bytes()[:-1] + bytes([block.read_bytes()[-1] ^ 1]))
+    placed, steps = [], []
+    place, step = StreamedSolver.place, StreamedSolver.step
+    monkeypatch.setattr(StreamedSolver, "place", lambda self, *args: (placed.append(args), place(self, *args))[1])
+    monkeypatch.setattr(StreamedSolver, "step", lambda self, *args: (steps.append(args), step(self, *args))[1])
+    found = run()  # says nothing of what training takes either: that would take steps
+    assert bool(placed) == bool(steps) == damaged
+    for solution, wanted in zip(found, expected, strict=True):
+        assert solution.params is None
+        assert solution.source is not None
+        jax.tree.map(np.testing.assert_array_equal, solution.source.read(0, 5), wanted)
+
+
 @pytest.mark.parametrize(("free", "way"), [(10**9, "together"), (10**5, "one by one"), (10**4, "streamed")])
 def test_memory_decides_and_the_choice_is_kept(
     free: int, way: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch

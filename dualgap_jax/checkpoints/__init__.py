@@ -28,7 +28,7 @@ import numpy as np
 
 from dualgap_jax.checkpoints import files, leaves
 from dualgap_jax.checkpoints.files import CheckpointMismatchError, DamagedCheckpointError, Stored
-from dualgap_jax.checkpoints.leaves import Pieces, Place, like_template
+from dualgap_jax.checkpoints.leaves import Pieces, Place, like_template, put_rows
 from dualgap_jax.types import Params, PyTree, State
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "load",
     "open_branches",
     "open_slices",
+    "put_rows",
 ]
 
 _log = logging.getLogger(__name__)

@@ -260,11 +260,12 @@ def _fill(
     arrays = [jnp.zeros(shape, stored.dtype, device=place) for place in places]
     for start, rows in stored.in_blocks(first, shape[0]):
         for k in range(len(arrays)):
-            arrays[k] = _put_rows(arrays[k], rows[:, *columns], start - first)
+            arrays[k] = put_rows(arrays[k], rows[:, *columns], start - first)
         jax.block_until_ready(arrays)  # the rows' memory is used again
     return arrays
 
 
 @jax.jit(donate_argnums=0)
-def _put_rows(array: jax.Array, rows: ArrayLike, first: ArrayLike) -> jax.Array:
+def put_rows(array: jax.Array, rows: ArrayLike, first: ArrayLike) -> jax.Array:
+    """`array` with `rows` in place of its rows `first, first + 1, ...`; its memory is taken over."""
     return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)

@@ -217,7 +217,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             report=functools.partial(print, file=sys.stderr) if workdir.writes else None,
         )
     if not workdir.writes:
-        _check_converged(spec, solutions)
+        _check_not_diverged(spec, solutions)
         return NO_REPORT
     networks: list[Network] = [
         (upcast(s.params), s.state) if s.source is None else _Upcast(s.source) for s in solutions
@@ -228,7 +228,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         for s, e in zip(solutions, evaluations, strict=True)
     ]
     save_json(workdir.results / "solutions.json", rows)
-    _check_converged(spec, solutions)
+    _check_not_diverged(spec, solutions)
     margins = np.concatenate([e.margins for e in evaluations if e.margins is not None] or [np.zeros(0)])
     record: dict[str, Any] = {
         "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
@@ -245,7 +245,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
     return report([record])
 
 
-def _check_converged(spec: LandscapeSpec, solutions: Sequence[Solution]) -> None:
+def _check_not_diverged(spec: LandscapeSpec, solutions: Sequence[Solution]) -> None:
     diverged = [k for k, s in enumerate(solutions) if s.status == "diverged"]
     if diverged:
         raise DivergedError(
