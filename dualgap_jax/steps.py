@@ -221,35 +221,83 @@ def branch_step(
         gradient = gradient / lax.axis_size(place.data_axis)
 
     shared = _pick(carry.opt_state, per_branch, False)
+    uses = _reads(lambda p, s, z: run(p, s, _Piece(0, 1), z), *one, z_shapes)
+    size = min(chunk, place.slots)
+    pieces = -(-place.slots // size)
 
-    def backward(piece: _Piece, now: tuple[Carry, list[Array]]) -> tuple[Carry, list[Array]]:
+    def backward(i: Array | int, now: tuple[Carry, list[Array]]) -> tuple[Carry, list[Array]]:
         new, _ = now
-        own = (new.params, new.state, _pick(new.opt_state, per_branch, True), kept)
-        params, state, own_opt, z = _take(own, piece.first, piece.size)
-        cotangent = gradient if piece.weight is None else piece.weight.astype(gradient.dtype) * gradient
-        if stem is None:
-            _, pull, state = jax.vjp(lambda p: run(p, state, piece, ()), params, has_aux=True)
-            (slope,) = pull(cotangent)
-        else:
-            _, pull, state = jax.vjp(lambda p, z: run(p, state, piece, z), params, z, has_aux=True)
-            slope, slope_z = pull(cotangent)
+        own = (new.params, new.state, _pick(new.opt_state, per_branch, True))
+        piece = _Piece(jnp.minimum(i * size, place.slots - size), size)
+        before = _take(own, piece.first, size)
+        params, state, own_opt = before
+
+        def pull_back(value: tuple[list[Array], State, PyTree]) -> tuple[list[Array], State, PyTree]:
+            some, state, z = value
+
+            def rest(some: list[Array], z: PyTree) -> tuple[Array, State]:
+                return run(_with(params, uses, some), state, piece, z)
+
+            _, pull, state = jax.vjp(rest, some, z, has_aux=True)
+            slope, slope_z = pull(gradient)
+            return slope, state, slope_z
+
+        some = [leaf for leaf, used in zip(jax.tree.leaves(params), uses, strict=True) if used]
+        some, state, slope_z = _apart(i, pull_back, (some, state, _take(kept, piece.first, size)))
+        slope = _with(jax.tree.map(jnp.zeros_like, params), uses, some)
+        if stem is not None:
             # Linear in the parameters, so the pull-back needs no second product forward.
             _, pull_first = jax.vjp(first_layer, params)
             slope = jax.tree.map(jnp.add, slope, pull_first(slope_z)[0])
         if place.data_axis is not None:
             slope = lax.psum(slope, place.data_axis)
-        opt_state = _merge(carry.opt_state, per_branch, own_opt, shared)
-        params, opt_state = _updated(transformation, slope, opt_state, params, rate)
-        put = _put(own[:3], (params, state, _pick(opt_state, per_branch, True)), piece.first)
-        # Every chunk starts from the shared state before the step, so each computes the same new one.
-        return (
-            Carry(put[0], put[1], _merge(carry.opt_state, per_branch, put[2], shared)),
-            _pick(opt_state, per_branch, False),
-        )
 
-    new, new_shared = _over_pieces(place, chunk, backward, (carry, shared))
+        def update(value: tuple[Params, Params, list[Array], list[Array]]) -> tuple[Any, ...]:
+            slope, params, own_opt, _ = value
+            # Every chunk starts from the shared state before the step, so each computes the same new one.
+            opt_state = _merge(carry.opt_state, per_branch, own_opt, shared)
+            params, opt_state = _updated(transformation, slope, opt_state, params, rate)
+            return slope, params, _pick(opt_state, per_branch, True), _pick(opt_state, per_branch, False)
+
+        value = (slope, params, own_opt, shared)
+        _, params, own_opt, new_shared = _apart(i, update, value) if own_opt else update(value)
+        after = (params, state, own_opt)
+        if place.slots % size or place.last_weight is not None:
+            at = piece.first + jnp.arange(size)
+            mine = at >= i * size  # the last piece reaches back into the one before
+            if place.last_weight is not None:
+                mine &= (at < place.slots - 1) | (place.last_weight > 0)
+            after = jax.tree.map(lambda a, b: jnp.where(mine.reshape(-1, *(1,) * (a.ndim - 1)), a, b), after, before)
+        put = _put(own, after, piece.first)
+        return Carry(put[0], put[1], _merge(carry.opt_state, per_branch, put[2], shared)), new_shared
+
+    new, new_shared = lax.fori_loop(0, pieces, backward, (carry, shared))
     own_opt = _pick(new.opt_state, per_branch, True)
     return Carry(new.params, new.state, _merge(carry.opt_state, per_branch, own_opt, new_shared)), value
+
+
+def _apart(i: Array | int, function: Callable[[Any], Any], value: Any) -> Any:
+    """`function(value)` as a loop of one turn inside a longer loop, which XLA does not take apart.
+
+    What goes in and what comes out are then buffers of their own, and all of the one comes before all of the other.
+    Else XLA reads slices of the parameters wherever they are used, and where it cannot tell that all reading is done
+    before a slice is written, it copies the whole array: at every chunk.
+    """
+    return lax.fori_loop(i, i + 1, lambda _, v: function(v), value)
+
+
+def _reads(function: Callable[..., Any], first: PyTree, *rest: Any) -> list[bool]:
+    """For each leaf of the first argument, whether the function reads it.  All arguments are given as shapes."""
+    jaxpr = jax.make_jaxpr(function)(first, *rest).jaxpr
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return [id(v) in read for v in jaxpr.invars[: len(jax.tree.leaves(first))]]
+
+
+def _with(params: Params, chosen: list[bool], leaves: list[Array]) -> Params:
+    """`params` with other leaves where `chosen`."""
+    given = iter(leaves)
+    new = [next(given) if use else leaf for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), new)
 
 
 def branchwise_leaves(transformation: optax.GradientTransformation, params: Params) -> list[bool]:
