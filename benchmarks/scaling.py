@@ -1,6 +1,6 @@
 """Time and memory of the streamed step from one branch to fifty thousand, beside bare matrix products.
 
-    python benchmarks/scaling.py [--json FILE] [--smoke] [--branches N] [--no-memory] [--folder DIR]
+    python benchmarks/scaling.py [--json FILE] [--smoke] [--branches N] [--momentum M] [--no-memory] [--folder DIR]
 
 The network is the three-layer one of Figure 4 (3072-8-8-8-10), the batch 128 images.  Every I is measured in fresh
 processes.  One takes the time of steps in turn with the two products of the first layer, forward and weight gradient,
@@ -25,7 +25,6 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import training_step
 
 from dualgap_jax import training
@@ -56,9 +55,12 @@ def network(case: training_step.Case) -> Any:
     return multi_branch(mlp(case.hidden, 10), case.num_branches)
 
 
-def streamed_call(case: training_step.Case, data: Dataset, batch: int) -> tuple[StreamedSolver, Callable[[], Any]]:
+def streamed_call(
+    case: training_step.Case, data: Dataset, batch: int, momentum: float
+) -> tuple[StreamedSolver, Callable[[], Any]]:
     """A solver, and a call that takes one step with it."""
-    solver = StreamedSolver(network(case), multi_margin(), optax.identity(), data, batch)
+    transformation = training.optimizer(training.TrainingSpec(momentum=momentum))
+    solver = StreamedSolver(network(case), multi_margin(), transformation, data, batch)
     carry = solver.start(jax.random.key(0))
     picked, key, now = np.arange(batch), jax.random.key(1), 0
 
@@ -101,12 +103,12 @@ def plain_call(case: training_step.Case, batch: int) -> Callable[[], Any]:
     return call
 
 
-def time_one(case: training_step.Case, batch: int, rounds: int) -> dict[str, Any]:
+def time_one(case: training_step.Case, batch: int, rounds: int, momentum: float) -> dict[str, Any]:
     """Step, limit and rates of one I, in this process."""
     data = common.random_images(case.image, num_examples=max(1024, batch))
-    solver, call = streamed_call(case, data, batch)
+    solver, call = streamed_call(case, data, batch, momentum)
     calls = {"streamed": call, **bare_products(case, batch)}
-    if case.num_branches <= _PLAIN_UP_TO:
+    if case.num_branches <= _PLAIN_UP_TO and not momentum:
         calls["plain"] = plain_call(case, batch)
     seconds = common.interleave(calls, rounds)
     done = training_step.operations(case.widths, case.num_branches, batch)
@@ -126,10 +128,12 @@ def time_one(case: training_step.Case, batch: int, rounds: int) -> dict[str, Any
     }
 
 
-def memory_one(case: training_step.Case, batch: int, folder: Path | None) -> dict[str, Any]:
+def memory_one(case: training_step.Case, batch: int, folder: Path | None, momentum: float) -> dict[str, Any]:
     """Peak resident memory of this process after two steps of `train`."""
     data = common.random_images(case.image, num_examples=50_000 if case.image == (32, 32, 3) else 64)
-    spec = training.TrainingSpec(batch_size=batch, max_steps=2, streaming="on", checkpoint_seconds=0.0)
+    spec = training.TrainingSpec(
+        batch_size=batch, max_steps=2, streaming="on", checkpoint_seconds=0.0, momentum=momentum
+    )
     start = time.perf_counter()
     training.train(
         network(case),
@@ -151,9 +155,8 @@ def in_fresh_process(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(num_branches: int, smoke: bool, rounds: int, with_memory: bool, folder: Path) -> dict[str, Any]:
+def measure(num_branches: int, flags: Sequence[str], with_memory: bool, folder: Path) -> dict[str, Any]:
     """The row of one I."""
-    flags = [f"--rounds={rounds}", *(["--smoke"] if smoke else [])]
     row = in_fresh_process(*flags, f"--only-time={num_branches}")
     row |= dict.fromkeys(("peak_gb", "peak_with_checkpoints_gb", _PEAK, _PEAK_SAVED), common.NOT_MEASURED)
     if with_memory:
@@ -188,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures every I, prints the table, and writes the JSON file."""
     parser = common.arguments("Streamed step: time and memory against I.", rounds=5)
     parser.add_argument("--branches", type=common.positive, action="append", help="only this I; may be repeated")
+    parser.add_argument("--momentum", type=float, default=0.0, help="of the optimiser; its state is streamed too")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; 5 GB at I=50000")
     parser.add_argument("--only-time", type=common.positive, help="measure one I in this process")
@@ -195,20 +199,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     batch = 8 if flags.smoke else 128
     if flags.only_time:
-        print(json.dumps(time_one(case_of(flags.only_time, flags.smoke), batch, flags.rounds)))
+        print(json.dumps(time_one(case_of(flags.only_time, flags.smoke), batch, flags.rounds, flags.momentum)))
         return
     if flags.only_memory:
-        print(json.dumps(memory_one(case_of(flags.only_memory, flags.smoke), batch, flags.folder)))
+        print(json.dumps(memory_one(case_of(flags.only_memory, flags.smoke), batch, flags.folder, flags.momentum)))
         return
     where = common.environment()
     rows = []
+    passed_on = [f"--rounds={flags.rounds}", f"--momentum={flags.momentum}", *(["--smoke"] if flags.smoke else [])]
     if flags.folder is not None:
         flags.folder.mkdir(parents=True, exist_ok=True)
     for count in flags.branches or ((2, 5) if flags.smoke else _COUNTS):
         print(f"measuring I={count}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
-            rows.append(measure(count, flags.smoke, flags.rounds, not flags.no_memory, Path(folder)))
-    results = {"benchmark": "scaling", "environment": where, "smoke": flags.smoke, "rounds": flags.rounds, "rows": rows}
+            rows.append(measure(count, passed_on, not flags.no_memory, Path(folder)))
+    results = {"benchmark": "scaling", "environment": where, "smoke": flags.smoke, "rounds": flags.rounds}
+    results |= {"momentum": flags.momentum, "rows": rows}
     columns = {
         "case": "case",
         "parameter_gb": "parameters, GB",

@@ -222,10 +222,10 @@ def branch_step(
 
     shared = _pick(carry.opt_state, per_branch, False)
     uses = _reads(lambda p, s, z: run(p, s, _Piece(0, 1), z), *one, z_shapes)
-    size = min(chunk, place.slots)
-    pieces = -(-place.slots // size)
+    pieces = -(-place.slots // chunk)
+    size = -(-place.slots // pieces)
 
-    def backward(i: Array | int, now: tuple[Carry, list[Array]]) -> tuple[Carry, list[Array]]:
+    def backward(i: Array, now: tuple[Carry, list[Array]]) -> tuple[Carry, list[Array]]:
         new, _ = now
         own = (new.params, new.state, _pick(new.opt_state, per_branch, True))
         piece = _Piece(jnp.minimum(i * size, place.slots - size), size)
@@ -276,7 +276,7 @@ def branch_step(
     return Carry(new.params, new.state, _merge(carry.opt_state, per_branch, own_opt, new_shared)), value
 
 
-def _apart(i: Array | int, function: Callable[[Any], Any], value: Any) -> Any:
+def _apart(i: Array, function: Callable[[Any], Any], value: Any) -> Any:
     """`function(value)` as a loop of one turn inside a longer loop, which XLA does not take apart.
 
     What goes in and what comes out are then buffers of their own, and all of the one comes before all of the other.

@@ -29,6 +29,7 @@ from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
+from dualgap_jax.multibranch import multi_branch
 from dualgap_jax.records import Metrics, Progress, load_json, save_json
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.sharding import (
@@ -49,6 +50,7 @@ LearningRateScaling = Literal["branches", "none", "inverse_branches"]
 Streaming = Literal["auto", "on", "off"]
 
 _WORTH_SAYING = 10**8  # bytes of a network from which on a run says beforehand what it will take
+_PROBE_BYTES = 2**25  # of parameters and optimiser, on which the time of a step is measured
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------
@@ -489,7 +491,7 @@ def train(
         engine = _Streamed(solver, schedule, on_disk=checkpoints is not None)
     else:
         devices = local_devices(min(choice.group_size, num_solutions, mesh.seed or jax.local_device_count()))
-        engine = _Together(net, loss, transformation, schedule, dataset, devices)
+        engine = _Together(net, loss, transformation, schedule, dataset, devices, choice.group_size)
     trainer = _Trainer(
         engine=engine,
         schedule=schedule,
@@ -581,10 +583,12 @@ class _Together:
         schedule: Schedule,
         dataset: Dataset,
         devices: Sequence[jax.Device],
+        group_size: int,
     ) -> None:
         self.start = jax.jit(functools.partial(_start, net, dataset, transformation))
         self._segment = make_segment(net, loss, transformation, schedule)
-        self._devices = devices
+        self._seconds = functools.partial(_seconds_per_step, net, loss, transformation, schedule, dataset)
+        self._devices, self._group_size = devices, group_size
         self._data = place(on_device(dataset), devices, None)
         self._programs: dict[int, Callable[..., tuple[Carry, Array]]] = {}  # by the length of a segment
 
@@ -598,8 +602,22 @@ class _Together:
         one = tree_bytes(self.template(jax.random.key(0)))
         if one < _WORTH_SAYING:
             return ""
-        steps = f"at most {spec.max_steps:,} steps"
-        return f"training: {num_solutions} solutions in memory, {steps}; memory (estimate): {_size(4 * one)} a solution"
+        together = min(num_solutions, self._group_size)
+        how = (
+            "together"
+            if together == num_solutions
+            else "one after another"
+            if together == 1
+            else f"{together} at a time"
+        )
+        free = f"available: {_size(memory_available())}"
+        lines = [
+            f"training: {num_solutions} solutions, {how}",
+            f"  memory (estimate): {_size(4 * one)} a solution = {_size(4 * one * together)}; {free}",
+        ]
+        if (seconds := self._seconds(spec.batch_size)) is not None:
+            lines.append(_time_line(seconds, spec, num_solutions, len(self._devices)))
+        return "\n".join(lines)
 
     def join(self, carries: Sequence[Carry]) -> Carry:
         lanes = filled(len(carries), self._devices)
@@ -722,12 +740,10 @@ def _plan(solver: StreamedSolver, spec: TrainingSpec, num_solutions: int, checkp
     }
     memory = " + ".join(f"{_size(size)} {name}" for name, size in parts.items() if size)
     where = "" if layout.shards == 1 else f" on each of {layout.shards} devices along 'branch'"
-    total = e.seconds_per_step * spec.max_steps * num_solutions
     lines = [
         f"training: streamed, {layout.slots:,} branches{where}, {solver.chunk} at a time, one solution after another",
         f"  memory (estimate): {memory} = {_size(e.memory)}; available: {_size(memory_available())}",
-        f"  time (estimate): {e.seconds_per_step:.3g} s a step; at most {spec.max_steps:,} steps x {num_solutions}"
-        f" solutions = {_duration(total)}",
+        _time_line(e.seconds_per_step, spec, num_solutions),
     ]
     if e.memory > memory_available():
         lines.append(
@@ -742,6 +758,43 @@ def _plan(solver: StreamedSolver, spec: TrainingSpec, num_solutions: int, checkp
         if disk > free:
             lines.append("  WARNING: that is more than is available; give a folder on another disk with --workdir")
     return "\n".join(lines)
+
+
+def _time_line(seconds: float, spec: TrainingSpec, num_solutions: int, devices: int = 1) -> str:
+    """What the steps will take, where solutions are shared out over some devices."""
+    total = seconds * spec.max_steps * -(-num_solutions // devices)
+    steps = f"at most {spec.max_steps:,} steps x {num_solutions} solutions"
+    shared = f" on {devices} devices" if devices > 1 else ""
+    return f"  time (estimate): {seconds:.3g} s a step of one solution; {steps}{shared} = {_duration(total)}"
+
+
+def _seconds_per_step(
+    net: Branch,
+    loss: Loss,
+    transformation: optax.GradientTransformation,
+    schedule: Schedule,
+    dataset: Dataset,
+    batch_size: int,
+) -> float | None:
+    """Measured on a network of a few of the branches, and scaled; None for a network that is no sum of branches."""
+    if net.stacked is None:
+        return None
+    start = functools.partial(_start, net, dataset, transformation)
+    one = tree_bytes(jax.eval_shape(start, jax.random.key(0))) / net.stacked.num_branches
+    count = int(min(max(_PROBE_BYTES // one, 1), net.stacked.num_branches))
+    few = multi_branch(net.stacked.branch, count)
+    segment = make_segment(few, loss, transformation, schedule)
+    key = jax.random.key(0)
+    carry, state = _stack([_start(few, dataset, transformation, key)]), _stack([schedule.init()])
+    batch = batch_size or len(dataset.y)
+    data = Batch(*map(jnp.asarray, (dataset.x[:batch], dataset.y[:batch], dataset.mean, dataset.std)))
+    picked = jnp.arange(batch)[None, None] if batch_size else None
+    times = []
+    for now in range(4):
+        began = time.monotonic()
+        carry, _ = jax.block_until_ready(segment(carry, state, key[None], 1e-3, data, picked, now, 1))
+        times.append(time.monotonic() - began)
+    return float(np.median(times[1:])) * net.stacked.num_branches / count  # the first compiles
 
 
 def _size(count: int) -> str:

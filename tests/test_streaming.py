@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -115,18 +116,32 @@ def test_optimisers_that_mix_branches_are_found(chain: optax.GradientTransformat
     assert acts_branch_by_branch(chain) == alone
 
 
-def test_the_compiled_step_keeps_pre_activations_and_no_gradient(rng: np.random.Generator) -> None:
-    """Twice the branches take more memory by the kept pre-activations, `h x batch` each, and nothing else."""
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chunk", [10, 37])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_the_compiled_step_keeps_pre_activations_no_gradient_and_copies_nothing(
+    name: str, chunk: int, chain: str, rng: np.random.Generator
+) -> None:
+    """Twice the branches take more memory by the kept pre-activations and nothing else; 37 leaves a rest."""
     dataset = images(rng, n=64, side=8)
+    branch = {"mlp": mlp((4, 5), 3), "conv": conv((4,), 3)}[name]
 
-    def temporaries(num_branches: int) -> int:
-        net = multi_branch(mlp((4,), 3), num_branches)
-        return StreamedSolver(net, multi_margin(), optax.identity(), dataset, 16, chunk=10)._temporary_bytes()
+    def compiled(num_branches: int) -> StreamedSolver:
+        return StreamedSolver(
+            multi_branch(branch, num_branches), multi_margin(), CHAINS[chain](), dataset, 16, chunk=chunk
+        )
 
-    small, large = temporaries(400), temporaries(800)
-    kept = 400 * 4 * 16 * 4
-    assert kept <= large - small < 1.2 * kept
-    assert 3 * (large - small) < 400 * 128 * 4 * 4  # a gradient of 400 branches would show
+    small, large = compiled(403), compiled(2 * 403)
+    x = jax.ShapeDtypeStruct((16, 8, 8, 2), np.float32)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), small.template.params)
+    kept = jax.eval_shape(branch.stem.preactivation, one, x).size if branch.stem is not None else 0
+    grown = large._temporary_bytes() - small._temporary_bytes()
+    smallest = min(leaf.size for leaf in jax.tree.leaves(one))  # a whole copy of any leaf would show
+    assert abs(grown - 4 * 403 * kept) < 4 * 403 * smallest
+    copies = [line for line in large.compiled.as_text().splitlines() if " copy(" in line]
+    whole = [line for line in copies if re.search(r"= \w+\[806[,\]]", line)]
+    assert not whole, whole
+    assert copies  # so that the text is read as it is written
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -241,6 +256,24 @@ def test_memory_decides_and_the_choice_is_kept(
         monkeypatch.setattr(training, "memory_available", lambda: 10**9)
         assert all(s.source is not None for s in run())  # goes on as it was begun
     assert bool(said) == (way == "streamed")
+
+
+@pytest.mark.parametrize("batch_size", [8, 0])
+def test_a_large_run_in_memory_says_beforehand_what_it_takes(
+    batch_size: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_WORTH_SAYING", 0)
+    monkeypatch.setattr(training, "_PROBE_BYTES", 2000)  # four of the branches
+    said: list[str] = []
+    spec, dataset = spec_with(max_steps=4, batch_size=batch_size), images(rng)
+    branch = mlp((3,), 3)
+    for net in (multi_branch(branch, 20), mixture([multi_branch(branch, 3), branch])):
+        train(net, multi_margin(), dataset, spec, num_solutions=3, group_size=2, report=said.append)
+    whole, without_time = said
+    assert whole.startswith("training: 3 solutions, 2 at a time\n  memory (estimate): 0.0 MB a solution = 0.1 MB")
+    assert re.search(r"time \(estimate\): .* s a step of one solution; at most 4 steps x 3 solutions = 0 s", whole)
+    assert "memory" in without_time
+    assert "a step" not in without_time
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_at_once(rng: np.random.Generator) -> None:
