@@ -1,10 +1,10 @@
 """One step of SGD, in two ways that give the same numbers: by automatic differentiation, and streamed over branches.
 
 Branches meet only in the sum of their outputs, `batch x out` numbers.  So the gradient need never exist as a whole:
-`branch_step` goes forward over chunks of branches, takes the gradient of the loss with respect to the outputs once,
-then goes over the chunks again, and each chunk's gradient is used and dropped.  What it keeps besides the parameters is
-the first layer's pre-activations, `I x h x batch` numbers, which are cheaper kept than computed twice.  When branches
-are spread over devices the same sum is one all-reduce, and it is all that devices have to say to each other.
+`branch_step` goes forward, takes the gradient of the loss with respect to the outputs once, then goes over chunks of
+branches, and each chunk's gradient is used and dropped.  What it keeps besides the parameters is the first layer's
+output, `I x h x batch` numbers, which are cheaper kept than computed twice.  When branches are spread over devices the
+same sum is one all-reduce, and it is all that devices have to say to each other.
 """
 
 from __future__ import annotations
@@ -195,20 +195,31 @@ def branch_step(
 
     stem: Any = branch.stem
 
-    def forward(piece: _Piece, value: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        total, kept = value
-        params, state = _take((carry.params, carry.state), piece.first, piece.size)
-        z = first_layer(params) if stem is not None else ()
-        part, _ = run(params, state, piece, z)
-        total = total + (part if piece.weight is None else piece.weight.astype(part.dtype) * part)
-        return total, _put(kept, z, piece.first)
-
     one = jax.eval_shape(lambda: _take((carry.params, carry.state), 0, 1))
     z_shapes = jax.eval_shape(first_layer, one[0]) if stem is not None else ()
+    # The first layer is linear, so its leaves have shares in its output that add up.  That of the largest leaf is kept
+    # for all branches, from one product that reads the leaf where it lies; a slice for a chunk would be a copy.
+    largest = _largest(one[0], _reads(first_layer, one[0])) if stem is not None else []
+    rest = [not chosen for chosen in largest]
+
+    def share(params: Params, chosen: list[bool]) -> PyTree:
+        some = _chosen(params, chosen)
+        return jax.jvp(lambda some: first_layer(_with(params, chosen, some)), (some,), (some,))[1]
+
+    kept = share(carry.params, largest) if stem is not None else ()
+
+    def preactivation(params: Params, piece: _Piece) -> PyTree:
+        if stem is None:
+            return ()
+        return jax.tree.map(jnp.add, _take(kept, piece.first, piece.size), share(params, rest))
+
+    def forward(piece: _Piece, total: Array) -> Array:
+        params, state = _take((carry.params, carry.state), piece.first, piece.size)
+        part, _ = run(params, state, piece, preactivation(params, piece))
+        return total + (part if piece.weight is None else piece.weight.astype(part.dtype) * part)
+
     sum_shape = jax.eval_shape(lambda p, s, z: run(p, s, _Piece(0, 1), z)[0], *one, z_shapes)
-    kept = jax.tree.map(lambda z: jnp.zeros((place.slots, *z.shape[1:]), z.dtype), z_shapes)
-    zero = jnp.zeros(sum_shape.shape, sum_shape.dtype)
-    total, kept = _over_pieces(place, chunk, forward, (zero, kept))
+    total = _over_pieces(place, chunk, forward, jnp.zeros(sum_shape.shape, sum_shape.dtype))
     if place.branch_axis is not None:
         total = lax.psum(total, place.branch_axis)
 
@@ -235,15 +246,15 @@ def branch_step(
         def pull_back(value: tuple[list[Array], State, PyTree]) -> tuple[list[Array], State, PyTree]:
             some, state, z = value
 
-            def rest(some: list[Array], z: PyTree) -> tuple[Array, State]:
+            def upper(some: list[Array], z: PyTree) -> tuple[Array, State]:
                 return run(_with(params, uses, some), state, piece, z)
 
-            _, pull, state = jax.vjp(rest, some, z, has_aux=True)
+            _, pull, state = jax.vjp(upper, some, z, has_aux=True)
             slope, slope_z = pull(gradient)
             return slope, state, slope_z
 
-        some = [leaf for leaf, used in zip(jax.tree.leaves(params), uses, strict=True) if used]
-        some, state, slope_z = _apart(i, pull_back, (some, state, _take(kept, piece.first, size)))
+        z = preactivation(params, piece)
+        some, state, slope_z = _apart(i, pull_back, (_chosen(params, uses), state, z))
         slope = _with(jax.tree.map(jnp.zeros_like, params), uses, some)
         if stem is not None:
             # Linear in the parameters, so the pull-back needs no second product forward.
@@ -291,6 +302,16 @@ def _reads(function: Callable[..., Any], first: PyTree, *rest: Any) -> list[bool
     jaxpr = jax.make_jaxpr(function)(first, *rest).jaxpr
     read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
     return [id(v) in read for v in jaxpr.invars[: len(jax.tree.leaves(first))]]
+
+
+def _largest(params: Params, read: list[bool]) -> list[bool]:
+    """Which leaf is the largest of those that are read."""
+    sizes = [leaf.size * use for leaf, use in zip(jax.tree.leaves(params), read, strict=True)]
+    return [i == sizes.index(max(sizes)) for i in range(len(sizes))]
+
+
+def _chosen(params: Params, chosen: list[bool]) -> list[Array]:
+    return [leaf for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True) if use]
 
 
 def _with(params: Params, chosen: list[bool], leaves: list[Array]) -> Params:
