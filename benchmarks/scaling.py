@@ -38,6 +38,7 @@ from dualgap_jax.streaming import StreamedSolver
 
 _COUNTS = (1, 10, 100, 1000, 8000, 50_000)
 _PLAIN_UP_TO = 8000
+_PLAIN_STEPS = 4  # a program: the memory of its gradient is then used again, as in training
 _OF_LIMIT, _PLAIN = "of_limit", "plain_of_limit"
 _PEAK, _PEAK_SAVED = "peak_over_parameters", "peak_with_checkpoints_over_parameters"
 _RATE = 0.2  # times I, as in the config
@@ -98,8 +99,8 @@ def bare_products(case: training_step.Case, batch: int) -> dict[str, Callable[[]
 
 
 def plain_call(case: training_step.Case, batch: int) -> Callable[[], Any]:
-    """A call that takes one step by automatic differentiation of the whole network."""
-    _, call = training_step.package_segment(case, batch, steps=1)
+    """A call that takes `_PLAIN_STEPS` steps by automatic differentiation of the whole network, in one program."""
+    _, call = training_step.package_segment(case, batch, steps=_PLAIN_STEPS)
     return call
 
 
@@ -114,7 +115,7 @@ def time_one(case: training_step.Case, batch: int, rounds: int, momentum: float)
     done = training_step.operations(case.widths, case.num_branches, batch)
     one_product = 2 * case.num_branches * case.widths[1] * case.widths[0] * batch
     limit = 2 * one_product / (seconds["forward"] + seconds["weight_gradient"])
-    plain = done / seconds["plain"] if "plain" in seconds else None
+    plain = _PLAIN_STEPS * done / seconds["plain"] if "plain" in seconds else None
     return {
         "case": f"I={case.num_branches}",
         "num_branches": case.num_branches,
