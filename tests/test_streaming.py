@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BRANCHES: dict[str, Callable[[], Any]] = {
     "mlp": lambda: mlp((3, 2), 3),
     "affine": lambda: mlp((), 3),
+    "no biases": lambda: mlp((3,), 3, use_bias=False),
+    "one leaf": lambda: mlp((), 3, use_bias=False),
     "conv": lambda: conv((2,), 3),
     "batch norm and dropout": lambda: conv((2,), 3, batch_norm=True, dropout=0.3),
 }
