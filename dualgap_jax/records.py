@@ -423,12 +423,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+def memory_field(file: str | Path, name: str) -> int:
+    """A field of one of Linux's files of `name: value kB` lines, in bytes.
+
+    Raises:
+      OSError, KeyError, ValueError: where there is no such file, field or number.
+    """
+    fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
+    return int(fields[name].split()[0]) * 1024
+
+
 def peak_memory() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where the system does not say."""
     with contextlib.suppress(OSError, KeyError, ValueError):
         # Linux hands `ru_maxrss` on from the program that started this one; the high-water mark is the process's own.
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
+        return memory_field("/proc/self/status", "VmHWM")
     try:
         import resource
     except ImportError:

@@ -30,7 +30,7 @@ from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
 from dualgap_jax.multibranch import multi_branch
-from dualgap_jax.records import Metrics, Progress, load_json, save_json
+from dualgap_jax.records import Metrics, Progress, load_json, memory_field, save_json
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.sharding import (
     MeshSpec,
@@ -386,8 +386,7 @@ def memory_available() -> int:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
+        free = memory_field("/proc/meminfo", "MemAvailable")
     except (OSError, KeyError, ValueError):
         free = 8 * 2**30
     try:
@@ -866,11 +865,15 @@ def _newest(folder: Path) -> Restored | None:
     return None
 
 
+def _has_steps_to_do(status: str, steps: int, spec: TrainingSpec) -> bool:
+    return status == "running" and steps < spec.max_steps
+
+
 def _is_over(restored: Restored | None, spec: TrainingSpec) -> bool:
     """Whether a checkpoint is the end of its run."""
-    return restored is not None and (
-        restored.meta.get("status", "running") != "running" or restored.step >= spec.max_steps
-    )
+    if restored is None:
+        return False
+    return not _has_steps_to_do(restored.meta.get("status", "running"), restored.step, spec)
 
 
 def _all_over(checkpoints: Path | None, num_solutions: int, spec: TrainingSpec) -> bool:
@@ -884,8 +887,7 @@ def _verified(template: Any, stored: Stored) -> Any:
     """Reads a leaf of a checkpoint; what is large, the carry, is dropped."""
     if not stored.name.startswith("carry/"):
         return like_template(template, stored)
-    for _ in stored.in_blocks(0, stored.num_rows):
-        pass  # reading verifies
+    stored.verify()
     return None
 
 
@@ -943,7 +945,7 @@ class _Trainer:
 
     def is_under_way(self, run: _Run) -> bool:
         """Whether a run has steps to do."""
-        return run.status == "running" and run.steps < self.spec.max_steps
+        return _has_steps_to_do(run.status, run.steps, self.spec)
 
     def _advance(
         self,

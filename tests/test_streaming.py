@@ -356,12 +356,8 @@ _MEMORY = """
     from dualgap_jax.data import Dataset, validate
     from dualgap_jax.losses import multi_margin
     from dualgap_jax.multibranch import multi_branch
-    from dualgap_jax.sharding import MeshSpec
+    from dualgap_jax.records import peak_memory
     from dualgap_jax.training import TrainingSpec, train
-
-    def peak():
-        lines = open("/proc/self/status").read().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)
@@ -376,9 +372,9 @@ _MEMORY = """
     import pathlib, sys
     folder = pathlib.Path(sys.argv[1])
     run(100, folder / "small")
-    before = peak()
+    before = peak_memory()
     run(4000, folder / "large")
-    print(json.dumps({"grown": peak() - before, "parameters": 4 * 24818 * 4000}))
+    print(json.dumps({"grown": peak_memory() - before, "parameters": 4 * 24818 * 4000}))
 """
 
 

@@ -298,6 +298,15 @@ class Stored:
             yield start, future.result()[start - block.first : stop - block.first]
             buffers.append(buffer)
 
+    def verify(self) -> None:
+        """Reads all rows and keeps none.
+
+        Raises:
+          DamagedCheckpointError: if a block is not what was saved.
+        """
+        for _ in self.in_blocks(0, self.num_rows):
+            pass
+
     def num_blocks(self, first: int, count: int) -> int:
         """How many blocks hold these rows."""
         return len(self._overlapping(first, count))
