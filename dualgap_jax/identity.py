@@ -26,9 +26,8 @@ from jax.extend import core
 _BLOCK_BYTES = 2**24  # of an array that does not lie in one piece, hashed at a time
 _SHOWN = 3  # parts that an error names
 # Parameters of equations that say how a program is called and laid out, not what it computes.
-_UNSEEN = frozenset(
-    "name ctx_mesh in_shardings out_shardings in_layouts out_layouts donated_invars keep_unused inline debug_info".split()
-)
+_CALLING = {"name", "inline", "debug_info", "donated_invars", "keep_unused"}
+_LAYING_OUT = {"ctx_mesh", "in_shardings", "out_shardings", "in_layouts", "out_layouts"}
 
 
 class IdentityError(ValueError):
@@ -39,7 +38,7 @@ class IdentityError(ValueError):
 
 
 def arrays_digest(*trees: Any) -> str:
-    """The SHA-256 of the arrays in some trees: of each leaf its path, dtype, shape and bytes, none of them copied whole.
+    """The SHA-256 of the arrays in some trees: of each leaf the path, dtype, shape and bytes, never copied whole.
 
     Leaves may be NumPy or JAX arrays, typed PRNG keys and numbers.  Equal values of another dtype give another digest.
     """
@@ -135,7 +134,7 @@ def _program(into: Any, jaxpr: Any) -> None:
         _text(into, f"{equation.primitive} {len(equation.invars)} {len(equation.outvars)}")
         for v in (*equation.invars, *equation.outvars):
             variable(v)
-        _value(into, {k: p for k, p in equation.params.items() if k not in _UNSEEN}, frozenset())
+        _value(into, {k: p for k, p in equation.params.items() if k not in _CALLING | _LAYING_OUT}, frozenset())
     _text(into, f"gives {len(jaxpr.outvars)}")
     for v in jaxpr.outvars:
         variable(v)

@@ -180,12 +180,13 @@ def test_a_difference_names_the_parts() -> None:
         difference({}, wanted) == "the loss is not said there, the seed is not said there, the rates is not said there"
     )
     many = difference({k: 0 for k in "abcde"}, {k: 1 for k in "abcde"})
-    assert many is not None and many.endswith("and 2 more")
+    assert many is not None
+    assert many.endswith("and 2 more")
 
 
 def test_what_belongs_to_another_run_is_refused() -> None:
     require_same({"seed": 1}, {"seed": 1}, "the folder f")
-    with pytest.raises(IdentityError, match="^the folder f holds another run: the seed is 0 and not 1; give another"):
+    with pytest.raises(IdentityError, match=r"^the folder f holds another run: the seed is 0 and not 1; give another"):
         require_same({"seed": 0}, {"seed": 1}, "the folder f")
-    with pytest.raises(IdentityError, match="^the folder f does not say which run it is of"):
+    with pytest.raises(IdentityError, match=r"^the folder f does not say which run it is of"):
         require_same(None, {"seed": 1}, "the folder f")
