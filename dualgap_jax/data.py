@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from dualgap_jax import registry
+from dualgap_jax import registry, seeds
 
 SPLITS = ("train", "test")
 STANDARDISE = ("pixel", "channel", "global", "none")
@@ -154,7 +154,7 @@ def take(dataset: Dataset, num_examples: int, *, seed: int | None = None) -> Dat
         return dataset
     chosen: slice | np.ndarray = slice(num_examples)
     if seed is not None:
-        chosen = np.sort(np.random.default_rng(seed).choice(n, num_examples, replace=False))
+        chosen = np.sort(seeds.generator(seed).choice(n, num_examples, replace=False))
     info = {**dataset.info, "num_examples": num_examples, "subset": "first" if seed is None else f"random, seed {seed}"}
     return dataset._replace(x=dataset.x[chosen], y=dataset.y[chosen], info=info)
 
@@ -175,14 +175,14 @@ def relu_teacher(*, d: int = 10, teacher_width: int = 11, teacher_scale: float =
     `w_ij ~ N(0, 1)` and `a_i ~ N(0, teacher_scale^2)`, independent.  The paper states no distribution.
 
     Raises:
-      ValueError: for a size below 1, a scale that is not positive and finite, or a negative seed.
+      ValueError: for a size below 1, a scale that is not positive and finite, or a seed that `seeds.check` refuses.
     """
     for label, value in (("d", d), ("teacher_width", teacher_width)):
         if value < 1:
             raise ValueError(f"{label} must be at least 1, got {value}.")
     if not (math.isfinite(teacher_scale) and teacher_scale > 0):
         raise ValueError(f"teacher_scale must be positive and finite, got {teacher_scale}.")
-    rng = _generator(seed, 0)
+    rng = seeds.generator(seed, 0)
     w = rng.standard_normal((teacher_width, d))
     return Teacher(a=teacher_scale * rng.standard_normal(teacher_width), w=w)
 
@@ -205,12 +205,6 @@ def teacher_std(teacher: Teacher) -> float:
     second = products * (np.sin(angle) + (np.pi - angle) * cosine) / (2 * np.pi)
     covariance = second - products / (2 * np.pi)
     return float(np.sqrt(teacher.a @ covariance @ teacher.a))
-
-
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}.")
-    return np.random.default_rng([seed, stream])
 
 
 def synthetic_relu(
@@ -253,7 +247,7 @@ def synthetic_relu(
         raise ValueError(f"min_margin={min_margin} needs labels='sign'; with labels='real' leave it at 0.")
     teacher = relu_teacher(d=d, teacher_width=teacher_width, teacher_scale=teacher_scale, seed=seed)
     threshold = min_margin * teacher_std(teacher) if labels == "sign" else -1.0
-    rng = _generator(seed, 1)
+    rng = seeds.generator(seed, 1)
     points, outputs = [], []
     kept = drawn = 0
     while kept < n and drawn < _DRAWS_PER_EXAMPLE * n:

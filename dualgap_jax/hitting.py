@@ -30,6 +30,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
+from dualgap_jax import seeds
 from dualgap_jax.branches import mlp
 from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import Component, require
@@ -131,14 +132,15 @@ def make_runs(width: Any, seed: Any, *, data: Any = 0, learning_rate: Any = 0.01
     """The runs with these columns, broadcast against one another and flattened.
 
     Raises:
-      ConfigError: for no runs, a width below 1, a negative seed or data index, or a rate or scale that is not positive.
+      ConfigError: for no runs, a width below 1, a seed that `seeds.check` refuses, a negative data index, or a rate or scale that is not positive.
     """
+    for given in np.ravel(seed):
+        seeds.check(given)
     columns = np.broadcast_arrays(width, seed, data, learning_rate, init_scale)
     ints, floats = [c.ravel().astype(np.int64) for c in columns[:3]], [c.ravel().astype(float) for c in columns[3:]]
     runs = Runs(*ints, *floats)
     require(len(runs.width) > 0, "no runs: give at least one width and one seed.")
     require(bool((runs.width >= 1).all()), f"width={runs.width.min()} must be at least 1.")
-    require(bool((runs.seed >= 0).all() and (runs.seed < 2**32).all()), "every seed must be 0 or more and below 2**32.")
     require(bool((runs.data >= 0).all()), "every index of a data set must be 0 or more.")
     for name in ("learning_rate", "init_scale"):
         value = getattr(runs, name)

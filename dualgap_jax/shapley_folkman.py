@@ -38,6 +38,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from scipy import fft, ndimage
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
+from dualgap_jax import seeds
 from dualgap_jax.registry import Table
 
 MAX_SUMS = 1_000_000  # sums of points, which a k-d tree searches
@@ -943,7 +944,7 @@ def random_discs(*, count: int = 4, radius: float = 0.1, seed: int = 0) -> Piece
     """Discs of one radius with centres drawn uniformly from the unit disc."""
     if count < 1:
         raise SetError(f"count={count} must be at least 1.")
-    rng = np.random.default_rng(seed)
+    rng = seeds.generator(seed)
     size, angle = np.sqrt(rng.uniform(size=count)), rng.uniform(0, 2 * math.pi, size=count)
     centers = np.stack([size * np.cos(angle), size * np.sin(angle)], axis=-1)
     return Pieces([disc(center, radius) for center in centers.tolist()])

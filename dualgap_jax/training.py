@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from dualgap_jax import seeds
 from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_template, load, open_branches
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
@@ -375,8 +376,8 @@ class Solution(NamedTuple):
 
 
 def solution_key(seed: int, index: int) -> KeyArray:
-    """The root key of solution `index` of an experiment with this seed."""
-    return jax.random.fold_in(jax.random.key(seed), index)
+    """The root key of solution `index` of an experiment with this seed.  Raises as `seeds.check` does."""
+    return jax.random.fold_in(seeds.key(seed), index)
 
 
 def memory_available() -> int:
@@ -460,6 +461,7 @@ def train(
     require(0 < base_rate < math.inf, f"learning_rate={base_rate} must be positive and finite.")
     require(num_solutions >= 1, f"num_solutions={num_solutions} must be at least 1.")
     require(group_size is None or group_size >= 1, f"group_size={group_size} must be at least 1, or None.")
+    seeds.check(seed)
     _check_fits(loss, dataset)
     require(
         spec.batch_size <= len(dataset.y),

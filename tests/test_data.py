@@ -119,7 +119,7 @@ def test_points_without_a_sign_are_dropped() -> None:
         ({"teacher_width": -1}, "teacher_width must be at least 1"),
         ({"teacher_scale": 0.0}, "teacher_scale must be positive"),
         ({"teacher_scale": float("nan")}, "teacher_scale must be positive and finite"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"labels": "signs"}, "unknown labels 'signs'. Did you mean 'sign'"),
         ({"min_margin": -0.1}, "min_margin must be 0 or more"),
         ({"min_margin": float("inf")}, "finite"),

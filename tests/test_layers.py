@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 # The modules of each group; a folder stands for everything in it.
 GROUPS = {
-    "base": {"registry", "types", "config", "identity"},
+    "base": {"registry", "types", "config", "identity", "seeds"},
     "pure": {"branches", "multibranch", "losses", "convexity", "spectral", "shapley_folkman"},
     "host": {"data", "checkpoints", "records", "figures"},
     "work": {"sharding", "steps", "streaming", "training", "landscape", "hitting", "duality"},

@@ -20,6 +20,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Float64
 
+from dualgap_jax import seeds
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import AssumptionCheck, Loss, check_assumption_1
 from dualgap_jax.types import Branch, PyTree
@@ -120,7 +121,7 @@ def branch_problem(
         raise ValueError(f"power={power!r} must be at least 1: h(w) = ||w||^power is convex only then.")
     c, offset = functional(dataset)
     x = (np.asarray(dataset.x, np.float64) - dataset.mean) / dataset.std
-    template, state = branch.init(jax.random.key(seed), jnp.asarray(x[:1], jnp.float32))
+    template, state = branch.init(seeds.key(seed), jnp.asarray(x[:1], jnp.float32))
     size = sum(leaf.size for leaf in jax.tree.leaves(template))
     problem = Problem(branch, x, c, offset, float(tau), float(radius), float(power), template, state, size)
     shape = jax.eval_shape(problem.outputs, jnp.zeros(size, jnp.float32)).shape

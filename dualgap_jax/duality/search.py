@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64
 
+from dualgap_jax import seeds
 from dualgap_jax.config import require
 from dualgap_jax.duality.closed_forms import Kappa
 from dualgap_jax.duality.gap import ValueFunction
@@ -150,7 +151,7 @@ def search(
     Returns:
       `upper`: values of feasible points, float64, with a rounding margin; `lower` equal to it: estimated.
     """
-    rng = np.random.default_rng(seed)
+    rng = seeds.generator(seed)
     top = problem.radii(budgets[-1:])[0]
     count = max(2, spec.budgets)
     coarse = (np.arange(1, count + 1) / count) ** problem.power * budgets[-1]
@@ -202,7 +203,7 @@ def local_minima(
     dtype: Any = np.float32,
 ) -> Float64[np.ndarray, "k p"]:
     """Where `starts` particles over all of W end, best first: among them the symmetric copies of a minimiser."""
-    rng = np.random.default_rng(seed)
+    rng = seeds.generator(seed)
     starts = rng.standard_normal((1, spec.starts, problem.size))
     starts *= problem.radius / np.linalg.norm(starts, axis=2, keepdims=True)
     top = problem.radii(np.array([problem.largest_budget]))
@@ -230,7 +231,7 @@ def kappa_by_search(
 
     The lower bound is the value of a point; that it is the largest is not proven: the status is 'estimated'.
     """
-    rng = np.random.default_rng(seed)
+    rng = seeds.generator(seed)
     starts = rng.standard_normal((1, spec.budgets * spec.starts, problem.size))
     starts /= np.linalg.norm(starts, axis=2, keepdims=True)
     with jax.enable_x64(dtype == np.float64):

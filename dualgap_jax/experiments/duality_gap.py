@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dualgap_jax import seeds
 from dualgap_jax.branches import mlp_output_bound
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
@@ -101,6 +102,7 @@ class DualityGapSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        seeds.check(self.seed)
         require(0 <= self.tau < math.inf, f"tau={self.tau} must be >= 0 (0: from the bound on the margins).")
         require(0 < self.radius < math.inf, f"radius={self.radius} must be positive.")
         require(1 <= self.power < math.inf, f"power={self.power} must be at least 1.")
@@ -493,7 +495,7 @@ def _trained(
         start = unflat(project(flat(params), budget * (1 - 1e-6), spec.radius * (1 - 1e-6), spec.power), params)
         return flat(jax.lax.fori_loop(0, trained.steps, step, start))
 
-    keys = jax.random.split(jax.random.key(spec.seed), trained.seeds)
+    keys = jax.random.split(seeds.key(spec.seed), trained.seeds)
     weights = np.asarray(jax.jit(jax.vmap(run))(keys), np.float64)
     losses = values_at(problem, weights.reshape(-1, problem.size), batch=256).reshape(trained.seeds, count).mean(axis=1)
     used = problem.h(weights).mean(axis=1)

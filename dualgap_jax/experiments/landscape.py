@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax import convexity, landscape
+from dualgap_jax import convexity, landscape, seeds
 from dualgap_jax.branches import upcast, with_precision
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
@@ -129,6 +129,7 @@ class LandscapeSpec:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        seeds.check(self.seed)
         require(self.num_branches >= 1, f"num_branches={self.num_branches} must be a positive integer.")
 
     def validate(self, tables: Tables) -> None:
@@ -136,6 +137,7 @@ class LandscapeSpec:
         tables.losses.build(self.loss.name, **self.loss.settings)
         tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
         tables.datasets.check(self.data.name, **self.data.settings)
+        seeds.check(self.data.settings.get("seed", 0), "data.seed")
         SCHEDULES.build(
             self.training.schedule.name, max_steps=self.training.max_steps, **self.training.schedule.settings
         )
@@ -283,7 +285,7 @@ def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
     )
     if samples in (0, len(dataset.y)):
         return dataset
-    picked = np.random.default_rng(seed).permutation(len(dataset.y))[:samples]
+    picked = seeds.generator(seed).permutation(len(dataset.y))[:samples]
     return dataset._replace(x=dataset.x[picked], y=dataset.y[picked])
 
 

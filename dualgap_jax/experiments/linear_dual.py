@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse.linalg
 from jax import Array, lax
 
+from dualgap_jax import seeds
 from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.checkpoints import load as load_checkpoint
 from dualgap_jax.config import Component, ConfigError, require
@@ -103,6 +104,7 @@ class LinearDualSpec:
     sgd: DescentSpec = DescentSpec()
 
     def __post_init__(self) -> None:
+        seeds.check(self.seed)
         require(self.depth >= 2, f"depth={self.depth} must be at least 2 (H layers, H - 1 of them hidden).")
         require(self.width >= 1, f"width={self.width} must be at least 1.")
         require(0 <= self.gamma < math.inf, f"gamma={self.gamma} must be finite and at least 0.")
@@ -135,7 +137,7 @@ def random_matrices(
     """
     require(min(d_0, d_H, n) >= 1, f"random data: d_0={d_0}, d_H={d_H}, n={n} must be at least 1.")
     require(condition >= 1 and noise >= 0, f"random data: condition={condition} >= 1 and noise={noise} >= 0.")
-    rng = np.random.default_rng(seed)
+    rng = seeds.generator(seed)
     x = np.geomspace(1, 1 / condition, d_0)[:, None] * rng.standard_normal((d_0, n))
     y = rng.standard_normal((d_H, d_0)) @ x / math.sqrt(d_0) + noise * rng.standard_normal((d_H, n))
     return Matrices(x, y, {"name": "random"})
@@ -282,7 +284,7 @@ def descend(
 
         return jax.vmap(one)(carry, keys)
 
-    root = jax.random.fold_in(jax.random.key(spec.seed), depth)
+    root = jax.random.fold_in(seeds.key(spec.seed), depth)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(root, i)))(jnp.arange(sgd.seeds))
     weights = jax.vmap(lambda key: random_weights(key, sizes, dtype=jnp.float32))(keys[:, 0])
     carry = (weights, jax.tree.map(jnp.zeros_like, weights))

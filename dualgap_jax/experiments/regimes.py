@@ -54,7 +54,7 @@ class RegimesSpec:
         for init, scaling, reduce, count in itertools.product(
             self.inits, self.lr_scalings, self.reduces, self.num_branches
         ):
-            _cell(self, init, scaling, reduce, count, 0).validate(tables)
+            _cell(self, init, scaling, reduce, count, self.repeats - 1).validate(tables)
 
 
 def parse_init(text: str) -> tuple[str, float]:
