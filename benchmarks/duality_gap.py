@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax.branches import mlp
 from dualgap_jax.duality import gap
 from dualgap_jax.duality.problem import Problem, branch_problem
 from dualgap_jax.duality.search import descend
+from dualgap_jax.networks import mlp
 
 _GOAL_SECONDS = 10.0
 _OVER_GOAL, _OF_LIMIT = "goal_over_time", "of_limit"

@@ -26,11 +26,10 @@ import numpy as np
 from jax import lax
 
 from dualgap_jax import landscape
-from dualgap_jax.branches import mlp
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.multibranch import multi_branch
-from dualgap_jax.types import Branch
+from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.types import Network
 
 _CLASSES = 10
 _WINDOW = 0.6  # the grid covers [-0.6, 0.6]^2, as in Figure 1
@@ -71,7 +70,7 @@ def operations(case: Case) -> int:
 class Setup(NamedTuple):
     """What all routes evaluate: the network, the plane through three initialisations, the data."""
 
-    net: Branch
+    net: Network
     plane: landscape.Plane
     dataset: Dataset
 

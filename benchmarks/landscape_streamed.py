@@ -28,10 +28,9 @@ import landscape as in_memory
 import numpy as np
 
 from dualgap_jax import landscape
-from dualgap_jax.branches import mlp
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import mlp, multi_branch
 from dualgap_jax.records import peak_memory
 from dualgap_jax.training import memory_available
 from dualgap_jax.types import Params, State

@@ -29,13 +29,13 @@ import optax
 
 from dualgap_jax import config as config_lib
 from dualgap_jax import training
-from dualgap_jax.branches import upcast
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.landscape import LandscapeSpec, PrecisionSpec, build
 from dualgap_jax.losses import Loss
+from dualgap_jax.networks import upcast
 from dualgap_jax.records import Metrics, read_metrics
-from dualgap_jax.types import Branch
+from dualgap_jax.types import Network
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "mnist_1layer.py"
 CASES = (
@@ -57,7 +57,7 @@ def setting(num_branches: int, steps: int, *, smoke: bool) -> LandscapeSpec:
     return dataclasses.replace(spec, training=dataclasses.replace(spec.training, schedule=constant, **changes))
 
 
-def lost_updates(net: Branch, loss: Loss, dataset: Dataset, solution: training.Solution, rate: float) -> float:
+def lost_updates(net: Network, loss: Loss, dataset: Dataset, solution: training.Solution, rate: float) -> float:
     """Share of the weights with a gradient that a step at this rate does not change; its batch is the first 128."""
     keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
     count = min(128, len(dataset.y))

@@ -28,10 +28,9 @@ import numpy as np
 import training_step
 
 from dualgap_jax import training
-from dualgap_jax.branches import mlp
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import mlp, multi_branch
 from dualgap_jax.records import peak_memory
 from dualgap_jax.steps import tree_bytes
 from dualgap_jax.streaming import StreamedSolver

@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualgap_jax import training
-from dualgap_jax.branches import mlp
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import mlp, multi_branch
 
 _CLASSES = 10
 _LEARNING_RATE = 0.1  # times I, as in the configs

@@ -9,11 +9,11 @@ longer falls at a thousandth of the rate).  Expect, at I = 100, training loss be
 near 0.075 in loss, a low hill at the mean of the three solutions; at I = 1, 0.022 and 0.42.
 """
 
-from dualgap_jax.branches import BRANCHES
 from dualgap_jax.config import component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 from dualgap_jax.losses import LOSSES
+from dualgap_jax.networks import BRANCHES
 from dualgap_jax.training import SCHEDULES, TrainingSpec
 
 

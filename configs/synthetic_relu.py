@@ -11,11 +11,11 @@ reach loss 0 (mean over 100 steps below 1e-5) within 40,000 steps.  Expect, at I
 0.85 in loss and a largest barrier near 0.75; seeds matter.  20 seconds on two CPU cores.
 """
 
-from dualgap_jax.branches import BRANCHES
 from dualgap_jax.config import component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 from dualgap_jax.losses import LOSSES
+from dualgap_jax.networks import BRANCHES
 from dualgap_jax.training import SCHEDULES, TrainingSpec
 
 

@@ -15,12 +15,12 @@ Expect `verified yes` in every certified row, a gap that falls like 1/I far belo
 lower bound on inf(P).  The default run takes half a minute on two CPU cores, tanh about two, conv some ten.
 """
 
-from dualgap_jax.branches import BRANCHES
 from dualgap_jax.config import ConfigError, component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.experiments.duality_gap import DualityGapSpec, TrainedSpec
+from dualgap_jax.networks import BRANCHES
 from dualgap_jax.registry import unknown
 
 NUM_BRANCHES = (1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 50, 70, 100, 200, 300, 500, 1000, 3000, 10_000, 30_000, 100_000)

@@ -31,11 +31,11 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
 from dualgap_jax import seeds
-from dualgap_jax.branches import mlp
 from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset, Teacher, relu_teacher, standardise, teacher_outputs
 from dualgap_jax.losses import Loss
+from dualgap_jax.networks import mlp
 from dualgap_jax.records import Metrics, Progress
 from dualgap_jax.sharding import local_devices, over_devices, place
 from dualgap_jax.training import SCHEDULES, Schedule
@@ -66,7 +66,7 @@ class SgdSpec:
       order: 'epochs' draws without replacement, a fresh permutation each epoch (a rest that fills no batch is left
         out); 'independent' draws every index anew.
       schedule: an entry of `training.SCHEDULES`, per run.
-      init, use_bias: as in `branches.mlp`.
+      init, use_bias: as in `networks.mlp`.
       check_every: steps in a segment, between two looks at the loss on the full data and two updates of the schedule.
       stop_below: a run whose loss on the full data is at most this at a look stops there; -1 never stops so.
       stop_at_rest: a run of a hinge loss whose margins all exceed tau has no gradient any more; True ends it at the

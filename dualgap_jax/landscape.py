@@ -31,11 +31,11 @@ from jaxtyping import Float
 
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
-from dualgap_jax.multibranch import sum_branches, sum_rest
+from dualgap_jax.networks import sum_branches, sum_rest
 from dualgap_jax.records import Progress, load_npz, save_npz
 from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.training import Evaluation
-from dualgap_jax.types import Branch, BranchSource, KeyArray, Params, PyTree, State
+from dualgap_jax.types import BranchSource, KeyArray, Network, Params, PyTree, State
 
 AXES = ("authors", "orthonormal")
 ROUTES = ("auto", "stem", "plain")
@@ -384,7 +384,7 @@ def random_plane(
       key: of the two directions.
       params: the point in the middle.
       state: its network state, constant over the plane.
-      filter_axis: axis of a kernel that counts its filters, after the branch axes: 0 for `branches.mlp` (`[out, in]`),
+      filter_axis: axis of a kernel that counts its filters, after the branch axes: 0 for `networks.mlp` (`[out, in]`),
         -1 for Linen and NNX kernels (`[..., in, out]`).
       branch_axes: number of leading branch axes: 1 for a `multi_branch`, 0 for a single branch.
     """
@@ -425,7 +425,7 @@ class _Kernels(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _kernels(net: Branch, loss: Loss, plain: bool, count: int, branch_chunk: int, together: int) -> _Kernels:
+def _kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int, together: int) -> _Kernels:
     """The kernels for blocks of `count` branches, `together` points at a time.
 
     Without a stem, and on the plain route, points go one after another.
@@ -584,7 +584,7 @@ class _Saver:
             self._path.unlink(missing_ok=True)
 
 
-def _branch_block(net: Branch, one: tuple[Params, State], x: Array | None, branch_chunk: int) -> int:
+def _branch_block(net: Network, one: tuple[Params, State], x: Array | None, branch_chunk: int) -> int:
     """Branches in a block: as many as keep parameters and pre-activations within bounds, whole chunks of them.
 
     Args:
@@ -613,7 +613,7 @@ def _advance(
 
 
 def evaluate_points(
-    net: Branch,
+    net: Network,
     plane: Plane | StreamedPlane,
     dataset: Dataset,
     loss: Loss,
@@ -750,7 +750,7 @@ def evaluate_points(
     return work.sums / num_samples
 
 
-def _check_call(net: Branch, plane: Plane | StreamedPlane, route: str, chunks: tuple[int, ...]) -> None:
+def _check_call(net: Network, plane: Plane | StreamedPlane, route: str, chunks: tuple[int, ...]) -> None:
     if route not in ROUTES:
         raise UnknownNameError(unknown("route", route, ROUTES))
     if route == "stem" and net.stem is None:
@@ -763,7 +763,7 @@ def _check_call(net: Branch, plane: Plane | StreamedPlane, route: str, chunks: t
         _check_streams(net, plane.sources[0])
 
 
-def _check_streams(net: Branch, source: BranchSource) -> None:
+def _check_streams(net: Network, source: BranchSource) -> None:
     if net.stacked is None:
         raise ValueError("only a network made by multi_branch is read block by block; this one is no sum of branches.")
     if net.stacked.num_branches != source.num_branches:
@@ -781,7 +781,7 @@ def _grid(xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def evaluate(
-    net: Branch,
+    net: Network,
     plane: Plane | StreamedPlane,
     dataset: Dataset,
     loss: Loss,
@@ -812,7 +812,7 @@ def _along_edges(plane: Plane | StreamedPlane, num_points: int) -> tuple[np.ndar
 
 
 def edges(
-    net: Branch,
+    net: Network,
     plane: Plane | StreamedPlane,
     dataset: Dataset,
     loss: Loss,
@@ -847,7 +847,7 @@ class Survey(NamedTuple):
 
 
 def survey(
-    net: Branch,
+    net: Network,
     plane: Plane | StreamedPlane,
     dataset: Dataset,
     loss: Loss,
@@ -870,7 +870,7 @@ def survey(
 
 
 def evaluate_source(
-    net: Branch,
+    net: Network,
     loss: Loss,
     dataset: Dataset,
     source: BranchSource,

@@ -21,12 +21,12 @@ from jax import Array
 
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.registry import Table
-from dualgap_jax.types import Branch, Params, PyTree
+from dualgap_jax.types import Network, Params, PyTree
 
 _PROBE = {"kernel": (3, 2), "bias": (3,)}
 
 
-def for_network(network: Branch, transformation: Any) -> optax.GradientTransformationExtraArgs:
+def for_network(network: Network, transformation: Any) -> optax.GradientTransformationExtraArgs:
     """The transformation that acts on every branch of `network` as `transformation` acts on one alone.
 
     For a stacked network each leaf `[I, ...]` of parameters, gradients and optimiser state is taken branch by branch,

@@ -18,11 +18,10 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from dualgap_jax.branches import upcast
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
-from dualgap_jax.multibranch import branch_keys, sum_branches, sum_rest
-from dualgap_jax.types import Branch, KeyArray, Params, PyTree, Stacked, State
+from dualgap_jax.networks import branch_keys, sum_branches, sum_rest, upcast
+from dualgap_jax.types import KeyArray, Network, Params, PyTree, Stacked, State
 
 
 class Carry(NamedTuple):
@@ -61,7 +60,7 @@ def tree_bytes(tree: PyTree) -> int:
 
 
 def step(
-    net: Branch,
+    net: Network,
     loss: Loss,
     transformation: optax.GradientTransformation,
     carry: Carry,
@@ -368,7 +367,7 @@ def acts_branch_by_branch(transformation: optax.GradientTransformation) -> bool:
     return True
 
 
-def activation_bytes(branch: Branch, params: Params, state: State, x: Any) -> int:
+def activation_bytes(branch: Network, params: Params, state: State, x: Any) -> int:
     """Bytes of all that a further branch computes on a batch, an upper bound of what its gradient keeps.
 
     Args:

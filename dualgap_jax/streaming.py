@@ -27,10 +27,10 @@ from dualgap_jax.checkpoints import Pieces, Stored, like_template, put_rows
 from dualgap_jax.config import require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
-from dualgap_jax.multibranch import draw_branches, multi_branch
+from dualgap_jax.networks import draw_branches, multi_branch
 from dualgap_jax.sharding import BRANCH, DATA, Layout, MeshSpec
 from dualgap_jax.steps import Carry, Place, tree_bytes
-from dualgap_jax.types import Branch, KeyArray, Params, Stacked, State
+from dualgap_jax.types import KeyArray, Network, Params, Stacked, State
 
 # What a chunk of branches may take, parameters and activations: on CPU a gradient that stays in the cache is used from
 # there, and more than this is slower; on accelerators larger products are faster.
@@ -84,7 +84,7 @@ class StreamedSolver:
 
     def __init__(
         self,
-        net: Branch,
+        net: Network,
         loss: Loss,
         transformation: optax.GradientTransformation,
         dataset: Dataset,

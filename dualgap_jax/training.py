@@ -30,7 +30,7 @@ from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import multi_branch
 from dualgap_jax.records import Metrics, Progress, load_json, memory_field, save_json
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.sharding import (
@@ -45,7 +45,7 @@ from dualgap_jax.sharding import (
 )
 from dualgap_jax.steps import Batch, Carry, begin, example_input, on_device, step, tree_bytes
 from dualgap_jax.streaming import StreamedSolver
-from dualgap_jax.types import Branch, BranchSource, KeyArray, Params, PyTree, State
+from dualgap_jax.types import BranchSource, KeyArray, Network, Params, PyTree, State
 
 LearningRateScaling = Literal["branches", "none", "inverse_branches"]
 Streaming = Literal["auto", "on", "off"]
@@ -271,7 +271,7 @@ def optimizer(spec: TrainingSpec) -> optax.GradientTransformation:
 
 
 def make_segment(
-    net: Branch, loss: Loss, transformation: optax.GradientTransformation, schedule: Schedule
+    net: Network, loss: Loss, transformation: optax.GradientTransformation, schedule: Schedule
 ) -> Callable[..., tuple[Carry, Array]]:
     """The compiled loop over a segment, vmapped over solutions.
 
@@ -412,7 +412,7 @@ class _Run(NamedTuple):
 
 
 def train(
-    net: Branch,
+    net: Network,
     loss: Loss,
     dataset: Dataset,
     spec: TrainingSpec,
@@ -566,7 +566,7 @@ def _choose(
     return chosen
 
 
-def _start(net: Branch, dataset: Dataset, transformation: optax.GradientTransformation, key: KeyArray) -> Carry:
+def _start(net: Network, dataset: Dataset, transformation: optax.GradientTransformation, key: KeyArray) -> Carry:
     return begin(transformation, *net.init(key, example_input(dataset)))
 
 
@@ -578,7 +578,7 @@ class _Together:
 
     def __init__(
         self,
-        net: Branch,
+        net: Network,
         loss: Loss,
         transformation: optax.GradientTransformation,
         schedule: Schedule,
@@ -770,7 +770,7 @@ def _time_line(seconds: float, spec: TrainingSpec, num_solutions: int, devices: 
 
 
 def _seconds_per_step(
-    net: Branch,
+    net: Network,
     loss: Loss,
     transformation: optax.GradientTransformation,
     schedule: Schedule,
@@ -1074,7 +1074,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    net: Branch, loss: Loss, dataset: Dataset, params: Params, state: State, *, batch_size: int = 1024
+    net: Network, loss: Loss, dataset: Dataset, params: Params, state: State, *, batch_size: int = 1024
 ) -> Evaluation:
     """Loss, accuracy and margins of one network over a data set, streamed in batches in evaluation mode.
 

@@ -1,4 +1,4 @@
-"""The types that every layer shares: the branch protocol and the aliases used in annotations."""
+"""The types that every layer shares: networks as pairs of functions, and the aliases used in annotations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StemFn(Protocol):
 
 
 class Stem(NamedTuple):
-    """The split `apply = rest after preactivation` of a branch at its first linear map.
+    """The split `apply = rest after preactivation` of a network at its first linear map.
 
     Attributes:
       preactivation: `(params, x) -> z`, **linear in params** for fixed x (a kernel and a bias both are).  Along a line
@@ -52,15 +52,16 @@ class Stem(NamedTuple):
     rest_sum: ApplyFn | None = None
 
 
-class Branch(NamedTuple):
+class Network(NamedTuple):
     """A network as a pair of pure functions, in the manner of optax's `GradientTransformation` (Section 2, f_i).
 
-    One branch, the mean of fifty thousand branches, and a mixture of unlike branches all have this type, so they nest.
+    A branch is a network used as a part of a larger one.  One branch, the mean of fifty thousand, and a mixture of unlike
+    ones all have this type, so they nest.
 
     Attributes:
       init: `(key, x) -> (params, state)`.
       apply: `(params, state, x, *, key=None, train=False) -> (y [batch, out], state)`.
-      stem: the split at the first linear map, or None when the branch does not name one.
+      stem: the split at the first linear map, or None when the network does not name one.
       stacked: for a network made by `multi_branch`, what it is the sum of; None for every other.
     """
 
@@ -79,7 +80,7 @@ class Stacked(NamedTuple):
       scale: 1/I for the mean of Section 2, 1 for the plain sum of Section 5.
     """
 
-    branch: Branch
+    branch: Network
     num_branches: int
     scale: float
 

@@ -73,7 +73,7 @@ MAX_STEPS, POINTS = (200, 9) if SMOKE else (40_000, 51)
 dataset = data.synthetic_relu(seed=1)
 print(f"{len(dataset.y)} points in R^{dataset.x.shape[1]}, {dataset.info['positive_fraction']:.0%} labelled +1")
 
-net = dg.multi_branch(dg.branches.mlp(hidden=(1,), out=1), 30)
+net = dg.multi_branch(dg.networks.mlp(hidden=(1,), out=1), 30)
 params, state = net.init(jax.random.key(0), dataset.x[:1])
 print(jax.tree.map(np.shape, params))
 
@@ -94,7 +94,7 @@ spec = training.TrainingSpec(
 
 
 def solve(num_branches):
-    net = dg.multi_branch(dg.branches.mlp(hidden=(1,), out=1), num_branches)
+    net = dg.multi_branch(dg.networks.mlp(hidden=(1,), out=1), num_branches)
     rate = training.scaled_learning_rate(spec, num_branches)
     return net, training.train(net, loss, dataset, spec, learning_rate=rate)
 

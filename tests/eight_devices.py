@@ -15,10 +15,9 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 
 from dualgap_jax import hitting, losses, sharding, training  # noqa: E402
-from dualgap_jax.branches import mlp  # noqa: E402
 from dualgap_jax.config import Component, ConfigError  # noqa: E402
 from dualgap_jax.data import synthetic_relu  # noqa: E402
-from dualgap_jax.multibranch import multi_branch  # noqa: E402
+from dualgap_jax.networks import mlp, multi_branch  # noqa: E402
 
 COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[-a-z]*\(")
 

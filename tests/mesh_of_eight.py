@@ -19,10 +19,9 @@ import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from dualgap_jax.branches import conv, mlp  # noqa: E402
 from dualgap_jax.data import Dataset, validate  # noqa: E402
 from dualgap_jax.losses import multi_margin  # noqa: E402
-from dualgap_jax.multibranch import multi_branch  # noqa: E402
+from dualgap_jax.networks import conv, mlp, multi_branch  # noqa: E402
 from dualgap_jax.sharding import MeshSpec  # noqa: E402
 from dualgap_jax.streaming import StreamedSolver  # noqa: E402
 from dualgap_jax.training import Solution, TrainingSpec, optimizer, train  # noqa: E402

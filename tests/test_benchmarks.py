@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualgap_jax.branches import mlp
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import mlp, multi_branch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 NOT_MEASURED = "not measured"

@@ -16,9 +16,9 @@ from flax import nnx
 from jax import Array, lax
 from scipy import stats
 
-from dualgap_jax import branches
+from dualgap_jax import networks
 from dualgap_jax.registry import UnknownNameError
-from dualgap_jax.types import Branch
+from dualgap_jax.types import Network
 
 NUMPY_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu": lambda a: np.where(a > 0, a, 0),
@@ -44,7 +44,7 @@ def numpy_mlp(params: Any, x: np.ndarray, psi: Callable[[Any], Any]) -> np.ndarr
     return np.stack(rows)
 
 
-def random_params(branch: Branch, x: np.ndarray, rng: np.random.Generator) -> Any:
+def random_params(branch: Network, x: np.ndarray, rng: np.random.Generator) -> Any:
     """Standard normal float64 parameters of the right structure, without the branch's own draws."""
     params, _ = jax.eval_shape(branch.init, jax.random.key(0), jnp.asarray(x))
     return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
@@ -64,14 +64,14 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float) -> None:
 @pytest.mark.parametrize(
     ("activation", "hidden", "use_bias"),
     [
-        *((name, (4, 6, 3), True) for name in sorted(branches.ACTIVATIONS)),
+        *((name, (4, 6, 3), True) for name in sorted(networks.ACTIVATIONS)),
         *(("tanh", hidden, use_bias) for hidden, use_bias in (((), True), ((), False), ((5,), False))),
     ],
 )
 def test_mlp_is_the_formula_of_section_2(
     activation: str, hidden: tuple[int, ...], use_bias: bool, rng: np.random.Generator, x64: None
 ) -> None:
-    branch = branches.mlp(hidden, 3, activation, use_bias)
+    branch = networks.mlp(hidden, 3, activation, use_bias)
     x = rng.standard_normal((5, 2, 4))
     params = random_params(branch, x, rng)
     y, new_state = jax.jit(branch.apply, static_argnames="train")(params, (), jnp.asarray(x), train=True)
@@ -81,11 +81,11 @@ def test_mlp_is_the_formula_of_section_2(
 
 
 def test_every_activation_has_an_oracle() -> None:
-    assert NUMPY_ACTIVATIONS.keys() == branches.ACTIVATIONS.keys()
+    assert NUMPY_ACTIVATIONS.keys() == networks.ACTIVATIONS.keys()
 
 
 def test_mlp_takes_an_activation_as_a_function(rng: np.random.Generator, x64: None) -> None:
-    branch = branches.mlp((4,), 2, activation=jnp.sin)
+    branch = networks.mlp((4,), 2, activation=jnp.sin)
     x = rng.standard_normal((3, 5))
     params = random_params(branch, x, rng)
     np.testing.assert_allclose(branch.apply(params, (), jnp.asarray(x))[0], numpy_mlp(params, x, np.sin), rtol=1e-12)
@@ -93,7 +93,7 @@ def test_mlp_takes_an_activation_as_a_function(rng: np.random.Generator, x64: No
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_mlp_parameters_are_one_group_a_layer(use_bias: bool) -> None:
-    branch = branches.mlp((7, 4), 3, use_bias=use_bias)
+    branch = networks.mlp((7, 4), 3, use_bias=use_bias)
     params, _ = jax.eval_shape(branch.init, jax.random.key(0), jnp.zeros((2, 3, 5)))
     shapes = [{k: v.shape for k, v in layer.items()} for layer in params]
     expected: list[dict[str, tuple[int, ...]]] = [
@@ -109,13 +109,13 @@ def test_mlp_parameters_are_one_group_a_layer(use_bias: bool) -> None:
 
 def test_mlp_draws_float32_for_integer_inputs_and_float64_for_float64(x64: None) -> None:
     for dtype, expected in (("uint8", "float32"), ("float32", "float32"), ("float64", "float64")):
-        params, _ = jax.eval_shape(branches.mlp().init, jax.random.key(0), jnp.zeros((1, 4), dtype))
+        params, _ = jax.eval_shape(networks.mlp().init, jax.random.key(0), jnp.zeros((1, 4), dtype))
         assert {str(a.dtype) for a in jax.tree.leaves(params)} == {expected}
 
 
 @pytest.mark.parametrize("init_scale", [1.0, 3.0])
 def test_torch_init_is_uniform_on_the_authors_interval(init_scale: float) -> None:
-    branch = branches.mlp((300, 200), 100, init_scale=init_scale)
+    branch = networks.mlp((300, 200), 100, init_scale=init_scale)
     for seed in range(3):
         params, _ = branch.init(jax.random.key(seed), jnp.zeros((1, 13)))
         for fan_in, layer in zip((13, 300, 200), params, strict=True):
@@ -130,7 +130,7 @@ def test_torch_init_is_uniform_on_the_authors_interval(init_scale: float) -> Non
 
 @pytest.mark.parametrize(("init", "variance"), [("lecun", 1.0), ("he", 2.0), ("normal", None)])
 def test_normal_inits_have_their_variance_and_no_bias(init: str, variance: float | None) -> None:
-    branch = branches.mlp((300, 200), 100, init=init, init_scale=0.5)
+    branch = networks.mlp((300, 200), 100, init=init, init_scale=0.5)
     for seed in range(3):
         params, _ = branch.init(jax.random.key(seed), jnp.zeros((1, 13)))
         for fan_in, layer in zip((13, 300, 200), params, strict=True):
@@ -140,7 +140,7 @@ def test_normal_inits_have_their_variance_and_no_bias(init: str, variance: float
 
 
 def test_draws_of_different_leaves_and_keys_are_independent() -> None:
-    branch = branches.mlp((2, 2), 2)
+    branch = networks.mlp((2, 2), 2)
     keys = jax.random.split(jax.random.key(4), 4000)
     params = jax.jit(jax.vmap(lambda k: branch.init(k, jnp.zeros((1, 2)))[0]))(keys)
     columns = np.concatenate([np.asarray(a).reshape(len(keys), -1) for a in jax.tree.leaves(params)], axis=1).T
@@ -150,7 +150,7 @@ def test_draws_of_different_leaves_and_keys_are_independent() -> None:
 
 
 def test_the_same_key_gives_the_same_draw_whatever_the_batch() -> None:
-    branch = branches.mlp((3, 4), 2)
+    branch = networks.mlp((3, 4), 2)
     a = branch.init(jax.random.key(5), jnp.zeros((1, 6)))
     b = branch.init(jax.random.key(5), jnp.ones((9, 2, 3)))
     assert_trees_close(a, b, 0)
@@ -176,7 +176,7 @@ def test_the_same_key_gives_the_same_draw_whatever_the_batch() -> None:
 )
 def test_mlp_refuses_bad_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises((ValueError, UnknownNameError), match=words):
-        inspect.unwrap(branches.mlp)(**settings)
+        inspect.unwrap(networks.mlp)(**settings)
 
 
 # --------------------------------------------------------------------------------------------------------------- stem
@@ -185,7 +185,7 @@ def test_mlp_refuses_bad_settings(settings: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("hidden", [(), (5,), (4, 3)])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_mlp_stem_contract(hidden: tuple[int, ...], use_bias: bool, rng: np.random.Generator, x64: None) -> None:
-    branch = branches.mlp(hidden, 3, use_bias=use_bias)
+    branch = networks.mlp(hidden, 3, use_bias=use_bias)
     stem = branch.stem
     assert stem is not None
     assert stem.rest_sum is not None
@@ -222,11 +222,11 @@ def test_mlp_stem_contract(hidden: tuple[int, ...], use_bias: bool, rng: np.rand
 def test_output_bound_is_never_exceeded_on_the_ball(
     activation: str, hidden: tuple[int, ...], rng: np.random.Generator, x64: None
 ) -> None:
-    branch = branches.mlp(hidden, 2, activation, use_bias=False)
+    branch = networks.mlp(hidden, 2, activation, use_bias=False)
     x = jnp.asarray(rng.standard_normal((1, 3)))
     flat, unravel = jax.flatten_util.ravel_pytree(random_params(branch, x, rng))
     radius = 2.5
-    bound = branches.mlp_output_bound(len(hidden) + 1, radius, float(jnp.linalg.norm(x)))
+    bound = networks.mlp_output_bound(len(hidden) + 1, radius, float(jnp.linalg.norm(x)))
 
     def output(w: Array) -> Array:
         return jnp.linalg.norm(branch.apply(unravel(radius * w / jnp.linalg.norm(w)), (), x)[0])
@@ -251,7 +251,7 @@ def test_output_bound_is_attained_by_aligned_layers_of_equal_norm(
 ) -> None:
     radius = float(rng.uniform(0.5, 3))
     x = rng.standard_normal((1, 6))
-    branch = branches.mlp((3,) * (num_layers - 1), 1, activation, use_bias=False)
+    branch = networks.mlp((3,) * (num_layers - 1), 1, activation, use_bias=False)
     directions = [x[0] / np.linalg.norm(x)]
     for width in (3,) * (num_layers - 1):
         unit = np.abs(rng.standard_normal(width))  # ReLU passes it unchanged
@@ -263,14 +263,14 @@ def test_output_bound_is_attained_by_aligned_layers_of_equal_norm(
     )
     assert np.sqrt(sum(np.sum(np.square(p["kernel"])) for p in params)) == pytest.approx(radius, rel=1e-13)
     y = branch.apply(params, (), jnp.asarray(x))[0]
-    bound = branches.mlp_output_bound(num_layers, radius, float(np.linalg.norm(x)))
+    bound = networks.mlp_output_bound(num_layers, radius, float(np.linalg.norm(x)))
     assert float(y[0, 0]) == pytest.approx(bound, rel=1e-12)
 
 
 @pytest.mark.parametrize("given", [(0, 1.0, 1.0), (2, -1.0, 1.0), (2, 1.0, -1.0), (2, float("nan"), 1.0)])
 def test_output_bound_refuses_bad_input(given: tuple[int, float, float]) -> None:
     with pytest.raises(ValueError, match="num_layers"):
-        branches.mlp_output_bound(*given)
+        networks.mlp_output_bound(*given)
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -317,12 +317,12 @@ def batch_norm_net(
     return y, mean, var
 
 
-def linen_branch(dropout: float) -> Branch:
-    return branches.from_linen(LinenNet(dropout=dropout))
+def linen_branch(dropout: float) -> Network:
+    return networks.from_linen(LinenNet(dropout=dropout))
 
 
-def nnx_branch(dropout: float) -> Branch:
-    return branches.from_nnx(lambda rngs: NnxNet(rngs, dropout=dropout))
+def nnx_branch(dropout: float) -> Network:
+    return networks.from_nnx(lambda rngs: NnxNet(rngs, dropout=dropout))
 
 
 LINEN_NAMES = {"first": "Dense_0", "norm": "BatchNorm_0", "last": "Dense_1"}
@@ -350,7 +350,7 @@ def test_adapters_match_numpy_with_batch_norm(adapter: str, train: bool, rng: np
 
 @pytest.mark.parametrize("make", [linen_branch, nnx_branch])
 def test_dropout_follows_the_key_in_training_and_is_off_in_evaluation(
-    make: Callable[[float], Branch], rng: np.random.Generator
+    make: Callable[[float], Network], rng: np.random.Generator
 ) -> None:
     branch = make(0.5)
     x = jnp.asarray(rng.standard_normal((16, 4)), jnp.float32)
@@ -369,7 +369,7 @@ def test_dropout_follows_the_key_in_training_and_is_off_in_evaluation(
 
 
 @pytest.mark.parametrize("make", [linen_branch, nnx_branch])
-def test_dropout_drops_its_share_and_keeps_the_mean(make: Callable[[float], Branch]) -> None:
+def test_dropout_drops_its_share_and_keeps_the_mean(make: Callable[[float], Network]) -> None:
     branch = make(0.4)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)), jnp.float32)
     params, state = jax.jit(branch.init)(jax.random.key(0), x)
@@ -382,11 +382,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean(make: Callable[[float], Bran
 
 
 @pytest.mark.parametrize(
-    "make", [linen_branch, nnx_branch, lambda p: branches.conv((3,), 3, batch_norm=True, dropout=p)]
+    "make", [linen_branch, nnx_branch, lambda p: networks.conv((3,), 3, batch_norm=True, dropout=p)]
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_state_keeps_its_structure_and_dtypes_so_that_a_loop_can_carry_it(
-    make: Callable[[float], Branch], dtype: str, x64: None
+    make: Callable[[float], Network], dtype: str, x64: None
 ) -> None:
     branch = make(0.1)
     shape = (6, 4) if make in (linen_branch, nnx_branch) else (6, 5, 5, 2)
@@ -404,9 +404,9 @@ def test_state_keeps_its_structure_and_dtypes_so_that_a_loop_can_carry_it(
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: linen_branch(0.0), lambda: branches.from_nnx(lambda rngs: NnxNet(rngs, jnp.float32))]
+    "make", [lambda: linen_branch(0.0), lambda: networks.from_nnx(lambda rngs: NnxNet(rngs, jnp.float32))]
 )
-def test_float32_state_meets_float64_inputs_without_a_change_of_dtype(make: Callable[[], Branch], x64: None) -> None:
+def test_float32_state_meets_float64_inputs_without_a_change_of_dtype(make: Callable[[], Network], x64: None) -> None:
     branch = make()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)))
     params, state = branch.init(jax.random.key(0), x.astype(jnp.float32))
@@ -445,9 +445,9 @@ class NnxTrainArgument(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: branches.from_linen(LinenDeterministic()), lambda: branches.from_nnx(NnxTrainArgument)]
+    "make", [lambda: networks.from_linen(LinenDeterministic()), lambda: networks.from_nnx(NnxTrainArgument)]
 )
-def test_train_reaches_modules_that_take_it_by_another_name(make: Callable[[], Branch]) -> None:
+def test_train_reaches_modules_that_take_it_by_another_name(make: Callable[[], Network]) -> None:
     branch, x = make(), jnp.ones((50, 2))
     params, state = jax.jit(branch.init)(jax.random.key(0), x)
     np.testing.assert_array_equal(branch.apply(params, state, x, key=jax.random.key(1))[0], x)
@@ -472,8 +472,8 @@ class LinenSow(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
-@pytest.mark.parametrize("make", [lambda: branches.from_linen(LinenSow()), lambda: branches.from_nnx(NnxSow)])
-def test_sown_values_do_not_enter_the_state(make: Callable[[], Branch]) -> None:
+@pytest.mark.parametrize("make", [lambda: networks.from_linen(LinenSow()), lambda: networks.from_nnx(NnxSow)])
+def test_sown_values_do_not_enter_the_state(make: Callable[[], Network]) -> None:
     branch, x = make(), jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
     params, state = jax.jit(branch.init)(jax.random.key(0), x)
     new = branch.apply(params, state, x, train=True)[1]
@@ -488,7 +488,7 @@ class LinenPartitioned(nn.Module):
 
 
 def test_linen_metadata_is_unboxed() -> None:
-    branch = branches.from_linen(LinenPartitioned())
+    branch = networks.from_linen(LinenPartitioned())
     params, state = branch.init(jax.random.key(0), jnp.ones((2, 4)))
     assert isinstance(params["Dense_0"]["kernel"], jax.Array)
     y = branch.apply(params, state, jnp.ones((2, 4)))[0]
@@ -498,11 +498,11 @@ def test_linen_metadata_is_unboxed() -> None:
 def test_from_linen_refuses_what_is_no_linen_module() -> None:
     for given in (LinenNet, nnx.Linear(2, 3, rngs=nnx.Rngs(0)), None, lambda x: x):
         with pytest.raises(TypeError, match=r"flax\.linen\.Module instance"):
-            branches.from_linen(given)
+            networks.from_linen(given)
 
 
 def test_from_functions_passes_parameters_and_leaves_the_state_alone(rng: np.random.Generator) -> None:
-    branch = branches.from_functions(
+    branch = networks.from_functions(
         lambda key, x: {"w": jax.random.normal(key, (x.shape[1], 2))}, lambda params, x: jnp.sin(x) @ params["w"]
     )
     x = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
@@ -512,7 +512,7 @@ def test_from_functions_passes_parameters_and_leaves_the_state_alone(rng: np.ran
     np.testing.assert_array_equal(params["w"], jax.random.normal(jax.random.key(3), (3, 2)))
     assert new == state == ()
     assert branch.stem is None
-    assert branches.from_functions(branch.init, branch.apply, stem=branches.mlp().stem).stem is not None
+    assert networks.from_functions(branch.init, branch.apply, stem=networks.mlp().stem).stem is not None
 
 
 # ------------------------------------------------------------------------------------------------------- conv and gru
@@ -520,7 +520,7 @@ def test_from_functions_passes_parameters_and_leaves_the_state_alone(rng: np.ran
 
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (2, 1, 6, 1), (2, 2, 2, 1)])
 def test_conv_takes_any_image_and_stops_pooling_at_one(shape: tuple[int, ...]) -> None:
-    branch = branches.conv((2, 3, 4), out=5)
+    branch = networks.conv((2, 3, 4), out=5)
     params, state = jax.eval_shape(branch.init, jax.random.key(0), jnp.ones(shape))
     assert jax.eval_shape(branch.apply, params, state, jnp.ones(shape))[0].shape == (2, 5)
     height, width = shape[1:3]
@@ -532,7 +532,7 @@ def test_conv_takes_any_image_and_stops_pooling_at_one(shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_conv_matches_a_numpy_loop(batch_norm: bool, rng: np.random.Generator, x64: None) -> None:
-    branch = branches.conv((2,), out=3, kernel_size=3, activation="tanh", batch_norm=batch_norm)
+    branch = networks.conv((2,), out=3, kernel_size=3, activation="tanh", batch_norm=batch_norm)
     x = rng.standard_normal((2, 4, 4, 2))
     params, state = branch.init(jax.random.key(0), jnp.asarray(x))
     params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
@@ -557,7 +557,7 @@ def test_conv_matches_a_numpy_loop(batch_norm: bool, rng: np.random.Generator, x
 
 
 def test_gru_matches_a_numpy_loop_over_rows(rng: np.random.Generator, x64: None) -> None:
-    branch = branches.gru(4, out=3)
+    branch = networks.gru(4, out=3)
     x = rng.standard_normal((2, 5, 3))
     params = random_params(branch, x, rng)
     cell = jax.tree.map(np.asarray, params["GRUCell_0"])
@@ -580,7 +580,7 @@ def test_gru_matches_a_numpy_loop_over_rows(rng: np.random.Generator, x64: None)
 
 
 def test_gru_reads_a_vector_as_a_sequence_of_numbers_and_an_image_by_rows(rng: np.random.Generator) -> None:
-    branch = branches.gru(4, out=3)
+    branch = networks.gru(4, out=3)
     x = jnp.asarray(rng.standard_normal((2, 6, 2, 2)), jnp.float32)
     apply = jax.jit(branch.apply)
     params = jax.tree.map(lambda a: a.astype(jnp.float32), random_params(branch, x, rng))
@@ -593,38 +593,38 @@ def test_gru_reads_a_vector_as_a_sequence_of_numbers_and_an_image_by_rows(rng: n
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
-        (branches.conv, {"channels": ()}),
-        (branches.conv, {"channels": (4, 0)}),
-        (branches.conv, {"channels": (4.0,)}),
-        (branches.conv, {"kernel_size": 0}),
-        (branches.conv, {"out": 0}),
-        (branches.conv, {"dropout": 1.0}),
-        (branches.conv, {"dropout": -0.1}),
-        (branches.conv, {"dropout": float("nan")}),
-        (branches.conv, {"activation": "reluu"}),
-        (branches.gru, {"features": 0}),
-        (branches.gru, {"out": 2.5}),
+        (networks.conv, {"channels": ()}),
+        (networks.conv, {"channels": (4, 0)}),
+        (networks.conv, {"channels": (4.0,)}),
+        (networks.conv, {"kernel_size": 0}),
+        (networks.conv, {"out": 0}),
+        (networks.conv, {"dropout": 1.0}),
+        (networks.conv, {"dropout": -0.1}),
+        (networks.conv, {"dropout": float("nan")}),
+        (networks.conv, {"activation": "reluu"}),
+        (networks.gru, {"features": 0}),
+        (networks.gru, {"out": 2.5}),
     ],
 )
-def test_conv_and_gru_refuse_bad_settings(make: Callable[..., Branch], settings: dict[str, Any]) -> None:
+def test_conv_and_gru_refuse_bad_settings(make: Callable[..., Network], settings: dict[str, Any]) -> None:
     with pytest.raises((ValueError, UnknownNameError), match=next(iter(settings))):
         inspect.unwrap(make)(**settings)
 
 
 def test_conv_refuses_inputs_that_are_no_images() -> None:
     with pytest.raises(ValueError, match=r"\[batch, height, width, channels\].*\(2, 16\)"):
-        branches.conv().init(jax.random.key(0), jnp.zeros((2, 16)))
+        networks.conv().init(jax.random.key(0), jnp.zeros((2, 16)))
 
 
 # ------------------------------------------------------------------------------------------------------------ registry
 
 
-@pytest.mark.parametrize("name", list(branches.BRANCHES))
+@pytest.mark.parametrize("name", list(networks.BRANCHES))
 def test_every_entry_gives_the_outputs_asked_for_and_a_gradient(name: str, rng: np.random.Generator) -> None:
-    branch = branches.BRANCHES.build(name, out=4)
+    branch = networks.BRANCHES.build(name, out=4)
     x = jnp.asarray(rng.standard_normal((3, 8, 8, 1)), jnp.float32)
     params, state = jax.jit(branch.init)(jax.random.key(0), x)
-    assert branches.BRANCHES.describe(name)
+    assert networks.BRANCHES.describe(name)
 
     def total(params: Any) -> tuple[Array, Array]:
         y, _ = branch.apply(params, state, x, train=True)

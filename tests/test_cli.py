@@ -15,7 +15,7 @@ from dualgap_jax.records import load_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = """
-from dualgap_jax.branches import mlp
+from dualgap_jax.networks import mlp
 
 def wide(*, out: int, width: int = 3):
     '''A branch of one's own.'''

@@ -19,7 +19,6 @@ from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
 from dualgap_jax import config, experiments, figures
-from dualgap_jax.branches import conv, from_functions, mlp
 from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import branch_and_bound, closed_forms, deltas, gap, intervals, problem, search
@@ -28,6 +27,7 @@ from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.experiments import duality_gap
 from dualgap_jax.experiments.duality_gap import DualityGapSpec, TrainedSpec
 from dualgap_jax.losses import binary_hinge, multi_margin
+from dualgap_jax.networks import conv, from_functions, mlp
 from dualgap_jax.records import load_json, load_npz, save_json
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,6 @@ from tfds_files import random_split, write_tfds
 
 from dualgap_jax import config as config_lib
 from dualgap_jax import convexity, experiments, figures, losses
-from dualgap_jax.branches import BRANCHES, from_functions
 from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
 from dualgap_jax.data import DATASETS, Dataset
@@ -25,6 +24,7 @@ from dualgap_jax.experiments import EXPERIMENTS, TABLES, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec
 from dualgap_jax.experiments.row import RowSpec
+from dualgap_jax.networks import BRANCHES, from_functions
 from dualgap_jax.records import Workdir, WorkdirError, load_json, load_npz, read_metrics
 from dualgap_jax.registry import SettingError, UnknownNameError
 from dualgap_jax.training import TrainingSpec

@@ -15,12 +15,12 @@ import pytest
 from scipy import stats
 
 from dualgap_jax import hitting, losses, training
-from dualgap_jax.branches import mlp
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, synthetic_relu
 from dualgap_jax.hitting import STATUSES, Outcome, Runs, SgdSpec, make_runs, train_runs
+from dualgap_jax.networks import mlp
 from dualgap_jax.records import Metrics, read_metrics
-from dualgap_jax.types import Branch
+from dualgap_jax.types import Network
 
 
 def data(seed: int = 3, n: int = 45, d: int = 3, **settings: Any) -> Dataset:
@@ -121,7 +121,7 @@ def test_independent_draws_are_uniform(rng: np.random.Generator) -> None:
 # --- one run is plain SGD ---------------------------------------------------------------------------------------------
 
 
-def one_by_one(dataset: Dataset, loss: losses.Loss, runs: Runs, k: int, spec: SgdSpec) -> tuple[Branch, Any]:
+def one_by_one(dataset: Dataset, loss: losses.Loss, runs: Runs, k: int, spec: SgdSpec) -> tuple[Network, Any]:
     """The k-th run by `training.step`, one step after another on its own mini-batches."""
     net = mlp(
         hidden=(int(runs.width[k]),),

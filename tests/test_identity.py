@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualgap_jax import branches, identity, losses
+from dualgap_jax import identity, losses, networks
 from dualgap_jax.identity import IdentityError, arrays_digest, difference, function_digest, require_same
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import multi_branch
 
 F32 = jax.ShapeDtypeStruct((4, 3), jnp.float32)
 
@@ -111,12 +111,12 @@ def test_matrix_precision_and_random_numbers_count() -> None:
 
 SCRIPT = """
 import json, jax, jax.numpy as jnp, numpy as np, optax
-from dualgap_jax import branches, losses
+from dualgap_jax import losses, networks
 from dualgap_jax.identity import arrays_digest, function_digest
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import multi_branch
 x = jnp.zeros((2, 5))
 key = jax.random.key(0)
-net = multi_branch(branches.mlp(hidden=(4,), out=3, activation="gelu"), 6)
+net = multi_branch(networks.mlp(hidden=(4,), out=3, activation="gelu"), 6)
 weights = jax.eval_shape(net.init, key, x)
 labels = jnp.zeros(2, jnp.int32)
 scores = jnp.zeros((2, 3))
@@ -152,14 +152,14 @@ def test_networks_and_losses_are_told_apart() -> None:
         weights = jax.eval_shape(net.init, key, x)
         return function_digest(net.init, key, x), function_digest(lambda p: net.apply(*p, x), weights)
 
-    first = multi_branch(branches.mlp(hidden=(4,), out=1), 5)
+    first = multi_branch(networks.mlp(hidden=(4,), out=1), 5)
     others = [
-        multi_branch(branches.mlp(hidden=(4,), out=1), 6),
-        multi_branch(branches.mlp(hidden=(4,), out=1), 5, reduce="sum"),
-        multi_branch(branches.mlp(hidden=(4,), out=1, activation="tanh"), 5),
-        multi_branch(branches.mlp(hidden=(4,), out=1, init="normal"), 5),
+        multi_branch(networks.mlp(hidden=(4,), out=1), 6),
+        multi_branch(networks.mlp(hidden=(4,), out=1), 5, reduce="sum"),
+        multi_branch(networks.mlp(hidden=(4,), out=1, activation="tanh"), 5),
+        multi_branch(networks.mlp(hidden=(4,), out=1, init="normal"), 5),
     ]
-    assert digest(first) == digest(multi_branch(branches.mlp(hidden=(4,), out=1), 5))
+    assert digest(first) == digest(multi_branch(networks.mlp(hidden=(4,), out=1), 5))
     assert len({digest(net) for net in [first, *others]}) == 5
     scores, labels = jnp.zeros((2, 1)), jnp.zeros(2)
     found = [losses.binary_hinge(), losses.binary_hinge(tau=2.0), losses.logistic(), losses.squared()]

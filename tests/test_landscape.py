@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 from dualgap_jax import landscape
-from dualgap_jax.branches import conv, from_functions, mlp
 from dualgap_jax.data import Dataset
 from dualgap_jax.landscape import DegeneratePlaneError, Plane, edges, evaluate, evaluate_points, plane_through
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
-from dualgap_jax.multibranch import mixture, multi_branch
+from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branch
 from dualgap_jax.records import load_npz, save_npz
 from dualgap_jax.registry import UnknownNameError
-from dualgap_jax.types import Branch
+from dualgap_jax.types import Network
 
 # --- planes -----------------------------------------------------------------------------------------------------------
 
@@ -237,7 +236,7 @@ def numpy_squared(s: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class Case(NamedTuple):
-    net: Branch
+    net: Network
     plane: Plane
     data: Dataset
     loss: Loss
@@ -290,12 +289,12 @@ def images(rng: np.random.Generator, n: int) -> Dataset:
     return Dataset("images", x, rng.integers(0, 3, n).astype(np.int32), mean, std, 3, "multiclass", {})
 
 
-def unlike() -> Branch:
+def unlike() -> Network:
     halves = [multi_branch(mlp((3,), 3), 3, reduce="sum"), multi_branch(mlp((2, 2), 3, "tanh"), 2, reduce="sum")]
     return mixture(halves, weights=[0.2, 0.3])
 
 
-NETWORKS: dict[str, tuple[Callable[[], Branch], str, tuple[Loss, Callable[..., np.ndarray]]]] = {
+NETWORKS: dict[str, tuple[Callable[[], Network], str, tuple[Loss, Callable[..., np.ndarray]]]] = {
     "mean": (lambda: multi_branch(mlp((4,), 1), 5), "binary", (binary_hinge(), numpy_hinge)),
     "sum": (lambda: multi_branch(mlp((4, 3), 3), 5, reduce="sum"), "multiclass", (multi_margin(), numpy_multi_margin)),
     "chunked": (lambda: multi_branch(mlp((4,), 1), 5, chunk_size=2), "regression", (squared(), numpy_squared)),

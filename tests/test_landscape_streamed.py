@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from dualgap_jax import landscape, training
-from dualgap_jax.branches import conv, mlp
 from dualgap_jax.data import Dataset
 from dualgap_jax.landscape import (
     DegeneratePlaneError,
@@ -34,10 +33,10 @@ from dualgap_jax.landscape import (
     survey,
 )
 from dualgap_jax.losses import Loss, binary_hinge, logistic, multi_margin, squared
-from dualgap_jax.multibranch import mixture, multi_branch
+from dualgap_jax.networks import conv, mixture, mlp, multi_branch
 from dualgap_jax.records import load_npz, save_npz
 from dualgap_jax.registry import UnknownNameError
-from dualgap_jax.types import Branch, BranchSource
+from dualgap_jax.types import BranchSource, Network
 
 
 class OnDisk:
@@ -64,7 +63,7 @@ class OnDisk:
 
 
 class Case(NamedTuple):
-    net: Branch
+    net: Network
     plane: Plane
     streamed: StreamedPlane
     solutions: list[tuple[Any, Any]]
@@ -75,7 +74,7 @@ class Case(NamedTuple):
 
 # 13 branches: with chunks of 2 and blocks of 4 or 6, neither the chunks nor the blocks come out even.
 NUM_BRANCHES = 13
-NETWORKS: dict[str, tuple[Callable[[], Branch], Callable[[], Loss]]] = {
+NETWORKS: dict[str, tuple[Callable[[], Network], Callable[[], Loss]]] = {
     "deep": (lambda: multi_branch(mlp((4, 3), 3), NUM_BRANCHES), multi_margin),
     "sum": (lambda: multi_branch(mlp((4,), 3, use_bias=False), NUM_BRANCHES, reduce="sum"), logistic),
     "nested": (lambda: multi_branch(multi_branch(mlp((3,), 3), 2), NUM_BRANCHES), logistic),
@@ -446,10 +445,10 @@ def test_networks_and_routes_that_cannot_be_streamed(tmp_path: Path, rng: np.ran
 MEMORY = """
 import jax, numpy as np
 from dualgap_jax import landscape
-from dualgap_jax.branches import mlp
+from dualgap_jax.networks import mlp
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import multi_branch
 from dualgap_jax.records import peak_memory
 
 landscape._BLOCK_BYTES = landscape._PRODUCT_BYTES = 2**22

@@ -21,8 +21,7 @@ GROUPS = {
         "seeds",
     },
     "pure": {
-        "branches",
-        "multibranch",
+        "networks",
         "losses",
         "convexity",
         "spectral",
@@ -159,7 +158,7 @@ def test_imports_in_a_package_init_are_resolved_from_the_package() -> None:
 
 
 def test_what_goes_down_is_allowed() -> None:
-    assert violations("from .types import Branch\nfrom .multibranch import multi_branch", "branches") == []
+    assert violations("from .types import Network\nfrom .losses import squared", "networks") == []
     assert violations("from .convexity import scores\nfrom .registry import Table", "figures") == []
     assert violations("from .landscape import evaluate\nfrom . import records", "training") == []
     assert violations("from ..data import load\nfrom .common import run", "experiments.figure1") == []
@@ -168,8 +167,12 @@ def test_what_goes_down_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "words"),
     [
-        ("registry", "from .branches import mlp", ["base", "'branches'", "'pure'"]),
-        ("multibranch", "import numpy as np\n\ndef f():\n    from .data import load", ["multibranch:4:", "'host'"]),
+        ("registry", "from .networks import mlp", ["base", "'networks'", "'pure'"]),
+        (
+            "networks.mean",
+            "import numpy as np\n\ndef f():\n    from ..data import load",
+            ["networks.mean:4:", "'host'"],
+        ),
         ("convexity", "from dualgap_jax import training", ["'training'", "'work'"]),
         ("records", "from .figures import draw", ["host", "'figures'"]),
         ("landscape", "import dualgap_jax.experiments.figure1", ["'experiments'", "'top'"]),

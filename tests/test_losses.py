@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualgap_jax import branches, losses
+from dualgap_jax import losses, networks
 from dualgap_jax.losses import LOSSES, Loss, check_assumption_1
 from dualgap_jax.registry import SettingError, UnknownNameError
 
@@ -276,10 +276,10 @@ def test_losses_without_tau_are_not_applicable(name: str) -> None:
 
 def test_the_bound_over_the_ball_certifies_assumption_1(rng: np.random.Generator, x64: None) -> None:
     """W = {||w|| <= R}, a bias-free ReLU branch: certified when tau exceeds the bound, and then never clipped."""
-    branch = branches.mlp((4,), 1, use_bias=False)
+    branch = networks.mlp((4,), 1, use_bias=False)
     x = jnp.asarray(rng.standard_normal((20, 3)))
     labels = jnp.asarray(rng.choice([-1.0, 1.0], 20))
-    bound = branches.mlp_output_bound(2, 2.0, float(jnp.linalg.norm(x, axis=1).max()))
+    bound = networks.mlp_output_bound(2, 2.0, float(jnp.linalg.norm(x, axis=1).max()))
     margins = []
     for _ in range(30):
         w = [rng.standard_normal((4, 3)), rng.standard_normal((1, 4))]

@@ -15,9 +15,9 @@ from flax import linen as nn
 from flax import nnx
 from jax import Array, lax
 
-from dualgap_jax import branches, mixture, multi_branch
-from dualgap_jax.multibranch import branch_keys, sum_branches, sum_rest
-from dualgap_jax.types import Branch
+from dualgap_jax import mixture, multi_branch, networks
+from dualgap_jax.networks import branch_keys, sum_branches, sum_rest
+from dualgap_jax.types import Network
 
 
 class LinenNet(nn.Module):
@@ -41,21 +41,21 @@ class NnxNet(nnx.Module):
         return self.last(self.drop(nnx.tanh(self.norm(self.first(x)))))
 
 
-def products() -> Branch:
+def products() -> Network:
     def init(key: Array, x: Array) -> dict[str, Array]:
         return {"a": jax.random.normal(key, (x.shape[1], 3), x.dtype), "b": jax.random.normal(key, (), x.dtype)}
 
-    return branches.from_functions(init, lambda params, x: params["b"] * jnp.tanh(x @ params["a"]) ** 2)
+    return networks.from_functions(init, lambda params, x: params["b"] * jnp.tanh(x @ params["a"]) ** 2)
 
 
 # Name: the branch, and the shape of one example.
-NETWORKS: dict[str, tuple[Callable[[], Branch], tuple[int, ...]]] = {
-    "mlp": (lambda: branches.mlp((5, 4), 3), (7,)),
-    "mlp_affine": (lambda: branches.mlp((), 3, use_bias=False), (7,)),
-    "conv": (lambda: branches.conv((2,), 3, activation="tanh", batch_norm=True, dropout=0.3), (5, 4, 2)),
-    "gru": (lambda: branches.gru(4, 3), (4, 2)),
-    "linen": (lambda: branches.from_linen(LinenNet()), (7,)),
-    "nnx": (lambda: branches.from_nnx(NnxNet), (7,)),
+NETWORKS: dict[str, tuple[Callable[[], Network], tuple[int, ...]]] = {
+    "mlp": (lambda: networks.mlp((5, 4), 3), (7,)),
+    "mlp_affine": (lambda: networks.mlp((), 3, use_bias=False), (7,)),
+    "conv": (lambda: networks.conv((2,), 3, activation="tanh", batch_norm=True, dropout=0.3), (5, 4, 2)),
+    "gru": (lambda: networks.gru(4, 3), (4, 2)),
+    "linen": (lambda: networks.from_linen(LinenNet()), (7,)),
+    "nnx": (lambda: networks.from_nnx(NnxNet), (7,)),
     "functions": (products, (7,)),
 }
 STATEFUL = ("conv", "linen", "nnx")
@@ -81,7 +81,7 @@ def random_like(tree: Any, rng: np.random.Generator, low: float = -1.5) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(rng.uniform(low, 1.5, a.shape), a.dtype), tree)
 
 
-def random_instance(name: str, count: int, rng: np.random.Generator) -> tuple[Branch, Any, Any, Array]:
+def random_instance(name: str, count: int, rng: np.random.Generator) -> tuple[Network, Any, Any, Array]:
     """A branch, random stacked parameters and (positive) state of `count` branches, and inputs."""
     make, shape = NETWORKS[name]
     branch = make()
@@ -90,7 +90,7 @@ def random_instance(name: str, count: int, rng: np.random.Generator) -> tuple[Br
     return branch, random_like(params, rng), random_like(state, rng, low=0.5), x
 
 
-def loop(branch: Branch, params: Any, state: Any, x: Array, key: Array | None, train: bool) -> tuple[Array, Any]:
+def loop(branch: Network, params: Any, state: Any, x: Array, key: Array | None, train: bool) -> tuple[Array, Any]:
     """The plain sum over branches as a Python loop, one branch after another."""
     apply = jax.jit(branch.apply, static_argnames="train")
     total: Any = 0.0
@@ -131,7 +131,7 @@ def test_equals_a_loop_over_branches_whatever_the_chunks(name: str, rng: np.rand
         for chunk_size in chunks[reduce]:
             net = multi_branch(branch, 6, reduce=reduce, chunk_size=chunk_size)
 
-            def objective(params: Any, x: Array, net: Branch = net) -> tuple[Array, Any]:
+            def objective(params: Any, x: Array, net: Network = net) -> tuple[Array, Any]:
                 y, new = net.apply(params, state, x, key=key, train=True)
                 return jnp.sum(weights * jnp.sin(y)), (y, new)
 
@@ -194,7 +194,7 @@ def parameter_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def init_bytes(branch: Branch, count: int, d: int) -> tuple[int, int]:
+def init_bytes(branch: Network, count: int, d: int) -> tuple[int, int]:
     """Bytes of the result and of the temporaries of a jitted init, by the compiler's account."""
     x = jax.ShapeDtypeStruct((2, d), jnp.float32)
     memory = jax.jit(multi_branch(branch, count).init).lower(jax.random.key(0), x).compile().memory_analysis()
@@ -207,7 +207,7 @@ def init_bytes(branch: Branch, count: int, d: int) -> tuple[int, int]:
     [(1000, 784, (8,), "torch"), (997, 784, (8,), "he"), (211, 3072, (8, 8, 8), "torch")],
 )
 def test_init_needs_at_most_1_3_times_the_parameters(count: int, d: int, hidden: tuple[int, ...], init: str) -> None:
-    branch = branches.mlp(hidden, init=init)
+    branch = networks.mlp(hidden, init=init)
     one, _ = jax.eval_shape(branch.init, jax.random.key(0), jnp.zeros((1, d)))
     output, temporary = init_bytes(branch, count, d)
     assert output >= count * parameter_bytes(one)
@@ -217,7 +217,7 @@ def test_init_needs_at_most_1_3_times_the_parameters(count: int, d: int, hidden:
 @pytest.mark.parametrize("count", [1, 7])
 def test_init_of_few_branches_needs_the_temporaries_of_drawing_one(count: int) -> None:
     """Below about 20 branches one branch is more than a twentieth; then its draw, not 1.3, sets the peak."""
-    branch = branches.mlp((8,))
+    branch = networks.mlp((8,))
     one, _ = jax.eval_shape(branch.init, jax.random.key(0), jnp.zeros((1, 784)))
     output, temporary = init_bytes(branch, count, 784)
     assert output < 1.01 * count * parameter_bytes(one) + 1000
@@ -227,14 +227,14 @@ def test_init_of_few_branches_needs_the_temporaries_of_drawing_one(count: int) -
 # ----------------------------------------------------------------------------------------------- transformations
 
 
-def counting_branch() -> tuple[Branch, list[int]]:
+def counting_branch() -> tuple[Network, list[int]]:
     traces = [0]
 
     def apply(params: Array, x: Array) -> Array:
         traces[0] += 1
         return x @ params
 
-    return branches.from_functions(lambda key, x: jax.random.normal(key, (x.shape[1], 2), x.dtype), apply), traces
+    return networks.from_functions(lambda key, x: jax.random.normal(key, (x.shape[1], 2), x.dtype), apply), traces
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7, 10])
@@ -284,7 +284,7 @@ def test_a_training_loop_compiles_once_and_carries_its_state(x64: None, rng: np.
 
 
 def test_vmap_over_seeds_equals_one_after_another(rng: np.random.Generator, x64: None) -> None:
-    net = multi_branch(branches.from_linen(LinenNet()), 5, chunk_size=2)
+    net = multi_branch(networks.from_linen(LinenNet()), 5, chunk_size=2)
     x = jnp.asarray(rng.standard_normal((6, 7)))
     keys = jax.random.split(jax.random.key(0), 3)
 
@@ -312,7 +312,7 @@ def test_second_derivatives_pass_through_chunks(name: str, rng: np.random.Genera
 
 def test_a_chunked_gradient_keeps_less_than_an_unchunked_one() -> None:
     """Recomputed chunk by chunk: the temporaries are those of one chunk and of the gradient itself."""
-    branch, x = branches.mlp((64, 64)), jnp.zeros((256, 16))
+    branch, x = networks.mlp((64, 64)), jnp.zeros((256, 16))
 
     def temporaries(chunk_size: int | None) -> int:
         net = multi_branch(branch, 64, chunk_size=chunk_size)
@@ -329,7 +329,7 @@ def test_a_chunked_gradient_keeps_less_than_an_unchunked_one() -> None:
 
 
 def test_nesting_is_the_mean_of_means_with_keys_folded_twice(rng: np.random.Generator, x64: None) -> None:
-    branch = branches.from_linen(LinenNet())
+    branch = networks.from_linen(LinenNet())
     net = multi_branch(multi_branch(branch, 3, reduce="sum"), 4, chunk_size=2)
     x = jnp.asarray(rng.standard_normal((6, 7)))
     root, key = jax.random.key(1), jax.random.key(2)
@@ -352,18 +352,18 @@ def test_nesting_is_the_mean_of_means_with_keys_folded_twice(rng: np.random.Gene
 def test_mixture_equals_a_loop_over_its_networks(
     weights: tuple[float, ...] | None, rng: np.random.Generator, x64: None
 ) -> None:
-    networks = [
-        branches.from_linen(LinenNet()),
-        multi_branch(branches.mlp((4,), 3), 3, reduce="sum"),
-        branches.from_nnx(NnxNet),
+    parts = [
+        networks.from_linen(LinenNet()),
+        multi_branch(networks.mlp((4,), 3), 3, reduce="sum"),
+        networks.from_nnx(NnxNet),
     ]
-    net = mixture(networks, weights=weights)
+    net = mixture(parts, weights=weights)
     x = jnp.asarray(rng.standard_normal((6, 7)))
     root, key = jax.random.key(1), jax.random.key(2)
     params, state = net.init(root, x)
     y, new = net.apply(params, state, x, key=key, train=True)
     total: Any = 0.0
-    for k, network in enumerate(networks):
+    for k, network in enumerate(parts):
         p, s = network.init(jax.random.fold_in(root, k), x)
         assert_trees_close((params[k], state[k]), (p, s), 1e-15)
         part, changed = network.apply(p, s, x, key=jax.random.fold_in(key, k), train=True)
@@ -375,7 +375,7 @@ def test_mixture_equals_a_loop_over_its_networks(
 
 
 def test_the_mean_over_unlike_branches_is_a_weighted_mixture_of_sums(rng: np.random.Generator, x64: None) -> None:
-    a, b = branches.mlp((4,), 3), branches.mlp((2, 5), 3, activation="tanh")
+    a, b = networks.mlp((4,), 3), networks.mlp((2, 5), 3, activation="tanh")
     net = mixture([multi_branch(a, 2, reduce="sum"), multi_branch(b, 3, reduce="sum")], weights=(1 / 5, 1 / 5))
     x = jnp.asarray(rng.standard_normal((6, 7)))
     params = random_like(jax.eval_shape(net.init, jax.random.key(0), x)[0], rng)
@@ -385,7 +385,7 @@ def test_the_mean_over_unlike_branches_is_a_weighted_mixture_of_sums(rng: np.ran
 
 
 def test_a_mixture_can_be_stacked(rng: np.random.Generator, x64: None) -> None:
-    mixed = mixture([branches.mlp((4,), 3), branches.mlp((), 3)])
+    mixed = mixture([networks.mlp((4,), 3), networks.mlp((), 3)])
     x = jnp.asarray(rng.standard_normal((6, 7)))
     net = multi_branch(mixed, 5, chunk_size=2)
     params = random_like(jax.eval_shape(net.init, jax.random.key(0), x)[0], rng)
@@ -396,13 +396,13 @@ def test_a_mixture_can_be_stacked(rng: np.random.Generator, x64: None) -> None:
 # --------------------------------------------------------------------------------------------------------------- stem
 
 
-STEMMED: dict[str, Callable[[], Branch]] = {
-    "mean": lambda: multi_branch(branches.mlp((5, 4), 3), 4),
-    "sum": lambda: multi_branch(branches.mlp((), 3, use_bias=False), 4, reduce="sum", chunk_size=3),
-    "nested": lambda: multi_branch(multi_branch(branches.mlp((5,), 3), 2, reduce="sum"), 3),
-    "mixture": lambda: mixture([branches.mlp((5,), 3), branches.mlp((), 3)], weights=(2.0, -1.0)),
-    "mixed": lambda: mixture([multi_branch(branches.mlp((5,), 3), 3), branches.mlp((2, 2), 3)]),
-    "stacked_mixture": lambda: multi_branch(mixture([branches.mlp((5,), 3), branches.mlp((), 3)]), 3),
+STEMMED: dict[str, Callable[[], Network]] = {
+    "mean": lambda: multi_branch(networks.mlp((5, 4), 3), 4),
+    "sum": lambda: multi_branch(networks.mlp((), 3, use_bias=False), 4, reduce="sum", chunk_size=3),
+    "nested": lambda: multi_branch(multi_branch(networks.mlp((5,), 3), 2, reduce="sum"), 3),
+    "mixture": lambda: mixture([networks.mlp((5,), 3), networks.mlp((), 3)], weights=(2.0, -1.0)),
+    "mixed": lambda: mixture([multi_branch(networks.mlp((5,), 3), 3), networks.mlp((2, 2), 3)]),
+    "stacked_mixture": lambda: multi_branch(mixture([networks.mlp((5,), 3), networks.mlp((), 3)]), 3),
 }
 
 
@@ -431,18 +431,18 @@ def test_stem_contract(name: str, rng: np.random.Generator, x64: None) -> None:
 
 
 def test_stacked_describes_the_sum() -> None:
-    branch = branches.mlp()
+    branch = networks.mlp()
     for reduce, scale in (("mean", 1 / 8), ("sum", 1.0)):
         stacked = multi_branch(branch, 8, reduce=reduce).stacked
         assert stacked is not None
         assert (stacked.branch, stacked.num_branches, stacked.scale) == (branch, 8, scale)
     assert branch.stacked is None
-    assert multi_branch(branches.gru(), 3).stem is None
+    assert multi_branch(networks.gru(), 3).stem is None
 
 
 def test_sum_rest_needs_a_stem() -> None:
     with pytest.raises(ValueError, match="needs a branch with a stem"):
-        sum_rest(branches.gru(), (), (), jnp.zeros(()))
+        sum_rest(networks.gru(), (), (), jnp.zeros(()))
 
 
 def test_sum_branches_takes_a_range_of_branches_with_their_own_keys(rng: np.random.Generator, x64: None) -> None:
@@ -465,37 +465,37 @@ def test_sum_branches_takes_a_range_of_branches_with_their_own_keys(rng: np.rand
 @pytest.mark.parametrize("value", [True, False, 0, -1, 2.5, 3.0, "3", None, np.nan])
 def test_num_branches_must_be_a_positive_integer(value: Any) -> None:
     with pytest.raises(ValueError, match=r"num_branches must be a positive integer, got") as raised:
-        inspect.unwrap(multi_branch)(branches.mlp(), value)
+        inspect.unwrap(multi_branch)(networks.mlp(), value)
     assert repr(value) in str(raised.value)
 
 
 @pytest.mark.parametrize("value", [True, 0, -1, 2.5, "3"])
 def test_chunk_size_must_be_a_positive_integer(value: Any) -> None:
     with pytest.raises(ValueError, match=r"chunk_size must be a positive integer, got"):
-        inspect.unwrap(multi_branch)(branches.mlp(), 3, chunk_size=value)
+        inspect.unwrap(multi_branch)(networks.mlp(), 3, chunk_size=value)
 
 
 def test_reduce_must_be_known() -> None:
     with pytest.raises(ValueError, match=r"reduce='average' is unknown\. Allowed: mean, sum\."):
-        multi_branch(branches.mlp(), 3, reduce="average")
+        multi_branch(networks.mlp(), 3, reduce="average")
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_parameters_of_another_number_of_branches_are_refused(chunk_size: int | None) -> None:
-    net, x = multi_branch(branches.mlp((4,), 3), 5, chunk_size=chunk_size), jnp.ones((2, 7))
+    net, x = multi_branch(networks.mlp((4,), 3), 5, chunk_size=chunk_size), jnp.ones((2, 7))
     for count in (4, 6):
-        params, state = jax.eval_shape(multi_branch(branches.mlp((4,), 3), count).init, jax.random.key(0), x)
+        params, state = jax.eval_shape(multi_branch(networks.mlp((4,), 3), count).init, jax.random.key(0), x)
         with pytest.raises(ValueError, match=rf"network of 5 branches got a leaf of shape \({count}, "):
             jax.eval_shape(net.apply, params, state, x)
     assert net.stem is not None
     with pytest.raises(ValueError, match="every leaf must lead"):
         net.stem.preactivation(params, x)
     with pytest.raises(ValueError, match="every leaf must lead"):
-        jax.eval_shape(net.apply, *jax.eval_shape(branches.mlp((4,), 3).init, jax.random.key(0), x), x)
+        jax.eval_shape(net.apply, *jax.eval_shape(networks.mlp((4,), 3).init, jax.random.key(0), x), x)
 
 
 def test_mixtures_refuse_what_does_not_fit() -> None:
-    a, b = branches.mlp((4,), 3), branches.mlp((4,), 1)
+    a, b = networks.mlp((4,), 3), networks.mlp((4,), 1)
     with pytest.raises(ValueError, match="at least one network"):
         mixture([])
     with pytest.raises(ValueError, match="2 networks need as many weights, got 3"):

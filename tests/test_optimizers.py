@@ -14,9 +14,8 @@ import pytest
 from optax import contrib
 
 from dualgap_jax import optimizers
-from dualgap_jax.branches import from_functions, mlp
 from dualgap_jax.config import Component, ConfigError
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import from_functions, mlp, multi_branch
 
 # Optax itself promotes ranks in places; the package's tests forbid it.
 pytestmark = pytest.mark.usefixtures("promotion")

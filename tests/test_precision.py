@@ -17,8 +17,7 @@ import optax
 import pytest
 from jax import Array
 
-from dualgap_jax import branches, losses, training
-from dualgap_jax.branches import upcast, with_precision
+from dualgap_jax import losses, networks, training
 from dualgap_jax.config import Component, ConfigError, to_config, to_spec
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.landscape import (
@@ -29,9 +28,9 @@ from dualgap_jax.experiments.landscape import (
     landscape_experiment,
     regime,
 )
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import multi_branch, upcast, with_precision
 from dualgap_jax.records import Workdir, load_json, load_npz
-from dualgap_jax.types import Branch
+from dualgap_jax.types import Network
 
 F32, BF16 = "float32", "bfloat16"
 LOWERED = ((F32, BF16), (BF16, F32), (BF16, BF16))
@@ -44,8 +43,8 @@ def rounding(dtype: str) -> Rounding:
     return lambda a: np.asarray(a, np.float64).astype(np.float32).astype(target).astype(np.float64)
 
 
-def network(hidden: tuple[int, ...], params: str, compute: str, count: int, **settings: Any) -> Branch:
-    branch = with_precision(branches.mlp(hidden, 3), param_dtype=params, compute_dtype=compute)
+def network(hidden: tuple[int, ...], params: str, compute: str, count: int, **settings: Any) -> Network:
+    branch = with_precision(networks.mlp(hidden, 3), param_dtype=params, compute_dtype=compute)
     return multi_branch(branch, count, **settings)
 
 
@@ -130,7 +129,7 @@ def test_mlp_rounds_where_the_oracle_does(
 
 def test_float32_is_the_plain_branch_bit_for_bit(rng: np.random.Generator) -> None:
     x = jnp.asarray(rng.standard_normal((6, 5, 4, 2)), jnp.float32)
-    for plain in (branches.mlp((4,), 3), branches.conv((2,), 3, batch_norm=True)):
+    for plain in (networks.mlp((4,), 3), networks.conv((2,), 3, batch_norm=True)):
         results = []
         for net in (multi_branch(plain, 3), multi_branch(with_precision(plain), 3)):
             params, state = jax.jit(net.init)(jax.random.key(1), x)
@@ -144,7 +143,7 @@ def test_modules_keep_their_state_and_give_float32(
     params_dtype: str, compute: str, chunk_size: int | None, rng: np.random.Generator
 ) -> None:
     """A convolution with batch norm: near the float32 network, but not equal to it."""
-    plain = branches.conv((3,), 3, activation="tanh", batch_norm=True)
+    plain = networks.conv((3,), 3, activation="tanh", batch_norm=True)
     assert plain.stem is None
     lowered = with_precision(plain, param_dtype=params_dtype, compute_dtype=compute)
     x = jnp.asarray(rng.standard_normal((16, 1, 4, 2)), jnp.float32)
@@ -155,7 +154,7 @@ def test_modules_keep_their_state_and_give_float32(
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {F32}
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(b.dtype), b), exact, params)
 
-    def run(net: Branch, params: Any) -> Any:
+    def run(net: Network, params: Any) -> Any:
         def objective(params: Any) -> tuple[Array, Any]:
             y, new = net.apply(params, state, x, key=key, train=True)
             return jnp.sum(y**2), (y, new)
@@ -180,9 +179,9 @@ def test_branches_are_added_up_in_float32(name: str, chunk_size: int | None) -> 
     assert jnp.sum(ones) == 4096
     assert np.cumsum(np.ones(count, ml_dtypes.bfloat16))[-1] == 256
     branch = {
-        "mlp": branches.mlp((2,), 1),
-        "affine": branches.mlp((), 1),
-        "functions": branches.from_functions(lambda key, x: jnp.ones(()), lambda w, x: w * x[:, :1]),
+        "mlp": networks.mlp((2,), 1),
+        "affine": networks.mlp((), 1),
+        "functions": networks.from_functions(lambda key, x: jnp.ones(()), lambda w, x: w * x[:, :1]),
     }[name]
     x = jnp.ones((2, 2))
     shapes, state = jax.eval_shape(branch.init, jax.random.key(0), x)
@@ -224,7 +223,7 @@ def test_no_sum_of_a_training_step_is_in_bfloat16(hidden: tuple[int, ...]) -> No
         net = network(hidden, BF16, BF16, 5, chunk_size=chunk_size)
         params, state = jax.eval_shape(net.init, jax.random.key(0), x)
 
-        def objective(params: Any, net: Branch = net, state: Any = state) -> Array:
+        def objective(params: Any, net: Network = net, state: Any = state) -> Array:
             outputs, _ = net.apply(params, state, x, train=True)
             return jnp.mean(losses.multi_margin().per_example(outputs, y))
 
@@ -242,7 +241,7 @@ def test_no_sum_of_a_training_step_is_in_bfloat16(hidden: tuple[int, ...]) -> No
 
 def linear_step(w: Array, slope: Array, rate: Array) -> Array:
     """The weights after one step on the loss `slope . w`, whose gradient is `slope` in the dtype of w."""
-    net = branches.from_functions(lambda key, x: w, lambda params, x: x @ upcast(params)[:, None])
+    net = networks.from_functions(lambda key, x: w, lambda params, x: x @ upcast(params)[:, None])
     loss = losses.squared()._replace(per_example=lambda outputs, y: outputs[:, 0])
     carry = training.Carry(w, (), optax.identity().init(w))
     x = slope.astype(jnp.float32)[None]
@@ -355,11 +354,11 @@ def test_precision_comes_from_the_config() -> None:
 
 def test_what_with_precision_refuses() -> None:
     with pytest.raises(ValueError, match="param_dtype=int32"):
-        with_precision(branches.mlp(), param_dtype="int32")
+        with_precision(networks.mlp(), param_dtype="int32")
     with pytest.raises(ValueError, match="compute_dtype=int8"):
-        with_precision(branches.mlp(), compute_dtype="int8")
+        with_precision(networks.mlp(), compute_dtype="int8")
     with pytest.raises(ValueError, match=r"multi_branch\(with_precision\(branch"):
-        with_precision(multi_branch(branches.mlp(), 2), compute_dtype=BF16)
+        with_precision(multi_branch(networks.mlp(), 2), compute_dtype=BF16)
 
 
 def test_upcast_is_exact_and_leaves_wide_numbers_alone(rng: np.random.Generator, x64: None) -> None:
@@ -374,6 +373,6 @@ def test_upcast_is_exact_and_leaves_wide_numbers_alone(rng: np.random.Generator,
         assert isinstance(leaf, np.ndarray)
         np.testing.assert_array_equal(leaf, wide[name])
     assert upcast(on_disk)["float64"] is on_disk["float64"]
-    net = with_precision(branches.mlp((3,), 2), param_dtype="float64", compute_dtype="float64")
+    net = with_precision(networks.mlp((3,), 2), param_dtype="float64", compute_dtype="float64")
     params, state = net.init(jax.random.key(0), jnp.ones((2, 3), jnp.float32))
     assert net.apply(params, state, jnp.ones((2, 3), jnp.float32))[0].dtype == jnp.float64

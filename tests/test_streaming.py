@@ -19,11 +19,10 @@ import optax
 import pytest
 
 from dualgap_jax import training
-from dualgap_jax.branches import conv, from_functions, mlp
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, validate
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.multibranch import mixture, multi_branch
+from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branch
 from dualgap_jax.sharding import Layout, MeshSpec
 from dualgap_jax.steps import Carry, Place, acts_branch_by_branch, branch_step, step
 from dualgap_jax.streaming import StreamedSolver
@@ -352,10 +351,9 @@ _MEMORY = """
     import json
     import jax
     import numpy as np
-    from dualgap_jax.branches import mlp
     from dualgap_jax.data import Dataset, validate
     from dualgap_jax.losses import multi_margin
-    from dualgap_jax.multibranch import multi_branch
+    from dualgap_jax.networks import mlp, multi_branch
     from dualgap_jax.records import peak_memory
     from dualgap_jax.training import TrainingSpec, train
 

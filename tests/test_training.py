@@ -16,16 +16,15 @@ import optax
 import pytest
 
 from dualgap_jax import training
-from dualgap_jax.branches import conv, mlp
 from dualgap_jax.checkpoints import Checkpointer, CheckpointMismatchError
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import conv, mlp, multi_branch
 from dualgap_jax.records import Metrics, read_metrics
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.training import BatchOrder, Carry, Solution, TrainingSpec, evaluate, optimizer, solution_key, train
-from dualgap_jax.types import Branch
+from dualgap_jax.types import Network
 
 CONSTANT = Component("constant", {})
 # Most tests run the same few programs, which are compiled once.
@@ -61,7 +60,7 @@ def images(rng: np.random.Generator, n: int = 20) -> Dataset:
     return Dataset("images", x, y, mean.astype(np.float32), std.astype(np.float32), 3, "multiclass", {})
 
 
-def network(hidden: tuple[int, ...] = (4,), num_branches: int = 2, out: int = 1, **options: Any) -> Branch:
+def network(hidden: tuple[int, ...] = (4,), num_branches: int = 2, out: int = 1, **options: Any) -> Network:
     """A multi-branch mlp, initialised from one uniform draw: compiling the usual draws takes most of a small run."""
     net = multi_branch(mlp(hidden, out), num_branches, **options)
 
@@ -138,7 +137,7 @@ def hinge_gradient(
     return float(loss.mean()), gradient
 
 
-def one_step(net: Branch, loss: Loss, transformation: optax.GradientTransformation) -> Callable[..., Any]:
+def one_step(net: Network, loss: Loss, transformation: optax.GradientTransformation) -> Callable[..., Any]:
     return jax.jit(functools.partial(training.step, net, loss, transformation))
 
 
@@ -454,7 +453,7 @@ def test_noise_is_a_function_of_seed_solution_and_step(rng: np.random.Generator)
     def init(key: Any, x: Any, /) -> Any:
         return net.init(key, x)[0], dict.fromkeys(("sum", "last", "now"), jnp.zeros(()))
 
-    noisy_net = Branch(init, noisy)
+    noisy_net = Network(init, noisy)
     for groups in (3, 1):
         got = train(noisy_net, binary_hinge(), data, SPEC, seed=6, num_solutions=3, group_size=groups)
         for k, solution in enumerate(got):
@@ -719,7 +718,7 @@ def test_a_kill_in_the_second_group_keeps_the_first(tmp_path: Path, rng: np.rand
 def test_finished_solutions_are_read_not_trained_again(tmp_path: Path, rng: np.random.Generator) -> None:
     data, net = labelled(rng), network()
 
-    def call(net: Branch, **files: Any) -> list[Solution]:
+    def call(net: Network, **files: Any) -> list[Solution]:
         return train(net, binary_hinge(), data, spec_with(checkpoint_seconds=60.0), num_solutions=3, **files)
 
     expected = finished(tmp_path, lambda **files: call(net, **files))
@@ -877,11 +876,11 @@ def test_schedules_refuse_values_out_of_range(schedule: str, settings: Any, mess
 
 
 @pytest.fixture
-def small(rng: np.random.Generator) -> tuple[Branch, Dataset]:
+def small(rng: np.random.Generator) -> tuple[Network, Dataset]:
     return network(), labelled(rng, dtype=np.float32)
 
 
-def test_unknown_names_are_named_with_near_matches(small: tuple[Branch, Dataset]) -> None:
+def test_unknown_names_are_named_with_near_matches(small: tuple[Network, Dataset]) -> None:
     net, data = small
     with pytest.raises(UnknownNameError, match=r"unknown schedule 'plateu'. Did you mean 'plateau'"):
         train(net, binary_hinge(), data, TrainingSpec(8, schedule=Component("plateu", {})))
@@ -898,7 +897,7 @@ def test_an_unknown_scaling_is_named_with_near_matches() -> None:
         spec.__post_init__()
 
 
-def test_a_loss_that_does_not_fit_the_labels_is_refused(small: tuple[Branch, Dataset]) -> None:
+def test_a_loss_that_does_not_fit_the_labels_is_refused(small: tuple[Network, Dataset]) -> None:
     net, data = small
     for call in (
         lambda: train(net, multi_margin(), data, TrainingSpec(8, max_steps=1)),
@@ -917,14 +916,14 @@ def test_a_loss_that_does_not_fit_the_labels_is_refused(small: tuple[Branch, Dat
         ({"learning_rate": -0.5}, r"learning_rate=-0\.5 must be positive"),
     ],
 )
-def test_train_refuses_numbers_out_of_range(options: Any, message: str, small: tuple[Branch, Dataset]) -> None:
+def test_train_refuses_numbers_out_of_range(options: Any, message: str, small: tuple[Network, Dataset]) -> None:
     net, data = small
     with pytest.raises(ConfigError, match=message):
         train(net, binary_hinge(), data, **{"spec": TrainingSpec(8), **options})
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])
-def test_evaluate_refuses_a_batch_size_below_one(batch_size: int, small: tuple[Branch, Dataset]) -> None:
+def test_evaluate_refuses_a_batch_size_below_one(batch_size: int, small: tuple[Network, Dataset]) -> None:
     net, data = small
     params, state = net.init(jax.random.key(0), jnp.asarray(data.x[:1]))
     with pytest.raises(ConfigError, match=f"batch_size={batch_size} must be at least 1"):

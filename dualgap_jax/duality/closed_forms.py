@@ -131,7 +131,7 @@ def homogeneous_delta(kappa: Kappa, *, degree: int, radius: int | float) -> floa
 def kappa_linear(
     x: Float64[np.ndarray, "n d"], c: Float64[np.ndarray, "n out"], *, tau: int | float, widths: tuple[int, ...]
 ) -> Kappa:
-    """kappa of a bias-free linear branch with layers `d -> widths[0] -> ... -> out`, in the order of `branches.mlp`.
+    """kappa of a bias-free linear branch with layers `d -> widths[0] -> ... -> out`, in the order of `networks.mlp`.
 
     Args:
       x: inputs, flat.
@@ -161,7 +161,7 @@ def kappa_linear(
 def kappa_relu_chain(
     x: Float64[np.ndarray, "n d"], c: Float64[np.ndarray, " n"], *, tau: int | float, widths: tuple[int, ...]
 ) -> Kappa:
-    """kappa of a bias-free ReLU branch with one output in up to three input dimensions, in the order of `branches.mlp`.
+    """kappa of a bias-free ReLU branch with one output in up to three input dimensions, in the order of `networks.mlp`.
 
     Args:
       x: inputs, d <= 3.

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float64
 from dualgap_jax import seeds
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import AssumptionCheck, Loss, check_assumption_1
-from dualgap_jax.types import Branch, PyTree
+from dualgap_jax.types import Network, PyTree
 
 
 class Problem(NamedTuple):
@@ -42,7 +42,7 @@ class Problem(NamedTuple):
       size: p.
     """
 
-    branch: Branch
+    branch: Network
     x: np.ndarray
     c: Float64[np.ndarray, "n out"]
     offset: float
@@ -99,7 +99,7 @@ def functional(dataset: Dataset) -> tuple[Float64[np.ndarray, "n out"], float]:
 
 
 def branch_problem(
-    branch: Branch, dataset: Dataset, *, tau: int | float, radius: int | float, power: int | float = 2.0, seed: int = 0
+    branch: Network, dataset: Dataset, *, tau: int | float, radius: int | float, power: int | float = 2.0, seed: int = 0
 ) -> Problem:
     """The one-branch problem of a branch on a data set.
 

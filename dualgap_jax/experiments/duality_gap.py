@@ -14,7 +14,6 @@ import numpy as np
 from jax import Array
 
 from dualgap_jax import seeds
-from dualgap_jax.branches import mlp_output_bound
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import closed_forms, deltas, gap
@@ -24,7 +23,7 @@ from dualgap_jax.duality.problem import Problem, branch_problem, primal_risk, va
 from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
 from dualgap_jax.experiments.base import Report, Tables
 from dualgap_jax.losses import Loss
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import mlp_output_bound, multi_branch
 from dualgap_jax.records import Progress, Workdir, load_json, load_npz, save_json, save_npz
 
 HOMOGENEOUS = ("relu", "leaky_relu", "identity")

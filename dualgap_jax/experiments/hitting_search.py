@@ -14,7 +14,6 @@ import numpy as np
 from scipy import stats
 
 from dualgap_jax import hitting
-from dualgap_jax.branches import KERNEL_INITS
 from dualgap_jax.config import Component, require
 from dualgap_jax.experiments.base import Report, Tables
 from dualgap_jax.experiments.hitting_rate import (
@@ -28,6 +27,7 @@ from dualgap_jax.experiments.hitting_rate import (
     row,
     setting_text,
 )
+from dualgap_jax.networks import KERNEL_INITS
 from dualgap_jax.records import Progress, Workdir, load_npz, save_json, save_npz
 from dualgap_jax.registry import unknown
 from dualgap_jax.training import SCHEDULES

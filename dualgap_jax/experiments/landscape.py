@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualgap_jax import convexity, landscape, seeds
-from dualgap_jax.branches import upcast, with_precision
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments.base import NO_REPORT, Report, Tables
 from dualgap_jax.losses import Loss, check_assumption_1
-from dualgap_jax.multibranch import multi_branch
+from dualgap_jax.networks import multi_branch, upcast, with_precision
 from dualgap_jax.records import Workdir, save_json, save_npz
 from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
@@ -32,7 +31,7 @@ from dualgap_jax.training import (
     scaled_learning_rate,
     train,
 )
-from dualgap_jax.types import Branch, BranchSource, Params, State
+from dualgap_jax.types import BranchSource, Network, Params, State
 
 DType = Literal["float32", "bfloat16"]
 
@@ -40,7 +39,7 @@ PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
 
 
 # A solution in memory, or where it can be read a few branches at a time.
-Network = tuple[Params, State] | BranchSource
+Trained = tuple[Params, State] | BranchSource
 
 
 class DivergedError(RuntimeError):
@@ -82,7 +81,7 @@ class PlaneSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionSpec:
-    """The number formats of training; see `branches.with_precision`.  Evaluation and surfaces are always in float32.
+    """The number formats of training; see `networks.with_precision`.  Evaluation and surfaces are always in float32.
 
     Attributes:
       params: of the stored parameters, 'float32' or 'bfloat16'.
@@ -167,8 +166,8 @@ class Setting(NamedTuple):
     """
 
     dataset: Dataset
-    net: Branch
-    training_net: Branch
+    net: Network
+    training_net: Network
     loss: Loss
 
 
@@ -178,7 +177,7 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
     dataset = tables.datasets.build(spec.data.name, **spec.data.settings)
     branch = tables.branches.build(spec.branch.name, **{**spec.branch.settings, "out": dataset.num_outputs})
 
-    def network(branch: Branch) -> Branch:
+    def network(branch: Network) -> Network:
         return multi_branch(branch, spec.num_branches, reduce=spec.reduce)
 
     net = network(branch)
@@ -221,7 +220,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
     if not workdir.writes:
         _check_not_diverged(spec, solutions)
         return NO_REPORT
-    networks: list[Network] = [
+    networks: list[Trained] = [
         (upcast(s.params), s.state) if s.source is None else _Upcast(s.source) for s in solutions
     ]
     evaluations = [_evaluate(net, loss, measured, network) for network in networks]
@@ -289,13 +288,13 @@ def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
     return dataset._replace(x=dataset.x[picked], y=dataset.y[picked])
 
 
-def _evaluate(net: Branch, loss: Loss, dataset: Dataset, network: Network) -> Evaluation:
+def _evaluate(net: Network, loss: Loss, dataset: Dataset, network: Trained) -> Evaluation:
     if isinstance(network, BranchSource):
         return landscape.evaluate_source(net, loss, dataset, network)
     return evaluate(net, loss, dataset, *network)
 
 
-def _plane(networks: Sequence[Network], axes: str) -> landscape.Plane | landscape.StreamedPlane:
+def _plane(networks: Sequence[Trained], axes: str) -> landscape.Plane | landscape.StreamedPlane:
     """The plane through three solutions, all in memory or all on disk."""
     sources = [network for network in networks if isinstance(network, BranchSource)]
     if sources:
@@ -305,7 +304,7 @@ def _plane(networks: Sequence[Network], axes: str) -> landscape.Plane | landscap
 
 
 def _measure(
-    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Branch, loss: Loss, networks: Sequence[Network]
+    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Network, loss: Loss, networks: Sequence[Trained]
 ) -> dict[str, Any]:
     """Plane, surface and scores; writes `results/landscape.npz`."""
     plane = _plane(networks, spec.plane.axes)

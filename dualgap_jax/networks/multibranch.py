@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dualgap_jax.types import Branch, KeyArray, Params, PyTree, Stacked, State, Stem
+from dualgap_jax.types import KeyArray, Network, Params, PyTree, Stacked, State, Stem
 
 REDUCTIONS = ("mean", "sum")
 _DRAWN_AT_A_TIME = 16 * 2**20
@@ -28,7 +28,7 @@ def branch_keys(key: KeyArray | None, first: Array | int, count: int) -> Any:
 
 
 def sum_branches(
-    branch: Branch, params: Params, state: State, x: Array, *, keys: Any = None, train: bool = False
+    branch: Network, params: Params, state: State, x: Array, *, keys: Any = None, train: bool = False
 ) -> tuple[Array, State]:
     """`sum_i f_i(w_i; x)` over the leading axis of `params` and `state`.
 
@@ -50,7 +50,7 @@ def sum_branches(
 
 
 def sum_rest(
-    branch: Branch, params: Params, state: State, z: PyTree, *, keys: Any = None, train: bool = False
+    branch: Network, params: Params, state: State, z: PyTree, *, keys: Any = None, train: bool = False
 ) -> tuple[Array, State]:
     """`sum_branches` from the first layer's pre-activations `z`, leaves `[I, ...]`.  The branch must name a stem."""
     if branch.stem is None:
@@ -63,7 +63,7 @@ def sum_rest(
 
 
 def draw_branches(
-    branch: Branch, key: KeyArray, x: Array, first: Array | int, count: int, *, chunk_size: int | None = None
+    branch: Network, key: KeyArray, x: Array, first: Array | int, count: int, *, chunk_size: int | None = None
 ) -> tuple[Params, State]:
     """Parameters and state of branches `first, first + 1, ...`, leaves `[count, ...]`; branch i from `fold_in(key, i)`.
 
@@ -106,7 +106,7 @@ def _check_branches(tree: PyTree, num_branches: int) -> None:
             )
 
 
-def multi_branch(branch: Branch, num_branches: int, *, reduce: str = "mean", chunk_size: int | None = None) -> Branch:
+def multi_branch(branch: Network, num_branches: int, *, reduce: str = "mean", chunk_size: int | None = None) -> Network:
     """The network `f(w; x) = (1/I) sum_i f_i(w_i; x)` of Section 2; the same type as `branch`, so it nests.
 
     Every parameter and state leaf leads with the branch axis `[I, ...]`.  Branch i is initialised with
@@ -168,7 +168,7 @@ def multi_branch(branch: Branch, num_branches: int, *, reduce: str = "mean", chu
 
     stacked = Stacked(branch, num_branches, scale)
     if branch.stem is None:
-        return Branch(init, apply, None, stacked)
+        return Network(init, apply, None, stacked)
     first_layer = branch.stem.preactivation
 
     def preactivation(params: Params, x: Array, /) -> PyTree:
@@ -183,10 +183,10 @@ def multi_branch(branch: Branch, num_branches: int, *, reduce: str = "mean", chu
         y, state = sum_rest(branch, params, state, z, keys=keys, train=train)
         return scale * y, state
 
-    return Branch(init, apply, Stem(preactivation, rest), stacked)
+    return Network(init, apply, Stem(preactivation, rest), stacked)
 
 
-def mixture(networks: Sequence[Branch], *, weights: Sequence[int | float] | None = None) -> Branch:
+def mixture(networks: Sequence[Network], *, weights: Sequence[int | float] | None = None) -> Network:
     """`sum_k weights[k] * networks[k]`: branches of unlike architectures in one network (Section 2 lets f_i differ).
 
     Parameters and state are tuples, one item a network.  For the mean over I_1 branches of one kind and I_2 of another,
@@ -233,7 +233,7 @@ def mixture(networks: Sequence[Branch], *, weights: Sequence[int | float] | None
 
     stems = [network.stem for network in networks if network.stem is not None]
     if len(stems) < len(networks):
-        return Branch(init, apply)
+        return Network(init, apply)
 
     def preactivation(params: Params, x: Array, /) -> PyTree:
         return tuple(stem.preactivation(p, x) for stem, p in zip(stems, params, strict=True))
@@ -243,4 +243,4 @@ def mixture(networks: Sequence[Branch], *, weights: Sequence[int | float] | None
     ) -> tuple[Array, State]:
         return combine([stem.rest for stem in stems], params, state, z, key, train)
 
-    return Branch(init, apply, Stem(preactivation, rest))
+    return Network(init, apply, Stem(preactivation, rest))

@@ -1,0 +1,142 @@
+"""Fully connected networks, and the bound on their outputs over a ball of weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dualgap_jax.networks.precision import accumulator
+from dualgap_jax.networks.settings import activation as activation_function
+from dualgap_jax.networks.settings import is_count
+from dualgap_jax.registry import UnknownNameError, unknown
+from dualgap_jax.types import KeyArray, Network, Params, State, Stem
+
+# Half-width of the uniform law or standard deviation of the normal law, as a function of the fan-in.
+KERNEL_INITS: Mapping[str, tuple[str, Callable[[int], float]]] = {
+    "torch": ("uniform", lambda fan_in: 1.0 / math.sqrt(fan_in)),
+    "lecun": ("normal", lambda fan_in: 1.0 / math.sqrt(fan_in)),
+    "he": ("normal", lambda fan_in: math.sqrt(2.0 / fan_in)),
+    "normal": ("normal", lambda fan_in: 1.0),
+}
+
+
+def mlp(
+    hidden: tuple[int, ...] = (8,),
+    out: int = 10,
+    activation: str | Callable[[Array], Array] = "relu",
+    use_bias: bool = True,
+    init: str = "torch",
+    init_scale: int | float = 1.0,
+) -> Network:
+    """A fully connected branch: `f_i(w; x) = W_L psi(... psi(W_1 x + b_1) ...) + b_L` (Section 2).
+
+    Kernels are stored `[out, in]` and act on features-by-batch arrays, so that a vmap over branches turns the first
+    layer into one large matrix product.  Inputs of any shape `[batch, ...]` are flattened to `[batch, d]`.
+    Parameters: a tuple of `{'kernel': [out, in], 'bias': [out]}`, first layer first.  There is no state.
+
+    Args:
+      hidden: widths of the hidden layers; `()` gives an affine branch.
+      out: number of outputs.
+      activation: a name in `ACTIVATIONS`, or an elementwise function.
+      use_bias: whether layers carry biases.
+      init: law of the kernels.  'torch': uniform on ±1/sqrt(fan_in), the authors' choice, biases too; 'lecun': normal,
+        variance 1/fan_in; 'he': normal, variance 2/fan_in; 'normal': standard normal.  Except for 'torch' biases are 0.
+      init_scale: multiplies every initial kernel and bias.
+
+    Raises:
+      ValueError: for a width or `out` that is not a positive integer, or `init_scale` not positive and finite.
+      UnknownNameError: for an unknown activation or init.
+    """
+    hidden = tuple(hidden)
+    if not all(map(is_count, (*hidden, out))):
+        raise ValueError(f"mlp: hidden={hidden}, out={out!r}: every width must be a positive integer.")
+    if not 0 < init_scale < math.inf:
+        raise ValueError(f"mlp: init_scale={init_scale} must be positive and finite.")
+    if init not in KERNEL_INITS:
+        raise UnknownNameError(unknown("init", init, KERNEL_INITS))
+    psi = activation_function(activation)
+    law, spread = KERNEL_INITS[init]
+
+    def init_fn(key: KeyArray, x: Array, /) -> tuple[Params, State]:
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+        widths = (math.prod(x.shape[1:]), *hidden, out)
+        random_bias = use_bias and init == "torch"
+        columns = [fan_in + random_bias for fan_in in widths[:-1]]
+        sizes = [width * c for width, c in zip(widths[1:], columns, strict=True)]
+        # One draw for all layers: the random generator takes most of the time to compile and to run an initialisation.
+        if law == "uniform":
+            numbers = jax.random.uniform(key, (sum(sizes),), dtype, -1.0, 1.0)
+        else:
+            numbers = jax.random.normal(key, (sum(sizes),), dtype)
+        layers: list[Params] = []
+        for fan_in, width in itertools.pairwise(widths):
+            block, numbers = jnp.split(numbers, [sizes[len(layers)]])
+            block = init_scale * spread(fan_in) * block.reshape(width, -1)
+            layer = {"kernel": block[:, :fan_in]}
+            if use_bias:
+                layer["bias"] = block[:, fan_in] if random_bias else jnp.zeros((width,), dtype)
+            layers.append(layer)
+        return tuple(layers), ()
+
+    def affine(layer: Mapping[str, Array], a: Array) -> Array:
+        z = layer["kernel"] @ a
+        if not use_bias:
+            return z
+        wide = accumulator(z.dtype)  # also for the gradient of the bias, a sum over the batch
+        return (z.astype(wide) + layer["bias"].astype(wide)[:, None]).astype(z.dtype)
+
+    def preactivation(params: Params, x: Array, /) -> Array:
+        return affine(params[0], x.reshape(x.shape[0], -1).T)
+
+    def features(params: Params, z: Array) -> Array:
+        """The input of the last layer, `[features, batch]`."""
+        for layer in params[1:-1]:
+            z = affine(layer, psi(z))
+        return psi(z)
+
+    def rest(
+        params: Params, state: State, z: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        del key, train
+        return (affine(params[-1], features(params, z)) if hidden else z).T, state
+
+    def rest_sum(
+        params: Params, state: State, z: Array, /, *, key: Any = None, train: bool = False
+    ) -> tuple[Array, State]:
+        del key, train
+        wide = accumulator(z.dtype)
+        if not hidden:
+            return z.sum(0, dtype=wide).T, state
+        head, inputs = params[-1], jax.vmap(features)(params, z)
+        # On CPU XLA is six times slower on the transposed product; the barrier keeps it from folding the transpose.
+        total = jnp.einsum("ioh,ihb->ob", head["kernel"], inputs, preferred_element_type=wide)
+        total = jax.lax.optimization_barrier(total).T
+        return (total + head["bias"].sum(0, dtype=wide)[None, :] if use_bias else total), state
+
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        return rest(params, state, preactivation(params, x), key=key, train=train)
+
+    return Network(init_fn, apply, Stem(preactivation, rest, rest_sum))
+
+
+def mlp_output_bound(num_layers: int, radius: int | float, input_norm: int | float) -> float:
+    """Largest `|f_i(w; x)|` of a bias-free branch over the ball `||w|| <= radius`, `(radius/sqrt(L))^L ||x||`.
+
+    For L weight matrices and an activation with `|psi(a)| <= |a|` (ReLU, tanh, identity): the product of operator norms
+    is at most the product of Frobenius norms, largest on the ball when they are equal.  A certified bound for
+    Assumption 1.
+
+    Raises:
+      ValueError: for num_layers below 1, or a radius or norm that is negative or NaN.
+    """
+    if not (num_layers >= 1 and radius >= 0 and input_norm >= 0):
+        raise ValueError(f"num_layers={num_layers} must be >= 1, radius={radius} and input_norm={input_norm} >= 0.")
+    return (radius / math.sqrt(num_layers)) ** num_layers * input_norm
