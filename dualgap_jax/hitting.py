@@ -132,7 +132,8 @@ def make_runs(width: Any, seed: Any, *, data: Any = 0, learning_rate: Any = 0.01
     """The runs with these columns, broadcast against one another and flattened.
 
     Raises:
-      ConfigError: for no runs, a width below 1, a seed that `seeds.check` refuses, a negative data index, or a rate or scale that is not positive.
+      ConfigError: for no runs, a width below 1, a seed that `seeds.check` refuses, a negative data index, or a rate or
+        scale that is not positive.
     """
     for given in np.ravel(seed):
         seeds.check(given)

@@ -55,8 +55,8 @@ class Stem(NamedTuple):
 class Network(NamedTuple):
     """A network as a pair of pure functions, in the manner of optax's `GradientTransformation` (Section 2, f_i).
 
-    A branch is a network used as a part of a larger one.  One branch, the mean of fifty thousand, and a mixture of unlike
-    ones all have this type, so they nest.
+    A branch is a network used as a part of a larger one.  One branch, the mean of fifty thousand, and a mixture of
+    unlike ones all have this type, so they nest.
 
     Attributes:
       init: `(key, x) -> (params, state)`.
