@@ -181,6 +181,11 @@ class Outcome(NamedTuple):
     weights: Weights
 
 
+def diverged(outcome: Outcome) -> np.ndarray:
+    """Which runs diverged, `[runs]`: a loss at a look or at the last weights was not finite."""
+    return (outcome.status == _DIVERGED) | ~np.isfinite(outcome.final_loss)
+
+
 # --- random numbers -------------------------------------------------------------------------------------------------
 
 
@@ -329,12 +334,18 @@ def _hidden(block: _Block, xy: Array) -> Float[Array, "height count lanes"]:
     """`max(0, w_i . x + b_i)`."""
     d = block.kernel.shape[1]
     terms = [block.kernel[:, j, None, :] * xy[None, j] for j in range(d)]
-    return jnp.maximum(_total(terms, block.bias[:, None, :]), 0)
+    total = _total(terms, block.bias[:, None, :])
+    return jnp.where(total < 0, 0, total)  # unlike a maximum, which may drop it, this keeps NaN
 
 
 def _outputs(block: _Block, hidden: Array) -> Float[Array, "count lanes"]:
     terms = [block.head[h][None] * hidden[h] for h in range(len(block.head))]
     return _total(terms, block.offset[None])
+
+
+def _least(a: Array, b: Array) -> Array:
+    """The smaller of the two, NaN where one is."""
+    return jnp.where((a < b) | jnp.isnan(a), a, b)
 
 
 def _flat(f: Callable[[Array, Array], Array], outputs: Array, y: Array) -> Array:
@@ -444,7 +455,7 @@ class _Program:
                 return values, margins
 
             values, margins = _apart(live, judged, block, hidden, xy)
-            least = functools.reduce(jnp.minimum, [margins[b] for b in range(count)], carry[1])
+            least = functools.reduce(_least, [margins[b] for b in range(count)], carry[1])
             return _total([values[b] for b in range(count)], carry[0]), least
 
         start = jnp.zeros_like(block.offset)
@@ -843,25 +854,3 @@ def ground_truth(dataset: Dataset, loss: Loss) -> GroundTruth:
     weights = Weights(scaled.w[None], np.zeros((1, len(scaled.a))), scaled.a[None], np.zeros(1))
     run = make_runs(len(scaled.a), 0)
     return GroundTruth(float(full_loss(weights, run, [dataset], loss)[0]), scale, smallest, scaled)
-
-
-# --- statistics -----------------------------------------------------------------------------------------------------
-
-
-def wilson(hits: int, runs: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a rate (JASA 22, 1927).
-
-    Raises:
-      ValueError: unless 0 <= hits <= runs, runs >= 1 and 0 < level < 1.
-    """
-    from scipy.special import ndtri
-
-    if not (runs >= 1 and 0 <= hits <= runs and 0 < level < 1):
-        raise ValueError(
-            f"hits={hits} of runs={runs} at level={level}: need 0 <= hits <= runs, runs >= 1, level in (0, 1)."
-        )
-    z = float(ndtri(0.5 + level / 2))
-    rate, spread = hits / runs, z * z / runs
-    middle = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / runs + spread / (4 * runs))
-    return max(0.0, middle - half) if hits else 0.0, min(1.0, middle + half) if hits < runs else 1.0

@@ -307,6 +307,46 @@ def test_diverged_cells_of_the_regimes_are_named(tmp_path: Path) -> None:
     assert report.rows[0][3] is None
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, 2.0, 3.0], 2.0),
+        ([1.0, None, 3.0], "3 (1 of 3 diverged)"),
+        ([1.0, math.nan, 3.0], "3 (1 of 3 diverged)"),
+        ([None, 2.0, None], None),
+        ([2.0, None], None),
+        ([None], None),
+    ],
+)
+def test_a_repetition_that_diverged_counts_as_above_every_number(values: list[Any], expected: Any) -> None:
+    from dualgap_jax.experiments.regimes import _entry
+
+    assert _entry(values) == expected
+
+
+def test_the_table_of_regimes_does_not_average_over_survivors() -> None:
+    from dualgap_jax.experiments.regimes import RegimesSpec, _report
+
+    def cell(count: int, repeat: int, score: float | None) -> dict[str, Any]:
+        statuses = ["converged"] * 2 + ["diverged" if score is None else "converged"]
+        named = {"init": "torch", "lr_scaling": "none", "reduce": "sum", "num_branches": count, "repeat": repeat}
+        # A run that diverged may still have a finite loss at its last finite weights.
+        scores = {} if score is None else {"envelope_max": score}
+        return {**named, "scores": scores, "losses": [0.1, 0.2, 0.3], "statuses": statuses}
+
+    def rows(*scores: tuple[float | None, ...]) -> list[Any]:
+        cells = [cell(c, k, s) for c, line in zip((3, 10), scores, strict=True) for k, s in enumerate(line)]
+        spec = RegimesSpec(inits=("torch",), lr_scalings=("none",), reduces=("sum",), num_branches=(3, 10), repeats=3)
+        return list(_report(spec, cells).rows[0][3:])
+
+    assert rows((3.0, 1.0, 2.0), (0.1, 0.2, 0.3)) == [2.0, 0.2, "falls", 0.2, "18/18", None]
+    one_lost = rows((3.0, 1.0, 2.0), (0.1, None, 0.3))
+    assert one_lost[:3] == [2.0, "0.3 (1 of 3 diverged)", "falls"]
+    assert one_lost[4:] == ["17/18", 1]
+    assert rows((3.0, 1.0, 2.0), (None, None, 0.3))[:3] == [2.0, None, "diverges"]
+    assert rows((None, None, 2.0), (0.1, 0.2, 0.3))[:3] == [None, 0.2, "-"]
+
+
 # --- entries of one's own -----------------------------------------------------------------------------------------
 
 

@@ -349,19 +349,38 @@ def test_unknown_minima_are_refused() -> None:
         hitting.ground_truth(data()._replace(name="mine"), losses.binary_hinge())
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
+# --- numbers that are none --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [0.95, 0.8])
-def test_wilson(level: float, rng: np.random.Generator) -> None:
-    for runs in (1, 20, 100, *rng.integers(2, 500, 3)):
-        for hits in {0, int(runs), *rng.integers(0, runs + 1, 5).tolist()}:
-            expected = stats.binomtest(hits, int(runs)).proportion_ci(level, method="wilson")
-            found = hitting.wilson(hits, int(runs), level)
-            np.testing.assert_allclose(found, (expected.low, expected.high), rtol=1e-9, atol=1e-12)
-    for bad in ((-1, 3), (4, 3), (0, 0)):
-        with pytest.raises(ValueError, match="0 <= hits <= runs"):
-            hitting.wilson(*bad)
+@pytest.mark.parametrize(
+    "loss", [losses.binary_hinge(), losses.logistic(), losses.squared()], ids=["hinge", "log", "sq"]
+)
+@pytest.mark.parametrize("lanes", [16, 48])
+def test_a_weight_that_is_no_number_reaches_the_loss_wherever_it_stands(
+    loss: losses.Loss, lanes: int, rng: np.random.Generator
+) -> None:
+    labels = "real" if loss.tasks == ("regression",) else "sign"
+    runs = make_runs(5, np.arange(37))
+    spec = tiny(lanes=lanes, steps=20, stop_at_rest=True)
+    healthy = train_runs([data(labels=labels)], loss, runs, spec)
+    chosen = rng.choice(37, 12, replace=False)
+    for value in (np.nan, np.inf):
+        study = hitting._prepare([data(labels=labels)], loss, runs, spec)
+        for k, run in enumerate(chosen):
+            part = study.weights[k % 3]  # a kernel, a bias, a head
+            part[(run, *(int(rng.integers(size)) for size in (5, *part.shape[2:])))] = value
+        hitting._drive(study, None, None, 1e-5, 1)
+        broken = np.isin(np.arange(37), chosen)
+        assert not np.isfinite(study.losses[broken, 0]).any() or value == np.inf
+        assert (study.status[broken] == STATUSES.index("diverged")).sum() >= (12 if np.isnan(value) else 8)
+        np.testing.assert_array_equal(study.losses[~broken], healthy.losses[~broken])
+
+
+def test_runs_that_diverged_are_those_without_a_finite_loss() -> None:
+    runs = make_runs(5, np.arange(6), learning_rate=[0.1, 1e30, 0.1, 1e30, 1e30, 0.1])
+    outcome = train_runs([data(labels="real")], losses.squared(), runs, tiny(steps=100))
+    np.testing.assert_array_equal(hitting.diverged(outcome), [False, True, False, True, True, False])
+    assert not np.isfinite(outcome.final_loss[[1, 3, 4]]).any()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

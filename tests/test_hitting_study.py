@@ -29,6 +29,7 @@ from dualgap_jax.experiments.hitting_search import HittingSearchSpec, log_likeli
 from dualgap_jax.hitting import SgdSpec
 from dualgap_jax.records import Workdir, load_json, load_npz
 
+REAL = Component("synthetic_relu", {"n": 80, "d": 4, "teacher_width": 4, "labels": "real"})
 SGD = SgdSpec(steps=600, batch_size=10, check_every=100, lanes=16)
 
 
@@ -101,6 +102,20 @@ def test_a_teacher_alone_gives_the_same_runs(study: tuple[HittingRateSpec, Repor
         np.testing.assert_array_equal(part[name], whole[name][chosen])
     assert len(report.rows) == 1
     assert "hit" in report.columns[2]
+
+
+def test_runs_that_diverged_are_said_and_not_compared_with_the_paper(tmp_path: Path) -> None:
+    report, workdir = run(
+        tiny(widths=(12, 15), teachers=(3,), learning_rate=1e30, loss=Component("squared", {}), data=REAL),
+        tmp_path / "w",
+    )
+    record = load_json(workdir.results / "hitting_rate.json")
+    assert [(r["hits"], r["diverged"], r["paper_inside"]) for r in record["rows"]] == [(0, 4, None)] * 2
+    assert [s["median_final_loss"] for s in record["sensitivity"]] == [None, None]
+    assert any("8 of 8 runs diverged" in note for note in report.notes)
+    assert not any("lie inside" in note for note in report.notes)
+    assert row(12, 21, 100)["paper_inside"]
+    assert row(12, 21, 100, diverged=1)["paper_inside"] is None
 
 
 def test_streams_are_disjoint() -> None:

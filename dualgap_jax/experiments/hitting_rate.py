@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -130,9 +131,14 @@ def rank_correlation(widths: Sequence[int], rates: Sequence[float]) -> dict[str,
     }
 
 
-def row(hidden: int, hits: int, runs: int) -> dict[str, Any]:
-    """A row of the table: hits, rate, Wilson's interval, and the paper's hits where it has that width."""
-    low, high = hitting.wilson(hits, runs)
+def row(hidden: int, hits: int, runs: int, diverged: int = 0) -> dict[str, Any]:
+    """A row of the table: hits, rate, Wilson's interval, and the paper's hits where it has that width.
+
+    A run that diverged is a run without a hit.  Where one did, the rate says how often SGD ran at all, and is not
+    compared with the paper's.
+    """
+    interval = stats.binomtest(hits, runs).proportion_ci(0.95, method="wilson")
+    low, high = float(interval.low), float(interval.high)
     paper = PAPER_HITS.get(hidden)
     return {
         "hidden": hidden,
@@ -142,7 +148,8 @@ def row(hidden: int, hits: int, runs: int) -> dict[str, Any]:
         "wilson_low": low,
         "wilson_high": high,
         "paper_hits": paper,
-        "paper_inside": None if paper is None else bool(low <= paper / PAPER_RUNS <= high),
+        "diverged": diverged,
+        "paper_inside": None if paper is None or diverged else bool(low <= paper / PAPER_RUNS <= high),
     }
 
 
@@ -166,11 +173,18 @@ def hitting_rate(spec: HittingRateSpec, workdir: Workdir, tables: Tables) -> Rep
         for hidden in spec.widths:
             chosen = (teacher == seed) & (runs.width == hidden)
             hits = is_hit(outcome.final_loss, runs, study.truths, spec.tolerance)[chosen]
-            rows.append({"teacher": seed, **row(hidden, int(hits.sum()), spec.seeds)})
+            diverged = int(hitting.diverged(outcome)[chosen].sum())
+            rows.append({"teacher": seed, **row(hidden, int(hits.sum()), spec.seeds, diverged)})
             counts = [int(is_hit(outcome.final_loss, runs, study.truths, t)[chosen].sum()) for t in spec.tolerances]
-            losses = outcome.final_loss[chosen]
-            middle = float(np.median(losses)) if np.isfinite(losses).any() else None
-            sensitivity.append({"teacher": seed, "hidden": hidden, "hits": counts, "median_final_loss": middle})
+            middle = float(np.median(np.where(hitting.diverged(outcome), np.inf, outcome.final_loss)[chosen]))
+            sensitivity.append(
+                {
+                    "teacher": seed,
+                    "hidden": hidden,
+                    "hits": counts,
+                    "median_final_loss": middle if math.isfinite(middle) else None,
+                }
+            )
     teachers = [
         _teacher(spec, study, k, [r for r in rows if r["teacher"] == seed]) for k, seed in enumerate(spec.teachers)
     ]
@@ -265,11 +279,13 @@ def _report(spec: HittingRateSpec, record: dict[str, Any]) -> Report:
             "95 % high",
             "paper inside",
             "median loss",
+            "diverged",
         )
         cells: list[list[Any]] = [
             [
                 r["hidden"], r["paper_hits"], r["hits"], r["seeds"], r["wilson_low"], r["wilson_high"],
                 {None: None, True: "yes", False: "no"}[r["paper_inside"]], s["median_final_loss"],
+                r["diverged"] or None,
             ]
             for r, s in zip(record["rows"], record["sensitivity"], strict=True)
         ]  # fmt: skip
@@ -297,6 +313,12 @@ def _report(spec: HittingRateSpec, record: dict[str, Any]) -> Report:
         notes.append(
             f"Entries: hits in {spec.seeds} runs.  The rate rises with width for {found['rising']} teachers, falls for"
             f" {found['falling']}, does not vary for {found['undefined']}; one-sided sign test p = {p_value}."
+        )
+    if any(r["diverged"] for r in record["rows"]):
+        lost, runs = (sum(r[k] for r in record["rows"]) for k in ("diverged", "seeds"))
+        notes.append(
+            f"{lost:,} of {runs:,} runs diverged; they count as runs without a hit, and their rows are not compared"
+            " with the paper's. Lower --config.learning_rate."
         )
     trivial = [str(t["teacher"]) for t in record["teachers"] if t["positive_fraction"] in (0.0, 1.0)]
     if trivial and spec.data.settings.get("labels", "sign") == "sign":

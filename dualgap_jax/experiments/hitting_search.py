@@ -139,7 +139,8 @@ class _Search:
             outcome = hitting.train_runs(
                 study.datasets, study.loss, runs, spec.sgd, checkpoints=folder, tolerance=spec.tolerance
             )
-            save_npz(path, final_loss=outcome.final_loss, steps=outcome.steps)
+            diverged = hitting.diverged(outcome)
+            save_npz(path, final_loss=outcome.final_loss, steps=outcome.steps, diverged=diverged)
         part = load_npz(path)
         cost = self.budget.setdefault(stage, {"runs": 0, "steps": 0})
         cost["runs"] += len(runs.width)
@@ -151,7 +152,8 @@ class _Search:
                 lines = []
                 for width in spec.widths:
                     chosen = (runs.learning_rate == rate) & (runs.data == index) & (runs.width == width)
-                    lines.append(row(width, int(hits[chosen].sum()), spec.seeds))
+                    hit, lost = (int(of[chosen].sum()) for of in (hits, part["diverged"]))
+                    lines.append(row(width, hit, spec.seeds, lost))
                 found.append((float(rate), teacher, lines))
         return found
 
@@ -274,6 +276,10 @@ def _report(spec: HittingSearchSpec, record: dict[str, Any]) -> Report:
         f" teachers at widths {'/'.join(map(str, spec.screen_widths))} with {spec.screen_seeds} seeds, the best"
         f" {len(record['refined'])} pairs of setting and teacher run in full.",
     ]
+    entries = [*record["screen"], record["chosen"], *record["refined"], *record["held_out"], *record["textbook"]]
+    lost = sorted({e["setting"] for e in entries if any(r["diverged"] for r in e["rows"])})
+    if lost:
+        notes.append(f"Settings with runs that diverged, counted as runs without a hit: {', '.join(lost)}.")
     if rising:
         up = sum(e["spearman"] > 0 for e in rising)
         notes.append(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -117,23 +119,47 @@ def _scores(cell: LandscapeSpec, folder: Any, tables: Tables) -> dict[str, Any]:
     }
 
 
+def median(values: Sequence[float | None]) -> float:
+    """The median over repetitions, in which one without a number (it diverged) counts as above every number.
+
+    So a repetition that diverged can only raise the median, and infinity says that at least half of them did.
+    """
+    return float(np.median([math.inf if value is None or math.isnan(value) else value for value in values]))
+
+
+def _entry(values: Sequence[float | None]) -> float | str | None:
+    """A cell of the table: the median, and how many repetitions it stands for when some diverged."""
+    middle, missing = median(values), sum(value is None or math.isnan(value) for value in values)
+    if math.isinf(middle):
+        return None
+    return f"{middle:.4g} ({missing} of {len(values)} diverged)" if missing else middle
+
+
 def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:
     """One row a regime: the median score for each I, the trend, and the median training loss at the largest I."""
     rows = []
     for init, scaling, reduce in itertools.product(spec.inits, spec.lr_scalings, spec.reduces):
-        medians, losses, stopped = [], [], []
+        scores, losses, ends = [], [], []
         for count in spec.num_branches:
             key = {"init": init, "lr_scaling": scaling, "reduce": reduce, "num_branches": count}
             chosen = [c for c in cells if all(c[k] == v for k, v in key.items())]
-            found = [c["scores"][spec.score] for c in chosen if c["scores"].get(spec.score) is not None]
-            medians.append(float(np.median(found)) if found else None)
-            finite = [loss for c in chosen for loss in c["losses"] if loss is not None]
-            losses.append(float(np.median(finite)) if finite else None)
-            stopped += [s for c in chosen for s in c["statuses"]]
-        known = [m for m in medians if m is not None]
-        trend = "-" if len(known) < 2 else ("falls" if known[-1] < known[0] else "rises")
-        converged = f"{stopped.count('converged')}/{len(stopped)}"
-        rows.append([init, scaling, reduce, *medians, trend, losses[-1], converged])
+            scores.append([c["scores"].get(spec.score) for c in chosen])
+            stops = [status for c in chosen for status in c["statuses"]]
+            losses = [loss for c in chosen for loss in c["losses"]]
+            losses = [None if stop == "diverged" else loss for loss, stop in zip(losses, stops, strict=True)]
+            ends += stops
+        first, last = median(scores[0]), median(scores[-1])
+        trend = "-" if len(scores) < 2 or math.isinf(first) else ("falls" if last < first else "rises")
+        rows.append(
+            [
+                *(init, scaling, reduce),
+                *map(_entry, scores),
+                "diverges" if math.isfinite(first) and math.isinf(last) else trend,
+                _entry(losses),
+                f"{ends.count('converged')}/{len(ends)}",
+                ends.count("diverged") or None,
+            ]
+        )
     columns = [
         "init",
         "lr scaling",
@@ -142,9 +168,11 @@ def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:
         "first to last I",
         "loss at last I",
         "converged",
+        "diverged",
     ]
     notes = [
         f"Entries: median over {spec.repeats} repetitions (own teacher, data and seeds) of {spec.score}, in units of"
-        " loss; estimated from the grid. A dash: every run diverged."
+        " loss; estimated from the grid.",
+        "A repetition that diverged counts as above every number; a dash: at least half of them did.",
     ]
     return Report(spec.title, columns, rows, notes)

@@ -87,9 +87,11 @@ def _draw_rates(workdir: Path, record: Mapping[str, Any]) -> list[Path]:
     rows, teachers = record["rows"], record["teachers"]
     widths = sorted({r["hidden"] for r in rows})
     many = len(teachers) > 1
+    lost, runs = (sum(r[key] for r in rows) for key in ("diverged", "seeds"))
     caption = [
         f"A hit: final loss on all examples within {number(record['tolerance'])} of the global minimum, in float64.",
         f"Setting: {plain(record['setting'])}.",
+        f"{lost:,} of {runs:,} runs diverged; they count as runs without a hit." if lost else "",
     ]
     if many:
         caption.append(
@@ -211,7 +213,9 @@ def _draw_losses(workdir: Path, record: Mapping[str, Any], arrays: Mapping[str, 
         _loss_axis(axes, floor, top)
         _loss_axis(right, floor, top, vertical=False)
         right.tick_params(axis="x", rotation=45)
-        right.legend(title="hidden units", loc="upper left", bbox_to_anchor=(1.0, 1.05), handlelength=1.2, fontsize=8)
+        if finite.size:
+            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
+            right.legend(title="hidden units", handlelength=1.2, fontsize=8, **place)
         return save(figure, workdir, "final_losses")
 
 

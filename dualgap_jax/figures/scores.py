@@ -68,6 +68,9 @@ _SCORE_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
+_DIVERGED = "A repeat that diverged counts as above every number, and is marked by a cross at the upper border."
+
+
 # Scores against the number of branches -------------------------------------------------------------------------------
 
 
@@ -172,6 +175,7 @@ def _draw_regimes(
     statuses = Counter(str(status) for cell in cells for status in cell["statuses"])
     caption = [
         f"Lines: median over {repeats} repeats; bands: smallest to largest." if repeats > 1 else "",
+        _DIVERGED if repeats > 1 and "diverged" in statuses else "",
         f"Runs: {', '.join(f'{count:,} {plain(status)}' for status, count in sorted(statuses.items()))}.",
         "Hollow markers: a run did not end as 'converged'." if set(statuses) != {"converged"} else "",
         *value_notes(np.asarray([value_of(cell["scores"], score) for cell in cells for score in scores])),
@@ -209,12 +213,16 @@ def _distinct(cells: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 
 
 def _draw_regime(axes: Axes, cells: Sequence[Mapping[str, Any]], score: str, style: Mapping[str, Any]) -> None:
-    """One line: the median of the score over the repeats, its band, and how the runs ended."""
+    """One line: the median of the score over the repeats, its band, and how the runs ended.
+
+    A repeat without a number counts as above every number, so that the median never is that of the survivors.
+    """
     counts = sorted({cell["num_branches"] for cell in cells})
     groups = [[cell for cell in cells if cell["num_branches"] == count] for count in counts]
     values = [np.asarray([value_of(cell["scores"], score) for cell in group]) for group in groups]
     finite = [v[np.isfinite(v)] if np.isfinite(v).any() else np.asarray([math.nan]) for v in values]
-    middle = np.asarray([np.median(v) for v in finite])
+    middle = np.asarray([np.median(np.where(np.isfinite(v), v, math.inf)) for v in values])
+    middle[~np.isfinite(middle)] = math.nan
     color = str(style["color"])
     axes.fill_between(
         counts, [v.min() for v in finite], [v.max() for v in finite], color=color, alpha=0.16, linewidth=0
