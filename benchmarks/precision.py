@@ -33,8 +33,8 @@ from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.landscape import LandscapeSpec, PrecisionSpec, build
 from dualgap_jax.losses import Loss
+from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import upcast
-from dualgap_jax.records import Metrics, read_metrics
 from dualgap_jax.types import Network
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "mnist_1layer.py"

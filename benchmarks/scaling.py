@@ -30,8 +30,8 @@ import training_step
 from dualgap_jax import training
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import multi_margin
+from dualgap_jax.machine import peak_memory
 from dualgap_jax.networks import mlp, multi_branch
-from dualgap_jax.records import peak_memory
 from dualgap_jax.steps import tree_bytes
 from dualgap_jax.streaming import StreamedSolver
 

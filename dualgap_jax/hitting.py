@@ -35,8 +35,8 @@ from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset, Teacher, relu_teacher, standardise, teacher_outputs
 from dualgap_jax.losses import Loss
+from dualgap_jax.metrics import Metrics, Progress
 from dualgap_jax.networks import mlp
-from dualgap_jax.records import Metrics, Progress
 from dualgap_jax.sharding import local_devices, over_devices, place
 from dualgap_jax.training import SCHEDULES, Schedule
 from dualgap_jax.types import PyTree

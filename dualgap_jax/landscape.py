@@ -30,9 +30,10 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from dualgap_jax.data import Dataset, standardise
+from dualgap_jax.files import load_npz, save_npz
 from dualgap_jax.losses import Loss
+from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import sum_branches, sum_rest
-from dualgap_jax.records import Progress, load_npz, save_npz
 from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.training import Evaluation
 from dualgap_jax.types import BranchSource, KeyArray, Network, Params, PyTree, State

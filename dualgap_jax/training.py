@@ -29,9 +29,11 @@ from dualgap_jax import seeds
 from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_template, load, open_branches
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
+from dualgap_jax.files import load_json, save_json
 from dualgap_jax.losses import Loss
+from dualgap_jax.machine import memory_field
+from dualgap_jax.metrics import Metrics, Progress
 from dualgap_jax.networks import multi_branch
-from dualgap_jax.records import Metrics, Progress, load_json, memory_field, save_json
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.sharding import (
     MeshSpec,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dualgap_jax.experiments.hitting_rate import rank_correlation, row, trend
-from dualgap_jax.records import save_json, save_npz
+from dualgap_jax.files import save_json, save_npz
 
 
 def random_rows(rng: np.random.Generator, runs: int = 20) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from dualgap_jax import cli
 from dualgap_jax.config import ConfigError
 from dualgap_jax.experiments import TABLES
-from dualgap_jax.records import load_json
+from dualgap_jax.files import load_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = """

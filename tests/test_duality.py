@@ -26,9 +26,9 @@ from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.experiments import duality_gap
 from dualgap_jax.experiments.duality_gap import DualityGapSpec, TrainedSpec
+from dualgap_jax.files import load_json, load_npz, save_json
 from dualgap_jax.losses import binary_hinge, multi_margin
 from dualgap_jax.networks import conv, from_functions, mlp
-from dualgap_jax.records import load_json, load_npz, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,10 +24,12 @@ from dualgap_jax.experiments import EXPERIMENTS, TABLES, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec
 from dualgap_jax.experiments.row import RowSpec
+from dualgap_jax.files import load_json, load_npz
+from dualgap_jax.metrics import read_metrics
 from dualgap_jax.networks import BRANCHES, from_functions
-from dualgap_jax.records import Workdir, WorkdirError, load_json, load_npz, read_metrics
 from dualgap_jax.registry import SettingError, UnknownNameError
 from dualgap_jax.training import TrainingSpec
+from dualgap_jax.workdir import Workdir, WorkdirError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -247,7 +249,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, monkeypat
     spec = tiny(training=TrainingSpec(batch_size=10, max_steps=60, check_every=10, checkpoint_seconds=0.0))
     _, whole, _ = run(spec, tmp_path / "whole")
 
-    from dualgap_jax.records import Metrics
+    from dualgap_jax.metrics import Metrics
 
     write = Metrics.write
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from matplotlib.image import imread
 
 from dualgap_jax import figures
 from dualgap_jax.figures import page, surfaces
+from dualgap_jax.files import load_json, save_json, save_npz
 from dualgap_jax.registry import Table, UnknownNameError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,12 +61,12 @@ def write_landscape(
     arrays = {"xs": xs, "ys": ys, "loss": surface(xs[None], ys[:, None]), "anchors": points}
     arrays |= {"edge_t": t, "edge_loss": edge_loss}
     change(arrays)
-    np.savez(results / "landscape.npz", **arrays)
+    save_npz(results / "landscape.npz", **arrays)
     solution = {"loss": 2e-6, "status": "converged", "steps": 1200}
     scores = {"envelope_max": 0.4321, "barrier_max": None, "status": "ok", "barriers": [0.1, 0.2, 0.3]}
     content = {"title": "A title for $5", "num_branches": 50_000, "solutions": [solution] * 3, "scores": scores}
     content |= {"definitions": {}, "axes": "authors", "zero_loss": 1.0}
-    (results / "landscape.json").write_text(json.dumps(content | record))
+    save_json(results / "landscape.json", content | record)
     return workdir
 
 
@@ -77,7 +77,7 @@ def write_row(workdir: Path, scores: dict[int, dict[str, Any]], score_names: lis
         cells.append({"num_branches": count, "workdir": f"cells/I{count}", "scores": values, "solutions": []})
     (workdir / "results").mkdir()
     record = {"title": "Row", "paper_item": "Figure 1", "cells": cells, "score_names": score_names, "definitions": {}}
-    (workdir / "results" / "row.json").write_text(json.dumps(record))
+    save_json(workdir / "results" / "row.json", record)
     return workdir
 
 
@@ -101,7 +101,7 @@ def write_regimes(workdir: Path, rng: np.random.Generator, counts: tuple[int, ..
     ]
     (workdir / "results").mkdir(parents=True)
     record = {"title": "Regimes", "cells": cells, "score": "envelope_max", "definitions": {}}
-    (workdir / "results" / "regimes.json").write_text(json.dumps(record))
+    save_json(workdir / "results" / "regimes.json", record)
     return workdir
 
 
@@ -118,13 +118,13 @@ def write_averages(workdir: Path) -> Path:
         "n4_xs": np.arange(4.0),
         "n4_ys": np.arange(3.0),
     }
-    np.savez(results / "shapley_folkman.npz", **arrays)
+    save_npz(results / "shapley_folkman.npz", **arrays)
     keys = ("n", "distance", "error", "kind", "shapley_folkman_bound", "starr_bound")
     rows = [(1, 0.5, 0.01, "bounded", 2.0, 1.0), (4, 0.0, 0.01, "bounded", 0.7, 0.35)]
     record = {"title": "A title for $5", "paper_item": "Figure 3", "panels": [1, 4]}
     record |= {"circumradius": 2.0, "inner_radius": 1.0, "slack": 0.0, "decay_exponent": None}
     record["rows"] = [dict(zip(keys, row, strict=True)) for row in rows]
-    (results / "shapley_folkman.json").write_text(json.dumps(record))
+    save_json(results / "shapley_folkman.json", record)
     return workdir
 
 
@@ -135,9 +135,9 @@ def write_spectral(workdir: Path) -> Path:
     record = {"title": "A title for $5", "sizes": {"d_0": 4, "d_H": 3, "n": 50_000, "widths": [2]}, "primal": 2.0}
     record |= {"dual": 2.0, "relative_gap": -1e-17, "rank": 2, "gamma": 0.5, "half_norm": 9.0, "theorem_applies": True}
     record["sgd"] = [{"depth": 2, "seed": seed, "objective": 2.1, "lowest": 2.1, "gap": 0.1} for seed in (0, 1)]
-    (results / "spectral.json").write_text(json.dumps(record))
+    save_json(results / "spectral.json", record)
     curves = {"steps_2": np.arange(0, 30, 10), "objective_2": np.asarray([[9.0, 3.0, 2.1], [8.0, 3.5, 2.2]])}
-    np.savez(results / "spectral.npz", singular_values=np.asarray([3.0, 1.0, 0.2]), **curves)
+    save_npz(results / "spectral.npz", singular_values=np.asarray([3.0, 1.0, 0.2]), **curves)
     return workdir
 
 
@@ -160,7 +160,7 @@ def write_duality_gap(workdir: Path) -> Path:
     ]
     results = workdir / "results"
     results.mkdir(parents=True)
-    (results / "duality_gap.json").write_text(json.dumps(record))
+    save_json(results / "duality_gap.json", record)
     return workdir
 
 
@@ -454,7 +454,7 @@ def test_regimes_show_median_and_range_over_the_repeats(
     tmp_path: Path, drawn: dict[str, Figure], rng: np.random.Generator
 ) -> None:
     workdir = write_regimes(tmp_path / "run", rng)
-    cells = json.loads((workdir / "results/regimes.json").read_text())["cells"]
+    cells = load_json(workdir / "results/regimes.json")["cells"]
     figures.regimes(workdir)
     assert len(drawn["regimes"].axes) == 4
     assert len(drawn["regimes_normalised"].axes) == 8
@@ -486,10 +486,10 @@ def test_regimes_show_median_and_range_over_the_repeats(
 def test_undefined_and_zero_regimes(tmp_path: Path, drawn: dict[str, Figure], rng: np.random.Generator) -> None:
     workdir = write_regimes(tmp_path / "run", rng, counts=(10,))
     path = workdir / "results/regimes.json"
-    record = json.loads(path.read_text())
+    record = load_json(path)
     record["cells"][0]["scores"]["envelope_max"] = None
     record["cells"][-1]["scores"]["envelope_max"] = 0.0
-    path.write_text(json.dumps(record))
+    save_json(path, record)
     figures.regimes(workdir)
     crosses = [
         x for axes in drawn["regimes"].axes for line in axes.lines if line.get_marker() == "x" for x in line.get_xdata()
@@ -516,13 +516,13 @@ def test_a_folder_without_records_says_what_was_looked_for(tmp_path: Path) -> No
 def test_bad_records_are_named(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     workdir = sample(name, tmp_path / "run", rng)
     path = workdir / "results" / name
-    content = json.loads(path.read_text())
-    for broken, match in (("{", "is not JSON"), ("[]", "lacks"), ("null", "lacks")):
+    content = load_json(path)
+    for broken, match in (("{", "is not a readable JSON"), ("[]", "digest"), ("null", "digest"), ("{}", "digest")):
         path.write_text(broken)
         with pytest.raises(ValueError, match=match):
             figures.draw(workdir)
     del content["title"]
-    path.write_text(json.dumps(content))
+    save_json(path, content)
     with pytest.raises(ValueError, match=rf"{name} lacks title"):
         figures.draw(workdir)
     path.unlink()
@@ -534,12 +534,12 @@ def test_bad_records_are_named(name: str, tmp_path: Path, rng: np.random.Generat
 def test_bad_cells_are_named(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     workdir = sample(name, tmp_path / "run", rng)
     path = workdir / "results" / name
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"cells": []}))
+    content = load_json(path)
+    save_json(path, content | {"cells": []})
     with pytest.raises(ValueError, match="no cells"):
         figures.draw(workdir)
     del content["cells"][1]["scores"]
-    path.write_text(json.dumps(content))
+    save_json(path, content)
     with pytest.raises(ValueError, match="cell 1 lacks scores"):
         figures.draw(workdir)
 
@@ -613,6 +613,6 @@ def test_figures_of_lossy_images_say_so(
     assert ("JPEG-recompressed" in texts(drawn["landscape"])) is said
     row = write_row(tmp_path / "row", {1: {"envelope_max": 2.0}}, ["envelope_max"])
     path = row / "cells/I1/results/landscape.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"image_format": image_format}}))
+    save_json(path, load_json(path) | {"data": {"image_format": image_format}})
     figures.row(row)
     assert ("JPEG-recompressed" in texts(drawn["row"])) is said

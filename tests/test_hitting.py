@@ -18,8 +18,8 @@ from dualgap_jax import hitting, losses, training
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, synthetic_relu
 from dualgap_jax.hitting import STATUSES, Outcome, Runs, SgdSpec, make_runs, train_runs
+from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import mlp
-from dualgap_jax.records import Metrics, read_metrics
 from dualgap_jax.types import Network
 
 

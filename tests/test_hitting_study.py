@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from dualgap_jax.experiments.hitting_rate import (
     trend,
 )
 from dualgap_jax.experiments.hitting_search import HittingSearchSpec, log_likelihood
+from dualgap_jax.files import load_json, load_npz, save_json, save_npz
 from dualgap_jax.hitting import SgdSpec
-from dualgap_jax.records import Workdir, load_json, load_npz
+from dualgap_jax.workdir import Workdir
 
 REAL = Component("synthetic_relu", {"n": 80, "d": 4, "teacher_width": 4, "labels": "real"})
 SGD = SgdSpec(steps=600, batch_size=10, check_every=100, lanes=16)
@@ -298,7 +298,7 @@ def altered(workdir: Workdir, folder: Path, **changes: Any) -> Path:
     record = workdir.results / "hitting_rate.json"
     (folder / "results" / record.name).write_text(record.read_text())
     arrays = {**load_npz(record.with_suffix(".npz")), **changes}
-    np.savez(folder / "results" / "hitting_rate.npz", **{k: v for k, v in arrays.items() if v is not None})
+    save_npz(folder / "results" / "hitting_rate.npz", **{k: v for k, v in arrays.items() if v is not None})
     return folder
 
 
@@ -349,6 +349,6 @@ def test_damaged_records_are_refused(study: tuple[HittingRateSpec, Report, Workd
         figures.draw(folder)
     record = load_json(workdir.results / "hitting_rate.json")
     folder = altered(workdir, tmp_path / "c")
-    (folder / "results" / "hitting_rate.json").write_text(json.dumps({**record, "rows": []}))
+    save_json(folder / "results" / "hitting_rate.json", {**record, "rows": []})
     with pytest.raises(ValueError, match="no rows"):
         figures.draw(folder)

@@ -15,10 +15,10 @@ import pytest
 
 from dualgap_jax import landscape
 from dualgap_jax.data import Dataset
+from dualgap_jax.files import load_npz, save_npz
 from dualgap_jax.landscape import DegeneratePlaneError, Plane, edges, evaluate, evaluate_points, plane_through
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
 from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branch
-from dualgap_jax.records import load_npz, save_npz
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.types import Network
 

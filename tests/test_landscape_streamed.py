@@ -20,6 +20,7 @@ import pytest
 
 from dualgap_jax import landscape, training
 from dualgap_jax.data import Dataset
+from dualgap_jax.files import load_npz, save_npz
 from dualgap_jax.landscape import (
     DegeneratePlaneError,
     Plane,
@@ -34,7 +35,6 @@ from dualgap_jax.landscape import (
 )
 from dualgap_jax.losses import Loss, binary_hinge, logistic, multi_margin, squared
 from dualgap_jax.networks import conv, mixture, mlp, multi_branch
-from dualgap_jax.records import load_npz, save_npz
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.types import BranchSource, Network
 
@@ -449,7 +449,7 @@ from dualgap_jax.networks import mlp
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import multi_margin
 from dualgap_jax.networks import multi_branch
-from dualgap_jax.records import peak_memory
+from dualgap_jax.machine import peak_memory
 
 landscape._BLOCK_BYTES = landscape._PRODUCT_BYTES = 2**22
 d, hidden = 1024, 8

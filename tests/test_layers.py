@@ -19,6 +19,9 @@ GROUPS = {
         "config",
         "identity",
         "seeds",
+        "files",
+        "machine",
+        "metrics",
     },
     "pure": {
         "networks",
@@ -31,7 +34,7 @@ GROUPS = {
     "host": {
         "data",
         "checkpoints",
-        "records",
+        "workdir",
         "figures",
     },
     "work": {
@@ -160,7 +163,7 @@ def test_imports_in_a_package_init_are_resolved_from_the_package() -> None:
 def test_what_goes_down_is_allowed() -> None:
     assert violations("from .types import Network\nfrom .losses import squared", "networks") == []
     assert violations("from .convexity import scores\nfrom .registry import Table", "figures") == []
-    assert violations("from .landscape import evaluate\nfrom . import records", "training") == []
+    assert violations("from .landscape import evaluate\nfrom . import workdir", "training") == []
     assert violations("from ..data import load\nfrom .common import run", "experiments.figure1") == []
 
 
@@ -174,7 +177,7 @@ def test_what_goes_down_is_allowed() -> None:
             ["networks.mean:4:", "'host'"],
         ),
         ("convexity", "from dualgap_jax import training", ["'training'", "'work'"]),
-        ("records", "from .figures import draw", ["host", "'figures'"]),
+        ("workdir", "from .figures import draw", ["host", "'figures'"]),
         ("landscape", "import dualgap_jax.experiments.figure1", ["'experiments'", "'top'"]),
         ("experiments.figure1", "from ..nowhere import x", ["'nowhere'", "no module of the table"]),
         ("training", "import dualgap_jax", ["the package itself"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments import TABLES, linear_dual
 from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec
-from dualgap_jax.records import Workdir, load_json, load_npz
+from dualgap_jax.files import load_json, load_npz, save_json, save_npz
 from dualgap_jax.registry import UnknownNameError
+from dualgap_jax.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[1]
 SGD = DescentSpec(depths=(2, 3), seeds=2, steps=60, record_every=20, batch_size=16)
@@ -273,13 +273,13 @@ def test_malformed_records_are_named(finished: Workdir, tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
     record = load_json(finished.results / "spectral.json")
-    (results / "spectral.json").write_text(json.dumps(record))
+    save_json(results / "spectral.json", record)
     with pytest.raises(ValueError, match="no record"):
         figures.draw(tmp_path)
-    np.savez(results / "spectral.npz", singular_values=np.ones(3))
+    save_npz(results / "spectral.npz", singular_values=np.ones(3))
     with pytest.raises(ValueError, match="lacks steps_2"):
         figures.draw(tmp_path)
     del record["dual"]
-    (results / "spectral.json").write_text(json.dumps(record))
+    save_json(results / "spectral.json", record)
     with pytest.raises(ValueError, match="lacks dual"):
         figures.draw(tmp_path)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dualgap_jax.config import ConfigError
-from dualgap_jax.records import load_json, load_npz
+from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.sharding import join
 
 ROOT = Path(__file__).resolve().parents[1]

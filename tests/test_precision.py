@@ -28,9 +28,10 @@ from dualgap_jax.experiments.landscape import (
     landscape_experiment,
     regime,
 )
+from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.networks import multi_branch, upcast, with_precision
-from dualgap_jax.records import Workdir, load_json, load_npz
 from dualgap_jax.types import Network
+from dualgap_jax.workdir import Workdir
 
 F32, BF16 = "float32", "bfloat16"
 LOWERED = ((F32, BF16), (BF16, F32), (BF16, BF16))

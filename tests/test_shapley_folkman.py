@@ -20,7 +20,7 @@ from dualgap_jax import shapley_folkman as sf
 from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec, decay_exponent
-from dualgap_jax.records import load_json, load_npz
+from dualgap_jax.files import load_json, load_npz, save_npz
 from dualgap_jax.registry import SettingError, UnknownNameError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -794,6 +794,6 @@ def test_a_record_without_its_arrays_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w/results/shapley_folkman.npz").unlink()
     with pytest.raises(ValueError, match="no record"):
         figures.draw(tmp_path / "w")
-    np.savez(tmp_path / "w/results/shapley_folkman.npz", hull=np.zeros((3, 2)))
+    save_npz(tmp_path / "w/results/shapley_folkman.npz", hull=np.zeros((3, 2)))
     with pytest.raises(ValueError, match="lacks n1_vertices, n1_lengths"):
         figures.draw(tmp_path / "w")

@@ -354,7 +354,7 @@ _MEMORY = """
     from dualgap_jax.data import Dataset, validate
     from dualgap_jax.losses import multi_margin
     from dualgap_jax.networks import mlp, multi_branch
-    from dualgap_jax.records import peak_memory
+    from dualgap_jax.machine import peak_memory
     from dualgap_jax.training import TrainingSpec, train
 
     rng = np.random.default_rng(0)

@@ -20,8 +20,8 @@ from dualgap_jax.checkpoints import Checkpointer, CheckpointMismatchError
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
+from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import conv, mlp, multi_branch
-from dualgap_jax.records import Metrics, read_metrics
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.training import BatchOrder, Carry, Solution, TrainingSpec, evaluate, optimizer, solution_key, train
 from dualgap_jax.types import Network

@@ -30,7 +30,7 @@ from dualgap_jax.duality.gap import ValueFunction
 from dualgap_jax.duality.intervals import extension, is_smooth
 from dualgap_jax.duality.problem import ByIdentity, Problem, values_at
 from dualgap_jax.duality.search import monotone
-from dualgap_jax.records import Progress
+from dualgap_jax.metrics import Progress
 
 MAX_PARAMETERS = 6
 _BATCH = 1024

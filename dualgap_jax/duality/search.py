@@ -27,7 +27,7 @@ from dualgap_jax.config import require
 from dualgap_jax.duality.closed_forms import Kappa
 from dualgap_jax.duality.gap import ValueFunction
 from dualgap_jax.duality.problem import ByIdentity, Problem, rounding, values_at
-from dualgap_jax.records import Progress
+from dualgap_jax.metrics import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from dualgap_jax.experiments.linear_dual import linear_dual_experiment
 from dualgap_jax.experiments.regimes import regimes
 from dualgap_jax.experiments.row import landscape_row
 from dualgap_jax.experiments.shapley_folkman import shapley_folkman
-from dualgap_jax.records import Workdir, default_workdir
 from dualgap_jax.registry import Table
+from dualgap_jax.workdir import Workdir, default_workdir
 
 EXPERIMENTS: Table[ExperimentFn] = Table(
     "experiment",

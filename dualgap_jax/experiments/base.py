@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from dualgap_jax import config as config_lib
 from dualgap_jax import figures
 from dualgap_jax.data import DATASETS
+from dualgap_jax.files import load_json, save_json
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.networks import BRANCHES
-from dualgap_jax.records import Workdir, load_json, save_json
 from dualgap_jax.registry import Table
 from dualgap_jax.shapley_folkman import SETS
 from dualgap_jax.sharding import agreed, is_first_process, meet
+from dualgap_jax.workdir import Workdir
 
 
 class Report(NamedTuple):

@@ -22,9 +22,11 @@ from dualgap_jax.duality.gap import Allocation, ValueFunction, Verdict
 from dualgap_jax.duality.problem import Problem, branch_problem, primal_risk, values_at
 from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
 from dualgap_jax.experiments.base import Report, Tables
+from dualgap_jax.files import load_json, load_npz, save_json, save_npz
 from dualgap_jax.losses import Loss
+from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import mlp_output_bound, multi_branch
-from dualgap_jax.records import Progress, Workdir, load_json, load_npz, save_json, save_npz
+from dualgap_jax.workdir import Workdir
 
 HOMOGENEOUS = ("relu", "leaky_relu", "identity")
 CONTRACTIONS = ("relu", "leaky_relu", "identity", "tanh")  # |psi(a)| <= |a|

@@ -14,10 +14,11 @@ from dualgap_jax import hitting
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments.base import Report, Tables
+from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.hitting import GroundTruth, Outcome, Runs, SgdSpec
 from dualgap_jax.losses import Loss
-from dualgap_jax.records import Workdir, save_json, save_npz
 from dualgap_jax.sharding import local_devices
+from dualgap_jax.workdir import Workdir
 
 PAPER_RUNS = 100
 PAPER_HITS = {12: 21, 13: 24, 14: 24, 15: 29, 16: 30, 17: 32, 18: 35, 19: 52, 20: 64, 21: 75}

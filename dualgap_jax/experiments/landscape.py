@@ -16,9 +16,9 @@ from dualgap_jax import convexity, landscape, seeds
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments.base import NO_REPORT, Report, Tables
+from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.networks import multi_branch, upcast, with_precision
-from dualgap_jax.records import Workdir, save_json, save_npz
 from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
 from dualgap_jax.training import (
@@ -32,6 +32,7 @@ from dualgap_jax.training import (
     train,
 )
 from dualgap_jax.types import BranchSource, Network, Params, State
+from dualgap_jax.workdir import Workdir
 
 DType = Literal["float32", "bfloat16"]
 
@@ -228,7 +229,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
         for s, e in zip(solutions, evaluations, strict=True)
     ]
-    save_json(workdir.results / "solutions.json", rows)
+    save_json(workdir.results / "solutions.json", {"solutions": rows})
     _check_not_diverged(spec, solutions)
     margins = np.concatenate([e.margins for e in evaluations if e.margins is not None] or [np.zeros(0)])
     record: dict[str, Any] = {
@@ -375,7 +376,7 @@ def report(records: list[dict[str, Any]]) -> Report:
         rows.append(
             [
                 r["num_branches"],
-                " ".join(f"{s['loss']:.3g}" if s["loss"] is not None else "-" for s in r["solutions"]),
+                " ".join(f"{s['loss']:.3g}" for s in r["solutions"]),
                 "/".join(sorted({s["status"] for s in r["solutions"]})),
                 scores["envelope_max"],
                 scores["envelope_max_per_zero_loss"],

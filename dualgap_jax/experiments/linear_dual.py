@@ -20,10 +20,12 @@ from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.checkpoints import load as load_checkpoint
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.experiments.base import Report, Tables
-from dualgap_jax.records import Progress, Workdir, save_json, save_npz
+from dualgap_jax.files import load_npz, save_json, save_npz
+from dualgap_jax.metrics import Progress
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.spectral import DualVariable, SpectralSolution, in_blocks, random_weights, solve_columns
 from dualgap_jax.types import KeyArray
+from dualgap_jax.workdir import Workdir
 
 DEFINITIONS = {
     "primal": "problem (4) at the weights, in float64: an upper bound of the optimum (certified up to rounding)",
@@ -366,8 +368,8 @@ def _curves(spec: LinearDualSpec, workdir: Workdir, data: Matrices, curvature: f
         for index, depth in enumerate(spec.sgd.depths):
             path = workdir.results / f"sgd_{depth}.npz"
             if path.exists():
-                with np.load(path) as stored:
-                    curves[depth] = Descent(stored["steps"], stored["objective"])
+                stored = load_npz(path)
+                curves[depth] = Descent(stored["steps"], stored["objective"])
                 continue
             known = known or moments(data.x, data.y)
             curves[depth] = descend(data, known, spec, depth, curvature, progress, index * spec.sgd.steps)

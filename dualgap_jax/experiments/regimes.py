@@ -18,8 +18,9 @@ from dualgap_jax.convexity import DEFINITIONS
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
-from dualgap_jax.records import Workdir, load_json, save_json
+from dualgap_jax.files import load_json, save_json
 from dualgap_jax.training import LearningRateScaling
+from dualgap_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _scores(cell: LandscapeSpec, folder: Any, tables: Tables) -> dict[str, Any]:
     try:
         execute(landscape.landscape_experiment, cell, folder, tables, draw=False)
     except landscape.DivergedError:
-        solutions = load_json(folder / "results" / "solutions.json")
+        solutions = load_json(folder / "results" / "solutions.json")["solutions"]
         scores: dict[str, Any] = {}
     else:
         record = load_json(folder / "results" / "landscape.json")

@@ -9,7 +9,8 @@ from dualgap_jax.config import require
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import NO_REPORT, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
-from dualgap_jax.records import Workdir, load_json, save_json
+from dualgap_jax.files import load_json, save_json
+from dualgap_jax.workdir import Workdir
 
 SCORES = (
     "envelope_max",

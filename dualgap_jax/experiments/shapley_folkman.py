@@ -11,8 +11,10 @@ import numpy as np
 
 from dualgap_jax.config import Component, require
 from dualgap_jax.experiments.base import Report, Tables
-from dualgap_jax.records import Progress, Workdir, load_json, save_json, save_npz
+from dualgap_jax.files import load_json, save_json, save_npz
+from dualgap_jax.metrics import Progress
 from dualgap_jax.shapley_folkman import PlanarSet, bounds
+from dualgap_jax.workdir import Workdir
 
 DEFINITIONS = {
     "distance": "Hausdorff distance between the Minkowski average of n copies and the convex hull of the set",

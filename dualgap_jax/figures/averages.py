@@ -47,10 +47,7 @@ def shapley_folkman(workdir: str | Path) -> list[Path]:
     if not record["rows"] or not record["panels"]:
         raise ValueError(f"{workdir / 'results' / 'shapley_folkman.json'} has no rows or no panels; run it again.")
     path = workdir / "results" / "shapley_folkman.npz"
-    if not path.is_file():
-        raise ValueError(f"no record {path}; run the experiment that writes it, or name its work folder.")
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    arrays = read_record(workdir, path.name, ("hull",))
     wanted = ["hull"]
     for n in record["panels"]:
         wanted += [

@@ -34,16 +34,11 @@ def hitting_rate(workdir: str | Path) -> list[Path]:
     workdir = Path(workdir)
     keys = ("title", "setting", "tolerance", "rows", "teachers", "trend")
     record = read_record(workdir, "hitting_rate.json", keys)
-    path = workdir / "results" / "hitting_rate.npz"
-    if not path.is_file():
-        raise ValueError(f"no record {path}; run the experiment that writes it, or name its work folder.")
-    with np.load(path) as archive:
-        missing = [name for name in _ARRAYS if name not in archive.files]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; needed: {', '.join(_ARRAYS)}.")
-        arrays = {name: archive[name] for name in _ARRAYS}
+    arrays = read_record(workdir, "hitting_rate.npz", _ARRAYS)
     if not record["rows"]:
-        raise ValueError(f"{path.with_suffix('.json')} has no rows; run the experiment over at least one width.")
+        raise ValueError(
+            f"{workdir}/results/hitting_rate.json has no rows; run the experiment over at least one width."
+        )
     return _draw_rates(workdir, record) + _draw_losses(workdir, record, arrays) + _draw_curves(workdir, record, arrays)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
+
+from dualgap_jax import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,18 +53,8 @@ NOTE_COLOR = "0.3"
 
 
 def read_record(workdir: Path, name: str, required: Sequence[str]) -> dict[str, Any]:
-    """`results/<name>` as a dict.  Raises ValueError when it is missing, not a JSON object, or lacks a required key."""
-    path = workdir / "results" / name
-    if not path.is_file():
-        raise ValueError(f"no record {path}; run the experiment that writes it, or name its work folder.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); run the experiment again to rewrite it.") from error
-    missing = [key for key in required if not isinstance(record, dict) or key not in record]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; needed: {', '.join(required)}.")
-    return record
+    """The record `results/<name>`, JSON or npz.  Raises ValueError when it is missing, damaged, or lacks a key."""
+    return files.read_record(workdir / "results" / name, required)
 
 
 def value_of(scores: Mapping[str, Any], name: str) -> float:

@@ -31,15 +31,9 @@ def spectral(workdir: str | Path) -> list[Path]:
     workdir = Path(workdir)
     keys = ("title", "sizes", "primal", "dual", "relative_gap", "rank", "gamma", "half_norm", "theorem_applies", "sgd")
     record = read_record(workdir, "spectral.json", keys)
-    path = workdir / "results" / "spectral.npz"
-    if not path.is_file():
-        raise ValueError(f"no record {path}; run the experiment that writes it, or name its work folder.")
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
     depths = sorted({run["depth"] for run in record["sgd"]})
     wanted = ["singular_values", *(f"{key}_{depth}" for depth in depths for key in ("steps", "objective"))]
-    if missing := [name for name in wanted if name not in arrays]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; run the experiment again to rewrite it.")
+    arrays = read_record(workdir, "spectral.npz", wanted)
     curves = {depth: (arrays[f"steps_{depth}"], arrays[f"objective_{depth}"]) for depth in depths}
     return _draw(workdir, record, arrays["singular_values"], curves)
 

@@ -88,13 +88,8 @@ class _Scale(NamedTuple):
 def _read_surface(workdir: Path) -> _Surface:
     """`results/landscape.npz`.  Raises ValueError when it is missing, or an array is missing or of another shape."""
     path = workdir / "results" / "landscape.npz"
-    if not path.is_file():
-        raise ValueError(f"no record {path}; run the experiment that writes it, or name its work folder.")
-    with np.load(path) as stored:
-        missing = [name for name in _Surface._fields if name not in stored]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; needed: {', '.join(_Surface._fields)}.")
-        arrays = {name: np.asarray(stored[name], dtype=np.float64) for name in _Surface._fields}
+    stored = read_record(workdir, path.name, _Surface._fields)
+    arrays = {name: np.asarray(stored[name], dtype=np.float64) for name in _Surface._fields}
     nx, ny, m = arrays["xs"].size, arrays["ys"].size, arrays["edge_t"].size
     shapes = {"xs": (nx,), "ys": (ny,), "loss": (ny, nx), "anchors": (3, 2), "edge_t": (m,), "edge_loss": (3, m)}
     for name, shape in shapes.items():
