@@ -97,9 +97,11 @@ def peer_seconds(torch: Any, case: Case, dataset: Dataset, steps: int, rounds: i
     spec = hitting.SgdSpec(steps=steps, batch_size=case.batch, check_every=steps, lanes=16)
     runs = hitting.make_runs(width, 0, learning_rate=_RATE)
     start = hitting.initial_weights(runs, dataset.x.shape[1], spec)
-    keys = jnp.asarray(hitting.run_keys(runs)[1])
+    keys = jnp.asarray(hitting.random.run_keys(runs)[1])
     draw = jax.jit(
-        lambda t: hitting.draw(t, keys, n=case.examples, batch_size=case.batch, order=spec.order, count=case.batch)
+        lambda t: hitting.random.draw(
+            t, keys, n=case.examples, batch_size=case.batch, order=spec.order, count=case.batch
+        )
     )
     index = np.stack([np.asarray(draw(t))[:, 0] for t in range(steps)])
     torch.set_num_threads(1)  # a network this small gains nothing from a second thread
@@ -151,7 +153,7 @@ def measure(case: Case, peer_steps: int, rounds: int, torch: Any) -> dict[str, A
     )
     runs = hitting.make_runs(np.asarray(case.widths)[:, None], np.arange(case.seeds), learning_rate=_RATE)
     began = time.perf_counter()
-    study = hitting._prepare([dataset], binary_hinge(), runs, spec)
+    study = hitting.study.prepare([dataset], binary_hinge(), runs, spec)
     blocks = study.blocks()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
 

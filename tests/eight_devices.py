@@ -49,7 +49,7 @@ def study() -> dict[str, Any]:
         spec = hitting.SgdSpec(
             steps=60, batch_size=7, check_every=20, lanes=16, devices=devices, schedule=schedule, stop_at_rest=True
         )
-        program = hitting._prepare(datasets, loss, runs, spec).program
+        program = hitting.study.prepare(datasets, loss, runs, spec).program
         segment = program.segment
 
         def spy(*arguments: Any, devices: int = devices, segment: Any = segment) -> Any:

@@ -18,6 +18,7 @@ from dualgap_jax import hitting, losses, training
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, synthetic_relu
 from dualgap_jax.hitting import STATUSES, Outcome, Runs, SgdSpec, make_runs, train_runs
+from dualgap_jax.identity import IdentityError
 from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import mlp
 from dualgap_jax.types import Network
@@ -55,21 +56,21 @@ def test_threefry_is_that_of_jax(rng: np.random.Generator) -> None:
     for seed in rng.integers(0, 2**31, 5):
         key = jax.random.key(int(seed))
         k0, k1 = jax.random.key_data(key)
-        x0, x1 = hitting.threefry(k0, k1, jnp.uint32(0), jnp.arange(33, dtype=jnp.uint32))
+        x0, x1 = hitting.random.threefry(k0, k1, jnp.uint32(0), jnp.arange(33, dtype=jnp.uint32))
         np.testing.assert_array_equal(x0 ^ x1, jax.random.bits(key, (33,), jnp.uint32))
 
 
 def test_bits_become_numbers_below_n(rng: np.random.Generator) -> None:
     bits = np.concatenate([rng.integers(0, 2**32, 2000, dtype=np.uint32), np.uint32([0, 2**32 - 1])])
     for n in (1, 2, 10, 999, 1000, 2**16 - 1):
-        np.testing.assert_array_equal(hitting._below(jnp.asarray(bits), n), bits.astype(np.uint64) * n >> 32)
+        np.testing.assert_array_equal(hitting.random.below(jnp.asarray(bits), n), bits.astype(np.uint64) * n >> 32)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 12, 97, 1000, 1009, 4096])
 def test_permutations_are_bijections(n: int, rng: np.random.Generator) -> None:
     k0, k1 = jnp.asarray(rng.integers(0, 2**32, (2, 1, 32), dtype=np.uint32))
     place = jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint32)[:, None], (n, 32))
-    image = np.asarray(jax.jit(hitting.permuted, static_argnums=3)(place, k0, k1, n))
+    image = np.asarray(jax.jit(hitting.random.permuted, static_argnums=3)(place, k0, k1, n))
     np.testing.assert_array_equal(np.sort(image, axis=0), place)
     if n > 90:
         assert len({tuple(column) for column in image.T}) == 32
@@ -81,7 +82,7 @@ def test_permutations_look_uniform(n: int, rng: np.random.Generator) -> None:
     count = 60_000
     k0, k1 = jnp.asarray(rng.integers(0, 2**32, (2, 1, count), dtype=np.uint32))
     place = jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint32)[:, None], (n, count))
-    image = np.asarray(jax.jit(hitting.permuted, static_argnums=3)(place, k0, k1, n)).astype(int)
+    image = np.asarray(jax.jit(hitting.random.permuted, static_argnums=3)(place, k0, k1, n)).astype(int)
     for i in range(n):
         assert stats.chisquare(np.bincount(image[i], minlength=n)).pvalue > 1e-6
         j = (i + 1) % n
@@ -93,7 +94,9 @@ def test_permutations_look_uniform(n: int, rng: np.random.Generator) -> None:
 def test_an_epoch_repeats_no_example(n: int, batch_size: int, rng: np.random.Generator) -> None:
     keys = jnp.asarray(rng.integers(0, 2**32, (2, 16), dtype=np.uint32))
     per_epoch = n // batch_size
-    draw = jax.jit(lambda step: hitting.draw(step, keys, n=n, batch_size=batch_size, order="epochs", count=batch_size))
+    draw = jax.jit(
+        lambda step: hitting.random.draw(step, keys, n=n, batch_size=batch_size, order="epochs", count=batch_size)
+    )
     first = np.concatenate([draw(t) for t in range(per_epoch)])
     second = np.concatenate([draw(t) for t in range(per_epoch, 2 * per_epoch)])
     for lane in range(16):
@@ -108,13 +111,13 @@ def test_an_epoch_repeats_no_example(n: int, batch_size: int, rng: np.random.Gen
 
 def test_independent_draws_are_uniform(rng: np.random.Generator) -> None:
     keys = jnp.asarray(rng.integers(0, 2**32, (2, 64), dtype=np.uint32))
-    draw = jax.jit(lambda step: hitting.draw(step, keys, n=23, batch_size=10, order="independent", count=20))
+    draw = jax.jit(lambda step: hitting.random.draw(step, keys, n=23, batch_size=10, order="independent", count=20))
     seen = np.stack([draw(t) for t in range(100)])
     assert stats.chisquare(np.bincount(seen.ravel(), minlength=23)).pvalue > 1e-6
     pairs = np.bincount(seen[:, 0].ravel() * 23 + seen[:, 1].ravel(), minlength=23 * 23)
     assert stats.chisquare(pairs).pvalue > 1e-6
     np.testing.assert_array_equal(seen[5], draw(5))
-    whole = hitting.draw(jnp.int32(0), keys, n=23, batch_size=23, order="independent", count=23)
+    whole = hitting.random.draw(jnp.int32(0), keys, n=23, batch_size=23, order="independent", count=23)
     assert all(len(set(lane)) < 23 for lane in np.asarray(whole).T)  # also where a batch is as large as the data
 
 
@@ -140,7 +143,7 @@ def one_by_one(dataset: Dataset, loss: losses.Loss, runs: Runs, k: int, spec: Sg
 
     @jax.jit
     def step(carry: training.Carry, state: Any, now: Any) -> tuple[training.Carry, Any]:
-        index = hitting.draw(now, words, n=len(y), batch_size=size, order=spec.order, count=size)[:, 0]
+        index = hitting.random.draw(now, words, n=len(y), batch_size=size, order=spec.order, count=size)[:, 0]
         rate = float(runs.learning_rate[k]) * schedule.rate(state, now)
         return training.step(net, loss, optax.identity(), carry, x[index], y[index], rate, key)
 
@@ -301,9 +304,9 @@ def test_an_interrupted_study_resumes_to_the_same_numbers(tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             study(tmp_path / "broken")
     calls = []
-    advance = hitting._Study.advance
+    advance = hitting.study.Study.advance
     monkeypatch.setattr(
-        hitting._Study,
+        hitting.study.Study,
         "advance",
         lambda self, chosen, first, last: (calls.append(first), advance(self, chosen, first, last)),
     )
@@ -317,6 +320,22 @@ def test_an_interrupted_study_resumes_to_the_same_numbers(tmp_path: Path, monkey
     calls.clear()
     equal(study(tmp_path / "broken"), whole)
     assert calls == []  # nothing is left to do
+
+
+def test_the_checkpoints_of_another_study_are_refused_by_what_differs(tmp_path: Path) -> None:
+    loss, runs, spec = losses.binary_hinge(), make_runs(4, np.arange(5)), tiny()
+    whole = train_runs([data()], loss, runs, spec, checkpoints=tmp_path)
+    others: list[tuple[str, tuple[Any, ...]]] = [
+        ("the data differs", ([data(seed=4)], loss, runs, spec)),
+        ("the loss differs", ([data()], losses.binary_hinge(0.5), runs, spec)),
+        ("the list of runs differs", ([data()], loss, make_runs(4, np.arange(1, 6)), spec)),
+        ("the list of runs differs", ([data()], loss, make_runs(4, np.arange(5), learning_rate=0.02), spec)),
+        ("the training is", ([data()], loss, runs, tiny(batch_size=9))),
+    ]
+    for told, arguments in others:
+        with pytest.raises(IdentityError, match=told):
+            train_runs(*arguments, checkpoints=tmp_path)
+    equal(train_runs([data()], loss, runs, tiny(lanes=32, checkpoint_seconds=3.0), checkpoints=tmp_path), whole)
 
 
 # --- the global minimum -----------------------------------------------------------------------------------------------
@@ -365,11 +384,11 @@ def test_a_weight_that_is_no_number_reaches_the_loss_wherever_it_stands(
     healthy = train_runs([data(labels=labels)], loss, runs, spec)
     chosen = rng.choice(37, 12, replace=False)
     for value in (np.nan, np.inf):
-        study = hitting._prepare([data(labels=labels)], loss, runs, spec)
+        study = hitting.study.prepare([data(labels=labels)], loss, runs, spec)
         for k, run in enumerate(chosen):
             part = study.weights[k % 3]  # a kernel, a bias, a head
             part[(run, *(int(rng.integers(size)) for size in (5, *part.shape[2:])))] = value
-        hitting._drive(study, None, None, 1e-5, 1)
+        hitting.study.drive(study, None, None, 1e-5, 1)
         broken = np.isin(np.arange(37), chosen)
         assert not np.isfinite(study.losses[broken, 0]).any() or value == np.inf
         assert (study.status[broken] == STATUSES.index("diverged")).sum() >= (12 if np.isnan(value) else 8)
