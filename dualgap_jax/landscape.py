@@ -31,7 +31,7 @@ from jaxtyping import Float
 
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.files import load_npz, save_npz
-from dualgap_jax.losses import Loss
+from dualgap_jax.losses import Loss, measure, sum_loss
 from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import sum_branches, sum_rest
 from dualgap_jax.registry import UnknownNameError, unknown
@@ -486,7 +486,7 @@ def _kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: in
 
     @jax.jit
     def losses(total: Array, y: Array) -> Array:
-        return jax.vmap(lambda o: jnp.sum(loss.per_example(o if scale is None else scale * o, y)))(total)
+        return jax.vmap(lambda o: sum_loss(loss, o if scale is None else scale * o, y))(total)
 
     return _Kernels(below, add, losses, outputs)
 
@@ -915,11 +915,8 @@ def evaluate_source(
         return total + some(count - count % size, count % size) if count % size else total
 
     @jax.jit
-    def measure(total: Array, y: Array) -> tuple[Array, Array, Array]:
-        outputs = stacked.scale * total
-        margins = loss.margin(outputs, y) if loss.margin is not None else jnp.zeros(len(y))
-        right = jnp.argmax(outputs, axis=-1) == y if dataset.task == "multiclass" else outputs[:, 0] * y > 0
-        return loss.per_example(outputs, y), margins, right
+    def measured(total: Array, y: Array) -> tuple[Array, Array, Array]:
+        return measure(loss, dataset.task, stacked.scale * total, y)
 
     totals: dict[int, Array] = {}
     with jax.default_matmul_precision("highest"), Progress(len(blocks) * len(batches), label) as progress:
@@ -934,7 +931,7 @@ def evaluate_source(
                 totals[index] = jax.block_until_ready(add(totals[index], block, x))
                 done += 1
                 progress.update(done)
-        parts = [measure(totals[index], jnp.asarray(dataset.y[which])) for index, which in enumerate(batches)]
+        parts = [measured(totals[index], jnp.asarray(dataset.y[which])) for index, which in enumerate(batches)]
     losses, margins, right = (np.concatenate([np.asarray(p[k], np.float64) for p in parts]) for k in range(3))
     accuracy = float("nan") if dataset.task == "regression" else float(right.mean())
     return Evaluation(float(losses.mean()), accuracy, margins if loss.margin is not None else None)

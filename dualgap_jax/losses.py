@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Num
 
 from dualgap_jax.registry import Table
@@ -32,6 +34,53 @@ class Loss(NamedTuple):
     margin: Callable[[Array, Array], Array] | None
     tau: float | None
     tasks: tuple[str, ...]
+
+
+def marked(values: Array, outputs: Array) -> Array:
+    """Losses, with NaN where the network outputs that they are taken from are not all finite.
+
+    A compiled maximum or sum of maxima may answer with the number that stands beside a NaN, so that a loss of NaN
+    outputs comes out finite, or does so in large batches only; and the hinge of an infinite output of the right sign is
+    0.  Whatever reports a loss marks it by this function after the last sum, which changes no bit of a loss of finite
+    outputs, nor of its gradient.
+
+    Args:
+      values: `[...]`, losses or sums of losses.
+      outputs: `[..., batch, out]` or `[..., out]`: the outputs behind each value, its leading axes those of `values`.
+
+    Returns:
+      The values; those that are not finite already stay as they are.
+    """
+    finite = jnp.all(jnp.isfinite(outputs), axis=tuple(range(values.ndim, outputs.ndim)))
+    spoilt = jnp.where(finite | ~jnp.isfinite(values), 0.0, jnp.nan).astype(values.dtype)
+    return values + lax.stop_gradient(spoilt)
+
+
+def mean_loss(loss: Loss, outputs: Outputs, labels: Labels) -> Float[Array, ""]:
+    """The mean loss of a batch; NaN, or infinite, when an output is not finite."""
+    return marked(jnp.mean(loss.per_example(outputs, labels)), outputs)
+
+
+def sum_loss(loss: Loss, outputs: Outputs, labels: Labels) -> Float[Array, ""]:
+    """The summed loss of a batch; NaN, or infinite, when an output is not finite."""
+    return marked(jnp.sum(loss.per_example(outputs, labels)), outputs)
+
+
+def measure(loss: Loss, task: str, outputs: Outputs, labels: Labels) -> tuple[Array, Array, Array]:
+    """Losses, margins (zeros for a loss without margin) and hits of each example of a batch, `[batch]` each.
+
+    Where an output is not finite the loss and the margin are not either, and the example is not a hit.  A hit is the
+    class of the largest output, or the sign of the output; nothing else is one for the labels of a regression.
+    """
+    finite = jnp.all(jnp.isfinite(outputs), axis=-1)
+    margins = jnp.zeros(len(labels)) if loss.margin is None else marked(loss.margin(outputs, labels), outputs)
+    hits = jnp.argmax(outputs, axis=-1) == labels if task == "multiclass" else outputs[:, 0] * labels > 0
+    return marked(loss.per_example(outputs, labels), outputs), margins, hits & finite
+
+
+def _positive_part(t: Array) -> Array:
+    """`max(0, t)`, value and gradient, bit for bit, without a maximum, beside which a compiled sum may lose a NaN."""
+    return 0.5 * t + 0.5 * jnp.abs(t)
 
 
 def _check_tau(tau: object) -> float:
@@ -69,7 +118,8 @@ def _differences(outputs: Array, labels: Array) -> tuple[Array, Array]:
 
 def _class_margin(outputs: Array, labels: Array) -> Array:
     difference, own = _differences(outputs, labels)
-    return jnp.min(jnp.where(own, jnp.inf, difference), axis=-1)
+    least = jnp.min(jnp.where(own, jnp.inf, difference), axis=-1)
+    return jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, least)
 
 
 def binary_hinge(tau: int | float = 1.0) -> Loss:
@@ -81,7 +131,7 @@ def binary_hinge(tau: int | float = 1.0) -> Loss:
     tau = _check_tau(tau)
 
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
-        return jnp.maximum(0, 1 - _signed(outputs, labels) / tau)
+        return _positive_part(1 - _signed(outputs, labels) / tau)
 
     return Loss(per_example, _signed, tau, ("binary",))
 
@@ -96,7 +146,7 @@ def multi_margin(tau: int | float = 1.0) -> Loss:
 
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         difference, own = _differences(outputs, labels)
-        terms = jnp.where(own, 0, jnp.maximum(0, 1 - difference / tau))
+        terms = jnp.where(own, 0, _positive_part(1 - difference / tau))
         return jnp.sum(terms, axis=-1) / outputs.shape[-1]
 
     return Loss(per_example, _class_margin, tau, ("multiclass",))
@@ -111,7 +161,9 @@ def crammer_singer(tau: int | float = 1.0) -> Loss:
     tau = _check_tau(tau)
 
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
-        return jnp.maximum(0, 1 - _class_margin(outputs, labels) / tau)
+        difference, own = _differences(outputs, labels)
+        least = jnp.min(jnp.where(own, jnp.inf, difference), axis=-1)
+        return jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, _positive_part(1 - least / tau))
 
     return Loss(per_example, _class_margin, tau, ("multiclass",))
 
@@ -162,14 +214,15 @@ class AssumptionCheck(NamedTuple):
     bound: float | None
 
 
-def check_assumption_1(loss: Loss, margins: Array, *, bound: int | float | None = None) -> AssumptionCheck:
+def check_assumption_1(loss: Loss, margins: Array | np.ndarray, *, bound: int | float | None = None) -> AssumptionCheck:
     """Compares margins (any shape, e.g. `[solutions, samples]`) and a bound over W with tau (Assumption 1).
 
     A margin that was seen outweighs the bound: a bound below it is none.
     """
     if loss.tau is None or loss.margin is None:
         return AssumptionCheck("not applicable", None, float("nan"), float("nan"), None)
-    largest, clipped = float(jnp.max(margins)), float(jnp.mean(margins >= loss.tau))
+    margins = np.asarray(margins)  # NumPy's maximum keeps a NaN
+    largest, clipped = float(np.max(margins)), float(np.mean(margins >= loss.tau))
     if math.isnan(largest):
         status = "undecided"
     elif largest >= loss.tau:

@@ -19,7 +19,7 @@ import optax
 from jax import Array, lax
 
 from dualgap_jax.data import Dataset, standardise
-from dualgap_jax.losses import Loss
+from dualgap_jax.losses import Loss, mean_loss
 from dualgap_jax.networks import branch_keys, sum_branches, sum_rest, upcast
 from dualgap_jax.types import KeyArray, Network, Params, PyTree, Stacked, State
 
@@ -73,7 +73,7 @@ def step(
 
     def objective(params: Params) -> tuple[Array, State]:
         outputs, state = net.apply(params, carry.state, x, key=key, train=True)
-        return jnp.mean(loss.per_example(outputs, y)), state
+        return mean_loss(loss, outputs, y), state
 
     (value, state), gradient = jax.value_and_grad(objective, has_aux=True)(carry.params)
     params, opt_state = _updated(transformation, gradient, carry.opt_state, carry.params, rate)
@@ -222,10 +222,7 @@ def branch_step(
     if place.branch_axis is not None:
         total = lax.psum(total, place.branch_axis)
 
-    def mean_loss(total: Array) -> Array:
-        return jnp.mean(loss.per_example(stacked.scale * total, y))
-
-    value, gradient = jax.value_and_grad(mean_loss)(total)
+    value, gradient = jax.value_and_grad(lambda total: mean_loss(loss, stacked.scale * total, y))(total)
     if place.data_axis is not None:
         value = lax.pmean(value, place.data_axis)
         gradient = gradient / lax.axis_size(place.data_axis)

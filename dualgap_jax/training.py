@@ -30,7 +30,7 @@ from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.files import load_json, save_json
-from dualgap_jax.losses import Loss
+from dualgap_jax.losses import Loss, measure
 from dualgap_jax.machine import memory_field
 from dualgap_jax.metrics import Metrics, Progress
 from dualgap_jax.networks import multi_branch
@@ -1089,13 +1089,7 @@ def evaluate(
     @jax.jit
     def one(params: Params, state: State, x: Array, y: Array, mean: Array, std: Array) -> tuple[Array, Array, Array]:
         outputs, _ = net.apply(params, state, standardise(x, mean, std))
-        margins = loss.margin(outputs, y) if loss.margin is not None else jnp.zeros(len(y))
-        return loss.per_example(outputs, y), margins, correct(outputs, y)
-
-    def correct(outputs: Array, y: Array) -> Array:
-        if dataset.task == "multiclass":
-            return jnp.argmax(outputs, axis=-1) == y
-        return outputs[:, 0] * y > 0
+        return measure(loss, dataset.task, outputs, y)
 
     with jax.default_matmul_precision("highest"):
         parts = [

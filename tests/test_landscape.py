@@ -427,6 +427,41 @@ def test_points_that_overflow_stay_visible_and_harm_no_other(route: str, rng: np
     np.testing.assert_allclose(surface[:, [0, 1, 3]], case.by_hand([-0.5, 0.5, 1.0], YS), rtol=1e-5)
 
 
+OWN_HINGE = Loss(lambda o, y: jnp.maximum(0, 1 - y * o[:, 0]), None, None, ("binary",))
+
+
+def root_net(width: int) -> Network:
+    """`sqrt(a) x`: not a number wherever a < 0."""
+    return from_functions(
+        lambda key, x: {"a": jnp.ones(1)},
+        lambda p, x: jnp.sqrt(p["a"])[None, :] * jnp.tile(x[:, :1], (1, width)),
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [binary_hinge(0.5), multi_margin(), crammer_singer(), logistic(), squared(), OWN_HINGE],
+    ids=["hinge", "multi-margin", "crammer-singer", "logistic", "squared", "own"],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_outputs_that_are_not_numbers_reach_the_surface_in_batches_of_every_size(
+    loss: Loss, stacked: bool, rng: np.random.Generator
+) -> None:
+    width = 1 if "binary" in loss.tasks else 10
+    net = multi_branch(root_net(width), 3) if stacked else root_net(width)
+    data = vectors(rng, 5000, "binary" if width == 1 else "multiclass")._replace(num_outputs=width)
+    one = {"a": jnp.ones((3, 1) if stacked else (1,))}
+    still = jax.tree.map(jnp.zeros_like, one)
+    plane = Plane(one, one, still, ((), (), ()), np.zeros((1, 2)), "random")
+    points = np.stack([rng.uniform(-3, 1, 70), np.zeros(70)], axis=1)
+    for chunk in (1, 5000) if width == 1 else (256,):
+        some = data if chunk > 1 else data._replace(x=data.x[:3], y=data.y[:3])
+        values = evaluate_points(net, plane, some, loss, points, sample_chunk=chunk)
+        np.testing.assert_array_equal(np.isnan(values), points[:, 0] < -1)
+    poisoned = data._replace(x=np.where(np.arange(5000)[:, None] == 4321, np.nan, data.x))
+    assert np.isnan(evaluate_points(net, plane, poisoned, loss, points[:2], sample_chunk=5000)).all()
+
+
 @pytest.mark.parametrize("name", ["mean", "single", "nested", "mixture"])
 def test_the_first_layer_is_computed_three_times_a_batch_however_many_points(
     name: str, rng: np.random.Generator

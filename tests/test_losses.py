@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -183,6 +184,88 @@ def test_large_outputs_stay_finite_and_non_finite_ones_stay_visible() -> None:
         outputs = jnp.full((2, 3 if task == "multiclass" else 1), jnp.nan)
         labels = jnp.asarray([1.0, -1.0]) if task != "multiclass" else jnp.asarray([0, 2])
         assert np.isnan(np.asarray(loss.per_example(outputs, labels))).all(), name
+
+
+# ------------------------------------------------------------------------------------------------- NaN and infinities
+
+OWN = Loss(lambda o, y: jnp.maximum(0, 1 - y * o[:, 0]), None, None, ("binary",))
+OWN_MAX = Loss(lambda o, y: jnp.max(jnp.abs(o), axis=-1), None, None, ("multiclass",))
+# Above some thousand numbers XLA:CPU compiles reductions by another library, which loses NaN in maxima.
+SHAPES = [(1, 1), (3, 7), (64, 256), (1, 5000)]
+
+
+def marked_losses() -> list[tuple[Loss, int]]:
+    built = [(LOSSES.build(name), 1 if task == "binary" else 10) for name, task in cases() if task != "regression"]
+    return [*built, (losses.binary_hinge(0.3), 1), (OWN, 1), (OWN_MAX, 17)]
+
+
+@pytest.mark.parametrize(("loss", "width"), marked_losses())
+def test_no_output_that_is_not_finite_is_lost_however_many_are_computed_together(
+    loss: Loss, width: int, rng: np.random.Generator
+) -> None:
+    sums = jax.jit(jax.vmap(lambda o, y: losses.sum_loss(loss, o, y), (0, None)))
+    means = jax.jit(jax.vmap(lambda o, y: losses.mean_loss(loss, o, y), (0, None)))
+    each = jax.jit(lambda o, y: losses.measure(loss, "binary" if width == 1 else "multiclass", o, y))
+    for (points, n), bad in itertools.product(SHAPES, (math.nan, math.inf, -math.inf)):
+        outputs = 2 * rng.standard_normal((points, n, width)).astype(np.float32)
+        labels = rng.choice([-1.0, 1.0], n) if width == 1 else rng.integers(0, width, n)
+        row, sample, column = rng.integers(points), rng.integers(n), rng.integers(width)
+        outputs[row, sample, column] = bad
+        for total in (sums(outputs, labels), means(outputs, labels)):
+            np.testing.assert_array_equal(np.isfinite(total), np.arange(points) != row)
+        values, margins, hits = each(outputs[row], labels)
+        np.testing.assert_array_equal(np.isfinite(values), np.arange(n) != sample)
+        np.testing.assert_array_equal(np.isfinite(margins), (np.arange(n) != sample) | (loss.margin is None))
+        assert not hits[sample]
+
+
+@pytest.mark.parametrize("name", HINGES)
+def test_a_hinge_keeps_nan_in_programs_of_any_size(name: str, rng: np.random.Generator) -> None:
+    """Called on its own too, with the sum compiled around it."""
+    loss = LOSSES.build(name, tau=0.7)
+    width = 1 if name == "binary_hinge" else 10
+    for points, n in SHAPES:
+        outputs = 2 * rng.standard_normal((points * n, width)).astype(np.float32)
+        labels = rng.choice([-1.0, 1.0], points * n) if width == 1 else rng.integers(0, width, points * n)
+        sample = rng.integers(points * n)
+        outputs[sample, rng.integers(width)] = math.nan
+        assert loss.margin is not None
+        for function in (loss.per_example, loss.margin):
+            got = np.asarray(jax.jit(function)(outputs, labels))
+            np.testing.assert_array_equal(np.isnan(got), np.arange(points * n) == sample)
+        assert np.isnan(jax.jit(lambda o, y, f=loss.per_example: jnp.sum(f(o, y)))(outputs, labels))
+
+
+@pytest.mark.parametrize("name", HINGES)
+def test_finite_losses_and_gradients_are_those_of_a_maximum_bit_for_bit(name: str, rng: np.random.Generator) -> None:
+    loss = LOSSES.build(name, tau=0.7)
+    width = 1 if name == "binary_hinge" else 10
+
+    def with_maximum(outputs: Any, labels: Any) -> Any:
+        if width == 1:
+            return jnp.maximum(0, 1 - labels.astype(outputs.dtype) * outputs[:, 0] / 0.7)
+        own = jnp.arange(width)[None, :] == labels[:, None].astype(jnp.int32)
+        difference = jnp.sum(jnp.where(own, outputs, 0), axis=-1, keepdims=True) - outputs
+        if name == "multi_margin":
+            return jnp.sum(jnp.where(own, 0, jnp.maximum(0, 1 - difference / 0.7)), axis=-1) / width
+        return jnp.maximum(0, 1 - jnp.min(jnp.where(own, jnp.inf, difference), axis=-1) / 0.7)
+
+    for points, n in SHAPES:
+        outputs = jnp.asarray(2 * rng.standard_normal((points, n, width)), jnp.float32)
+        labels = jnp.asarray(rng.choice([-1.0, 1.0], n) if width == 1 else rng.integers(0, width, n))
+
+        for of in (lambda f: f, jax.grad):
+            got, expected = (
+                jax.jit(jax.vmap(of(f), (0, None)))(outputs, labels)
+                for f in (lambda o, y: losses.mean_loss(loss, o, y), lambda o, y: jnp.mean(with_maximum(o, y)))
+            )
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_a_margin_that_is_not_a_number_is_seen_among_many() -> None:
+    margins = jnp.zeros(20_000).at[12_345].set(jnp.nan)
+    check = check_assumption_1(losses.binary_hinge(), margins, bound=0.5)
+    assert (check.status, math.isnan(check.largest_margin)) == ("undecided", True)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

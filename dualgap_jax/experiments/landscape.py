@@ -239,7 +239,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         "precision": dataclasses.asdict(spec.precision),
         "samples": {"used": len(measured.y), "of": len(dataset.y)},
         "solutions": rows,
-        "assumption_1": check_assumption_1(loss, jnp.asarray(margins))._asdict(),
+        "assumption_1": check_assumption_1(loss, margins)._asdict(),
         "data": dataset.info,
         **_measure(spec, workdir, measured, net, loss, networks),
     }
