@@ -6,7 +6,7 @@
     python scripts/run.py --config=configs/figure3.py:set=random_points,seed=3
 
 Sets: lp_ball (the paper's; any p > 0), union (three pieces; --config.set.pieces="('disc 0 0 1', 'point 2 0')"),
-random_points, random_discs, crescent (an implicit set on a lattice).  A set of your own: extend the table
+random_points, random_discs.  A set of your own: extend the table
 `sets` in a module passed with --extend, and name it in a config of your own (ShapleyFolkmanSpec).
 Expect 1, 2 and 10 copies as in the paper; for the l_p balls n times the distance is constant (sqrt(2)/4 for p = 1/2)
 and Starr's bound is 2 sqrt(2) times too large from n = 2; for sets with rounded corners it falls like 1/n^2.
@@ -17,7 +17,7 @@ from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec
 from dualgap_jax.shapley_folkman import SETS
 
 # Numbers of copies up to what each method does in seconds.
-UP_TO = {"lp_ball": 100, "union": 50, "random_points": 30, "random_discs": 50, "crescent": 20}
+UP_TO = {"lp_ball": 100, "union": 50, "random_points": 30, "random_discs": 50}
 COPIES = (1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 50, 70, 100)
 
 
@@ -27,13 +27,11 @@ def get_config(arg=None):
     require(is_ball or args.p == 0.5, f"p={args.p:g}: only the set lp_ball has a p, not {args.set!r}.")
     require(is_random or args.seed == 0, f"seed={args.seed}: only the random sets have a seed, not {args.set!r}.")
     settings = {"p": args.p} if is_ball else {"seed": args.seed} if is_random else {}
-    if args.set == "crescent" and args.smoke:
-        settings = {"resolution": 65}
     chosen = component(SETS, args.set, **settings)
     copies = args.copies
     if copies == (0,):
         copies = tuple(n for n in COPIES if n <= UP_TO[args.set])
-    names = {"lp_ball": f"the ℓₚ ball, p = {args.p:g}", "crescent": "a crescent", "union": "a union of pieces"}
+    names = {"lp_ball": f"the ℓₚ ball, p = {args.p:g}", "union": "a union of pieces"}
     spec = ShapleyFolkmanSpec(
         title=f"Minkowski averages of {names.get(args.set, args.set.replace('_', ' '))}",
         paper_item="Figure 3" if (args.set, args.p) == ("lp_ball", 0.5) else "as Figure 3, another set",

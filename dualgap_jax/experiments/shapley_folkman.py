@@ -20,12 +20,11 @@ DEFINITIONS = {
     "distance": "Hausdorff distance between the Minkowski average of n copies and the convex hull of the set",
     "error": "the true distance lies in [distance - error, distance + error], up to float64 rounding",
     "kind": "exact: a closed form; bounded: a computed enclosure",
-    "shapley_folkman_bound": "sqrt(min(n, 2)) / n * circumradius + slack",
-    "starr_bound": "sqrt(min(n, 2)) / n * inner_radius + slack",
+    "shapley_folkman_bound": "sqrt(min(n, 2)) / n * circumradius",
+    "starr_bound": "sqrt(min(n, 2)) / n * inner_radius",
     "circumradius": "radius of the smallest disc around the set, or an upper bound on it",
     "inner_radius": "largest, over the points x of the hull, of the least circumradius of a subset whose hull holds x,"
     " or an upper bound on it",
-    "slack": "how far the hull of the sampled points may lie from that of the set; 0 where the hull is known",
     "decay_exponent": "slope of log distance against log n by least squares over the distances above their errors;"
     " null for fewer than two of them",
 }
@@ -72,7 +71,7 @@ def shapley_folkman(spec: ShapleyFolkmanSpec, workdir: Workdir, tables: Tables) 
     radii = planar.radii()
     arrays = {"hull": planar.hull()}
     for n in spec.panels:
-        arrays |= {f"n{n}_{key}": value for key, value in planar.shape(n)._asdict().items() if value is not None}
+        arrays |= {f"n{n}_{key}": value for key, value in planar.shape(n)._asdict().items()}
     save_npz(workdir.results / "shapley_folkman.npz", **arrays)
     document = {
         "title": spec.title,
@@ -140,8 +139,7 @@ def _report(spec: ShapleyFolkmanSpec, document: dict[str, Any]) -> Report:
         "Distance: Hausdorff distance of the Minkowski average of n copies to the convex hull; the true one lies within"
         " the error of it, up to rounding.",
         f"Bounds: sqrt(min(n, 2)) / n times the inner radius {document['inner_radius']:.6g} (Starr 1969) or the"
-        f" circumradius {document['circumradius']:.6g} (Shapley-Folkman)"
-        + (f", plus {document['slack']:.3g}." if document["slack"] else "."),
+        f" circumradius {document['circumradius']:.6g} (Shapley-Folkman).",
         "Decay: no distance exceeds its error twice." if exponent is None else f"Decay: distance ~ n^{exponent:.3f}.",
         f"Starr's bound is EXCEEDED at n = {beyond}: a defect." if beyond else "Starr's bound holds at every n.",
     ]

@@ -33,7 +33,7 @@ def shapley_folkman(workdir: str | Path) -> list[Path]:
     """The averages beside the hull, as in Figure 3, and the distance to the hull against the number of copies.
 
     Reads `results/shapley_folkman.json` (`title`, `paper_item`, `panels`, `rows`) and `results/shapley_folkman.npz`
-    (`hull [k, 2]`, and for each panel n `n{n}_vertices` with `n{n}_lengths`, or `n{n}_mask` with `n{n}_xs`, `n{n}_ys`).
+    (`hull [k, 2]`, and for each panel n `n{n}_vertices` with `n{n}_lengths`).
 
     Returns:
       The paths of `figures/shapley_folkman.png` and `.pdf`, and of `figures/hull_distance.png` and `.pdf`.
@@ -42,17 +42,13 @@ def shapley_folkman(workdir: str | Path) -> list[Path]:
       ValueError: a record is missing or malformed, or has no rows.
     """
     workdir = Path(workdir)
-    keys = ("title", "paper_item", "panels", "rows", "circumradius", "inner_radius", "slack", "decay_exponent")
+    keys = ("title", "paper_item", "panels", "rows", "circumradius", "inner_radius", "decay_exponent")
     record = read_record(workdir, "shapley_folkman.json", keys)
     if not record["rows"] or not record["panels"]:
         raise ValueError(f"{workdir / 'results' / 'shapley_folkman.json'} has no rows or no panels; run it again.")
     path = workdir / "results" / "shapley_folkman.npz"
     arrays = read_record(workdir, path.name, ("hull",))
-    wanted = ["hull"]
-    for n in record["panels"]:
-        wanted += [
-            f"n{n}_{key}" for key in (("mask", "xs", "ys") if f"n{n}_mask" in arrays else ("vertices", "lengths"))
-        ]
+    wanted = ["hull", *(f"n{n}_{key}" for n in record["panels"] for key in ("vertices", "lengths"))]
     if missing := [name for name in wanted if name not in arrays]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; run the experiment again to rewrite it.")
     return _draw_panels(workdir, record, arrays) + _draw_distance(workdir, record)
@@ -68,11 +64,7 @@ def _draw_panels(workdir: Path, record: Mapping[str, Any], arrays: Mapping[str, 
     wide, tall = np.maximum((high - low) / 2, 1e-12) * 1.08
     wide, tall = max(wide, tall / 1.5), max(tall, 0.45 * wide)
     across = len(panels) + 1
-    masked = any(f"n{n}_mask" in arrays for n in panels)
-    caption = [
-        "Shaded: the set of all averages of that many points of the set.  Dashed: its convex hull.",
-        "Drawn from a lattice." if masked else "",
-    ]
+    caption = ["Shaded: the set of all averages of that many points of the set.  Dashed: its convex hull."]
     size, left = 2.35, 0.55
     height = size * tall / wide
     with page(left + (size + 0.2) * across + 0.1, 0.95 + height + 0.4, caption) as figure:
@@ -84,8 +76,6 @@ def _draw_panels(workdir: Path, record: Mapping[str, Any], arrays: Mapping[str, 
             axes.set_ylim(middle[1] - tall, middle[1] + tall)
             if n is None:
                 _fill(axes, hull, np.asarray([len(hull)]), 1.0)
-            elif f"n{n}_mask" in arrays:
-                _fill_mask(axes, arrays[f"n{n}_xs"], arrays[f"n{n}_ys"], arrays[f"n{n}_mask"])
             else:
                 lengths = arrays[f"n{n}_lengths"]
                 _fill(axes, arrays[f"n{n}_vertices"], lengths, min(1.0, (60 / max(len(lengths), 1)) ** 0.5))
@@ -129,14 +119,6 @@ def _fill(axes: Axes, vertices: Float[np.ndarray, "v 2"], lengths: Int[np.ndarra
     axes.plot(dots[:, 0], dots[:, 1], "o", color=_EDGE, markersize=0.6 + 4 * scale, markeredgewidth=0, zorder=2.6)
 
 
-def _fill_mask(axes: Axes, xs: np.ndarray, ys: np.ndarray, mask: np.ndarray) -> None:
-    """A lattice set, its outline halfway between lattice points in and out."""
-    xs, ys = (np.concatenate([[2 * v[0] - v[1]], v, [2 * v[-1] - v[-2]]]) for v in (xs, ys))
-    values = np.pad(mask.astype(np.float64), 1)
-    axes.contourf(xs, ys, values, levels=[0.5, 1.5], colors=[_FILL], zorder=1)
-    axes.contour(xs, ys, values, levels=[0.5], colors=[_EDGE], linewidths=0.8, zorder=2)
-
-
 # The distance ---------------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +135,7 @@ def _draw_distance(workdir: Path, record: Mapping[str, Any]) -> list[Path]:
         if kinds == {"exact"}
         else f"Bars: proven error, at most {number(error.max())}.",
         r"Bounds: $\sqrt{\min(n,2)}/n$ times the inner radius "
-        f"{number(record['inner_radius'])} or the circumradius {number(record['circumradius'])}"
-        + (f", plus {number(record['slack'])}." if record["slack"] else "."),
+        f"{number(record['inner_radius'])} or the circumradius {number(record['circumradius'])}.",
         f"Fitted slope of the distance: {number(exponent)}." if exponent is not None else "",
     ]
     with page(5.6, 3.9, caption) as figure:
