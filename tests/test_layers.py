@@ -25,6 +25,8 @@ GROUPS = {
     },
     "pure": {
         "networks",
+        "linen",
+        "nnx",
         "losses",
         "convexity",
         "spectral",

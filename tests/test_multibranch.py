@@ -104,8 +104,8 @@ def loop(branch: Network, params: Any, state: Any, x: Array, key: Array | None, 
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "gru", "nnx", "functions"])
-def test_equals_a_loop_over_branches_whatever_the_chunks(name: str, rng: np.random.Generator, x64: None) -> None:
-    """Outputs, new state and gradients in training, outputs in evaluation; I = 6, chunks of all shapes."""
+def test_equals_a_loop_over_branches(name: str, rng: np.random.Generator, x64: None) -> None:
+    """Outputs, new state and gradients in training, outputs in evaluation; I = 6."""
     branch, params, state, x = random_instance(name, 6, rng)
     key = jax.random.key(ROOT)
     weights = jnp.asarray(rng.standard_normal((6, 3)))
@@ -127,24 +127,22 @@ def test_equals_a_loop_over_branches_whatever_the_chunks(name: str, rng: np.rand
         pulled = [pullback(*pick((params, state), i), jax.random.fold_in(key, i), cotangent) for i in range(6)]
         expected_gradient = stack([p for p, _ in pulled]), sum(g for _, g in pulled)
 
-        chunks = {"mean": (None, 2, 9), "sum": (4,)} if name == "mlp" else {"mean": (None,), "sum": (4,)}
-        for chunk_size in chunks[reduce]:
-            net = multi_branch(branch, 6, reduce=reduce, chunk_size=chunk_size)
+        net = multi_branch(branch, 6, reduce=reduce)
 
-            def objective(params: Any, x: Array, net: Network = net) -> tuple[Array, Any]:
-                y, new = net.apply(params, state, x, key=key, train=True)
-                return jnp.sum(weights * jnp.sin(y)), (y, new)
+        def objective(params: Any, x: Array, net: Network = net) -> tuple[Array, Any]:
+            y, new = net.apply(params, state, x, key=key, train=True)
+            return jnp.sum(weights * jnp.sin(y)), (y, new)
 
-            gradient, (y, new) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(params, x)
-            assert y.dtype == jnp.float64
-            np.testing.assert_allclose(y, scale * total, rtol=1e-12, atol=1e-12)
-            assert_trees_close(new, expected_state)
-            assert_trees_close(gradient, expected_gradient, 1e-11)
-            if chunk_size is None:
-                continue
-            y, same = jax.jit(net.apply)(params, state, x)
-            np.testing.assert_allclose(y, scale * evaluated, rtol=1e-12, atol=1e-12)
-            assert_trees_close(same, state, 0)
+        gradient, (y, new) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(params, x)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, scale * total, rtol=1e-12, atol=1e-12)
+        assert_trees_close(new, expected_state)
+        assert_trees_close(gradient, expected_gradient, 1e-11)
+        if reduce == "mean":
+            continue
+        y, same = jax.jit(net.apply)(params, state, x)
+        np.testing.assert_allclose(y, scale * evaluated, rtol=1e-12, atol=1e-12)
+        assert_trees_close(same, state, 0)
 
     if name in STATEFUL:
         changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), expected_state, state)
@@ -172,7 +170,7 @@ def test_branches_drop_independently_and_by_the_key(name: str, rng: np.random.Ge
 
 
 @pytest.mark.parametrize("name", ["mlp_affine", "linen", "nnx"])
-def test_branch_i_is_initialised_by_fold_in_of_i_whatever_the_number_and_the_chunks(name: str) -> None:
+def test_branch_i_is_initialised_by_fold_in_of_i_whatever_the_number(name: str) -> None:
     make, shape = NETWORKS[name]
     branch, root = make(), jax.random.key(ROOT)
     x = jnp.zeros((2, *shape))
@@ -181,8 +179,8 @@ def test_branch_i_is_initialised_by_fold_in_of_i_whatever_the_number_and_the_chu
     for i in range(7):
         assert_trees_close(pick(seven, i), one(jax.random.fold_in(root, i), x), 1e-6)
     # 12: one at a time; 45: two at a time, the last chunk overlaps.
-    for count, chunk_size in ((12, None), (45, 5)):
-        more = jax.jit(multi_branch(branch, count, chunk_size=chunk_size).init)(root, x)
+    for count in (12, 45):
+        more = jax.jit(multi_branch(branch, count).init)(root, x)
         assert_trees_close(jax.tree.map(lambda a: a[:7], more), seven, 0)
         for i in (count - 2, count - 1):
             assert_trees_close(pick(more, i), one(jax.random.fold_in(root, i), x), 1e-6)
@@ -237,12 +235,11 @@ def counting_branch() -> tuple[Network, list[int]]:
     return networks.from_functions(lambda key, x: jax.random.normal(key, (x.shape[1], 2), x.dtype), apply), traces
 
 
-@pytest.mark.parametrize("chunk_size", [None, 7, 10])
-def test_a_branch_is_traced_a_few_times_whatever_i_and_never_again(chunk_size: int | None) -> None:
+def test_a_branch_is_traced_a_few_times_whatever_i_and_never_again() -> None:
     seen = []
     for count in (50, 200):
         branch, traces = counting_branch()
-        net = multi_branch(branch, count, chunk_size=chunk_size)
+        net = multi_branch(branch, count)
         x = jnp.ones((3, 4))
         params, state = net.init(jax.random.key(0), x)
         apply = jax.jit(net.apply)
@@ -260,7 +257,7 @@ def test_a_branch_is_traced_a_few_times_whatever_i_and_never_again(chunk_size: i
 
 def test_a_training_loop_compiles_once_and_carries_its_state(x64: None, rng: np.random.Generator) -> None:
     branch, params, state, x = random_instance("nnx", 5, rng)
-    net = multi_branch(branch, 5, chunk_size=2)
+    net = multi_branch(branch, 5)
 
     @jax.jit
     def step(params: Any, state: Any, key: Array) -> tuple[Any, Any]:
@@ -284,7 +281,7 @@ def test_a_training_loop_compiles_once_and_carries_its_state(x64: None, rng: np.
 
 
 def test_vmap_over_seeds_equals_one_after_another(rng: np.random.Generator, x64: None) -> None:
-    net = multi_branch(networks.from_linen(LinenNet()), 5, chunk_size=2)
+    net = multi_branch(networks.from_linen(LinenNet()), 5)
     x = jnp.asarray(rng.standard_normal((6, 7)))
     keys = jax.random.split(jax.random.key(0), 3)
 
@@ -298,31 +295,19 @@ def test_vmap_over_seeds_equals_one_after_another(rng: np.random.Generator, x64:
 
 
 @pytest.mark.parametrize("name", ["mlp", "linen"])
-def test_second_derivatives_pass_through_chunks(name: str, rng: np.random.Generator, x64: None) -> None:
+def test_second_derivatives_are_those_of_a_loop(name: str, rng: np.random.Generator, x64: None) -> None:
     branch, params, state, x = random_instance(name, 3, rng)
     tangent = random_like(params, rng)
 
-    def product(chunk_size: int | None) -> Any:
-        net = multi_branch(branch, 3, chunk_size=chunk_size)
-        gradient = jax.grad(lambda p: jnp.sum(jnp.sin(net.apply(p, state, x)[0])))
+    def product(outputs: Callable[[Any], Array]) -> Any:
+        gradient = jax.grad(lambda p: jnp.sum(jnp.sin(outputs(p))))
         return jax.jit(lambda p: jax.jvp(gradient, (p,), (tangent,))[1])(params)
 
-    assert_trees_close(product(2), product(None), 1e-10)
+    def looped(p: Any) -> Array:
+        return sum(branch.apply(pick(p, i), pick(state, i), x)[0] for i in range(3)) / 3
 
-
-def test_a_chunked_gradient_keeps_less_than_an_unchunked_one() -> None:
-    """Recomputed chunk by chunk: the temporaries are those of one chunk and of the gradient itself."""
-    branch, x = networks.mlp((64, 64)), jnp.zeros((256, 16))
-
-    def temporaries(chunk_size: int | None) -> int:
-        net = multi_branch(branch, 64, chunk_size=chunk_size)
-        params, state = jax.eval_shape(net.init, jax.random.key(0), x)
-        gradient = jax.jit(jax.grad(lambda p: jnp.sum(net.apply(p, state, x)[0] ** 2)))
-        memory = gradient.lower(params).compile().memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
-
-    assert temporaries(4) < 0.4 * temporaries(None)
+    net = multi_branch(branch, 3)
+    assert_trees_close(product(lambda p: net.apply(p, state, x)[0]), product(looped), 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ nesting, mixtures
@@ -330,7 +315,7 @@ def test_a_chunked_gradient_keeps_less_than_an_unchunked_one() -> None:
 
 def test_nesting_is_the_mean_of_means_with_keys_folded_twice(rng: np.random.Generator, x64: None) -> None:
     branch = networks.from_linen(LinenNet())
-    net = multi_branch(multi_branch(branch, 3, reduce="sum"), 4, chunk_size=2)
+    net = multi_branch(multi_branch(branch, 3, reduce="sum"), 4)
     x = jnp.asarray(rng.standard_normal((6, 7)))
     root, key = jax.random.key(1), jax.random.key(2)
     params, state = jax.jit(net.init)(root, x)
@@ -387,7 +372,7 @@ def test_the_mean_over_unlike_branches_is_a_weighted_mixture_of_sums(rng: np.ran
 def test_a_mixture_can_be_stacked(rng: np.random.Generator, x64: None) -> None:
     mixed = mixture([networks.mlp((4,), 3), networks.mlp((), 3)])
     x = jnp.asarray(rng.standard_normal((6, 7)))
-    net = multi_branch(mixed, 5, chunk_size=2)
+    net = multi_branch(mixed, 5)
     params = random_like(jax.eval_shape(net.init, jax.random.key(0), x)[0], rng)
     total, _ = loop(mixed, params, ((), ()), x, None, False)
     np.testing.assert_allclose(net.apply(params, ((), ()), x)[0], total / 5, rtol=1e-12, atol=1e-12)
@@ -398,7 +383,7 @@ def test_a_mixture_can_be_stacked(rng: np.random.Generator, x64: None) -> None:
 
 STEMMED: dict[str, Callable[[], Network]] = {
     "mean": lambda: multi_branch(networks.mlp((5, 4), 3), 4),
-    "sum": lambda: multi_branch(networks.mlp((), 3, use_bias=False), 4, reduce="sum", chunk_size=3),
+    "sum": lambda: multi_branch(networks.mlp((), 3, use_bias=False), 4, reduce="sum"),
     "nested": lambda: multi_branch(multi_branch(networks.mlp((5,), 3), 2, reduce="sum"), 3),
     "mixture": lambda: mixture([networks.mlp((5,), 3), networks.mlp((), 3)], weights=(2.0, -1.0)),
     "mixed": lambda: mixture([multi_branch(networks.mlp((5,), 3), 3), networks.mlp((2, 2), 3)]),
@@ -469,20 +454,13 @@ def test_num_branches_must_be_a_positive_integer(value: Any) -> None:
     assert repr(value) in str(raised.value)
 
 
-@pytest.mark.parametrize("value", [True, 0, -1, 2.5, "3"])
-def test_chunk_size_must_be_a_positive_integer(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"chunk_size must be a positive integer, got"):
-        inspect.unwrap(multi_branch)(networks.mlp(), 3, chunk_size=value)
-
-
 def test_reduce_must_be_known() -> None:
     with pytest.raises(ValueError, match=r"reduce='average' is unknown\. Allowed: mean, sum\."):
         multi_branch(networks.mlp(), 3, reduce="average")
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_parameters_of_another_number_of_branches_are_refused(chunk_size: int | None) -> None:
-    net, x = multi_branch(networks.mlp((4,), 3), 5, chunk_size=chunk_size), jnp.ones((2, 7))
+def test_parameters_of_another_number_of_branches_are_refused() -> None:
+    net, x = multi_branch(networks.mlp((4,), 3), 5), jnp.ones((2, 7))
     for count in (4, 6):
         params, state = jax.eval_shape(multi_branch(networks.mlp((4,), 3), count).init, jax.random.key(0), x)
         with pytest.raises(ValueError, match=rf"network of 5 branches got a leaf of shape \({count}, "):

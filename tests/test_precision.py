@@ -117,15 +117,13 @@ def test_mlp_rounds_where_the_oracle_does(
         assert np.abs(outputs - exact).max() > 1e-3 * np.abs(exact).max()
     with pytest.raises(AssertionError):
         agree(gradient, straight, ulp=2**-8)
-    # Compiled, split at the stem, or in chunks: the same up to the roundings that XLA leaves out.
+    # Compiled, or split at the stem: the same up to the roundings that XLA leaves out.
     assert net.stem is not None
     split, _ = net.stem.rest(params, state, net.stem.preactivation(params, x))
     np.testing.assert_array_equal(split, outputs)
-    chunked = network(hidden, params_dtype, compute, 5, chunk_size=2)
-    for other in (net, chunked):
-        fast, _ = jax.jit(other.apply)(params, state, x)
-        assert fast.dtype == jnp.float32
-        np.testing.assert_allclose(fast, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+    fast, _ = jax.jit(net.apply)(params, state, x)
+    assert fast.dtype == jnp.float32
+    np.testing.assert_allclose(fast, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
 def test_float32_is_the_plain_branch_bit_for_bit(rng: np.random.Generator) -> None:
@@ -139,17 +137,15 @@ def test_float32_is_the_plain_branch_bit_for_bit(rng: np.random.Generator) -> No
         jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-@pytest.mark.parametrize(("params_dtype", "compute", "chunk_size"), [(F32, BF16, 2), (BF16, BF16, None)])
-def test_modules_keep_their_state_and_give_float32(
-    params_dtype: str, compute: str, chunk_size: int | None, rng: np.random.Generator
-) -> None:
+@pytest.mark.parametrize(("params_dtype", "compute"), [(F32, BF16), (BF16, BF16)])
+def test_modules_keep_their_state_and_give_float32(params_dtype: str, compute: str, rng: np.random.Generator) -> None:
     """A convolution with batch norm: near the float32 network, but not equal to it."""
     plain = networks.conv((3,), 3, activation="tanh", batch_norm=True)
     assert plain.stem is None
     lowered = with_precision(plain, param_dtype=params_dtype, compute_dtype=compute)
     x = jnp.asarray(rng.standard_normal((16, 1, 4, 2)), jnp.float32)
     key = jax.random.key(int(rng.integers(2**31)))
-    nets = multi_branch(plain, 5), multi_branch(lowered, 5, chunk_size=chunk_size)
+    nets = multi_branch(plain, 5), multi_branch(lowered, 5)
     (exact, _), (params, state) = (jax.jit(net.init)(key, x) for net in nets)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {params_dtype}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {F32}
@@ -171,9 +167,8 @@ def test_modules_keep_their_state_and_give_float32(
         assert np.abs(y - y_near).max() > 1e-5 * np.abs(y).max()
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1500])
 @pytest.mark.parametrize("name", ["mlp", "affine", "functions"])
-def test_branches_are_added_up_in_float32(name: str, chunk_size: int | None) -> None:
+def test_branches_are_added_up_in_float32(name: str) -> None:
     """4,097 branches with output 1: bfloat16 holds no 4,097, and a running sum in it stays at 256."""
     count = 4097
     ones = jnp.ones(count, jnp.bfloat16)
@@ -198,7 +193,7 @@ def test_branches_are_added_up_in_float32(name: str, chunk_size: int | None) -> 
     assert jax.tree.map(jnp.shape, one) == jax.tree.map(lambda s: s.shape, shapes)
     params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)).astype(jnp.bfloat16), one)
     lowered = with_precision(branch, param_dtype=BF16, compute_dtype=BF16)
-    net = multi_branch(lowered, count, reduce="sum", chunk_size=chunk_size)
+    net = multi_branch(lowered, count, reduce="sum")
     for apply in (jax.jit(net.apply), net.apply):
         y, _ = apply(params, state, x)
         np.testing.assert_array_equal(y, np.full((2, 1), count, np.float32))
@@ -220,8 +215,8 @@ def test_no_sum_of_a_training_step_is_in_bfloat16(hidden: tuple[int, ...]) -> No
     """On any platform: sums over batch and branches read float32, as the program is written."""
     x, y = jnp.ones((9, 7)), jnp.zeros(9, jnp.int32)
     counted = 0
-    for chunk_size in (None, 2):
-        net = network(hidden, BF16, BF16, 5, chunk_size=chunk_size)
+    for count in (1, 5):
+        net = network(hidden, BF16, BF16, count)
         params, state = jax.eval_shape(net.init, jax.random.key(0), x)
 
         def objective(params: Any, net: Network = net, state: Any = state) -> Array:

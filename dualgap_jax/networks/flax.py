@@ -1,11 +1,17 @@
-"""Networks from Flax modules, Linen and NNX."""
+"""Flax at home: networks from Linen modules and NNX constructors, and the way back.
+
+A Flax module differs in training by a switch, an argument or an attribute whose name nobody has fixed.  The usual names
+are known (`switches.SWITCHES`); a module that drops units or keeps batch statistics and has no switch of a known name
+is refused, since it would be trained as it is evaluated, or the other way round, without a word.
+"""
 
 from __future__ import annotations
 
-import functools
 import inspect
+import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -13,17 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from dualgap_jax.networks.precision import as_stored
+from dualgap_jax.networks.switches import SWITCHES, Switch, arguments, check_switch, is_flag, known, not_found, settings
 from dualgap_jax.types import KeyArray, Network, Params, State
-
-
-def _train_argument(call: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
-    """How `train` is passed to a module: as `train`, as `deterministic` (inverted), or not at all."""
-    names = inspect.signature(call).parameters
-    if "train" in names:
-        return lambda train: {"train": train}
-    if "deterministic" in names:
-        return lambda train: {"deterministic": not train}
-    return lambda train: {}
 
 
 def _widened(state: State, params: Params, x: Array) -> State:
@@ -36,69 +33,139 @@ def _widened(state: State, params: Params, x: Array) -> State:
     return jax.tree.map(lambda s: s.astype(jnp.result_type(s.dtype, *others)) if floating(s) else s, state)
 
 
-def from_linen(module: Any, *, rngs: tuple[str, ...] = ("dropout",)) -> Network:
-    """A branch from a `flax.linen` module; every collection other than `params` (batch statistics, ...) is state.
+def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("dropout",)) -> Network:
+    """A network from a `flax.linen` module; every collection other than `params` (batch statistics, ...) is state.
 
-    `module.__call__(x)` may take `train: bool` or `deterministic: bool`; it is passed by name when it does.
     Floating state is at least as wide as the parameters and the example batch, and keeps its dtypes.
 
     Args:
-      module: the module; `module(x [batch, ...]) -> y [batch, out]`.
+      module: the module; `module(x [batch, ...]) -> y [batch, ...]`.
+      switch: how the module is told whether it trains.  None: by every argument of `__call__`, or else every field of
+        the module, that has a usual name, such as `train`, `is_training`, `deterministic` or `use_running_average`.  A
+        name: by that argument or field (true in training, unless the usual sense of the name is the opposite).  A
+        function `train -> {argument: value}`: by those keyword arguments of the call.
       rngs: names of the random streams fed in training, each by its own key.
 
     Raises:
-      TypeError: unless `module` is a Linen module.
+      TypeError: unless `module` is a Linen module that can be called.
+      ValueError: for a switch that the module does not have; from `init` and `apply`, for a module with dropout or
+        batch statistics and no switch of a usual name, when none is given.
     """
     from flax import linen as nn
     from flax.core import meta
 
     if not isinstance(module, nn.Module):
-        raise TypeError(f"from_linen takes a flax.linen.Module instance, got {type(module).__name__}.")
+        raise TypeError(f"from_linen takes a flax.linen.Module instance, got {_described(module)}.")
+    check_switch(switch, "from_linen")
+    name = type(module).__name__
+    if not callable(module):
+        raise TypeError(f"from_linen: {name} has no __call__, by which a network is applied to its inputs.")
     module = typing.cast(Any, module)
-    mode = _train_argument(module.__call__)
+    if isinstance(module.parent, nn.Module):  # made inside another module, and bound to it
+        module = module.unbind()[0]
+    names, any_name = arguments(module.__call__)
+    fields = tuple(field for field in module.__dataclass_fields__ if field not in ("parent", "name"))
+    call, field = settings(()), settings(())
+    if callable(switch):
+        call = typing.cast(Any, switch)
+    elif switch is None:
+        found = known(names)
+        flags = [field for field in fields if is_flag(getattr(module, field))]
+        call, field = settings(found), settings(() if found else known(flags))
+    elif switch in names or any_name:
+        call = settings((switch,))
+    elif switch in fields:
+        field = settings((switch,))
+    else:
+        raise ValueError(f"from_linen: {name} has neither an argument nor a field switch={switch!r}; it takes {names}.")
+    blind = switch is None and not call(True) and not field(True)
+
+    def watched() -> AbstractContextManager[Any]:
+        """Refuses modules inside that drop or normalise, where nothing could tell them to stop."""
+
+        def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            inner = context.module
+            inside = known((*inner.__dataclass_fields__, *(arguments(inner)[0] if callable(inner) else ())))
+            if inside and getattr(inner, "rate", getattr(inner, "dropout_rate", 1.0)) != 0:
+                raise not_found("from_linen", name, f"{type(inner).__name__}({inside[0]}=...) inside", names)
+            return following(*args, **kwargs)
+
+        return nn.intercept_methods(look) if blind else nullcontext()
+
+    def bound(train: bool) -> Any:
+        return module.clone(**field(train)) if field(train) else module
 
     def streams(key: KeyArray) -> dict[str, KeyArray]:
         return {name: jax.random.fold_in(key, index) for index, name in enumerate(rngs)}
 
     def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
         params_key, rest_key = jax.random.split(key)
-        variables = dict(meta.unbox(module.init({"params": params_key, **streams(rest_key)}, x, **mode(False))))
+        with watched():
+            drawn = bound(False).init({"params": params_key, **streams(rest_key)}, x, **call(False))
+        variables = dict(meta.unbox(drawn))
+        if blind and "batch_stats" in variables:
+            raise not_found("from_linen", name, "batch statistics", names)
         params = variables.pop("params", {})
         return params, _widened(variables, params, x)
 
     def apply(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
-        feed = streams(key) if key is not None else {}
         variables = {"params": params, **state}
-        if not train or not state:
-            return module.apply(variables, x, rngs=feed, **mode(train)), state
-        y, updated = module.apply(variables, x, rngs=feed, mutable=list(state), **mode(train))
+        options: dict[str, Any] = {"rngs": streams(key) if key is not None else {}, **call(train)}
+        with watched():
+            if not train or not state:
+                return bound(train).apply(variables, x, **options), state
+            y, updated = bound(train).apply(variables, x, mutable=list(state), **options)
         return y, as_stored(dict(updated), state)
 
     return Network(init, apply)
 
 
-def from_nnx(constructor: Callable[[Any], Any]) -> Network:
-    """A branch from a `flax.nnx` module constructor, `constructor(rngs: nnx.Rngs) -> module`.
+def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Network:
+    """A network from a `flax.nnx` module constructor, `constructor(rngs: nnx.Rngs) -> module`.
 
     Parameters are the `nnx.Param` leaves; everything else but random streams and sown values is state.  Random streams
-    are rebuilt from `key` at every call and never stored.  `train` sets `deterministic` and `use_running_average` in
-    the module, and is passed to a `__call__` that takes `train` or `deterministic`.  Parameters have the dtypes that
-    the constructor gives them; floating state is at least as wide as they and the example batch, and keeps its dtypes.
+    are rebuilt from `key` at every call and never stored.  Parameters have the dtypes that the constructor gives them;
+    floating state is at least as wide as they and the example batch, and keeps its dtypes.
+
+    Args:
+      constructor: makes the module from random streams, passed as `rngs=` where it has an argument of that name, e.g.
+        the class itself or `lambda rngs: nnx.Linear(4, 3, rngs=rngs)`.
+      switch: how the module is told whether it trains.  None: by every attribute of the module and of those inside it,
+        and every argument of its `__call__`, that has a usual name, such as `deterministic`, `use_running_average` or
+        `train`.  A name: by that argument or attribute besides (true in training, unless the usual sense of the name is
+        the opposite).  A function `train -> {argument: value}`: by those keyword arguments of the call, and the usual
+        attributes.
+
+    Raises:
+      TypeError: for an instance of a module, or a constructor that gives no NNX module.
+      ValueError: for a switch that the module does not have, and for a module that holds random streams or batch
+        statistics and no switch of a usual name, when none is given.
     """
     from flax import nnx
+
+    if isinstance(constructor, nnx.Module) or not callable(constructor):
+        raise TypeError(f"from_nnx takes a constructor of NNX modules, got {_described(constructor)}.")
+    check_switch(switch, "from_nnx")
+    by_name = "rngs" in inspect.signature(constructor).parameters
+
+    def make(rngs: Any) -> Any:
+        module = constructor(rngs=rngs) if by_name else constructor(rngs)
+        if not isinstance(module, nnx.Module):
+            raise TypeError(f"from_nnx: the constructor gave {_described(module)}, and no NNX module.")
+        return module
 
     def split(module: Any) -> tuple[Any, Any, Any, Any]:
         parts: Any = nnx.split(module, nnx.Param, nnx.Any(nnx.RngState, nnx.Intermediate), ...)
         return parts
 
-    @functools.cache
-    def skeleton() -> tuple[Any, Any]:
-        graph, _, streams, _ = split(nnx.eval_shape(lambda: constructor(nnx.Rngs(0))))
-        return graph, streams
+    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    call, attributes = _nnx_switch(abstract, switch)
 
-    def feed(streams: Any, key: KeyArray | None) -> Any:
+    graph, _, streams, _ = split(abstract)
+
+    def feed(key: KeyArray | None) -> Any:
         leaves, treedef = jax.tree.flatten(streams)
         root = jax.random.key(0) if key is None else key
         filled = [
@@ -110,18 +177,140 @@ def from_nnx(constructor: Callable[[Any], Any]) -> Network:
         return jax.tree.unflatten(treedef, filled)
 
     def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
-        _, params, _, state = split(constructor(nnx.Rngs(key)))
+        _, params, _, state = split(make(nnx.Rngs(key)))
         return nnx.to_pure_dict(params), _widened(nnx.to_pure_dict(state), params, x)
 
     def apply(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
-        graph, streams = skeleton()
         if train and key is None and jax.tree.leaves(streams):
             raise ValueError("this NNX module draws random numbers in training: pass key=.")
-        module = nnx.merge(graph, nnx.State(params), feed(streams, key), nnx.State(_widened(state, params, x)))
+        module = nnx.merge(graph, nnx.State(params), feed(key), nnx.State(_widened(state, params, x)))
         module = nnx.view(module, deterministic=not train, use_running_average=not train, raise_if_not_found=False)
-        y = module(x, **_train_argument(module.__call__)(train))
+        for _, inner in nnx.iter_modules(module):
+            for name, value in attributes(train).items():
+                if name in vars(inner):
+                    setattr(inner, name, value)
+        y = module(x, **call(train))
         return y, (as_stored(nnx.to_pure_dict(split(module)[3]), state) if train else state)
 
     return Network(init, apply)
+
+
+def _nnx_switch(
+    module: Any, switch: Switch
+) -> tuple[Callable[[bool], Mapping[str, Any]], Callable[[bool], Mapping[str, Any]]]:
+    """What the call of an NNX module gets, and the attributes that it and the modules inside have, by `train`."""
+    from flax import nnx
+
+    where, name = "from_nnx", type(module).__name__
+    if not callable(module):
+        raise TypeError(f"{where}: {name} has no __call__, by which a network is applied to its inputs.")
+    names, any_name = arguments(module.__call__)
+    inner = [part for _, part in nnx.iter_modules(module)]
+    own = [part for part in inner if not type(part).__module__.startswith("flax.")]
+    held = {attribute for part in inner for attribute in vars(part)}
+    usual = {attribute for part in inner for attribute in known(vars(part)) if is_flag(vars(part)[attribute])}
+    if callable(switch):
+        return typing.cast(Any, switch), settings(usual)
+    if switch is not None:
+        if switch not in names and not any_name and switch not in held:
+            raise ValueError(f"{where}: {name} has neither an argument nor an attribute switch={switch!r}.")
+        by_call = switch in names or (any_name and switch not in held)
+        return settings((switch,) if by_call else ()), settings(usual if by_call else {*usual, switch})
+    found = known(names)
+    switched = bool(found) or any(known(vars(part)) for part in own)
+    for part in own:
+        kept = [value for value in vars(part).values() if isinstance(value, nnx.BatchStat)]
+        drawn = [value for value in vars(part).values() if isinstance(value, nnx.Rngs | nnx.RngStream)]
+        if not switched and (kept or (drawn and not usual)):
+            what = "batch statistics" if kept else "random streams"
+            raise not_found(where, name, f"{what} in {type(part).__name__}", names)
+    return settings(found), settings(usual)
+
+
+def _described(given: Any) -> str:
+    """What was given in place of a network, and what to write instead."""
+    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
+    name = given.__name__ if isinstance(given, type) else type(given).__name__
+    if nnx is not None and isinstance(given, nnx.Module):
+        return (
+            f"the NNX module instance {name}, whose parameters are drawn already, but each branch draws its own: write"
+            f" from_nnx(lambda rngs: {name}(..., rngs=rngs))"
+        )
+    if linen is not None and isinstance(given, linen.Module):
+        return f"the Linen module instance {name}: write from_linen({name}(...))"
+    if linen is not None and isinstance(given, type) and issubclass(given, linen.Module):
+        return f"the Linen class {name}: write from_linen({name}(...))"
+    if nnx is not None and isinstance(given, type) and issubclass(given, nnx.Module):
+        return f"the NNX class {name}: write from_nnx({name}), or from_nnx(lambda rngs: {name}(..., rngs=rngs))"
+    return f"{given!r} of type {type(given).__name__}"
+
+
+def check_network(given: Any, where: str) -> Network:
+    """The network as it is.
+
+    Raises:
+      TypeError: for anything else, with what to write instead.
+    """
+    if not isinstance(given, Network):
+        raise TypeError(
+            f"{where} takes a network (mlp(...), multi_branch(...), from_linen(module), from_nnx(constructor),"
+            f" from_functions(init, apply)), got {_described(given)}."
+        )
+    return given
+
+
+def as_network(given: Any, where: str) -> Network:
+    """A network from a network, a Linen module, or a constructor of NNX modules.
+
+    Raises:
+      TypeError: for anything else, an NNX instance among it, with what to write instead.
+    """
+    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
+    if linen is not None and isinstance(given, linen.Module):
+        return from_linen(given)
+    if nnx is not None and isinstance(given, type) and issubclass(given, nnx.Module):
+        return from_nnx(given)
+    if nnx is not None and not isinstance(given, nnx.Module | Network | type) and callable(given):
+        try:
+            return from_nnx(given)
+        except TypeError as error:
+            raise TypeError(f"{where} takes a network or a constructor of NNX modules: {error}") from error
+    return check_network(given, where)
+
+
+def to_linen(network: Network) -> Any:
+    """A `flax.linen` module that applies the network: `module(x, train=False) -> y`.
+
+    The parameters are `params['network']`, the state, where there is any, `batch_stats['network']`; dropout takes the
+    stream `dropout`.  `from_linen` of it has the same outputs.
+
+    Raises:
+      TypeError: if `network` is not a network.
+    """
+    from dualgap_jax.networks.linen import Pure
+
+    return Pure(check_network(network, "to_linen"))
+
+
+def to_nnx(network: Network, x: Any, *, rngs: Any) -> Any:
+    """A `flax.nnx` module that applies the network: `module(x, train=None) -> y`.
+
+    Its `nnx.Param` variables hold the parameters, drawn with `rngs.params()`, its `nnx.BatchStat` variables the state;
+    dropout takes the stream `rngs.dropout`.
+
+    Args:
+      network: the network.
+      x: an example batch `[batch, ...]`, or its `jax.ShapeDtypeStruct`.
+      rngs: an `nnx.Rngs`.
+
+    Raises:
+      TypeError: if `network` is not a network.
+    """
+    from dualgap_jax.networks.nnx import Pure
+
+    return Pure(check_network(network, "to_nnx"), x, rngs=rngs)
+
+
+__all__ = ["SWITCHES", "as_network", "check_network", "from_linen", "from_nnx", "to_linen", "to_nnx"]

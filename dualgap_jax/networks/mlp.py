@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import Array
 
 from dualgap_jax.networks.precision import accumulator
 from dualgap_jax.networks.settings import activation as activation_function
-from dualgap_jax.networks.settings import is_count
+from dualgap_jax.networks.settings import positive, positives
 from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.types import KeyArray, Network, Params, State, Stem
 
@@ -27,8 +27,8 @@ KERNEL_INITS: Mapping[str, tuple[str, Callable[[int], float]]] = {
 
 
 def mlp(
-    hidden: tuple[int, ...] = (8,),
-    out: int = 10,
+    hidden: Iterable[SupportsIndex] = (8,),
+    out: SupportsIndex = 10,
     activation: str | Callable[[Array], Array] = "relu",
     use_bias: bool = True,
     init: str = "torch",
@@ -53,9 +53,7 @@ def mlp(
       ValueError: for a width or `out` that is not a positive integer, or `init_scale` not positive and finite.
       UnknownNameError: for an unknown activation or init.
     """
-    hidden = tuple(hidden)
-    if not all(map(is_count, (*hidden, out))):
-        raise ValueError(f"mlp: hidden={hidden}, out={out!r}: every width must be a positive integer.")
+    inner, num_outputs = positives(hidden, "mlp: hidden"), positive(out, "mlp: out")
     if not 0 < init_scale < math.inf:
         raise ValueError(f"mlp: init_scale={init_scale} must be positive and finite.")
     if init not in KERNEL_INITS:
@@ -65,7 +63,7 @@ def mlp(
 
     def init_fn(key: KeyArray, x: Array, /) -> tuple[Params, State]:
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-        widths = (math.prod(x.shape[1:]), *hidden, out)
+        widths = (math.prod(x.shape[1:]), *inner, num_outputs)
         random_bias = use_bias and init == "torch"
         columns = [fan_in + random_bias for fan_in in widths[:-1]]
         sizes = [width * c for width, c in zip(widths[1:], columns, strict=True)]
@@ -104,14 +102,14 @@ def mlp(
         params: Params, state: State, z: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
         del key, train
-        return (affine(params[-1], features(params, z)) if hidden else z).T, state
+        return (affine(params[-1], features(params, z)) if inner else z).T, state
 
     def rest_sum(
         params: Params, state: State, z: Array, /, *, key: Any = None, train: bool = False
     ) -> tuple[Array, State]:
         del key, train
         wide = accumulator(z.dtype)
-        if not hidden:
+        if not inner:
             return z.sum(0, dtype=wide).T, state
         head, inputs = params[-1], jax.vmap(features)(params, z)
         # On CPU XLA is six times slower on the transposed product; the barrier keeps it from folding the transpose.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dualgap_jax.networks.flax import as_network
+from dualgap_jax.networks.settings import positive
 from dualgap_jax.types import KeyArray, Network, Params, PyTree, Stacked, State, Stem
 
 REDUCTIONS = ("mean", "sum")
@@ -62,9 +64,7 @@ def sum_rest(
     return y.sum(0), state
 
 
-def draw_branches(
-    branch: Network, key: KeyArray, x: Array, first: Array | int, count: int, *, chunk_size: int | None = None
-) -> tuple[Params, State]:
+def draw_branches(branch: Network, key: KeyArray, x: Array, first: Array | int, count: int) -> tuple[Params, State]:
     """Parameters and state of branches `first, first + 1, ...`, leaves `[count, ...]`; branch i from `fold_in(key, i)`.
 
     A few branches are drawn at a time, some 16 MB of numbers, so that the temporaries of the random generator (several
@@ -76,10 +76,9 @@ def draw_branches(
       x: an example batch, `[batch, ...]`.
       first: index of the first branch; may be traced.
       count: number of branches, at least 1.
-      chunk_size: at most this many at a time; None: as many as said above.
     """
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(branch.init, key, x)))
-    chunk = min(chunk_size or count, max(1, count // 20), max(1, _DRAWN_AT_A_TIME // max(one, 1)))
+    chunk = min(max(1, count // 20), max(1, _DRAWN_AT_A_TIME // max(one, 1)))
 
     def draw(start: Array | int) -> tuple[Params, State]:
         return jax.vmap(lambda k: branch.init(k, x))(branch_keys(key, first + start, chunk))
@@ -106,65 +105,40 @@ def _check_branches(tree: PyTree, num_branches: int) -> None:
             )
 
 
-def multi_branch(branch: Network, num_branches: int, *, reduce: str = "mean", chunk_size: int | None = None) -> Network:
+def multi_branch(branch: Any, num_branches: SupportsIndex, *, reduce: str = "mean") -> Network:
     """The network `f(w; x) = (1/I) sum_i f_i(w_i; x)` of Section 2; the same type as `branch`, so it nests.
 
     Every parameter and state leaf leads with the branch axis `[I, ...]`.  Branch i is initialised with
-    `fold_in(key, i)`, so its draw depends on neither I nor the chunks; in training it gets `fold_in(key, i)` likewise.
+    `fold_in(key, i)`, so its draw does not depend on I; in training it gets `fold_in(key, i)` likewise.
     A few branches are drawn at a time: a jitted `init` peaks at most at about 1.2 times the bytes that it returns.
     With fewer than about 20 branches the temporaries of drawing one, some six times its size, are a larger share.
 
     Args:
-      branch: the one-branch network.
-      num_branches: I >= 1.
+      branch: the one-branch network; a Linen module stands for `from_linen` of it, an NNX constructor for `from_nnx`.
+      num_branches: I >= 1, any kind of integer.
       reduce: 'mean' (Section 2 and the authors' code: each branch's gradient carries 1/I) or 'sum' (Section 5).
-      chunk_size: evaluate at most this many branches at a time.  None: all at once.  The result does not depend on it
-        but for the order of the sum.  Gradients recompute each chunk, so that memory stays that of one chunk.
 
     Raises:
-      ValueError: if num_branches or chunk_size is not a positive integer, or `reduce` is unknown; from `apply` if the
-        parameters or the state are not those of I branches.
+      TypeError: if `branch` is not a network.
+      ValueError: if num_branches is not a positive integer, or `reduce` is unknown; from `apply` if the parameters or
+        the state are not those of I branches.
     """
-    for name, value in (("num_branches", num_branches), ("chunk_size", 1 if chunk_size is None else chunk_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    branch = as_network(branch, "multi_branch")
+    num_branches = positive(num_branches, "num_branches")
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is unknown. Allowed: {', '.join(REDUCTIONS)}.")
     scale = 1.0 / num_branches if reduce == "mean" else 1.0
 
     def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
-        return draw_branches(branch, key, x, 0, num_branches, chunk_size=chunk_size)
+        return draw_branches(branch, key, x, 0, num_branches)
 
     def apply(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
         _check_branches((params, state), num_branches)
         keys = branch_keys(key, 0, num_branches)
-        if chunk_size is None or chunk_size >= num_branches:
-            y, state = sum_branches(branch, params, state, x, keys=keys, train=train)
-            return scale * y, state
-
-        @jax.checkpoint
-        def chunk(part: PyTree) -> tuple[Array, State]:
-            params, state, keys = part
-            return sum_branches(branch, params, state, x, keys=keys, train=train)
-
-        tree = (params, state, keys)
-        whole = num_branches // chunk_size
-        body = jax.tree.map(lambda a: a[: whole * chunk_size].reshape(whole, chunk_size, *a.shape[1:]), tree)
-
-        def step(total: Array, part: PyTree) -> tuple[Array, State]:
-            y, new = chunk(part)
-            return total + y, new
-
-        out = jax.eval_shape(chunk, jax.tree.map(lambda a: a[0], body))[0]
-        total, new_state = lax.scan(step, jnp.zeros(out.shape, out.dtype), body)
-        new_state = jax.tree.map(lambda a: a.reshape(whole * chunk_size, *a.shape[2:]), new_state)
-        if whole * chunk_size < num_branches:
-            y, tail = chunk(jax.tree.map(lambda a: a[whole * chunk_size :], tree))
-            total = total + y
-            new_state = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new_state, tail)
-        return scale * total, new_state
+        y, state = sum_branches(branch, params, state, x, keys=keys, train=train)
+        return scale * y, state
 
     stacked = Stacked(branch, num_branches, scale)
     if branch.stem is None:
@@ -186,21 +160,23 @@ def multi_branch(branch: Network, num_branches: int, *, reduce: str = "mean", ch
     return Network(init, apply, Stem(preactivation, rest), stacked)
 
 
-def mixture(networks: Sequence[Network], *, weights: Sequence[int | float] | None = None) -> Network:
+def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = None) -> Network:
     """`sum_k weights[k] * networks[k]`: branches of unlike architectures in one network (Section 2 lets f_i differ).
 
     Parameters and state are tuples, one item a network.  For the mean over I_1 branches of one kind and I_2 of another,
     take `multi_branch(..., reduce='sum')` of each and weights `1 / (I_1 + I_2)`.
 
     Args:
-      networks: at least one network; all must give outputs of one shape.
+      networks: at least one network; all must give outputs of one shape.  A Linen module stands for `from_linen` of it,
+        an NNX constructor for `from_nnx`.
       weights: one a network; None is the mean, `1 / len(networks)` each.
 
     Raises:
+      TypeError: for what is not a network.
       ValueError: if there is no network, or the weights do not match or are not finite; from `apply` if the networks
         give outputs of different shapes.
     """
-    networks = tuple(networks)
+    networks = tuple(as_network(network, "mixture") for network in networks)
     if not networks:
         raise ValueError("mixture needs at least one network.")
     coefficients = tuple(weights) if weights is not None else (1.0 / len(networks),) * len(networks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,27 @@ def activation(name: str | Callable[[Array], Array]) -> Callable[[Array], Array]
     return ACTIVATIONS[name]
 
 
-def is_count(value: object) -> bool:
-    """Whether the value is a positive integer, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def positive(value: object, name: str) -> int:
+    """The value as an int, if it is a positive integer of any kind (`int`, `np.int64`, ...) and no truth value.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    return count
+
+
+def positives(values: object, name: str) -> tuple[int, ...]:
+    """The values as a tuple of ints, if each is a positive integer.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"{name}={values!r} must be a tuple of positive integers, such as (8,).")
+    return tuple(positive(value, f"every entry of {name}={values!r}") for value in values)
