@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,15 +229,6 @@ def test_take(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(first.x, dataset.x[:6])
     np.testing.assert_array_equal(first.y, dataset.y[:6])
     assert first.info["num_examples"] == 6
-    drawn = {seed: data.take(dataset, 6, seed=seed) for seed in (0, 1, 2)}
-    rows = [tuple(x.ravel()) for x in dataset.x]
-    for subset in drawn.values():
-        indices = [rows.index(tuple(x.ravel())) for x in subset.x]
-        assert indices == sorted(set(indices))
-        assert len(indices) == 6
-        np.testing.assert_array_equal(subset.y, dataset.y[indices])
-    assert len({subset.x.tobytes() for subset in drawn.values()}) > 1
-    np.testing.assert_array_equal(data.take(dataset, 6, seed=1).x, drawn[1].x)
     for number in (-1, 21):
         with pytest.raises(ValueError, match=r"must be 0 \(all\) to 20"):
             data.take(dataset, number)
@@ -264,7 +257,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         pytest.fail("decoded although cached")
 
-    monkeypatch.setattr(data, "_decode", refuse)
+    monkeypatch.setattr(data.cache, "decode", refuse)
 
 
 AXES: dict[str, tuple[int, ...]] = {"pixel": (0,), "channel": (0, 1, 2), "global": (0, 1, 2, 3)}
@@ -306,10 +299,10 @@ def test_statistics_are_exact_where_floats_cancel() -> None:
     x = np.full((90_000, 1, 1, 1), 255, np.uint8)
     x[17] = 254
     total, squares = x.sum(axis=0, dtype=np.int64), np.square(x, dtype=np.int64).sum(axis=0)
-    arrays = data._Arrays(x, np.zeros(len(x), np.int32), total, squares, "PNG")
+    arrays = data.prepared.Decoded(x, np.zeros(len(x), np.int32), total, squares, "PNG")
     exact = np.sqrt((1 / 90_000) * (1 - 1 / 90_000))
     for axis in AXES:
-        np.testing.assert_allclose(data._statistics(arrays, axis)[1], exact, rtol=1e-7)
+        np.testing.assert_allclose(data.images.statistics(arrays, axis)[1], exact, rtol=1e-7)
 
 
 def test_a_lossy_copy_says_so(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -459,6 +452,31 @@ def test_damaged_data_files(damage: str, prepared: Path, rng: np.random.Generato
         data.mnist(data_dir=str(prepared))
 
 
+def test_no_flipped_bit_of_a_data_folder_gives_other_data(
+    tmp_path: Path, rng: np.random.Generator, cache: Path
+) -> None:
+    """Wherever one bit of any file is wrong, there is an error that names the folder, or the very same data."""
+    splits = {name: random_split(rng, "cifar10", 6) for name in ("train", "test")}
+    write_tfds(tmp_path / "good", "cifar10", splits, image_format="JPEG")
+    good, errors = data.cifar10(data_dir=str(tmp_path / "good")), []
+    for trial in range(24):
+        shutil.copytree(tmp_path / "good", tmp_path / f"{trial}")
+        files = sorted(path for path in (tmp_path / f"{trial}").rglob("*") if path.is_file())
+        file = files[trial % len(files)]
+        content = bytearray(file.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+        try:
+            found = data.cifar10(data_dir=str(tmp_path / f"{trial}"))
+        except (ValueError, data.DataNotFoundError) as error:
+            errors.append((str(tmp_path / f"{trial}"), str(error)))
+        else:
+            for name in ("x", "y", "mean", "std"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(good, name))
+    assert all(folder in message for folder, message in errors)
+    assert len(errors) > 4
+
+
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
@@ -549,7 +567,7 @@ def test_a_cache_of_another_shape_is_rebuilt(prepared: Path, cache: Path) -> Non
     with np.load(path) as stored:
         arrays = dict(stored)
     rewrite(path, **{**arrays, "x": arrays["x"][:-1]})
-    with pytest.warns(UserWarning, match="unexpected shape"):
+    with pytest.warns(UserWarning, match="unexpected arrays"):
         assert same(data.mnist(data_dir=str(prepared)), good)
 
 
@@ -572,6 +590,135 @@ def test_a_failed_write_leaves_nothing(prepared: Path, cache: Path, monkeypatch:
     with pytest.warns(UserWarning, match="No space left"):
         assert len(data.mnist(data_dir=str(prepared)).x) == 30
     assert list(cache.iterdir()) == []
+
+
+def test_a_cache_file_of_other_data_is_not_believed(
+    prepared: Path, cache: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    good = data.mnist(data_dir=str(prepared))
+    (path,) = cache.iterdir()
+    write_tfds(tmp_path / "other", "mnist", {name: random_split(rng, "mnist", 30) for name in ("train", "test")})
+    data.mnist(data_dir=str(tmp_path / "other"))
+    (other,) = set(cache.iterdir()) - {path}
+    path.write_bytes(other.read_bytes())
+    with pytest.warns(UserWarning, match="rebuilding the damaged cache file"):
+        assert same(data.mnist(data_dir=str(prepared)), good)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_flipped_bit_of_the_cache_gives_other_data(seed: int, prepared: Path, cache: Path) -> None:
+    rng = np.random.default_rng(seed)
+    good = data.mnist(data_dir=str(prepared))
+    (path,) = cache.iterdir()
+    content = path.read_bytes()
+    for _ in range(20):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert same(data.mnist(data_dir=str(prepared)), good)
+
+
+def test_without_a_home_folder_nothing_is_cached(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(self: Path) -> Path:
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.cache_dir() is None
+    with pytest.warns(UserWarning, match="not cached: there is no home folder; set XDG_CACHE_HOME"):
+        assert len(data.mnist(data_dir=str(prepared)).x) == 30
+    with pytest.raises(data.DataNotFoundError, match="TFDS_DATA_DIR"):
+        data.mnist()
+
+
+def test_a_remote_folder_is_refused_as_such() -> None:
+    with pytest.raises(data.DataNotFoundError, match="gs://bucket/tfds is remote; data are read from local folders"):
+        data.mnist(data_dir="gs://bucket/tfds")
+
+
+# --- arrays of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int16, np.int64, bool])
+def test_features_of_any_number_type_become_float32(kind: type, rng: np.random.Generator) -> None:
+    x = (10 * rng.normal(size=(7, 3))).astype(kind)
+    dataset = data.from_arrays(x, rng.normal(size=7))
+    assert dataset.x.dtype == np.float32
+    np.testing.assert_array_equal(dataset.x, x.astype(np.float32))
+    np.testing.assert_array_equal(data.standardise(dataset.x, dataset.mean, dataset.std), dataset.x)
+    assert (dataset.task, dataset.num_outputs) == ("regression", 1)
+
+
+@pytest.mark.parametrize(
+    ("y", "expected"),
+    [
+        ([0, 1, 2, 1], ("multiclass", 3, np.int32)),
+        ([1, 1, 1, 1], ("multiclass", 2, np.int32)),
+        ([1, -1, 1, -1], ("binary", 1, np.float32)),
+        ([1.0, -1.0, 1.0, 1.0], ("binary", 1, np.float32)),
+        ([1.0, 1.0, 1.0, 1.0], ("binary", 1, np.float32)),
+        ([0.0, 1.0, 1.0, 0.0], ("regression", 1, np.float32)),
+        (np.uint8([0, 5, 5, 0]), ("multiclass", 6, np.int32)),
+    ],
+)
+def test_labels_set_the_task(y: Any, expected: tuple[str, int, type]) -> None:
+    dataset = data.from_arrays(np.zeros((4, 2)), y)
+    assert (dataset.task, dataset.num_outputs, dataset.y.dtype) == expected
+    np.testing.assert_array_equal(dataset.y, y)
+    assert data.as_dataset((np.zeros((4, 2)), y)).task == expected[0]
+
+
+def test_images_of_ones_own_stay_bytes(rng: np.random.Generator) -> None:
+    x = rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    dataset = data.from_arrays(x, [0, 1, 2, 3, 9])
+    assert dataset.x.dtype == np.uint8
+    np.testing.assert_allclose(data.standardise(dataset.x, dataset.mean, dataset.std), x / 255, rtol=1e-6)
+    assert dataset.num_outputs == 10
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_standardised_features_have_mean_0_and_deviation_1(dtype: type, rng: np.random.Generator) -> None:
+    x = rng.integers(0, 256, (400, 6)).astype(dtype)
+    x[:, 2] = 7
+    dataset = data.from_arrays(x, rng.normal(size=400), standardise=True)
+    z = np.asarray(data.standardise(dataset.x, dataset.mean, dataset.std), np.float64)
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(np.delete(z.std(axis=0), 2), 1, rtol=1e-5)
+    assert (z[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": np.zeros(4)}, r"need x \[n, ...\] and y \[n\]"),
+        ({"x": np.zeros((5, 2))}, r"need x \[n, ...\] and y \[n\]"),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "is empty"),
+        ({"y": np.eye(4)}, r"one number an example.*y.argmax\(axis=1\)"),
+        ({"x": np.array([["a", "b"]] * 4)}, "x must hold numbers"),
+        ({"y": np.array([True, False, True, True])}, "y must hold numbers, got bool"),
+        ({"x": np.full((4, 2), np.nan)}, "non-finite features"),
+        ({"x": np.full((4, 2), 1e300)}, "too large for float32; scale them"),
+        ({"y": [1.0, np.inf, 0.0, 0.0]}, "non-finite targets"),
+        ({"y": [0, 1, 2, -1]}, r"outside the classes 0..2: 1 of 4, first at index 3 \(-1\)"),
+        ({"y": [0, 1, 2, 3], "num_outputs": 3}, r"outside the classes 0..2"),
+        ({"y": [0, 1, 1, 0], "task": "binary"}, r"outside the classes -1, \+1"),
+        ({"y": [0.0, 1.0, 2.0, 0.0], "task": "multiclass"}, "class labels must be integers"),
+        ({"task": "ranking"}, "ranking"),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.from_arrays(**{"x": np.zeros((4, 2)), "y": [0, 1, 2, 0], **arguments})
+
+
+@pytest.mark.parametrize("given", [np.zeros((4, 2)), "mnist", None, (1, 2, 3)])
+def test_what_is_no_data_set_is_refused_with_what_to_give(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"no data set; give a pair of arrays \(x, y\)"):
+        data.as_dataset(given)
 
 
 def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,195 @@
+"""A data set on the host: two arrays, the task that their labels set, and how a batch is standardised."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from dualgap_jax import registry
+
+TASKS = ("multiclass", "binary", "regression")
+
+
+class Dataset(NamedTuple):
+    """A data set on the host.
+
+    Attributes:
+      name: the entry of `DATASETS`, or 'arrays'.
+      x: `[n, ...]`, uint8 images `[n, height, width, channels]` or float features `[n, d]`.
+      y: `[n]`: int32 class indices (multiclass), float32 in {-1, +1} (binary), float32 targets (regression).
+      mean: float32, as many axes as one example, sizes equal to the example's or 1: what `standardise` subtracts.
+      std: float32, the shape of `mean`: what `standardise` divides by; positive (1 replaces 0).
+      num_outputs: outputs of a network for this task: the number of classes, or 1.
+      task: 'multiclass', 'binary' or 'regression'.
+      info: facts for the run card, ready for JSON.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    num_outputs: int
+    task: str
+    info: dict[str, Any]
+
+
+def standardise(
+    x: Shaped[Array | np.ndarray, "batch ..."],
+    mean: Float[Array | np.ndarray, "*stats"],
+    std: Float[Array | np.ndarray, "*stats"],
+) -> Float[Array, "batch ..."]:
+    """`(x - mean) / std` for a batch; pure, for use inside jit on the uint8 mini-batch.
+
+    Args:
+      x: `[batch, ...]`, uint8 or float.
+      mean, std: as in `Dataset`, with one axis less than `x`.
+
+    Returns:
+      The batch in the float type of `mean`, or of `x` if that is wider: float32 for a `Dataset` as built here.
+    """
+    dtype = jnp.result_type(x, mean, std)
+    return (jnp.asarray(x, dtype) - jnp.asarray(mean, dtype)[None]) / jnp.asarray(std, dtype)[None]
+
+
+def validate(dataset: Dataset) -> Dataset:
+    """Returns `dataset` unchanged if it is sound.
+
+    Raises:
+      ValueError: for an empty data set, shapes that do not fit one another, a dtype that the task does not take,
+        labels outside the classes, non-finite numbers, or a standard deviation that is not positive.
+    """
+    name, x, y, mean, std, num_outputs, task, _ = dataset
+    if task not in TASKS:
+        raise ValueError(f"data set {name!r}: {registry.unknown('task', task, TASKS)}")
+    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
+        raise ValueError(f"data set {name!r}: need x [n, ...] and y [n], got x {x.shape} and y {y.shape}.")
+    if x.size == 0:
+        raise ValueError(f"data set {name!r} is empty: x has shape {x.shape}.")
+    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"data set {name!r}: x must be uint8 or float, got {x.dtype}.")
+    if np.issubdtype(x.dtype, np.floating):
+        _refuse(name, "examples with non-finite features", ~np.isfinite(x).all(axis=tuple(range(1, x.ndim))))
+    if task == "multiclass":
+        if not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"data set {name!r}: class labels must be integers, got {y.dtype}.")
+        _refuse(name, f"labels outside the classes 0..{num_outputs - 1}", (y < 0) | (y >= num_outputs), y)
+    elif num_outputs != 1:
+        raise ValueError(f"data set {name!r}: a {task} task has 1 output, got num_outputs={num_outputs}.")
+    elif task == "binary":
+        _refuse(name, "labels outside the classes -1, +1", np.abs(y) != 1, y)
+    else:
+        _refuse(name, "non-finite targets", ~np.isfinite(y), y)
+    for label, value in (("mean", mean), ("std", std)):
+        fits = value.ndim == x.ndim - 1 and all(v in (1, s) for v, s in zip(value.shape, x.shape[1:], strict=True))
+        if not fits:
+            raise ValueError(f"data set {name!r}: {label} {value.shape} does not fit one example {x.shape[1:]}.")
+        if not np.isfinite(value).all():
+            raise ValueError(f"data set {name!r}: {label} is not finite.")
+    if not (std > 0).all():
+        raise ValueError(f"data set {name!r}: std must be positive, its smallest entry is {std.min()}.")
+    return dataset
+
+
+def _refuse(name: str, what: str, bad: np.ndarray, values: np.ndarray | None = None) -> None:
+    """Raises ValueError with the count and the first offenders if any entry of `bad` `[n]` is set."""
+    if not bad.any():
+        return
+    where = np.flatnonzero(bad)
+    first = [f"{i}" if values is None else f"{i} ({values[i]})" for i in where[:5]]
+    raise ValueError(
+        f"data set {name!r}: {what}: {len(where)} of {len(bad)}, first at index {', '.join(first)}."
+        " Correct or remove these examples."
+    )
+
+
+def take(dataset: Dataset, num_examples: int) -> Dataset:
+    """The first `num_examples` examples; 0 stands for all.  `mean` and `std` stay those of the full training set.
+
+    Raises:
+      ValueError: for a number that is negative or above what there is.
+    """
+    n = len(dataset.x)
+    if not 0 <= num_examples <= n:
+        raise ValueError(f"num_examples must be 0 (all) to {n} for data set {dataset.name!r}, got {num_examples}.")
+    if num_examples in (0, n):
+        return dataset
+    info = {**dataset.info, "num_examples": num_examples, "subset": "first"}
+    return dataset._replace(x=dataset.x[:num_examples], y=dataset.y[:num_examples], info=info)
+
+
+def from_arrays(
+    x: Any, y: Any, *, task: str = "auto", num_outputs: int = 0, standardise: bool = False, name: str = "arrays"
+) -> Dataset:
+    """A data set of one's own arrays, checked.
+
+    Args:
+      x: `[n, ...]`, at least two axes: uint8 images, kept as they are, or features of any other number type, which
+        become float32.
+      y: `[n]`, class indices, signs -1 and +1, or real targets.
+      task: 'multiclass', 'binary' or 'regression'; 'auto' takes signs for binary, other integers for class indices, and
+        other numbers for targets of a regression.
+      num_outputs: the number of classes of a multiclass task; 0 is one more than the largest label.
+      standardise: subtract each feature's mean and divide by its standard deviation (1 where that is 0).  Else features
+        stay as they are, and images are divided by 255.
+      name: what messages call it.
+
+    Raises:
+      ValueError: for shapes that do not fit, no examples, labels that no task takes, numbers that are not finite, or
+        that float32 cannot hold.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if y.ndim != 1:
+        raise ValueError(
+            f"data set {name!r}: labels must be one number an example, y [n], got y {y.shape};"
+            " for one-hot labels give y.argmax(axis=1)."
+        )
+    for label, array in (("x", x), ("y", y)):
+        if array.dtype.kind not in "iufb" or (label == "y" and array.dtype.kind == "b"):
+            raise ValueError(f"data set {name!r}: {label} must hold numbers, got {array.dtype}.")
+    if task == "auto":
+        whole, signs = y.dtype.kind in "iu", bool((np.abs(y.astype(np.float64)) == 1).all())
+        # Class indices may all be 1; signs among whole numbers show themselves by a -1.
+        task = "binary" if signs and ((y < 0).any() or not whole) else "multiclass" if whole else "regression"
+    if x.dtype != np.uint8:
+        x = _as_float32(name, "x", x)
+    if task != "multiclass":
+        y, num_outputs = _as_float32(name, "y", y), 1
+    elif y.dtype.kind in "iu" and y.size:
+        num_outputs = num_outputs or int(y.max()) + 1
+        y = np.clip(y, -1, np.iinfo(np.int32).max).astype(np.int32)  # what is out of range stays so, for `validate`
+    ones = np.ones((1,) * (x.ndim - 1), np.float32)
+    mean, std = 0 * ones, 255 * ones if x.dtype == np.uint8 else ones
+    if standardise and x.ndim > 1 and len(x):
+        mean = x.mean(axis=0, dtype=np.float64)
+        spread = np.sqrt(np.mean((x - mean[None]) ** 2, axis=0))
+        mean, std = mean.astype(np.float32), np.where(spread > 0, spread, 1.0).astype(np.float32)
+    info = {"source": "arrays", "num_examples": len(x), "standardise": "pixel" if standardise else "none"}
+    return validate(Dataset(name, x, y, mean, std, num_outputs, task, info))
+
+
+def as_dataset(data: Any) -> Dataset:
+    """A data set as it is, or `from_arrays(*data)` of a pair of arrays `(x, y)`.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return from_arrays(*data)
+    raise ValueError(
+        f"data of type {type(data).__name__} is no data set; give a pair of arrays (x, y), or one made by"
+        " dualgap_jax.data, such as from_arrays(x, y) or synthetic_relu()."
+    )
+
+
+def _as_float32(name: str, label: str, array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if not np.isfinite(single).all() and np.isfinite(array).all():
+        raise ValueError(f"data set {name!r}: {label} holds numbers too large for float32; scale them.")
+    return single
