@@ -78,6 +78,14 @@ def function_digest(function: Callable[..., Any], *args: Any, derivative: bool =
     return _finish(into)
 
 
+def combined(*digests: str) -> str:
+    """One digest for several."""
+    into = hashlib.sha256()
+    for digest in digests:
+        _text(into, digest)
+    return _finish(into)
+
+
 def _finish(into: Any) -> str:
     return f"sha256:{into.hexdigest()}"
 

@@ -56,6 +56,13 @@ def tree_bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@jax.jit
+def all_finite(tree: PyTree) -> Array:
+    """Whether every number in a tree is finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in leaves]))
+
+
 # --- by automatic differentiation -----------------------------------------------------------------------------------
 
 
@@ -69,7 +76,11 @@ def step(
     rate: Array,
     key: KeyArray,
 ) -> tuple[Carry, Array]:
-    """One step of gradient descent on the mean loss of a standardised batch; returns the loss before the step."""
+    """One step of gradient descent on the mean loss of a standardised batch.
+
+    Returns:
+      The new carry, and the mean loss before the step: not finite if any output of the network is not.
+    """
 
     def objective(params: Params) -> tuple[Array, State]:
         outputs, state = net.apply(params, carry.state, x, key=key, train=True)
@@ -174,7 +185,7 @@ def branch_step(
       place: which branches these are.
 
     Returns:
-      The new carry, and the mean loss over the batch before the step.
+      The new carry, and the mean loss over the batch before the step, as in `step`.
     """
     branch = stacked.branch
     per_branch = branchwise_leaves(transformation, carry.params)

@@ -12,9 +12,11 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import shutil
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,15 +27,14 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from dualgap_jax import seeds
+from dualgap_jax import identity, seeds
 from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_template, load, open_branches
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
-from dualgap_jax.files import load_json, save_json
 from dualgap_jax.losses import Loss, measure
 from dualgap_jax.machine import memory_field
 from dualgap_jax.metrics import Metrics, Progress
-from dualgap_jax.networks import multi_branch
+from dualgap_jax.networks import multi_branch, upcast
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.sharding import (
     MeshSpec,
@@ -45,12 +46,14 @@ from dualgap_jax.sharding import (
     over_devices,
     place,
 )
-from dualgap_jax.steps import Batch, Carry, begin, example_input, on_device, step, tree_bytes
+from dualgap_jax.steps import Batch, Carry, all_finite, begin, example_input, on_device, step, tree_bytes
 from dualgap_jax.streaming import StreamedSolver
 from dualgap_jax.types import BranchSource, KeyArray, Network, Params, PyTree, State
 
 LearningRateScaling = Literal["branches", "none", "inverse_branches"]
 Streaming = Literal["auto", "on", "off"]
+
+_log = logging.getLogger(__name__)
 
 _WORTH_SAYING = 10**8  # bytes of a network from which on a run says beforehand what it will take
 _PROBE_BYTES = 2**25  # of parameters and optimiser, on which the time of a step is measured
@@ -104,7 +107,8 @@ def plateau(
     require(max_decays >= 0 and patience >= 1, f"plateau: max_decays={max_decays} >= 0, patience={patience} >= 1.")
 
     def init() -> PlateauState:
-        return PlateauState(jnp.asarray(jnp.inf, float), jnp.int32(0), jnp.int32(0), jnp.asarray(False))
+        largest = jnp.finfo(jnp.zeros(0, float).dtype).max  # no infinity, which JAX_DEBUG_INFS would refuse
+        return PlateauState(jnp.asarray(largest, float), jnp.int32(0), jnp.int32(0), jnp.asarray(False))
 
     def rate(state: PlateauState, step: Array) -> Array:
         del step
@@ -217,6 +221,11 @@ class TrainingSpec:
         for name in ("weight_decay", "tolerance", "checkpoint_seconds"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite.")
+
+
+def num_branches(net: Network) -> int:
+    """I of a network made by `multi_branch`; 1 of every other, a mixture among them."""
+    return net.stacked.num_branches if net.stacked is not None else 1
 
 
 def scaled_learning_rate(spec: TrainingSpec, num_branches: int) -> float:
@@ -364,7 +373,7 @@ class Solution(NamedTuple):
       params, state: of the network; None when it lies on disk.
       steps: number of steps done.
       status: 'converged' (segment loss below the tolerance), 'plateau' (the schedule gave up), 'max_steps', or
-        'diverged' (a loss that is not finite).
+        'diverged' (a loss, an output in training, or in the end a parameter that is not finite).
       batch_loss: mean mini-batch loss over the last segment (NaN when no step was done).
       source: the network on disk, read a few branches at a time; None when it is in memory.
     """
@@ -411,6 +420,7 @@ class _Run(NamedTuple):
     status: str
     batch_loss: float
     pending: tuple[float, ...] = ()  # losses of the steps since the last look of the schedule
+    mark: Mapping[str, Any] = types.MappingProxyType({})  # its identity
 
 
 def train(
@@ -437,14 +447,16 @@ def train(
 
     With `checkpoints`, progress is saved under `solution_K/`, and a second call goes on from there, in the same way, so
     that its numbers are those of an uninterrupted run bit for bit.  A network trained by the streamed step is then left
-    on disk: `Solution.source` reads it.  A mesh may change between calls; results then agree to rounding.
+    on disk: `Solution.source` reads it.  A mesh may change between calls; results then agree to rounding.  Network,
+    loss, data, optimiser, rate, schedule and seed are compared with those that the checkpoints were written with;
+    `max_steps` may be longer than it was, unless the schedule depends on it.
 
     Args:
       net: the network; see `multi_branch`.
       loss: a loss that fits `dataset.task`.
       dataset: the training set.
       spec: how to train.
-      learning_rate: the rate after scaling (`scaled_learning_rate`); None takes `spec.learning_rate` as it is.
+      learning_rate: the rate after scaling; None is `scaled_learning_rate(spec, num_branches(net))`.
       seed: of initialisations, orders and dropout.
       num_solutions: number of solutions, at least 1.
       group_size: number of solutions in one program; results depend on it through rounding only.
@@ -457,9 +469,9 @@ def train(
     Raises:
       ConfigError: if the loss does not fit the data set, the batch is larger than it, `num_solutions`, `group_size` or
         `learning_rate` is not positive, or streamed training is asked for and cannot be (see `StreamedSolver`).
-      CheckpointMismatchError: if `checkpoints` holds solutions of another network or optimiser.
+      IdentityError: if `checkpoints` holds solutions of another run; the message names what differs.
     """
-    base_rate = spec.learning_rate if learning_rate is None else learning_rate
+    base_rate = scaled_learning_rate(spec, num_branches(net)) if learning_rate is None else learning_rate
     require(0 < base_rate < math.inf, f"learning_rate={base_rate} must be positive and finite.")
     require(num_solutions >= 1, f"num_solutions={num_solutions} must be at least 1.")
     require(group_size is None or group_size >= 1, f"group_size={group_size} must be at least 1, or None.")
@@ -481,13 +493,19 @@ def train(
         not (several and spec.streaming == "off"),
         "training.streaming='off' trains on one device; use 'auto' with a mesh of several.",
     )
+    marks: list[dict[str, Any]] = [{}] * num_solutions
+    newest: list[Restored | None] = [None] * num_solutions
+    if checkpoints is not None:
+        run = _identity(net, loss, dataset, transformation, schedule, spec, base_rate, seed)
+        marks = [{**run, "solution": i} for i in range(num_solutions)]
+        newest = [_newest(checkpoints / f"solution_{i}", mark, spec) for i, mark in enumerate(marks)]
     may_stream = spec.streaming == "auto" and net.stacked is not None
     say = report or (lambda line: None)
     if spec.streaming == "on" or several:
         choice = _Choice(1, True)
     else:
         one = 4 * tree_bytes(jax.eval_shape(functools.partial(_start, net, dataset, transformation), jax.random.key(0)))
-        choice = _choose(one, num_solutions, group_size, may_stream, checkpoints)
+        choice = _choose(one, num_solutions, group_size, may_stream, newest)
     engine: _Together | _Streamed
     if choice.streamed:
         solver = StreamedSolver(net, loss, transformation, dataset, spec.batch_size, mesh=mesh, chunk=spec.branch_chunk)
@@ -503,12 +521,12 @@ def train(
         base_rate=base_rate,
         num_examples=len(dataset.y),
         metrics=metrics,
+        record={"group_size": choice.group_size, "streamed": choice.streamed},
     )
     groups = [range(i, min(i + choice.group_size, num_solutions)) for i in range(0, num_solutions, choice.group_size)]
     # Before any parameters are there: compiling what is measured takes memory that is given back.
-    if not agreed(_all_over(checkpoints, num_solutions, spec)) and (
-        plan := engine.plan(spec, num_solutions, checkpoints)
-    ):
+    all_over = all(_is_over(found, spec) for found in newest)
+    if not agreed(all_over) and (plan := engine.plan(spec, num_solutions, checkpoints)):
         say(plan)
     solutions: list[Solution] = []
     for group in groups:
@@ -517,7 +535,10 @@ def train(
             if checkpoints is not None and is_first_process():
                 savers = {i: stack.enter_context(Checkpointer(checkpoints / f"solution_{i}")) for i in group}
             keys = {i: jax.random.split(solution_key(seed, i), 3) for i in group}
-            runs = {i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics, spec) for i in group}
+            runs = {
+                i: _begin(i, keys[i], engine, schedule, checkpoints, savers.get(i), metrics, spec, newest[i], marks[i])
+                for i in group
+            }
             found = trainer.run(runs, savers)
         if isinstance(engine, _Streamed) and checkpoints is not None:
             meet("the checkpoints are written")
@@ -541,8 +562,55 @@ class _Choice(NamedTuple):
     streamed: bool
 
 
+def _identity(
+    net: Network,
+    loss: Loss,
+    dataset: Dataset,
+    transformation: optax.GradientTransformation,
+    schedule: Schedule,
+    spec: TrainingSpec,
+    base_rate: float,
+    seed: int,
+) -> dict[str, Any]:
+    """What the solutions of a run depend on, but for rounding."""
+    example, key = example_input(dataset), jax.random.key(0)
+    carry = jax.eval_shape(functools.partial(_start, net, dataset, transformation), key)
+    x = jax.ShapeDtypeStruct((2, *example.shape[1:]), example.dtype)
+    y = jax.ShapeDtypeStruct((2,), jnp.asarray(dataset.y[:1]).dtype)
+
+    def outputs(params: Params, state: State, x: Array, key: KeyArray) -> tuple[Array, State]:
+        return net.apply(params, state, x, key=key, train=True)
+
+    made, _ = jax.eval_shape(outputs, carry.params, carry.state, x, key)
+    weights = upcast(carry.params)
+    schedule_state, now = schedule.init(), jnp.asarray(0)
+
+    def scheduled(state: PyTree, now: Array, loss: Array) -> PyTree:
+        return schedule.init(), schedule.rate(state, now), schedule.update(state, loss), schedule.stop(state)
+
+    return {
+        "network": identity.combined(
+            identity.function_digest(net.init, key, example),
+            identity.function_digest(outputs, carry.params, carry.state, x, key, derivative=True),
+        ),
+        "loss": identity.function_digest(loss.per_example, made, y, derivative=True),
+        "data": identity.arrays_digest(dataset.x, dataset.y, dataset.mean, dataset.std),
+        "optimiser": identity.combined(
+            identity.function_digest(transformation.init, weights),
+            identity.function_digest(transformation.update, weights, carry.opt_state, weights),
+        ),
+        "learning rate": base_rate,
+        "schedule": identity.function_digest(scheduled, schedule_state, now, jnp.asarray(0.0, float)),
+        "batch size": spec.batch_size,
+        "interval of the schedule's looks": spec.check_every,
+        "tolerance": spec.tolerance,
+        "seed": seeds.check(seed),
+        **identity.versions(),
+    }
+
+
 def _choose(
-    one: int, num_solutions: int, group_size: int | None, may_stream: bool, checkpoints: Path | None
+    one: int, num_solutions: int, group_size: int | None, may_stream: bool, newest: Sequence[Restored | None]
 ) -> _Choice:
     """How to train, by the free memory; training that goes on keeps to what it was begun with, if that fits.
 
@@ -551,21 +619,17 @@ def _choose(
       num_solutions: number of solutions.
       group_size: asked for, or None.
       may_stream: whether the streamed step may be used.
-      checkpoints: folder where `groups.json` keeps the choice, or None.
+      newest: a checkpoint of each solution, or None; they keep the choice.
     """
     if group_size is not None:
         return _Choice(group_size, False)
     free = memory_available()
-    record = checkpoints / "groups.json" if checkpoints is not None else None
-    if record is not None and record.exists():
-        begun = _Choice(**load_json(record))
+    for found in filter(None, newest):
+        begun = _Choice(found.meta["group_size"], found.meta["streamed"])
         fits = begun.group_size == 1 or one * begun.group_size < free
         if may_stream if begun.streamed else fits:
             return begun
-    chosen = _Choice(num_solutions if one * num_solutions < free / 2 else 1, may_stream and one > free / 2)
-    if record is not None:
-        save_json(record, chosen._asdict())
-    return chosen
+    return _Choice(num_solutions if one * num_solutions < free / 2 else 1, may_stream and one > free / 2)
 
 
 def _start(net: Network, dataset: Dataset, transformation: optax.GradientTransformation, key: KeyArray) -> Carry:
@@ -636,6 +700,9 @@ class _Together:
 
     def network(self, carry: Carry) -> tuple[Params, State]:
         return carry.params, carry.state
+
+    def is_finite(self, carry: Carry, lane: int) -> bool:
+        return bool(all_finite(_item((carry.params, carry.state), lane)))
 
     def advance(
         self,
@@ -711,6 +778,10 @@ class _Streamed:
 
     def network(self, carry: Carry | None) -> tuple[Params, State]:
         return (None, None) if carry is None or self.on_disk else self._solver.network(carry)
+
+    def is_finite(self, carry: Carry, lane: int) -> bool:
+        del lane
+        return bool(np.asarray(all_finite((carry.params, carry.state))))
 
     def advance(
         self,
@@ -823,6 +894,8 @@ def _begin(
     saver: Checkpointer | None,
     metrics: Metrics | None,
     spec: TrainingSpec,
+    newest: Restored | None,
+    mark: dict[str, Any],
 ) -> _Run:
     """A run at its first step, or at its newest checkpoint; a network that is trained and stays on disk is not held."""
     restored = None
@@ -839,7 +912,7 @@ def _begin(
 
         if saver is None:
             meet("the first process has looked at the checkpoints")
-        if engine.on_disk and _is_over(_newest(folder), spec):
+        if engine.on_disk and _is_over(newest, spec):
             restored = restore(_verified)
         if not _is_over(restored, spec):
             restored = restore(engine.place_leaf)
@@ -848,7 +921,8 @@ def _begin(
     if metrics is not None:
         metrics.truncate_after(-1 if restored is None else restored.step, solution=solution)
     if restored is None:
-        return _Run(solution, keys[1:], engine.start(keys[0]), schedule.init(), 0, "running", float("nan"))
+        start = engine.start(keys[0])
+        return _Run(solution, keys[1:], start, schedule.init(), 0, "running", float("nan"), mark=mark)
     saved, meta = restored.state, restored.meta
     return _Run(
         solution,
@@ -859,14 +933,30 @@ def _begin(
         meta["status"],
         float(meta["batch_loss"]),
         tuple(meta["pending"]),
+        mark,
     )
 
 
-def _newest(folder: Path) -> Restored | None:
-    """The newest checkpoint without its leaves, which are not read."""
-    with contextlib.suppress(FileNotFoundError):
-        return load(folder, place=lambda leaf, stored: None)
-    return None
+def _newest(folder: Path, mark: Mapping[str, Any], spec: TrainingSpec) -> Restored | None:
+    """The newest checkpoint without its leaves, which are not read; None where there is none.
+
+    Raises:
+      IdentityError: if it is of another run, or of more steps than are wanted.
+    """
+    try:
+        found = load(folder, place=lambda leaf, stored: None)
+    except FileNotFoundError:
+        return None
+    identity.require_same(found.meta.get("identity"), mark, f"the folder {folder}")
+    if found.step > spec.max_steps:
+        raise identity.IdentityError(
+            f"the folder {folder} holds another run: it stands at step {found.step} and max_steps is {spec.max_steps};"
+            " give another folder, or ask for as many steps."
+        )
+    for name, now in identity.versions().items():
+        if (then := found.meta["identity"][name]) != now:
+            _log.warning("%s was written under %s %s and goes on under %s", folder, name, then, now)
+    return found
 
 
 def _has_steps_to_do(status: str, steps: int, spec: TrainingSpec) -> bool:
@@ -878,13 +968,6 @@ def _is_over(restored: Restored | None, spec: TrainingSpec) -> bool:
     if restored is None:
         return False
     return not _has_steps_to_do(restored.meta.get("status", "running"), restored.step, spec)
-
-
-def _all_over(checkpoints: Path | None, num_solutions: int, spec: TrainingSpec) -> bool:
-    """Whether nothing is left to train."""
-    return checkpoints is not None and all(
-        _is_over(_newest(checkpoints / f"solution_{i}"), spec) for i in range(num_solutions)
-    )
 
 
 def _verified(template: Any, stored: Stored) -> Any:
@@ -919,6 +1002,7 @@ class _Trainer:
     base_rate: float
     num_examples: int
     metrics: Metrics | None
+    record: Mapping[str, Any]  # what a checkpoint keeps of the way of training
 
     def run(self, runs: dict[int, _Run], savers: Mapping[int, Checkpointer]) -> list[Solution]:
         """Takes a group to its end; `runs` holds one entry a solution and is brought up to date in place."""
@@ -1005,6 +1089,8 @@ class _Trainer:
             for i, lane in moving.items():
                 loss = float(means[lane])
                 status = self._status(loss, _item(schedule_state, lane)) if looked else "running"
+                if not _has_steps_to_do(status, first, self.spec) and not self.engine.is_finite(carry, lane):
+                    status = "diverged"
                 runs[i] = runs[i]._replace(
                     steps=first, status=status, batch_loss=loss, pending=tuple(map(float, pending[lane]))
                 )
@@ -1054,7 +1140,13 @@ class _Trainer:
             stored = self.engine.stored(carry, lane)  # all processes have a part in this
             if i in savers:
                 state = {"carry": stored, "schedule": _item(schedule_state, lane), "keys": runs[i].keys}
-                meta = {"status": runs[i].status, "batch_loss": runs[i].batch_loss, "pending": runs[i].pending}
+                meta = {
+                    "status": runs[i].status,
+                    "batch_loss": runs[i].batch_loss,
+                    "pending": runs[i].pending,
+                    "identity": runs[i].mark,
+                    **self.record,
+                }
                 savers[i].save(runs[i].steps, state, meta)
 
 

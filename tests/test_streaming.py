@@ -19,9 +19,10 @@ import optax
 import pytest
 
 from dualgap_jax import training
+from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, validate
-from dualgap_jax.losses import multi_margin
+from dualgap_jax.losses import binary_hinge, crammer_singer, logistic, multi_margin, squared
 from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branch
 from dualgap_jax.sharding import Layout, MeshSpec
 from dualgap_jax.steps import Carry, Place, acts_branch_by_branch, branch_step, step
@@ -230,6 +231,44 @@ def test_what_is_trained_is_checked_on_disk_and_not_held(
         jax.tree.map(np.testing.assert_array_equal, solution.source.read(0, 5), wanted)
 
 
+def spoilt_steps(loss: Any, outputs: int, batch: int) -> list[Callable[..., Any]]:
+    """The plain step, the plain step in three lanes, and the streamed one, as functions of what is added to outputs."""
+    branch = from_functions(
+        lambda key, x: jax.random.normal(key, (2, outputs)), lambda w, x: x[:, :2] @ w + x[:, 2:] * w[0, 0] ** 0
+    )
+    net, labels = multi_branch(branch, 5), jnp.arange(batch) % 2
+    y = labels if outputs > 1 else jnp.where(labels == 0, -1.0, 1.0)
+    x = jnp.ones((batch, 2 + outputs))
+    params, state = net.init(jax.random.key(1), x)
+    carry, rate, key = Carry(params, state, optax.identity().init(params)), jnp.asarray(0.1), jax.random.key(0)
+
+    def plain(added: Any) -> Any:
+        return step(net, loss, optax.identity(), carry, x.at[:, 2:].set(added), y, rate, key)[1]
+
+    def streamed(added: Any) -> Any:
+        spoilt, where = x.at[:, 2:].set(added), Place(0, 5)
+        return branch_step(net.stacked, loss, optax.identity(), carry, spoilt, y, rate, key, chunk=2, place=where)[1]
+
+    def lanes(added: Any) -> Any:
+        return jax.vmap(plain)(jnp.stack([jnp.zeros_like(added), added, jnp.zeros_like(added)]))[1]
+
+    return [jax.jit(f) for f in (plain, lanes, streamed)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs"),
+    [(binary_hinge(), 1), (logistic(), 1), (squared(), 1), (multi_margin(), 3), (crammer_singer(), 3), (logistic(), 3)],
+)
+@pytest.mark.parametrize("batch", [1, 2, 8, 19])
+def test_what_is_not_finite_anywhere_in_the_outputs_reaches_the_loss(loss: Any, outputs: int, batch: int) -> None:
+    for run in spoilt_steps(loss, outputs, batch):
+        clean = jnp.zeros((batch, outputs))
+        assert np.isfinite(float(run(clean)))
+        for bad in (np.nan, np.inf, -np.inf):
+            for at in np.ndindex(batch, outputs):
+                assert not np.isfinite(float(run(clean.at[at].set(bad)))), (bad, at)
+
+
 @pytest.mark.parametrize(("free", "way"), [(10**9, "together"), (10**5, "one by one"), (10**4, "streamed")])
 def test_memory_decides_and_the_choice_is_kept(
     free: int, way: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +282,7 @@ def test_memory_decides_and_the_choice_is_kept(
         return train(net, multi_margin(), dataset, spec, checkpoints=tmp_path, report=said.append)
 
     found = run()
-    begun = json.loads((tmp_path / "groups.json").read_text())
+    begun = load(tmp_path / "solution_0").meta
     expected = {"together": (3, False), "one by one": (1, False), "streamed": (1, True)}[way]
     assert (begun["group_size"], begun["streamed"]) == expected
     assert all((s.source is not None) == (way == "streamed") for s in found)
@@ -352,7 +391,7 @@ _MEMORY = """
     import jax
     import numpy as np
     from dualgap_jax.data import Dataset, validate
-    from dualgap_jax.losses import multi_margin
+    from dualgap_jax.losses import binary_hinge, crammer_singer, logistic, multi_margin, squared
     from dualgap_jax.networks import mlp, multi_branch
     from dualgap_jax.machine import peak_memory
     from dualgap_jax.training import TrainingSpec, train

@@ -15,13 +15,14 @@ import numpy as np
 import optax
 import pytest
 
-from dualgap_jax import training
-from dualgap_jax.checkpoints import Checkpointer, CheckpointMismatchError
+from dualgap_jax import identity, training
+from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset
+from dualgap_jax.identity import IdentityError
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
 from dualgap_jax.metrics import Metrics, read_metrics
-from dualgap_jax.networks import conv, mlp, multi_branch
+from dualgap_jax.networks import conv, from_functions, mlp, multi_branch
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.training import BatchOrder, Carry, Solution, TrainingSpec, evaluate, optimizer, solution_key, train
 from dualgap_jax.types import Network
@@ -29,7 +30,14 @@ from dualgap_jax.types import Network
 CONSTANT = Component("constant", {})
 # Most tests run the same few programs, which are compiled once.
 SPEC = TrainingSpec(
-    8, max_steps=9, learning_rate=0.3, momentum=0.5, schedule=CONSTANT, check_every=3, checkpoint_seconds=0.0
+    8,
+    max_steps=9,
+    learning_rate=0.3,
+    lr_scaling="none",
+    momentum=0.5,
+    schedule=CONSTANT,
+    check_every=3,
+    checkpoint_seconds=0.0,
 )
 
 
@@ -537,6 +545,45 @@ def test_a_huge_learning_rate_is_named_diverged(tmp_path: Path, rng: np.random.G
     same_solutions(finished(tmp_path, call), [got])  # as restored
 
 
+@pytest.mark.parametrize("streaming", ["off", "on"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_network_whose_outputs_are_not_finite_has_diverged(
+    streaming: str, bad: float, rng: np.random.Generator
+) -> None:
+    # One output of 40 is not finite; by the hinge alone infinity would cost nothing.
+    data = labelled(rng, 40, dtype=np.float32)
+    at = int(np.flatnonzero(data.y == (1 if bad > 0 else -1))[0])
+    data.x[at] = 7.0
+
+    def apply(params: Any, x: Any) -> Any:
+        return x @ params + jnp.where(x[:, :1] == 7, bad, 0.0)
+
+    net = multi_branch(from_functions(lambda key, x: jax.random.normal(key, (x.shape[1], 1)), apply), 5)
+    spec = TrainingSpec(0, max_steps=9, check_every=3, schedule=CONSTANT, streaming=streaming, branch_chunk=2)
+    for solution in train(net, binary_hinge(), data, spec, num_solutions=1 if streaming == "on" else 3):
+        assert solution.status == "diverged"
+        assert solution.steps == (1 if streaming == "on" else 3)
+        assert math.isnan(solution.batch_loss)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("streaming", ["off", "on"])
+def test_parameters_that_the_last_step_ruins_are_named_diverged(
+    streaming: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    data = labelled(rng, task="regression")
+    spec = spec_with(max_steps=1, learning_rate=1e308, momentum=0.0, streaming=streaming)
+    data.y[:] = 1e6
+
+    def call(**files: Any) -> list[Solution]:
+        return train(network(), squared(), data, spec, num_solutions=1, **files)
+
+    (got,) = finished(tmp_path, call)
+    assert math.isfinite(got.batch_loss)
+    assert got.status == rows(tmp_path / "metrics.jsonl")[-1]["status"] == "diverged"
+    assert call(checkpoints=tmp_path / "checkpoints")[0].status == "diverged"
+
+
 @pytest.mark.usefixtures("x64")
 def test_one_that_diverges_leaves_the_others_alone(rng: np.random.Generator) -> None:
     data, net = labelled(rng), network()
@@ -715,30 +762,149 @@ def test_a_kill_in_the_second_group_keeps_the_first(tmp_path: Path, rng: np.rand
 
 
 @pytest.mark.usefixtures("x64")
-def test_finished_solutions_are_read_not_trained_again(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_finished_solutions_are_read_not_trained_again(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, net = labelled(rng), network()
 
-    def call(net: Network, **files: Any) -> list[Solution]:
+    def call(**files: Any) -> list[Solution]:
         return train(net, binary_hinge(), data, spec_with(checkpoint_seconds=60.0), num_solutions=3, **files)
 
-    expected = finished(tmp_path, lambda **files: call(net, **files))
+    expected = finished(tmp_path, call)
     lines = (tmp_path / "metrics.jsonl").read_bytes()
 
-    def no_step(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("trained again")
+    def no_segment(*args: Any) -> Any:
+        def segment(*args: Any) -> Any:
+            raise RuntimeError("trained again")
 
-    same_solutions(finished(tmp_path, lambda **files: call(net._replace(apply=no_step), **files)), expected)
+        return segment
+
+    monkeypatch.setattr(training, "make_segment", no_segment)
+    same_solutions(finished(tmp_path, call), expected)
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
     with pytest.raises(RuntimeError, match="trained again"):
-        call(net._replace(apply=no_step))
+        call()
+
+
+OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "seed": ({"seed": 1}, "the seed is 0 and not 1"),
+    "network": ({"net": network((5,))}, "the network differs"),
+    "mean and sum": ({"net": network(reduce="sum")}, "the network differs"),
+    "initialisation": ({"net": multi_branch(mlp((4,), 1), 2)}, "the network differs"),
+    "loss": ({"loss": binary_hinge(2.0)}, "the loss differs"),
+    "learning rate": ({"learning_rate": 0.25}, "the learning rate is 0.3 and not 0.25"),
+    "rate of the spec": ({"spec": spec_with(learning_rate=0.1)}, "the learning rate is 0.3 and not 0.1"),
+    "scaling": ({"spec": spec_with(lr_scaling="branches")}, "the learning rate is 0.3 and not 0.6"),
+    "batch size": ({"spec": spec_with(batch_size=6)}, "the batch size is 8 and not 6"),
+    "momentum": ({"spec": spec_with(momentum=0.4)}, "the optimiser differs"),
+    "no momentum": ({"spec": spec_with(momentum=0.0)}, "the optimiser differs"),
+    "chain": ({"spec": spec_with(chain=("scale_by_adam()",))}, "the optimiser differs"),
+    "schedule": ({"spec": spec_with(schedule=Component("plateau", {}))}, "the schedule differs"),
+    "looks": ({"spec": spec_with(check_every=2)}, "the interval of the schedule's looks is 3 and not 2"),
+    "tolerance": ({"spec": spec_with(tolerance=0.1)}, "the tolerance is 1e-05 and not 0.1"),
+}
 
 
 @pytest.mark.usefixtures("x64")
-def test_checkpoints_of_another_network_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_solutions_of_another_run_are_refused_and_the_difference_is_named(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    data = labelled(rng)
+
+    def call(**changes: Any) -> list[Solution]:
+        given = {"net": network(), "loss": binary_hinge(), "dataset": data, "spec": SPEC, **changes}
+        return train(**given, num_solutions=1, checkpoints=tmp_path)
+
+    first = call()
+    for case, (changes, words) in OTHER_RUNS.items():
+        with pytest.raises(IdentityError) as error:
+            call(**changes)
+        assert f"solution_0 holds another run: {words}" in str(error.value), case
+    same_solutions(call(), first)
+
+
+@pytest.mark.parametrize("field", ["x", "y", "mean", "std"])
+@pytest.mark.usefixtures("x64")
+def test_solutions_of_other_data_are_refused(field: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    data = images(rng)
+    net = network(out=3)
+    spec = spec_with(max_steps=3)
+    train(net, multi_margin(), data, spec, num_solutions=1, checkpoints=tmp_path)
+    changed = getattr(data, field).copy()
+    changed.flat[rng.integers(changed.size)] += 1
+    with pytest.raises(IdentityError, match="solution_0 holds another run: the data differs; give another folder"):
+        train(net, multi_margin(), data._replace(**{field: changed}), spec, num_solutions=1, checkpoints=tmp_path)
+    copied = data._replace(x=data.x.copy(), name="renamed", info={"another": "folder"})
+    train(net, multi_margin(), copied, spec, num_solutions=1, checkpoints=tmp_path)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_solution_in_the_place_of_another_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = labelled(rng)
+    train(network(), binary_hinge(), data, SPEC, num_solutions=1, checkpoints=tmp_path)
+    (tmp_path / "solution_0").rename(tmp_path / "solution_1")
+    with pytest.raises(IdentityError, match="solution_1 holds another run: the solution is 0 and not 1"):
+        train(network(), binary_hinge(), data, SPEC, num_solutions=2, checkpoints=tmp_path)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, net = labelled(rng), network()
+
+    def call(steps: int, schedule: Component = CONSTANT, folder: Path | None = None) -> list[Solution]:
+        spec = spec_with(max_steps=steps, schedule=schedule)
+        return train(net, binary_hinge(), data, spec, num_solutions=2, checkpoints=folder)
+
+    call(6, folder=tmp_path / "a")
+    same_solutions(call(12, folder=tmp_path / "a"), call(12))
+    with pytest.raises(IdentityError, match="it stands at step 12 and max_steps is 9"):
+        call(9, folder=tmp_path / "a")
+    cosine = Component("cosine", {})  # its rate depends on the length of the run
+    call(6, cosine, tmp_path / "b")
+    with pytest.raises(IdentityError, match="the schedule differs"):
+        call(12, cosine, tmp_path / "b")
+
+
+@pytest.mark.usefixtures("x64")
+def test_checkpoints_that_do_not_say_whose_they_are_are_refused(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpointer.save
+
+    def without(self: Checkpointer, step: Any, state: Any, meta: Any) -> None:
+        save(self, step, state, {k: v for k, v in meta.items() if k != "identity"})
+
+    data = labelled(rng)
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpointer, "save", without)
+        train(network(), binary_hinge(), data, SPEC, num_solutions=1, checkpoints=tmp_path)
+    with pytest.raises(IdentityError, match="solution_0 does not say which run it is of"):
+        train(network(), binary_hinge(), data, SPEC, num_solutions=1, checkpoints=tmp_path)
+
+
+@pytest.mark.usefixtures("x64")
+def test_another_version_of_jax_is_logged(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     data = labelled(rng)
     train(network(), binary_hinge(), data, spec_with(max_steps=3), num_solutions=1, checkpoints=tmp_path)
-    with pytest.raises(CheckpointMismatchError, match="kernel"):
-        train(network((5,)), binary_hinge(), data, spec_with(max_steps=3), num_solutions=1, checkpoints=tmp_path)
+    assert caplog.text == ""
+    monkeypatch.setattr(identity, "versions", lambda: {"jax": "99.1"})
+    train(network(), binary_hinge(), data, SPEC, num_solutions=1, checkpoints=tmp_path)
+    assert f"was written under jax {jax.__version__} and goes on under 99.1" in caplog.text
+    monkeypatch.setattr(identity, "versions", lambda: {"jax": "99.2"})
+    with pytest.raises(IdentityError, match=r"the loss differs \(written under jax 99\.1, now 99\.2\)"):
+        train(network(), binary_hinge(2.0), data, SPEC, num_solutions=1, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize("num_branches", [1, 3])
+@pytest.mark.usefixtures("x64")
+def test_the_rate_of_the_spec_is_scaled_by_the_number_of_branches(num_branches: int, rng: np.random.Generator) -> None:
+    data, net = labelled(rng), network(num_branches=num_branches)
+    for scaling, factor in (("branches", num_branches), ("none", 1.0), ("inverse_branches", 1 / num_branches)):
+        got = train(net, binary_hinge(), data, spec_with(lr_scaling=scaling), num_solutions=1)
+        wanted = train(net, binary_hinge(), data, SPEC, learning_rate=0.3 * factor, num_solutions=1)
+        same_solutions(got, wanted)
 
 
 @pytest.mark.usefixtures("x64")

@@ -190,15 +190,15 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
 
 def regime(spec: LandscapeSpec) -> str:
     """The training regime in a few words; the picture depends on it."""
-    rate = scaled_learning_rate(spec.training, spec.num_branches)
     settings = ", ".join(f"{k} {v}" for k, v in spec.branch.settings.items() if k in ("init", "init_scale", "use_bias"))
-    scaling = {"branches": "times I", "inverse_branches": "over I", "none": "not scaled"}[spec.training.lr_scaling]
+    scaling = {"branches": " times I", "inverse_branches": " over I", "none": ""}[spec.training.lr_scaling]
     numbers = (
         f", trained with {spec.precision.params} parameters and {spec.precision.compute} compute"
         if spec.precision != PrecisionSpec()
         else ""
     )
-    return f"{spec.reduce} over branches, {settings or spec.branch.name}, learning rate {rate:g} ({scaling}){numbers}"
+    rate = f"learning rate {spec.training.learning_rate:g}{scaling}"
+    return f"{spec.reduce} over branches, {settings or spec.branch.name}, {rate}{numbers}"
 
 
 def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
