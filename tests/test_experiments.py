@@ -22,9 +22,10 @@ from dualgap_jax.config import Component, ConfigError, experiment_config, to_spe
 from dualgap_jax.data import DATASETS, Dataset
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
-from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec
+from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
 from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.files import load_json, load_npz
+from dualgap_jax.identity import IdentityError
 from dualgap_jax.metrics import read_metrics
 from dualgap_jax.networks import BRANCHES, from_functions
 from dualgap_jax.registry import SettingError, UnknownNameError
@@ -465,6 +466,43 @@ def test_the_place_of_the_data_is_not_part_of_the_identity(tfds_dir: Path, tmp_p
     moved = shutil.copytree(tfds_dir, tmp_path / "elsewhere")
     spec = dataclasses.replace(spec, data=Component("mnist", {"num_examples": 20, "data_dir": str(moved)}))
     assert run(spec, tmp_path / "w")[2]
+
+
+def test_a_run_does_not_go_on_with_other_images(
+    tfds_dir: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    write_tfds(other, "mnist", {split: random_split(rng, "mnist", 300) for split in ("train", "test")})
+    spec = tiny(
+        data=Component("mnist", {"num_examples": 20, "data_dir": ""}), loss=Component("multi_margin", {}),
+        training=TrainingSpec(batch_size=10, max_steps=2, check_every=1),
+    )  # fmt: skip
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dualgap_jax.landscape.survey", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, tmp_path / "w")
+    moved = dataclasses.replace(spec, data=Component("mnist", {"num_examples": 20, "data_dir": str(other)}))
+    with pytest.raises(IdentityError, match="solution_0 holds another run: the data differs"):
+        run(moved, tmp_path / "w")
+    run(spec, tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ("branches", "learning rate 0.3 times I"),
+        ("inverse_branches", "learning rate 0.3 over I"),
+        ("none", "learning rate 0.3"),
+    ],
+)
+def test_the_rate_is_printed_as_it_holds_for_every_panel_of_a_row(scaling: Any, words: str) -> None:
+    training = TrainingSpec(learning_rate=0.3, lr_scaling=scaling)
+    said = {regime(tiny(num_branches=count, training=training)) for count in (1, 3, 1000)}
+    assert said == {f"mean over branches, mlp, {words}"}
 
 
 def test_a_report_reads_as_a_table() -> None:
