@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -15,7 +16,7 @@ import ml_collections
 from dualgap_jax import experiments, sharding
 from dualgap_jax.config import ConfigError, load, require
 from dualgap_jax.experiments import TABLES, Tables
-from dualgap_jax.registry import unknown
+from dualgap_jax.registry import Table, unknown
 
 CONFIGS = Path("configs")
 
@@ -41,7 +42,8 @@ def extended(modules: Sequence[str], tables: Tables = TABLES) -> Tables:
 def listing(tables: Tables = TABLES, configs: Path = CONFIGS) -> str:
     """The registered experiments, branches, data sets, losses and planar sets, and the config files, a line each."""
     lines = []
-    for title, table in zip(("Experiments", "Branches", "Data sets", "Losses", "Planar sets"), tables, strict=True):
+    each: tuple[Table[Any], ...] = tables
+    for title, table in zip(("Experiments", "Branches", "Data sets", "Losses", "Planar sets"), each, strict=True):
         lines += [f"{title}:", *(f"  {name:<16} {table.describe(name)}" for name in table), ""]
     lines.append(f"Configs (--config={configs}/NAME.py:KEY=VALUE,...):")
     for path in sorted(configs.glob("*.py")):

@@ -1,4 +1,4 @@
-"""Read-only tables that map a name to a plain function.
+"""Read-only tables that map a name to a plain function, or to an experiment.
 
 There is one table each for experiments, branches, data sets, losses and planar sets.  A table is never changed in
 place: `Table.extended` returns a new one, so a user's own entries need neither an edit of the package nor a patched
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F")
 
 
 class UnknownNameError(KeyError):
@@ -42,11 +42,11 @@ def unknown(kind: str, given: object, allowed: Mapping[str, Any] | list[str] | t
 
 
 class Table(Mapping[str, F], Generic[F]):
-    """An immutable mapping from names to functions of one kind.
+    """An immutable mapping from names to entries of one kind.
 
     Args:
       kind: what the entries are, in the singular ("branch"); used in messages.
-      entries: the name -> function pairs.
+      entries: the name -> entry pairs; functions, but for experiments.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, F]) -> None:
@@ -88,7 +88,8 @@ class Table(Mapping[str, F], Generic[F]):
 
     def check(self, name: str, /, **arguments: Any) -> None:
         """Raises `UnknownNameError` for an unknown entry, or an argument that the entry does not take."""
-        parameters = inspect.signature(self[name]).parameters
+        entry: Any = self[name]
+        parameters = inspect.signature(entry).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             for given in arguments:
                 if given not in parameters:
@@ -103,7 +104,8 @@ class Table(Mapping[str, F], Generic[F]):
           TypeError: for a required argument that is missing.
         """
         self.check(name, **arguments)
+        entry: Any = self[name]
         try:
-            return self[name](**arguments)
+            return entry(**arguments)
         except ValueError as error:
             raise SettingError(f"{self.kind} {name!r}: {error}") from error

@@ -1,58 +1,61 @@
-"""The folder of a run: its configuration, its card, and where metrics, checkpoints, results and figures go.
+"""The folder of a run: its configuration, its card, what it can go on from, and where results and figures go.
 
 A workdir explains itself:
 
-    config.json      the configuration; the folder belongs to this one configuration
-    run.json         command, git commit, package versions, devices, start, end, status, reason, earlier attempts
+    config.json      the experiment's name and configuration; the folder belongs to this one
+    run.json         command, git commit, package versions, devices, start, end, status, reason, earlier attempts, what
+                     the data were, and the digest of every result and figure of a run that is complete
     metrics.jsonl    one JSON object per line: step, loss, ...
     tensorboard/     the same numbers as event files, on request
     checkpoints/     see `dualgap_jax.checkpoints`
+    parts/           finished parts that an interrupted run goes on from; see `Workdir.remember`
     results/         *.npz and *.json
     figures/         *.png and *.pdf
+    .lock            held by the process at work; see `dualgap_jax.lock`
+
+Nothing is read back unchecked: a file that is damaged or of another run is named, and what was in it computed again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-import shlex
-import signal
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dualgap_jax import machine
-from dualgap_jax.files import canonical, is_temporary, jsonable, leaves, load_json, save_json, text_digest
-from dualgap_jax.metrics import Metrics
+import numpy as np
+
+from dualgap_jax import interrupts, lock
+from dualgap_jax.card import RunCard
+from dualgap_jax.files import (
+    DamagedFileError,
+    canonical,
+    file_digest,
+    is_temporary,
+    jsonable,
+    leaves,
+    load_json,
+    load_npz,
+    remove_temporary,
+    restored,
+    save_json,
+    save_npz,
+    text_digest,
+)
+from dualgap_jax.metrics import Metrics, read_metrics
+
+_log = logging.getLogger(__name__)
+
+_OUTPUTS = {"results", "figures"}  # the folders that a complete run's card vouches for
 
 
 class WorkdirError(ValueError):
     """A workdir that cannot be used as asked; the message says why and what to do."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised in the main thread while a `Workdir.session` is open."""
-
-
-def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as JSON will give it back.  Raises TypeError or ValueError for what JSON cannot hold."""
-    return jsonable(config, where="config")
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line per dotted name whose JSON text differs."""
-    texts = [{name: json.dumps(value, sort_keys=True) for name, value in leaves(c)} for c in (old, new)]
-    there, asked = texts
-    return [
-        f"  {name}: {there.get(name, '(absent)')} there, {asked.get(name, '(absent)')} asked for"
-        for name in sorted({*there, *asked})
-        if there.get(name) != asked.get(name)
-    ]
 
 
 def default_workdir(root: str | Path, name: str, config: Mapping[str, Any]) -> Path:
@@ -63,71 +66,7 @@ def default_workdir(root: str | Path, name: str, config: Mapping[str, Any]) -> P
     """
     if not name or "/" in name or os.sep in name:
         raise ValueError(f"name {name!r} cannot name a folder; give a non-empty name without separators")
-    return Path(root) / f"{name}-{text_digest(canonical(_plain_config(config)))[:8]}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _process_mark(pid: int) -> str | None:
-    """A mark that a process shares with no other, earlier or later, on this machine; None if unknown or ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"  # state; start time in clock ticks since the boot
-
-
-def _is_alive(process: Mapping[str, Any]) -> bool:
-    """Whether the process of a run card is still at work on this machine."""
-    if process["mark"] is not None:
-        return _process_mark(process["pid"]) == process["mark"]
-    try:
-        os.kill(process["pid"], 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turns SIGTERM into `Terminated`; does nothing outside the main thread, where handlers cannot be set."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handler(signum: int, frame: object) -> None:
-        raise Terminated("SIGTERM")
-
-    previous = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
-
-
-class Run:
-    """The open run card of a session.
-
-    Attributes:
-      record: what `run.json` holds.
-    """
-
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.record = record
-        self._path = path
-
-    def note(self, **fields: Any) -> None:
-        """Adds fields to the `notes` of `run.json` (a data set's checksum, peak memory) and writes it."""
-        self._update(notes={**self.record["notes"], **fields})
-
-    def _update(self, **fields: Any) -> None:
-        self.record.update(fields)
-        save_json(self._path, self.record)
+    return Path(root) / f"{name}-{text_digest(canonical(jsonable(config)))[:8]}"
 
 
 class Workdir:
@@ -139,11 +78,13 @@ class Workdir:
       writes: False in the processes of a distributed run that take part in the work and leave writing to the first.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], command: Sequence[str], writes: bool = True) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], command: Sequence[str] = (), writes: bool = True) -> None:
         self.path = path
-        self.config = config
+        self.config: dict[str, Any] = jsonable(config, where="config")
         self.writes = writes
         self._command = tuple(command)
+        self._card = RunCard(path / "run.json", self.config)
+        self._confirmed: dict[str, str] = {}
 
     @classmethod
     def follow(cls, path: str | Path, config: Mapping[str, Any]) -> Workdir:
@@ -153,69 +94,91 @@ class Workdir:
           path: the folder, which all processes see.
           config: as for `open`.
         """
-        return cls(Path(path).expanduser().resolve(), _plain_config(config), (), writes=False)
+        return cls(Path(path).expanduser().resolve(), config, writes=False)
 
     @classmethod
     def open(cls, path: str | Path, config: Mapping[str, Any], *, command: Sequence[str] = ()) -> Workdir:
-        """Makes a new workdir, or opens the one that holds the same configuration.
+        """The workdir at a path, new or of the same configuration.  Nothing is made or written before `session`.
 
         Args:
-          path: the folder.  Missing or empty: it is made, and `config.json` written.
-          config: a nested dict of what JSON can hold.
+          path: the folder.
+          config: a nested dict of what JSON can hold; its key `experiment` is the name of the experiment.
           command: the command line, for `run.json`.
 
         Raises:
-          WorkdirError: if the folder holds another configuration (each difference is listed) or files that are not of
-            a workdir, cannot be made or written, or if another process is at work in it.
-          TypeError, ValueError: if JSON cannot hold `config`.
+          WorkdirError: if the folder holds another experiment or configuration (each difference is listed) or files
+            that are not of a workdir.
+          TypeError: if JSON cannot hold `config`.
         """
-        plain = _plain_config(config)
-        folder = Path(path).expanduser()
         try:
-            folder = folder.resolve()
+            folder = Path(path).expanduser().resolve()
             if folder.exists() and not folder.is_dir():
                 raise WorkdirError(f"{folder} is a file; give a folder with --workdir")
-            folder.mkdir(parents=True, exist_ok=True)
-            card = folder / "config.json"
-            if card.exists():
-                cls._check_config(folder, plain)
-            elif foreign := sorted(p.name for p in folder.iterdir() if not is_temporary(p)):
-                listing = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-                raise WorkdirError(
-                    f"{folder} has no config.json but holds other files ({listing}); nothing was changed."
-                    " Give a new or empty folder with --workdir"
-                )
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            workdir = cls(folder, plain, command)
-            workdir._check_idle()
-            if not card.exists():
-                save_json(card, plain)
-        except OSError as error:
-            raise WorkdirError(
-                f"cannot write in {folder} ({type(error).__name__}: {error.strerror or error});"
-                " give another folder with --workdir, or change its permissions"
-            ) from error
+            workdir = cls(folder, config, command)
+            workdir._check_config()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte
+            if isinstance(error, WorkdirError):
+                raise
+            raise WorkdirError(f"{path} cannot be read ({error}); give another folder with --workdir") from error
         return workdir
 
-    @staticmethod
-    def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    # --- whose folder it is -------------------------------------------------------------------------------------------
+
+    def _check_config(self) -> bool:
+        """Whether `config.json` is there and of this configuration; False where it is to be written.
+
+        Raises:
+          WorkdirError: if the folder belongs to something else.
+        """
+        if not self.path.exists():
+            return False
         try:
-            there = load_json(folder / "config.json")
-        except ValueError as error:
+            there = load_json(self.path / "config.json")
+        except FileNotFoundError:
+            self._check_nothing_foreign()
+            return False
+        except DamagedFileError as error:
+            if self._card.is_of_this_config():
+                _log.warning("%s; run.json says that the folder is of this configuration: it is written again", error)
+                return False
             raise WorkdirError(f"{error}, or give another folder with --workdir") from error
-        if not isinstance(there, dict):
-            raise WorkdirError(f"{folder}/config.json is not of a workdir; give another folder with --workdir")
-        if lines := _differences(there, config):
-            raise WorkdirError(
-                "\n".join(
-                    [
-                        f"{folder} holds another config; nothing was changed. What differs:",
-                        *lines,
-                        "Give another folder with --workdir, or delete this one to start over",
-                    ]
-                )
+        if not (lines := _differences(there, self.config)):
+            return True
+        if self._failed_before_anything():
+            return False
+        known = there.get("experiment"), self.config.get("experiment")
+        what = "another config" if known[0] == known[1] else f"a run of experiment {known[0]!r}, not {known[1]!r}"
+        raise WorkdirError(
+            "\n".join(
+                [
+                    f"{self.path} holds {what}; nothing was changed. What differs:",
+                    *lines,
+                    "Give another folder with --workdir, or delete this one to start over",
+                ]
             )
+        )
+
+    def _check_nothing_foreign(self) -> None:
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name != lock.FILE and not is_temporary(p))
+        if foreign and not self._card.is_of_this_config():
+            listing = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+            raise WorkdirError(
+                f"{self.path} has no config.json but holds other files ({listing}); nothing was changed."
+                " Give a new or empty folder with --workdir"
+            )
+
+    def _failed_before_anything(self) -> bool:
+        """Whether the last run was refused (a value that only the data could check) before it made anything."""
+        card = self._card.read()
+        own = {self.path / name for name in ("config.json", "run.json", "metrics.jsonl", "metrics.seal", lock.FILE)}
+        return (
+            card is not None
+            and card["status"] == "failed"
+            and not read_metrics(self.path / "metrics.jsonl")
+            and not any(p.is_file() and p not in own and not is_temporary(p) for p in self.path.rglob("*"))
+        )
+
+    # --- what is there ------------------------------------------------------------------------------------------------
 
     @property
     def results(self) -> Path:
@@ -232,21 +195,105 @@ class Workdir:
         """The folder `checkpoints`, made when first asked for."""
         return self._folder("checkpoints")
 
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        if self.writes and not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     @property
     def status(self) -> str | None:
-        """'running', 'complete', 'failed', 'interrupted', or None when nothing has run here.
+        """'running', 'complete', 'failed', 'interrupted', or None when nothing has run here, as far as is known.
 
-        A run card that says 'running' although its process has ended (SIGKILL, power) counts as 'interrupted'.
+        A run card that says 'running' although nobody holds the lock (SIGKILL, power) counts as 'interrupted'.
+        """
+        card = self._card.read()
+        if card is None:
+            return None
+        return "interrupted" if card["status"] == "running" and not lock.is_held(self.path) else card["status"]
+
+    def damaged(self) -> list[str] | None:
+        """The results and figures of a complete run that are gone or not what was written; None if none is complete.
+
+        The names are relative, such as `results/report.json`.
+        """
+        card = self._card.read()
+        if card is None or card["status"] != "complete":
+            return None
+        return [name for name, digest in card["files"].items() if _digest_or_none(self.path / name) != digest]
+
+    # --- what a run can go on from ------------------------------------------------------------------------------------
+
+    def confirm(self, name: str, value: Mapping[str, Any]) -> None:
+        """Keeps in `run.json` what the run is computed from, and refuses to go on from something else.
+
+        Args:
+          name: what it is, such as 'data'.
+          value: facts about it; two are the same when their `digest` is.
 
         Raises:
-          WorkdirError: if `run.json` is damaged.
+          WorkdirError: if the run was begun with another one.
         """
-        record = self._run_record()
-        if record is None:
+        if not self.writes:
+            return
+        asked, begun = jsonable(value), self._card.inputs().get(name)
+        if begun is not None and begun["digest"] != asked["digest"]:
+            lines = "\n".join(_differences(begun, asked))
+            raise WorkdirError(
+                f"the {name} are not those that the run in {self.path} was begun with:\n{lines}\n"
+                f"Give the same {name}, or another folder with --workdir"
+            )
+        self._confirmed[name] = asked["digest"]
+        if begun is None:
+            self._card.update(inputs={**self._card.inputs(), name: asked})
+
+    def remember(self, name: str, compute: Callable[[], Mapping[str, Any] | Any]) -> dict[str, Any]:
+        """What `compute` gives, from `parts/` if this run has computed it before.
+
+        Args:
+          name: of the part, unique in the run; any text.
+          compute: gives a mapping or NamedTuple from names to arrays and to values that `jsonable` takes.
+
+        Returns:
+          The mapping: arrays as NumPy arrays of the same bits; everything else as JSON gives it back (tuples are
+          lists).
+        """
+        if (found := self.recall(name)) is not None:
+            return found
+        return self.keep(name, compute())
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """What `keep` put away under a name; None where there is nothing, or (said) nothing sound of this very run."""
+        path = self._part(name)
+        if not self.writes or not path.exists():
             return None
-        if record["status"] == "running" and not _is_alive(record["process"]):
-            return "interrupted"
-        return record["status"]
+        try:
+            arrays = load_npz(path)
+            record = restored(json.loads(bytes(arrays.pop("json"))))
+            if record["of"] != self._identity():
+                raise DamagedFileError(f"{path} is a part of another run")
+        except (DamagedFileError, KeyError, ValueError, TypeError) as error:
+            _log.warning("%s; it is computed again", error)
+            return None
+        return {**record["values"], **arrays}
+
+    def keep(self, name: str, value: Mapping[str, Any] | Any) -> dict[str, Any]:
+        """Puts a finished part away, and returns it as `recall` would."""
+        values = dict(value._asdict() if hasattr(value, "_asdict") else value)
+        arrays = {k: np.asarray(v) for k, v in values.items() if hasattr(v, "__array__") and np.ndim(v) > 0}
+        record = {"of": self._identity(), "values": {k: v for k, v in values.items() if k not in arrays}}
+        plain = jsonable(record, where=f"part {name!r}")
+        if self.writes:
+            text = np.frombuffer(json.dumps(plain, allow_nan=False).encode(), np.uint8)
+            save_npz(self._part(name), json=text, **arrays)
+        return {**restored(plain)["values"], **arrays}
+
+    def _part(self, name: str) -> Path:
+        return self.path / "parts" / f"{urllib.parse.quote(name, safe=' =,')}.npz"
+
+    def _identity(self) -> str:
+        """What a part belongs to: this configuration, with these inputs."""
+        return text_digest(canonical({"config": self.config, "inputs": self._confirmed}))
 
     def metrics(self, tensorboard: bool = False) -> contextlib.AbstractContextManager[Metrics | None]:
         """The writer of `metrics.jsonl`, and of event files in `tensorboard/` when asked for; None for a follower."""
@@ -254,79 +301,92 @@ class Workdir:
             return contextlib.nullcontext()
         return Metrics(self.path / "metrics.jsonl", self.path / "tensorboard" if tensorboard else None)
 
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
     @contextlib.contextmanager
-    def session(self) -> Iterator[Run]:
-        """Keeps `run.json` while work is done: `with workdir.session() as run: ...`.
+    def session(self) -> Iterator[None]:
+        """Holds the folder and keeps its card while work is done: `with workdir.session(): ...`.
 
         The status is 'running' inside; 'complete' after a normal end; 'interrupted' after KeyboardInterrupt or SIGTERM
-        (raised inside as `Terminated`); 'failed' after any other exception, with its type and message as the reason.
-        Exceptions propagate.  What earlier sessions recorded is kept, shortened, under `attempts`.
+        (raised inside as `interrupts.Terminated`); 'failed' after any other exception, with its type and message as the
+        reason.  Exceptions propagate.  What earlier sessions recorded is kept, shortened, under `attempts`.
 
         Raises:
-          WorkdirError: if another session is open in this folder.
+          WorkdirError: if another process is at work in the folder, it belongs to something else, or it cannot be
+            written.
         """
-        self._check_idle()
-        run = Run(self.path / "run.json", self._new_record())
-        start = time.monotonic()
-        status, reason = "complete", None
-        try:
-            with _sigterm_raises():
-                run._update(status="running")
-                yield run
-        except KeyboardInterrupt as error:
-            status, reason = "interrupted", "SIGTERM" if isinstance(error, Terminated) else "KeyboardInterrupt"
-            raise
-        except BaseException as error:
-            status, reason = "failed", f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            seconds, peak = round(time.monotonic() - start, 3), machine.peak_memory()
-            run._update(status=status, reason=reason, end=_now(), seconds=seconds, peak_memory_bytes=peak)
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.held(self.path))
+                fresh = not self._check_config()
+                remove_temporary([self.path, *(self.path / name for name in ("parts", "checkpoints", *_OUTPUTS))])
+                if fresh:
+                    save_json(self.path / "config.json", self.config)
+                self._confirmed = {}
+                self._card.begin(self._command)
+            except lock.LockedError as error:
+                raise WorkdirError(str(error)) from error
+            except OSError as error:
+                raise WorkdirError(
+                    f"cannot write in {self.path} ({type(error).__name__}: {error.strerror or error});"
+                    " give another folder with --workdir, or change its permissions"
+                ) from error
+            start = time.monotonic()
+            status, reason, files = "complete", None, {}
+            try:
+                with interrupts.raised():
+                    yield
+                    files = self._outputs()
+            except KeyboardInterrupt as error:
+                status = "interrupted"
+                reason = "SIGTERM" if isinstance(error, interrupts.Terminated) else "KeyboardInterrupt"
+                raise
+            except BaseException as error:
+                status, reason = "failed", f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                seconds = round(time.monotonic() - start, 3)
+                self._card.end(status=status, reason=reason, seconds=seconds, files=files)
 
-    def _new_record(self) -> dict[str, Any]:
-        attempts = []
-        if (last := self._run_record()) is not None:
-            kept = ("status", "reason", "command", "start", "end", "seconds", "git")
-            attempt = {name: last[name] for name in kept}
-            if attempt["status"] == "running":
-                attempt |= {"status": "interrupted", "reason": "the process ended without a report"}
-            attempts = [*last["attempts"], attempt]
-        return {
-            "status": "running",
-            "reason": None,
-            "command": shlex.join(self._command) if self._command else None,
-            "start": _now(),
-            "end": None,
-            "seconds": None,
-            "peak_memory_bytes": None,
-            **machine.facts(),
-            "process": {"pid": os.getpid(), "mark": _process_mark(os.getpid())},
-            "notes": {},
-            "attempts": attempts,
-        }
+    @contextlib.contextmanager
+    def repair(self) -> Iterator[None]:
+        """Holds the folder of a complete run while figures are drawn again, and keeps their digests.
 
-    def _run_record(self) -> dict[str, Any] | None:
-        path = self.path / "run.json"
+        Raises:
+          WorkdirError, OSError: if another process is at work in it, or it cannot be written.
+        """
         try:
-            record = load_json(path)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
+            with lock.held(self.path):
+                yield
+                self._card.update(files=self._outputs())
+        except lock.LockedError as error:
             raise WorkdirError(str(error)) from error
-        if not isinstance(record, dict) or not {"status", "process", "attempts"} <= record.keys():
-            raise WorkdirError(f"{path} is not the run card of a workdir; delete it to go on")
-        return record
 
-    def _check_idle(self) -> None:
-        record = self._run_record()
-        if record is not None and record["status"] == "running" and _is_alive(record["process"]):
-            raise WorkdirError(
-                f"process {record['process']['pid']} is at work in {self.path} (since {record['start']});"
-                " wait for it, end it, or give another folder with --workdir"
-            )
+    def _outputs(self) -> dict[str, str]:
+        """The digest of every file in folders `results` and `figures`, those of workdirs inside this one too."""
+        found: dict[str, str] = {}
+        for folder, inside, names in os.walk(self.path):
+            inside[:] = sorted(name for name in inside if name not in ("checkpoints", "parts", "tensorboard"))
+            relative = Path(folder).relative_to(self.path)
+            if _OUTPUTS & {*relative.parts}:
+                paths = [Path(folder, name) for name in sorted(names)]
+                found |= {str(relative / p.name): file_digest(p) for p in paths if not is_temporary(p)}
+        return found
 
-    def _folder(self, name: str) -> Path:
-        folder = self.path / name
-        if self.writes:
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line per dotted name whose JSON text differs."""
+    there, asked = ({name: json.dumps(value, sort_keys=True) for name, value in leaves(c)} for c in (old, new))
+    return [
+        f"  {name}: {there.get(name, '(absent)')} there, {asked.get(name, '(absent)')} asked for"
+        for name in sorted({*there, *asked})
+        if there.get(name) != asked.get(name)
+    ]
+
+
+def _digest_or_none(path: Path) -> str | None:
+    try:
+        return file_digest(path)
+    except OSError:
+        return None

@@ -21,6 +21,9 @@ GROUPS = {
         "seeds",
         "files",
         "machine",
+        "lock",
+        "interrupts",
+        "card",
         "metrics",
     },
     "pure": {

@@ -10,33 +10,35 @@ import jax
 import ml_collections
 
 from dualgap_jax.config import as_dict, require, to_spec
-from dualgap_jax.experiments.base import ExperimentFn, Report, Tables, execute, identity, spec_type
-from dualgap_jax.experiments.duality_gap import duality_gap_experiment
-from dualgap_jax.experiments.hitting_rate import hitting_rate
-from dualgap_jax.experiments.hitting_search import hitting_search
-from dualgap_jax.experiments.landscape import landscape_experiment
-from dualgap_jax.experiments.linear_dual import linear_dual_experiment
-from dualgap_jax.experiments.regimes import regimes
-from dualgap_jax.experiments.row import landscape_row
-from dualgap_jax.experiments.shapley_folkman import shapley_folkman
+from dualgap_jax.experiments.base import Experiment, Report, Tables, execute, identity
+from dualgap_jax.experiments.duality_gap import DUALITY_GAP
+from dualgap_jax.experiments.hitting_rate import HITTING_RATE
+from dualgap_jax.experiments.hitting_search import HITTING_SEARCH
+from dualgap_jax.experiments.landscape import LANDSCAPE
+from dualgap_jax.experiments.linear_dual import LINEAR_DUAL
+from dualgap_jax.experiments.regimes import REGIMES
+from dualgap_jax.experiments.row import LANDSCAPE_ROW
+from dualgap_jax.experiments.shapley_folkman import SHAPLEY_FOLKMAN
 from dualgap_jax.registry import Table
 from dualgap_jax.workdir import Workdir, default_workdir
 
-EXPERIMENTS: Table[ExperimentFn] = Table(
+EXPERIMENTS: Table[Experiment] = Table(
     "experiment",
     {
-        "landscape": landscape_experiment,
-        "landscape_row": landscape_row,
-        "linear_dual": linear_dual_experiment,
-        "regimes": regimes,
-        "shapley_folkman": shapley_folkman,
-        "hitting_rate": hitting_rate,
-        "hitting_search": hitting_search,
-        "duality_gap": duality_gap_experiment,
+        experiment.name: experiment
+        for experiment in (
+            LANDSCAPE,
+            LANDSCAPE_ROW,
+            LINEAR_DUAL,
+            REGIMES,
+            SHAPLEY_FOLKMAN,
+            HITTING_RATE,
+            HITTING_SEARCH,
+            DUALITY_GAP,
+        )
     },
 )
 TABLES = Tables(EXPERIMENTS)
-DISTRIBUTED = frozenset({"landscape", "landscape_row"})  # those that several processes can run together
 
 
 def run(
@@ -69,14 +71,16 @@ def run(
     require(isinstance(values.get("experiment"), str), "the config names no experiment: set config.experiment.")
     chosen = values.pop("experiment")
     experiment = tables.experiments[chosen]
+    require(experiment.name == chosen, f"the entry {chosen!r} is an experiment named {experiment.name!r}; rename one.")
+    several = [name for name, other in tables.experiments.items() if other.distributed]
     require(
-        jax.process_count() == 1 or chosen in DISTRIBUTED,
-        f"experiment {chosen!r} runs in one process; several processes run {' and '.join(sorted(DISTRIBUTED))}.",
+        jax.process_count() == 1 or experiment.distributed,
+        f"experiment {chosen!r} runs in one process; several processes run {' and '.join(several)}.",
     )
-    spec: Any = to_spec(spec_type(experiment), values)
+    spec: Any = to_spec(experiment.spec, values)
     if workdir is None:
-        workdir = default_workdir(root, name or chosen, identity(spec))
+        workdir = default_workdir(root, name or chosen, identity(experiment, spec))
     return execute(experiment, spec, Path(workdir), tables, command=command)
 
 
-__all__ = ["EXPERIMENTS", "TABLES", "Report", "Tables", "run"]
+__all__ = ["EXPERIMENTS", "TABLES", "Experiment", "Report", "Tables", "run"]

@@ -1,28 +1,26 @@
-"""What every experiment shares: the tables it draws on, its report, and the way it is run in a workdir.
-
-An experiment is a plain function `(spec, workdir, tables) -> Report`.  The annotation of `spec` is the frozen dataclass
-that the config is turned into; if it has a method `validate(tables)`, that is called before anything is written.  The
-first line of the function's docstring is what `--list` prints.
-"""
+"""What every experiment shares: the tables it draws on, its report, and the way it is run in a workdir."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import typing
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualgap_jax import config as config_lib
-from dualgap_jax import figures
 from dualgap_jax.data import DATASETS
-from dualgap_jax.files import load_json, save_json
+from dualgap_jax.files import DamagedFileError, load_json, save_json
+from dualgap_jax.identity import arrays_digest
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.networks import BRANCHES
 from dualgap_jax.registry import Table
 from dualgap_jax.shapley_folkman import SETS
 from dualgap_jax.sharding import agreed, is_first_process, meet
-from dualgap_jax.workdir import Workdir
+from dualgap_jax.workdir import Workdir, WorkdirError
+
+_log = logging.getLogger(__name__)
 
 
 class Report(NamedTuple):
@@ -59,46 +57,74 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-ExperimentFn = Callable[[Any, Workdir, "Tables"], Report]
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One kind of run, an entry of the table of experiments.
+
+    Attributes:
+      name: what configs and `config.json` call it.
+      spec: the frozen dataclass that a config is turned into; if it has a method `validate(tables)`, that is called
+        before anything is written.
+      run: `(spec, workdir, tables) -> Report`; the first line of its docstring is what `--list` prints.
+      draw: draws the figures of a work folder from its records and returns their paths; None draws nothing.
+      distributed: whether several processes can run it together.
+    """
+
+    name: str
+    spec: type
+    run: Callable[..., Report]
+    draw: Callable[[Path], list[Path]] | None = None
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        if not (dataclasses.is_dataclass(self.spec) and isinstance(self.spec, type)):
+            raise TypeError(f"experiment {self.name!r}: spec must be a frozen dataclass; got {self.spec!r}")
+        object.__setattr__(self, "__doc__", inspect.getdoc(self.run) or "")
 
 
 class Tables(NamedTuple):
     """The registry, one read-only table a kind; `tables._replace(branches=...)` brings in entries of one's own."""
 
-    experiments: Table[ExperimentFn]
+    experiments: Table[Experiment]
     branches: Table[Callable[..., Any]] = BRANCHES
     datasets: Table[Callable[..., Any]] = DATASETS
     losses: Table[Callable[..., Any]] = LOSSES
     sets: Table[Callable[..., Any]] = SETS
 
-
-def spec_type(experiment: ExperimentFn) -> type:
-    """The dataclass in the annotation of an experiment's first parameter.  Raises TypeError if there is none."""
-    first = next(iter(inspect.signature(experiment).parameters), None)
-    hint = typing.get_type_hints(experiment).get(first or "")
-    if not isinstance(hint, type):
-        name = getattr(experiment, "__name__", experiment)
-        raise TypeError(f"experiment {name} must annotate its first parameter with its spec, a frozen dataclass.")
-    return hint
+    def with_experiments(self, *added: Experiment) -> Tables:
+        """The tables with experiments of one's own.  Raises DuplicateNameError for a name that is taken."""
+        return self._replace(experiments=self.experiments.extended({e.name: e for e in added}))
 
 
-def identity(spec: Any) -> dict[str, Any]:
-    """The configuration that a workdir belongs to: the spec as JSON, without what is of this machine only.
+def identity(experiment: Experiment, spec: Any) -> dict[str, Any]:
+    """The configuration that a workdir belongs to: the experiment's name and the spec as JSON.
 
-    That is where the data lie and which devices share the work: a run goes on on another machine, or another mesh.
+    What is of this machine only is left out, where the data lie and which devices share the work: a run goes on on
+    another machine, or another mesh.
     """
-    plain = config_lib.plain(spec)
 
     def strip(tree: Any) -> Any:
         if isinstance(tree, dict):
             return {k: strip(v) for k, v in tree.items() if k not in ("data_dir", "mesh", "devices")}
         return tree
 
-    return strip(plain)
+    return {"experiment": experiment.name, **strip(config_lib.plain(spec))}
+
+
+def confirm_data(workdir: Workdir, *arrays: Any, **facts: Any) -> None:
+    """Makes sure that a run goes on with the data that it was begun with; see `Workdir.confirm`.
+
+    Args:
+      workdir: of the run.
+      arrays: trees of all the arrays that results depend on.
+      facts: what to show when they are others, such as a data set's `info`.
+    """
+    if workdir.writes:
+        workdir.confirm("data", {"digest": arrays_digest(*arrays), **facts})
 
 
 def execute(
-    experiment: ExperimentFn, spec: Any, path: Path, tables: Tables, *, command: Sequence[str] = (), draw: bool = True
+    experiment: Experiment, spec: Any, path: Path, tables: Tables, *, command: Sequence[str] = ()
 ) -> tuple[Report, Workdir, bool]:
     """Runs an experiment in its workdir, or reads the report of one that is complete there.
 
@@ -108,25 +134,51 @@ def execute(
       The report (empty in processes that do not write), the workdir, and whether it was complete before.
 
     Raises:
-      WorkdirError: see `Workdir.open`; and whatever the experiment raises, after recording it.
+      WorkdirError: see `Workdir.open` and `Workdir.session`; and whatever the experiment raises, after recording it.
     """
     if hasattr(spec, "validate"):
         spec.validate(tables)
     if not is_first_process():
-        workdir = Workdir.follow(path, identity(spec))
+        workdir = Workdir.follow(path, identity(experiment, spec))
         complete = agreed(False)
         if not complete:
-            experiment(spec, workdir, tables)
+            experiment.run(spec, workdir, tables)
             meet("the experiment is done")
         return NO_REPORT, workdir, complete
-    workdir = Workdir.open(path, identity(spec), command=command)
-    record = workdir.path / "results" / "report.json"
-    if agreed(workdir.status == "complete" and record.exists()):
-        return Report(**load_json(record)), workdir, True
+    workdir = Workdir.open(path, identity(experiment, spec), command=command)
+    before = _complete_report(experiment, workdir)
+    if agreed(before is not None) and before is not None:
+        return before, workdir, True
     with workdir.session():
-        report = experiment(spec, workdir, tables)
-        if draw:
-            figures.draw(workdir.path)
-        save_json(record, report._asdict())
+        report = experiment.run(spec, workdir, tables)
+        save_json(workdir.results / "report.json", report)
+        if experiment.draw is not None:
+            experiment.draw(workdir.path)
     meet("the experiment is done")
     return report, workdir, False
+
+
+def _complete_report(experiment: Experiment, workdir: Workdir) -> Report | None:
+    """The report of a run that is complete here, once results and figures are as they were written; else None.
+
+    Figures that are gone are drawn again, or said where that cannot be; results that are gone are said.
+    """
+    damaged = workdir.damaged()
+    if damaged is None:
+        return None
+    figures = [name for name in damaged if Path(name).parts[0] == "figures"]
+    if len(figures) < len(damaged) or (figures and experiment.draw is None):
+        _log.warning("%s: damaged or gone, computed again: %s", workdir.path, ", ".join(damaged))
+        return None
+    try:
+        report = Report(**load_json(workdir.path / "results" / "report.json"))
+        if figures and experiment.draw is not None:
+            _log.warning("%s: damaged or gone, drawn again: %s", workdir.path, ", ".join(figures))
+            with workdir.repair():
+                experiment.draw(workdir.path)
+    except (OSError, WorkdirError) as error:
+        _log.warning("%s: the figures could not be drawn again: %s", workdir.path, error)
+    except (DamagedFileError, TypeError) as error:
+        _log.warning("%s: computed again: %s", workdir.path, error)
+        return None
+    return report

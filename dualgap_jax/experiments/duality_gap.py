@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dualgap_jax import seeds
+from dualgap_jax import figures, seeds
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import closed_forms, deltas, gap
@@ -21,8 +22,8 @@ from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, cert
 from dualgap_jax.duality.gap import Allocation, ValueFunction, Verdict
 from dualgap_jax.duality.problem import Problem, branch_problem, primal_risk, values_at
 from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
-from dualgap_jax.experiments.base import Report, Tables
-from dualgap_jax.files import load_json, load_npz, save_json, save_npz
+from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
+from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import mlp_output_bound, multi_branch
@@ -213,6 +214,7 @@ def _kappa(spec: DualityGapSpec, problem: Problem, hidden: tuple[int, ...]) -> c
 def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Tables) -> Report:
     """Duality gap of Theorem 1 for every number of branches, certified where it can be, beside the bound 2/I."""
     dataset, fresh, note = _samples(spec, tables)
+    confirm_data(workdir, [(d.x, d.y, d.mean, d.std) for d in (dataset, *fresh)], info=dataset.info)
     setup = _setup(spec, tables, dataset)
     problem = setup.problem
     function = _remembered(workdir, lambda: value_function(spec, problem))
@@ -264,29 +266,25 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     }
     _save_points(workdir, function, delta, allocations)
     path = workdir.results / "duality_gap.json"
-    before = load_json(path) if path.exists() else {"population": None, "trained": []}
-    finished = {entry["num_branches"]: entry for entry in before["trained"]}
-    population = before["population"]
-    record["population"] = population or _population(spec, tables, setup, function, budget, allocations, fresh)
+    if fresh:
+        found = functools.partial(_population, spec, tables, setup, function, budget, allocations, fresh)
+        record["population"] = workdir.remember("population", found)
     for count in spec.trained.num_branches:
         save_json(path, record)
-        entry = finished.get(count) or _trained(spec, setup, dataset, function, budget, count)
-        record["trained"].append(entry)
+        one = functools.partial(_trained, spec, setup, dataset, function, budget, count)
+        record["trained"].append(workdir.remember(f"trained, I = {count}", one))
     save_json(path, record)
     return _report(record)
 
 
 def _remembered(workdir: Workdir, compute: Callable[[], ValueFunction]) -> ValueFunction:
     """The value function, or what an interrupted run found by a search: that is kept, while proofs are made again."""
-    words, numbers = workdir.results / "value_function.json", workdir.results / "value_function.npz"
-    if words.exists() and numbers.exists():
-        kept: dict[str, Any] = {**load_npz(numbers), **load_json(words)}
+    if (kept := workdir.recall("value function")) is not None:
         return ValueFunction(**kept)
     found = compute()
     if found.lagrangian is None and found.minimisers is not None and found.status == "estimated":
-        arrays = {name: getattr(found, name) for name in ("budgets", "lower", "upper", "minimisers")}
-        save_npz(numbers, **arrays)
-        save_json(words, {name: getattr(found, name) for name in ("status", "method", "slope", "concave")})
+        names = ("budgets", "lower", "upper", "minimisers", "status", "method", "slope", "concave")
+        workdir.keep("value function", {name: getattr(found, name) for name in names})
     return found
 
 
@@ -393,10 +391,8 @@ def _population(
     budget: float,
     allocations: list[Allocation],
     fresh: list[Dataset],
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """The gap on each fresh sample, mean and 95 % interval over them; the risk of the training set's optimal point."""
-    if not fresh:
-        return None
     from scipy.stats import t as student
 
     gaps, lowers = [], []
@@ -551,3 +547,6 @@ def _report(record: Mapping[str, Any]) -> Report:
         below = sum(t["below_primal"] for t in record["trained"])
         notes.append(f"Trained networks below the lower bound on inf(P): {below} of {len(trained)} values of I.")
     return Report(record["title"], columns, rows, notes)
+
+
+DUALITY_GAP = Experiment("duality_gap", DualityGapSpec, duality_gap_experiment, figures.duality_gap)

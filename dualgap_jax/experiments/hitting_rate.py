@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from dualgap_jax import hitting
+from dualgap_jax import figures, hitting
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
-from dualgap_jax.experiments.base import Report, Tables
+from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.hitting import GroundTruth, Outcome, Runs, SgdSpec
 from dualgap_jax.losses import Loss
@@ -157,6 +157,7 @@ def row(hidden: int, hits: int, runs: int, diverged: int = 0) -> dict[str, Any]:
 def hitting_rate(spec: HittingRateSpec, workdir: Workdir, tables: Tables) -> Report:
     """How often SGD hits the global minimum against the number of hidden units (Table 1)."""
     study, runs = build(spec, tables), all_runs(spec)
+    confirm_data(workdir, [(d.x, d.y) for d in study.datasets], info=study.datasets[0].info)
     with workdir.metrics() as metrics:
         outcome = hitting.train_runs(
             study.datasets,
@@ -330,3 +331,6 @@ def _report(spec: HittingRateSpec, record: dict[str, Any]) -> Report:
         ]
         notes.append(f"Hits at tolerance {tolerance:.0e}: {', '.join(map(str, totals))}.")
     return Report(spec.title, columns, cells, notes)
+
+
+HITTING_RATE = Experiment("hitting_rate", HittingRateSpec, hitting_rate, figures.hitting_rate)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from dualgap_jax import hitting
+from dualgap_jax import figures, hitting
 from dualgap_jax.config import Component, require
-from dualgap_jax.experiments.base import Report, Tables
+from dualgap_jax.experiments.base import Experiment, Report, Tables
 from dualgap_jax.experiments.hitting_rate import (
     PAPER_HITS,
     PAPER_RUNS,
@@ -27,7 +27,7 @@ from dualgap_jax.experiments.hitting_rate import (
     row,
     setting_text,
 )
-from dualgap_jax.files import load_npz, save_json, save_npz
+from dualgap_jax.files import save_json
 from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import KERNEL_INITS
 from dualgap_jax.registry import unknown
@@ -124,7 +124,7 @@ def log_likelihood(rows: Sequence[dict[str, Any]]) -> float:
 
 
 class _Search:
-    """Runs parts of the search, keeps each in `results/parts`, and counts what they cost."""
+    """Runs parts of the search, remembers each, and counts what they cost."""
 
     def __init__(self, workdir: Workdir, tables: Tables) -> None:
         self.workdir, self.tables = workdir, tables
@@ -135,15 +135,17 @@ class _Search:
     ) -> list[tuple[float, int, list[dict[str, Any]]]]:
         """For each learning rate and teacher, the rows of the table; from disk if they are there."""
         study, runs = build(spec, self.tables), all_runs(spec, rates)
-        path = self.workdir.results / "parts" / f"{stage}_{name.replace('/', '_')}.npz"
-        if not path.exists():
-            folder = self.workdir.checkpoints / path.stem
+        part_name = f"{stage} {name}"
+
+        def trained() -> dict[str, Any]:
+            folder = self.workdir.checkpoints / f"{stage}_{name.replace('/', '_')}"
             outcome = hitting.train_runs(
                 study.datasets, study.loss, runs, spec.sgd, checkpoints=folder, tolerance=spec.tolerance
             )
             diverged = hitting.diverged(outcome)
-            save_npz(path, final_loss=outcome.final_loss, steps=outcome.steps, diverged=diverged)
-        part = load_npz(path)
+            return {"final_loss": outcome.final_loss, "steps": outcome.steps, "diverged": diverged}
+
+        part = self.workdir.remember(part_name, trained)
         cost = self.budget.setdefault(stage, {"runs": 0, "steps": 0})
         cost["runs"] += len(runs.width)
         cost["steps"] += int(part["steps"].sum())
@@ -288,3 +290,6 @@ def _report(spec: HittingSearchSpec, record: dict[str, Any]) -> Report:
             f"Held-out teachers: the rate rises with width (Spearman > 0) for {up} of {len(rising)} where it varies."
         )
     return Report(spec.title, columns, rows, notes)
+
+
+HITTING_SEARCH = Experiment("hitting_search", HittingSearchSpec, hitting_search, figures.hitting_search)

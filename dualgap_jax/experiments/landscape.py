@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax import convexity, landscape, seeds
+from dualgap_jax import convexity, figures, landscape, seeds
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
-from dualgap_jax.experiments.base import NO_REPORT, Report, Tables
+from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, confirm_data
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.networks import multi_branch, upcast, with_precision
@@ -204,6 +204,7 @@ def regime(spec: LandscapeSpec) -> str:
 def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
     """Loss landscape through three SGD solutions, with convexity scores (one panel of Figures 1 and 4)."""
     dataset, net, training_net, loss = build(spec, tables)
+    confirm_data(workdir, dataset.x, dataset.y, dataset.mean, dataset.std, info=dataset.info)
     measured = chosen(dataset, spec.plane.samples, spec.seed)
     with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
         solutions = train(
@@ -396,3 +397,6 @@ def report(records: list[dict[str, Any]]) -> Report:
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")
     return Report(first["title"] if len(records) == 1 else "", columns, rows, notes)
+
+
+LANDSCAPE = Experiment("landscape", LandscapeSpec, landscape_experiment, figures.landscape, distributed=True)

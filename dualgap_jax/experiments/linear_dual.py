@@ -15,12 +15,12 @@ import numpy as np
 import scipy.sparse.linalg
 from jax import Array, lax
 
-from dualgap_jax import seeds
+from dualgap_jax import figures, seeds
 from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.checkpoints import load as load_checkpoint
 from dualgap_jax.config import Component, ConfigError, require
-from dualgap_jax.experiments.base import Report, Tables
-from dualgap_jax.files import load_npz, save_json, save_npz
+from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
+from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.metrics import Progress
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.spectral import DualVariable, SpectralSolution, in_blocks, random_weights, solve_columns
@@ -308,6 +308,7 @@ def linear_dual_experiment(spec: LinearDualSpec, workdir: Workdir, tables: Table
     """The certified global optimum of a deep linear network, and SGD on the same network (Theorem 2)."""
     data = matrices(spec, tables)
     x, y, info = data
+    confirm_data(workdir, x, y, info=info)
     widths = (spec.width,) * (spec.depth - 1)
     found = solve_columns(
         in_blocks(x, y, spec.block_size or None),
@@ -362,18 +363,15 @@ def linear_dual_experiment(spec: LinearDualSpec, workdir: Workdir, tables: Table
 
 def _curves(spec: LinearDualSpec, workdir: Workdir, data: Matrices, curvature: float) -> dict[int, Descent]:
     """The SGD curves of every depth; a depth that was finished before is read again."""
-    known: Moments | None = None
+    known = functools.cache(lambda: moments(data.x, data.y))
     curves: dict[int, Descent] = {}
     with Progress(spec.sgd.steps * len(spec.sgd.depths), "SGD") as progress:
         for index, depth in enumerate(spec.sgd.depths):
-            path = workdir.results / f"sgd_{depth}.npz"
-            if path.exists():
-                stored = load_npz(path)
-                curves[depth] = Descent(stored["steps"], stored["objective"])
-                continue
-            known = known or moments(data.x, data.y)
-            curves[depth] = descend(data, known, spec, depth, curvature, progress, index * spec.sgd.steps)
-            save_npz(path, **curves[depth]._asdict())
+
+            def trained(depth: int = depth, done: int = index * spec.sgd.steps) -> Descent:
+                return descend(data, known(), spec, depth, curvature, progress, done)
+
+            curves[depth] = Descent(**workdir.remember(f"SGD, H = {depth}", trained))
     return curves
 
 
@@ -440,3 +438,6 @@ def smoke(spec: LinearDualSpec) -> LinearDualSpec:
             spec.sgd, depths=spec.sgd.depths[:2], seeds=2, steps=40, record_every=20, batch_size=32
         ),
     )
+
+
+LINEAR_DUAL = Experiment("linear_dual", LinearDualSpec, linear_dual_experiment, figures.spectral)

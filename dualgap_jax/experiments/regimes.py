@@ -13,14 +13,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dualgap_jax import figures
 from dualgap_jax.config import Component, require
 from dualgap_jax.convexity import DEFINITIONS
 from dualgap_jax.experiments import landscape
-from dualgap_jax.experiments.base import Report, Tables, execute
+from dualgap_jax.experiments.base import Experiment, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.files import load_json, save_json
 from dualgap_jax.training import LearningRateScaling
 from dualgap_jax.workdir import Workdir
+
+_CELL = dataclasses.replace(landscape.LANDSCAPE, draw=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,7 @@ def regimes(spec: RegimesSpec, workdir: Workdir, tables: Tables) -> Report:
 def _scores(cell: LandscapeSpec, folder: Any, tables: Tables) -> dict[str, Any]:
     """The scores of one cell; a cell whose runs diverged has none, and says so."""
     try:
-        execute(landscape.landscape_experiment, cell, folder, tables, draw=False)
+        execute(_CELL, cell, folder, tables)
     except landscape.DivergedError:
         solutions = load_json(folder / "results" / "solutions.json")["solutions"]
         scores: dict[str, Any] = {}
@@ -177,3 +180,6 @@ def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:
         "A repetition that diverged counts as above every number; a dash: at least half of them did.",
     ]
     return Report(spec.title, columns, rows, notes)
+
+
+REGIMES = Experiment("regimes", RegimesSpec, regimes, figures.regimes)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from dualgap_jax import figures
 from dualgap_jax.config import require
 from dualgap_jax.experiments import landscape
-from dualgap_jax.experiments.base import NO_REPORT, Report, Tables, execute
+from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.files import load_json, save_json
 from dualgap_jax.workdir import Workdir
@@ -60,7 +61,7 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
     for count in spec.num_branches:
         folder = f"I_{count}"
         cell = dataclasses.replace(spec.cell, num_branches=count)
-        _, inner, _ = execute(landscape.landscape_experiment, cell, workdir.path / folder, tables)
+        _, inner, _ = execute(landscape.LANDSCAPE, cell, workdir.path / folder, tables)
         if not workdir.writes:
             continue
         record = load_json(inner.results / "landscape.json")
@@ -88,3 +89,6 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
     if not workdir.writes:
         return NO_REPORT
     return landscape.report(records)._replace(title=f"{spec.title} ({spec.paper_item})")
+
+
+LANDSCAPE_ROW = Experiment("landscape_row", RowSpec, landscape_row, figures.row, distributed=True)

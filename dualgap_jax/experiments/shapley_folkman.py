@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dualgap_jax import figures
 from dualgap_jax.config import Component, require
-from dualgap_jax.experiments.base import Report, Tables
-from dualgap_jax.files import load_json, save_json, save_npz
+from dualgap_jax.experiments.base import Experiment, Report, Tables
+from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.metrics import Progress
 from dualgap_jax.shapley_folkman import PlanarSet, bounds
 from dualgap_jax.workdir import Workdir
@@ -89,25 +90,25 @@ def shapley_folkman(spec: ShapleyFolkmanSpec, workdir: Workdir, tables: Tables) 
 
 def _measured(spec: ShapleyFolkmanSpec, planar: PlanarSet, workdir: Workdir) -> list[dict[str, Any]]:
     """The row of every number of copies, the largest first: a set that cannot be summed so often says so at once."""
-    path = workdir.results / "distances.json"
-    done: dict[str, Any] = load_json(path) if path.exists() else {}
     radii = planar.radii()
-    with Progress(len(spec.copies), "numbers of copies", len(done)) as progress:
+
+    def measured(n: int) -> dict[str, Any]:
+        found, bound = planar.distance_to_hull(n, spec.tolerance), bounds(radii, n)
+        return {
+            "n": n,
+            "distance": float(found.value),
+            "error": float(found.error),
+            "kind": found.kind,
+            "shapley_folkman_bound": float(bound.shapley_folkman),
+            "starr_bound": float(bound.starr),
+        }
+
+    rows = {}
+    with Progress(len(spec.copies), "numbers of copies") as progress:
         for n in sorted(spec.copies, reverse=True):
-            if str(n) in done:
-                continue
-            measured, bound = planar.distance_to_hull(n, spec.tolerance), bounds(radii, n)
-            done[str(n)] = {
-                "n": n,
-                "distance": measured.value,
-                "error": measured.error,
-                "kind": measured.kind,
-                "shapley_folkman_bound": bound.shapley_folkman,
-                "starr_bound": bound.starr,
-            }
-            save_json(path, done)
-            progress.update(len(done), f"n = {n}")
-    return [done[str(n)] for n in sorted(spec.copies)]
+            rows[n] = workdir.remember(f"distance {n}", lambda n=n: measured(n))  # type: ignore[misc]
+            progress.update(len(rows), f"n = {n}")
+    return [rows[n] for n in sorted(spec.copies)]
 
 
 def decay_exponent(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -146,3 +147,6 @@ def _report(spec: ShapleyFolkmanSpec, document: dict[str, Any]) -> Report:
     if math.isclose(document["circumradius"], 0.0):
         notes.append("The set is a single point.")
     return Report(spec.title, columns, rows, notes)
+
+
+SHAPLEY_FOLKMAN = Experiment("shapley_folkman", ShapleyFolkmanSpec, shapley_folkman, figures.shapley_folkman)

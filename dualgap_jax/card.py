@@ -1,0 +1,119 @@
+"""The card of a run, `run.json`: who ran what, when, on what, from what data, and how it ended."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dualgap_jax import machine
+from dualgap_jax.files import DamagedFileError, canonical, load_json, save_json, text_digest
+
+_log = logging.getLogger(__name__)
+
+_KEYS = {"status", "reason", "start", "config", "inputs", "files", "attempts"}
+_KEPT = ("status", "reason", "command", "start", "end", "seconds", "git")  # of an earlier attempt
+
+
+class RunCard:
+    """`run.json` of one configuration.
+
+    Its fields: `status`, `reason`, `command`, `start`, `end`, `seconds`, `peak_memory_bytes`; `git`, `packages`,
+    `python`, `platform`, `devices`, `process`; `config`, the digest of the configuration; `inputs`, what the run is
+    computed from; `files`, the digests of the results and figures of a complete run; `attempts`, earlier cards,
+    shortened.
+
+    Args:
+      path: the file.
+      config: the configuration, as plain data.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self._path = path
+        self._config = text_digest(canonical(config))
+        self._now: dict[str, Any] | None = None  # while a session is open
+
+    def read(self) -> dict[str, Any] | None:
+        """The card on disk; None where there is none, or (said) a damaged one."""
+        try:
+            card = load_json(self._path)
+        except FileNotFoundError:
+            return None
+        except DamagedFileError as error:
+            _log.warning("%s; what it said of earlier attempts is lost, and results are computed again", error)
+            return None
+        if not card.keys() >= _KEYS:
+            _log.warning("%s is not the run card of this version: results are computed again", self._path)
+            return None
+        return card
+
+    def is_of_this_config(self) -> bool:
+        """Whether a sound card says that it is of this configuration."""
+        card = self.read()
+        return card is not None and card["config"] == self._config
+
+    def inputs(self) -> dict[str, Any]:
+        """What the run is computed from, as far as it has been confirmed; empty outside a session."""
+        return dict(self._now["inputs"]) if self._now is not None else {}
+
+    def begin(self, command: Sequence[str]) -> None:
+        """Writes the card of a new attempt, and says what is no longer as it was in the last one."""
+        facts, last = machine.facts(), self.read()
+        if last is not None and last["config"] != self._config:
+            last = None  # of a configuration that was refused
+        attempts: list[dict[str, Any]] = []
+        if last is not None:
+            attempt = {name: last.get(name) for name in _KEPT}
+            if attempt["status"] == "running":
+                attempt |= {"status": "interrupted", "reason": "the process ended without a report"}
+            attempts = [*last["attempts"], attempt]
+            self._say_changes(last, facts)
+        self._now = {
+            "status": "running",
+            "reason": None,
+            "command": shlex.join(command) if command else None,
+            "start": _time(),
+            "end": None,
+            "seconds": None,
+            "peak_memory_bytes": None,
+            **facts,
+            "process": machine.this_process(),
+            "config": self._config,
+            "inputs": last["inputs"] if last is not None else {},
+            "files": {},
+            "attempts": attempts,
+        }
+        save_json(self._path, self._now)
+
+    def update(self, **fields: Any) -> None:
+        """Changes fields of the card of the open session, or of the one on disk."""
+        card = self._now if self._now is not None else self.read()
+        if card is None:
+            return
+        card = {**card, **fields}
+        if self._now is not None:
+            self._now = card
+        save_json(self._path, card)
+
+    def end(self, **fields: Any) -> None:
+        """Closes the card; a disk that takes no more is said, for the work itself is done."""
+        try:
+            self.update(end=_time(), peak_memory_bytes=machine.peak_memory(), **fields)
+        except OSError as error:
+            _log.error("%s could not be written (%s): the same command goes on from what is kept", self._path, error)
+        self._now = None
+
+    def _say_changes(self, last: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        for what, then, now in (
+            ("commit", (last.get("git") or {}).get("commit"), (facts["git"] or {}).get("commit")),
+            ("jax", (last.get("packages") or {}).get("jax"), facts["packages"]["jax"]),
+        ):
+            if then != now:
+                _log.warning("%s: begun with %s %s, goes on with %s", self._path.parent, what, then, now)
+
+
+def _time() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

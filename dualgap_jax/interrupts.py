@@ -1,0 +1,83 @@
+"""SIGTERM and Ctrl-C as exceptions that are not lost."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+_LOOK_SECONDS = 0.25
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread inside `raised`."""
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Turns SIGTERM into `Terminated` and Ctrl-C into `KeyboardInterrupt`, again until one of them is under way.
+
+    Python drops an exception that a signal handler raises inside a garbage-collection callback or a finaliser.  So a
+    thread looks whether the main thread is on its way out, and otherwise sends the signal again.  Outside the main
+    thread, where handlers cannot be set, and within another `raised`, nothing changes.
+    """
+    ours = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in ours}
+    if threading.current_thread() is not threading.main_thread() or _is_ours(before[signal.SIGTERM]):
+        yield
+        return
+    handler = _Handler()
+    for number in ours:
+        if number == signal.SIGTERM or before[number] is signal.default_int_handler:
+            signal.signal(number, handler)
+    stop = threading.Event()
+    watch = threading.Thread(target=_watch, args=(handler, threading.get_ident(), stop), name="signals", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for number, previous in before.items():
+            if _is_ours(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+class _Handler:
+    """Raises, and remembers the last signal."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.received = number
+        raise Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _is_ours(handler: Any) -> bool:
+    return isinstance(handler, _Handler)
+
+
+def _watch(handler: _Handler, thread: int, stop: threading.Event) -> None:
+    idle = 0  # looks in a row at which a signal had come and no exception was on its way
+    while not stop.wait(_LOOK_SECONDS):
+        number = handler.received
+        idle = idle + 1 if number is not None and not _on_its_way(thread) else 0
+        if idle == 2 and number is not None and not stop.is_set():
+            idle = 0
+            signal.pthread_kill(thread, number)
+
+
+def _on_its_way(thread: int) -> bool:
+    """Whether the thread is unwinding, or cleaning up after, a KeyboardInterrupt."""
+    current = sys._current_exceptions().get(thread)
+    error = current[1] if isinstance(current, tuple) else current
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
