@@ -20,7 +20,7 @@ from dualgap_jax import convexity, experiments, figures, losses
 from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
 from dualgap_jax.data import DATASETS, Dataset
-from dualgap_jax.experiments import EXPERIMENTS, TABLES, Report, base
+from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
 from dualgap_jax.experiments.row import RowSpec
@@ -75,7 +75,7 @@ def test_every_config_runs_at_smoke_size(path: Path, tfds_dir: Path, tmp_path: P
     assert all(len(row) == len(report.columns) for row in report.rows)
     card = load_json(workdir.path / "run.json")
     assert {"command", "git", "packages", "devices", "start", "end", "status", "reason"} <= card.keys()
-    assert load_json(workdir.path / "config.json") == base.identity(spec_of(config))
+    assert load_json(workdir.path / "config.json") == base.identity(EXPERIMENTS[config.experiment], spec_of(config))
     assert list(workdir.figures.glob("*.png"))
     assert list(workdir.figures.glob("*.pdf"))
     before = {p: p.stat().st_mtime_ns for p in workdir.path.rglob("*") if p.is_file()}
@@ -87,7 +87,7 @@ def test_every_config_runs_at_smoke_size(path: Path, tfds_dir: Path, tmp_path: P
 
 def spec_of(config: Any) -> Any:
     values = config_lib.as_dict(config)
-    return to_spec(base.spec_type(EXPERIMENTS[values.pop("experiment")]), values)
+    return to_spec(EXPERIMENTS[values.pop("experiment")].spec, values)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -109,7 +109,7 @@ def test_every_experiment_has_a_config() -> None:
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
 def test_every_experiment_describes_itself(name: str) -> None:
     assert EXPERIMENTS.describe(name).endswith(".")
-    spec_type = base.spec_type(EXPERIMENTS[name])
+    spec_type = EXPERIMENTS[name].spec
     spec = spec_type()
     assert to_spec(spec_type, config_lib.to_config(spec)) == spec
 
@@ -277,7 +277,7 @@ def test_an_interrupted_row_keeps_its_finished_cells(tmp_path: Path, monkeypatch
     spec = RowSpec(num_branches=(1, 2), cell=tiny())
     from dualgap_jax.experiments import landscape as module
 
-    real = module.landscape_experiment
+    real = module.LANDSCAPE.run
     calls: list[int] = []
 
     def failing(spec: LandscapeSpec, workdir: Workdir, tables: Any) -> Report:
@@ -286,7 +286,7 @@ def test_an_interrupted_row_keeps_its_finished_cells(tmp_path: Path, monkeypatch
             raise RuntimeError("power cut")
         return real(spec, workdir, tables)
 
-    monkeypatch.setattr(module, "landscape_experiment", failing)
+    monkeypatch.setattr(module, "LANDSCAPE", dataclasses.replace(module.LANDSCAPE, run=failing))
     with pytest.raises(RuntimeError, match="power cut"):
         run(spec, tmp_path / "w", "landscape_row")
     card = load_json(tmp_path / "w" / "run.json")
@@ -375,11 +375,9 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
 
         dataset = build(spec, tables).dataset
         seen.append(dataset.name)
-        (workdir.results / "landscape.json").write_text("{}")
         return Report("probe", ["n"], [[len(dataset.y)]])
 
-    tables = TABLES._replace(
-        experiments=EXPERIMENTS.extended({"probe": probe}),
+    tables = TABLES.with_experiments(Experiment("probe", LandscapeSpec, probe))._replace(
         branches=BRANCHES.extended({"quadratic": quadratic}),
         datasets=DATASETS.extended({"ring": ring}),
     )
@@ -389,10 +387,11 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown experiment 'probe'"):
         experiments.run(config, workdir=workdir)
     assert not workdir.exists()
-    values = {k: v for k, v in config_lib.as_dict(config).items() if k != "experiment"}
-    report, _, _ = base.execute(probe, to_spec(base.spec_type(probe), values), workdir, tables, draw=False)
+    report, _, _ = experiments.run(config, workdir=workdir, tables=tables)
+    again, _, was_complete = experiments.run(config, workdir=workdir, tables=tables)
+    assert was_complete
     assert seen == ["ring"]
-    assert report.rows == [[12]]
+    assert report.rows == again.rows == [[12]]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -454,7 +453,7 @@ def test_identical_solutions_span_no_plane(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="span no plane"):
         run(spec, tmp_path / "w", tables=tables)
     assert "DegeneratePlaneError" in load_json(tmp_path / "w" / "run.json")["reason"]
-    assert len(load_json(tmp_path / "w" / "results" / "solutions.json")) == 3
+    assert len(load_json(tmp_path / "w" / "results" / "solutions.json")["solutions"]) == 3
 
 
 def test_the_place_of_the_data_is_not_part_of_the_identity(tfds_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""SIGTERM and Ctrl-C end the work, wherever they land."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from dualgap_jax import interrupts
+from dualgap_jax.interrupts import Terminated
+
+
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """Ctrl-C as Python has it, whatever the tests were started from."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_signals_are_raised_and_handlers_put_back(number: signal.Signals, error: type[BaseException]) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(error) as caught, interrupts.raised():
+        signal.raise_signal(number)
+    assert type(caught.value) is error
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_signal_that_lands_in_a_garbage_collection_is_not_lost() -> None:
+    """Python prints and drops what a callback of the collector raises."""
+    landed: list[str] = []
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        if not landed:
+            landed.append(phase)
+            signal.raise_signal(signal.SIGTERM)
+
+    def work() -> None:
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(callback)
+        landed.append("went on")
+        for _ in range(400):
+            time.sleep(0.05)
+
+    import sys
+
+    hook, sys.unraisablehook = sys.unraisablehook, lambda info: None
+    try:
+        with pytest.raises(Terminated), interrupts.raised():
+            work()
+    finally:
+        sys.unraisablehook = hook
+    assert landed == ["start", "went on"]
+
+
+def test_cleaning_up_is_not_interrupted_again() -> None:
+    """However long it takes, and whatever is raised and caught meanwhile."""
+    done: list[str] = []
+
+    def clean() -> None:
+        for _ in range(8):
+            try:
+                raise ValueError
+            except ValueError:
+                time.sleep(0.2)
+        done.append("saved")
+
+    with pytest.raises(Terminated), interrupts.raised():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            clean()
+    assert done == ["saved"]
+
+
+def test_a_second_signal_ends_the_cleaning_up() -> None:
+    with pytest.raises(Terminated), interrupts.raised():  # noqa: PT012
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("went on")
+
+
+def test_one_inside_another_and_in_other_threads_changes_nothing() -> None:
+    with pytest.raises(Terminated), interrupts.raised():  # noqa: PT012
+        handler = signal.getsignal(signal.SIGTERM)
+        with interrupts.raised():
+            assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+        def elsewhere() -> None:
+            with interrupts.raised():
+                pass
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts.raised():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
