@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from scipy.optimize import linprog
 
 from dualgap_jax import convexity
+from dualgap_jax.convexity import measures
 
 SEEDS = range(5)
 
@@ -232,7 +234,7 @@ def test_number_of_midpoint_pairs_on_the_usual_grid():
     classes = [26 * 26, 26 * 25, 25 * 26, 25 * 25]
     assert sum(math.comb(k, 2) for k in classes) == 845_000
     flat = np.zeros((51, 51))
-    assert convexity.midpoint_violations(flat, flat) == (0, 845_000)
+    assert convexity.midpoint_violations(flat, flat) == (0.0, 845_000, 0.0)
 
 
 def test_two_wells():
@@ -308,7 +310,10 @@ def test_midpoints_equal_a_double_loop(rng, seed, ny, nx):
     values = np.round(rng.normal(size=(ny, nx)), 1)
     values[rng.random(values.shape) < 0.1] = rng.choice([np.nan, np.inf])
     error = np.abs(rng.normal(size=values.shape)) * 0.2 * (seed % 2)
-    assert convexity.midpoint_violations(values, error) == midpoints_by_loops(values, error)
+    violations, pairs = midpoints_by_loops(values, error)
+    found = convexity.midpoint_violations(values, error)
+    assert (found.pairs, found.error) == (pairs, 0.0 if pairs else pytest.approx(math.nan, nan_ok=True))
+    np.testing.assert_equal(found.rate, violations / pairs if pairs else math.nan)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -352,7 +357,8 @@ def test_curvature_of_a_quadratic_is_its_hessian(rng, seed, flip):
     half = rng.normal(size=(2, 2))
     hessian = half + half.T
     loss = 0.5 * (hessian[0, 0] * x**2 + 2 * hessian[0, 1] * x * y + hessian[1, 1] * y**2) + rng.normal() * x + 1
-    low, high = np.linalg.eigvalsh(hessian)
+    window = np.asarray([np.ptp(xs), np.ptp(ys)])
+    low, high = np.linalg.eigvalsh(hessian * np.outer(window, window))  # in shares of the window
     maps = convexity.curvature(xs, ys, loss, 1e-12 * np.ones_like(loss))
     np.testing.assert_allclose(maps.lambda_min, np.full((4, 6), low), atol=1e-10)
     np.testing.assert_allclose(maps.lambda_max, np.full((4, 6), high), atol=1e-10)
@@ -447,6 +453,98 @@ def test_scores_converge_as_the_grid_is_refined(rng, seed):
         assert c == pytest.approx(a, abs=3 * tolerance), name
 
 
+def surfaces(rng: np.random.Generator) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+    waves = rng.normal(size=4)
+    return {
+        "weak saddle": lambda x, y: 0.05 * (x**2 - y**2),
+        "weaker saddle": lambda x, y: 0.003 * (x**2 - y**2) + 1,
+        "roof": lambda x, y: 2 - np.abs(x) - 0.1 * np.abs(y),
+        "wells": lambda x, y: (x**2 - 0.5) ** 2 + 0.3 * y**2,
+        "waves": lambda x, y: np.sin(3 * x + waves[0]) * np.cos(2 * y + waves[1] * x) + waves[2] * x**2 + waves[3] * y,
+        "bowl": lambda x, y: x**2 + 0.5 * y**2,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(surfaces(np.random.default_rng(0))))
+def test_curvature_and_midpoints_do_not_depend_on_the_fineness_of_the_grid(name: str, rng):
+    def at(n):
+        xs = np.linspace(-1, 1, n)
+        return convexity.scores(xs, xs, surface(*grid(xs, xs)), zero_loss=1.0)
+
+    surface = surfaces(rng)[name]
+    coarse, fine = at(51), at(401)
+    assert (coarse.midpoint_pairs, coarse.midpoint_error) == (845_000, 0.0)
+    assert fine.midpoint_pairs == 1_000_000
+    assert fine.midpoint_error <= 0.0005
+    assert fine.midpoint_violation_rate == pytest.approx(coarse.midpoint_violation_rate, rel=0.05)
+    for score in ("negative_curvature_share", "curvature_ratio_mean", "curvature_ratio_max"):
+        assert getattr(fine, score) == pytest.approx(getattr(coarse, score), rel=1e-6), score
+    assert (coarse.negative_curvature_share > 0) == (name != "bowl")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_units_of_the_axes_and_of_the_loss_change_no_rate(rng, seed):
+    xs, ys = np.linspace(-1, 1, 51), np.linspace(-0.5, 1, 37)
+    loss = smooth(rng, xs, ys)
+    rates = (
+        "midpoint_violation_rate",
+        "negative_curvature_share",
+        "curvature_ratio_mean",
+        "curvature_ratio_max",
+        "envelope_max_per_range",
+        "envelope_mean_per_range",
+    )
+    plain = convexity.scores(xs, ys, loss)
+    assert 0 < plain.negative_curvature_share < 1
+    for along_x, along_y, unit in ((1e-2, 1, 1), (1, 1e5, 1), (1e-150, 1e150, 1e150), (1e150, -1, 1e-150), (3, 7, 11)):
+        other = convexity.scores(along_x * xs + along_x, along_y * ys, unit * loss)
+        for rate in rates:
+            assert getattr(other, rate) == pytest.approx(getattr(plain, rate), rel=1e-9), (rate, along_x, along_y, unit)
+
+
+def test_a_drawn_rate_is_within_its_error_of_the_whole(rng, monkeypatch):
+    for _ in range(5):
+        values = np.cumsum(np.cumsum(rng.normal(size=(23, 32)), axis=0), axis=1)
+        values[rng.random(values.shape) < 0.05] = np.nan
+        error = np.zeros_like(values)
+        whole = convexity.midpoint_violations(values, error)
+        assert whole.error == 0.0
+        with monkeypatch.context() as patched:
+            patched.setattr(measures, "_EXACT_PAIRS", 40_000)
+            drawn = convexity.midpoint_violations(values, error)
+            assert convexity.midpoint_violations(values, error) == drawn  # one seed
+        assert 0 < drawn.error == pytest.approx(math.sqrt(drawn.rate * (1 - drawn.rate) / drawn.pairs))
+        assert drawn.pairs == pytest.approx(
+            40_000 * whole.pairs / sum(math.comb(k, 2) for k in (192, 192, 176, 176)), rel=0.02
+        )
+        assert abs(drawn.rate - whole.rate) < 5 * drawn.error
+
+
+def test_drawn_pairs_are_uniform_among_those_with_a_midpoint(monkeypatch):
+    monkeypatch.setattr(measures, "_EXACT_PAIRS", 60_000)
+    (y1, x1), (y2, x2), (my, mx) = measures._drawn_pairs((3, 4), [6, 6, 1, 1])
+    np.testing.assert_array_equal(2 * my, y1 + y2)
+    np.testing.assert_array_equal(2 * mx, x1 + x2)
+    ends = np.sort(np.stack([4 * y1 + x1, 4 * y2 + x2]), axis=0)
+    pairs, counts = np.unique(ends, axis=1, return_counts=True)
+    assert pairs.shape == (2, 14)
+    assert (pairs[0] < pairs[1]).all()
+    np.testing.assert_allclose(counts, 60_000 / 14, rtol=0.1)
+
+
+def test_scores_without_the_loss_of_the_zero_network(rng):
+    xs = np.linspace(-1, 1, 21)
+    loss = smooth(rng, xs, xs)
+    s, given = convexity.scores(xs, xs, loss), convexity.scores(xs, xs, loss, zero_loss=float(np.abs(loss).max()))
+    assert s.zero_loss is None
+    assert math.isnan(s.envelope_max_per_zero_loss)
+    assert math.isnan(s.envelope_mean_per_zero_loss)
+    for field in dataclasses.fields(s):
+        if "zero_loss" not in field.name:
+            assert getattr(s, field.name) == getattr(given, field.name), field.name
+    assert convexity.scores(xs, xs, np.full((21, 21), np.nan)).status == "nonfinite"
+
+
 # --- barriers -------------------------------------------------------------------------------------
 
 
@@ -494,7 +592,7 @@ def test_scores_over_the_finite_points(rng, seed, bad):
     assert (s.midpoint_pairs, s.midpoint_violation_rate) == (pairs, violations / pairs)
     assert s.finite_share == pytest.approx(1 - lost.mean())
     assert s.loss_range == pytest.approx(np.ptp(loss[~lost]))
-    assert s.status == "partly_nonfinite"
+    assert s.status == "partial"
 
 
 def test_a_surface_without_finite_points_has_a_status():
@@ -514,7 +612,7 @@ def test_a_non_finite_edge_shows_in_the_status():
     edges = np.ones((3, 4))
     edges[1, 2] = np.inf
     s = convexity.scores(xs, xs, np.ones((5, 5)), zero_loss=1.0, edge_t=np.linspace(0, 1, 4), edge_losses=edges)
-    assert (s.status, s.barriers, s.barrier_max) == ("partly_nonfinite", (0.0, math.inf, 0.0), math.inf)
+    assert (s.status, s.barriers, s.barrier_max) == ("partial", (0.0, math.inf, 0.0), math.inf)
     assert s.to_json()["barriers"] == [0.0, None, 0.0]
 
 

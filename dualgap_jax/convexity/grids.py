@@ -1,0 +1,53 @@
+"""The axes of a surface: checked, uniform or not, and their steps."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float64
+
+# Coordinates that are uniform up to this share of their span count as exactly uniform (float32 grids are).
+UNIFORM = 1e-6
+
+
+def checked(xs: np.ndarray, ys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The three as float64, after checking that the axes are strictly monotone and the shapes fit."""
+    xs, ys, values = (np.asarray(a, np.float64) for a in (xs, ys, values))
+    for name, axis in (("xs", xs), ("ys", ys)):
+        if axis.ndim != 1 or axis.size == 0 or not np.isfinite(axis).all():
+            raise ValueError(
+                f"{name} must be a non-empty vector of finite coordinates; got shape {axis.shape}: {axis}."
+            )
+        steps = np.diff(axis)
+        if not ((steps > 0).all() or (steps < 0).all()):
+            raise ValueError(f"{name} must be strictly monotone; got {axis}: sort it and drop repeated coordinates.")
+    if values.shape != (ys.size, xs.size):
+        raise ValueError(
+            f"the surface must have shape [ny, nx] = {(ys.size, xs.size)}, rows along ys; got {values.shape}."
+            + (" Transpose it." if values.shape == (xs.size, ys.size) else "")
+        )
+    return xs, ys, values
+
+
+def _is_uniform(axis: np.ndarray) -> bool:
+    ideal = np.linspace(axis[0], axis[-1], axis.size)
+    return bool(np.max(np.abs(axis - ideal)) <= UNIFORM * abs(axis[-1] - axis[0]))
+
+
+def step(name: str, axis: np.ndarray) -> float:
+    """The step of a uniform axis of at least 3 points; raises ValueError otherwise."""
+    if axis.size < 3:
+        raise ValueError(f"{name} has {axis.size} points; midpoints and curvature need at least 3 points per axis.")
+    if not _is_uniform(axis):
+        steps = np.abs(np.diff(axis))
+        raise ValueError(
+            f"{name} must be uniformly spaced for midpoints and curvature; got steps from {steps.min()} to"
+            f" {steps.max()}. Use np.linspace, or only lower_convex_envelope, which takes any monotone grid."
+        )
+    return float(axis[-1] - axis[0]) / (axis.size - 1)
+
+
+def grid_units(axis: np.ndarray) -> Float64[np.ndarray, " n"]:
+    """The axis mapped affinely onto [0, n - 1]: exact integers when it is uniform, so that areas there are exact."""
+    if axis.size == 1 or _is_uniform(axis):
+        return np.arange(axis.size, dtype=np.float64)
+    return (axis - axis[0]) / (axis[-1] - axis[0]) * (axis.size - 1)
