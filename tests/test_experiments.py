@@ -174,6 +174,22 @@ def test_the_records_of_a_landscape(tmp_path: Path) -> None:
     assert not list(workdir.results.glob("*.partial*"))
 
 
+def test_a_table_says_what_share_of_a_surface_its_scores_leave_out(tmp_path: Path) -> None:
+    """The window is so large that every loss but the one in its middle overflows."""
+    report, workdir, _ = run(tiny(plane=PlaneSpec(points=5, edge_points=4, half_width=1e20)), tmp_path / "w")
+    scores = load_json(workdir.results / "landscape.json")["scores"]
+    loss = load_npz(workdir.results / "landscape.npz")["loss"]
+    share = np.isfinite(loss).mean()
+    assert 0 < share < 1
+    assert (scores["finite_share"], scores["status"]) == (share, "partial")
+    assert (
+        f"Partial scores, of the finite losses only; share of the grid left out: I = 3 ({1 - share:.2%})."
+        in report.text()
+    )
+    _, whole, _ = run(tiny(), tmp_path / "whole")
+    assert "Partial" not in Report(**load_json(whole.results / "report.json")).text()
+
+
 def test_a_landscape_over_some_of_the_examples(tmp_path: Path) -> None:
     spec = tiny(plane=PlaneSpec(points=5, edge_points=4, samples=7, sample_chunk=3))
     report, workdir, _ = run(spec, tmp_path / "some")

@@ -433,6 +433,40 @@ def test_the_scores_chart_shows_the_recorded_numbers(tmp_path: Path, drawn: dict
     assert [label.get_text() for label in mine.get_xticklabels()] == ["1", "3", "100"]
 
 
+def test_partial_scores_are_said_and_drawn_hollow(
+    tmp_path: Path, drawn: dict[str, Figure], rng: np.random.Generator
+) -> None:
+    scores: dict[int, dict[str, Any]] = {
+        1: {"envelope_max": 2.0, "finite_share": 1.0, "status": "ok"},
+        10: {"envelope_max": 1.0, "finite_share": 0.9, "status": "partial"},
+        100: {"envelope_max": 0.5, "finite_share": 1 / 3, "status": "partial"},
+    }
+    figures.row(write_row(tmp_path / "row", scores, ["envelope_max"]))
+    words = " ".join(texts(drawn["scores"]).split())
+    assert "Hollow: partial scores" in words
+    assert "I = 10 (10 % of the grid left out), I = 100 (67 % of the grid left out)" in words
+    (hollow,) = [x for x in drawn["scores"].axes[0].lines if x.get_markerfacecolor() == "white"]
+    np.testing.assert_array_equal(hollow.get_xdata(), [10, 100])
+    np.testing.assert_array_equal(hollow.get_ydata(), [1.0, 0.5])
+    assert texts(drawn["row"]).count("partial:") == 2
+    figures.landscape(write_landscape(tmp_path / "one", scores=scores[10] | {"barrier_max": 0.1}))
+    assert "partial: 10 % of the grid left out" in texts(drawn["landscape"])
+    workdir = write_regimes(tmp_path / "regimes", rng)
+    record = load_json(workdir / "results/regimes.json")
+    for cell in record["cells"][:2]:
+        cell["scores"]["finite_share"] = 0.75
+    save_json(workdir / "results/regimes.json", record)
+    figures.regimes(workdir)
+    assert f"2 of {len(record['cells'])} landscapes (at most 25 % of the grid" in texts(drawn["regimes"])
+
+
+def test_whole_surfaces_have_no_word_about_parts(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    whole = {1: {"envelope_max": 2.0, "finite_share": 1.0}, 10: {"envelope_max": 1.0}}
+    figures.row(write_row(tmp_path / "row", whole, ["envelope_max"]))
+    assert "artial" not in texts(drawn["scores"]) + texts(drawn["row"])
+    assert not [x for x in drawn["scores"].axes[0].lines if x.get_markerfacecolor() == "white" and len(x.get_xdata())]
+
+
 @pytest.mark.parametrize(
     "values", [[0.0, 0.0], [None, None], [1e-14, 3.0], [-1.0, -2.0], [5.0, 5.0], [0.8, 0.9], [0, 1]]
 )

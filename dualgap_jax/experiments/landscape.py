@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -357,6 +357,14 @@ def _losses_over(records: list[dict[str, Any]]) -> str:
     return ", ".join(sorted({f"{s['used']:,} of the {s['of']:,} training examples" for s in said}))
 
 
+def partial_notes(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The sentence on surfaces with losses that are not finite, by their names and scores, as far as there are any."""
+    said = [f"{name} ({1 - share:.2%})" for name, s in named if (share := s.get("finite_share", 1.0)) < 1]
+    return (
+        [f"Partial scores, of the finite losses only; share of the grid left out: {', '.join(said)}."] if said else []
+    )
+
+
 def report(records: list[dict[str, Any]]) -> Report:
     """The table of one landscape, or of a row of them."""
     columns = [
@@ -394,6 +402,7 @@ def report(records: list[dict[str, Any]]) -> Report:
         "Scores: estimated from the grid; definitions in results/landscape.json."
         f" Losses: over {_losses_over(records)}.",
     ]
+    notes += partial_notes([(f"I = {r['num_branches']:,}", r["scores"]) for r in records])
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")
     return Report(first["title"] if len(records) == 1 else "", columns, rows, notes)

@@ -179,6 +179,8 @@ def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:
         " loss; estimated from the grid.",
         "A repetition that diverged counts as above every number; a dash: at least half of them did.",
     ]
+    names = ("init", "lr_scaling", "reduce", "num_branches", "repeat")
+    notes += landscape.partial_notes([(" ".join(str(c[name]) for name in names), c["scores"]) for c in cells])
     return Report(spec.title, columns, rows, notes)
 
 

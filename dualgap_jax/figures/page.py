@@ -63,6 +63,12 @@ def value_of(scores: Mapping[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
+def left_out(scores: Mapping[str, Any]) -> str:
+    """How much of a surface its scores say nothing of: '2.4 % of the grid left out'; '' for a surface that is whole."""
+    share = 1 - value_of(scores, "finite_share")
+    return f"{number(100 * share, 2)} % of the grid left out" if share > 0 else ""
+
+
 def read_cells(record: Mapping[str, Any], workdir: Path, name: str, required: Sequence[str]) -> list[dict[str, Any]]:
     """The record's cells, fewest branches first.  Raises ValueError when there are none, or one lacks a key."""
     path = workdir / "results" / name

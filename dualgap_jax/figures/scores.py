@@ -15,6 +15,7 @@ from dualgap_jax.figures.page import (
     box,
     branch_axis,
     head,
+    left_out,
     mark_undefined,
     page,
     plain,
@@ -86,6 +87,12 @@ def _score_panels(names: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> l
     return [panel for panel in panels if panel[2]] + others
 
 
+def _partial_note(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The caption's words for scores of surfaces with losses that are not finite, as far as there are any."""
+    said = [f"{name} ({share})" for name, scores in named if (share := left_out(scores))]
+    return [f"Hollow: partial scores, of the finite losses only: {', '.join(said)}."] if said else []
+
+
 def _is_number_or_null(scores: Mapping[str, Any], name: str) -> bool:
     """Whether the score can be drawn: a number, or null for an undefined one."""
     return name in scores and (scores[name] is None or isinstance(scores[name], int | float))
@@ -101,7 +108,9 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
             " name an entry of the cells' scores."
         )
     tables = [{name: np.asarray([value_of(cell["scores"], name) for cell in cells]) for name in p[2]} for p in panels]
+    partial = [bool(left_out(cell["scores"])) for cell in cells]
     caption = value_notes(np.concatenate([values for table in tables for values in table.values()]))
+    caption += _partial_note([(f"I = {c['num_branches']:,}", c["scores"]) for c in cells])
     across = min(3, len(panels))
     with page(0.4 + 3.3 * max(across, 2), 0.75 + 2.5 * math.ceil(len(panels) / across), caption) as figure:
         head(figure, f"{record['title']}: convexity scores", plain(record["paper_item"]))
@@ -110,6 +119,16 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
             axes = figure.add_axes(box(figure, *place))
             for (name, values), style in zip(table.items(), LINES, strict=False):
                 axes.plot(counts, values, label=lines[name], markersize=4.5, **style)
+                some = np.flatnonzero(partial)
+                axes.plot(
+                    np.asarray(counts)[some],
+                    values[some],
+                    linestyle="",
+                    marker=style["marker"],
+                    markersize=4.5,
+                    color=style["color"],
+                    markerfacecolor="white",
+                )
                 mark_undefined(axes, counts, values, str(style["color"]))
             branch_axis(axes, counts)
             value_axis(axes, np.concatenate(list(table.values())))
@@ -178,6 +197,7 @@ def _draw_regimes(
         _DIVERGED if repeats > 1 and "diverged" in statuses else "",
         f"Runs: {', '.join(f'{count:,} {plain(status)}' for status, count in sorted(statuses.items()))}.",
         "Hollow markers: a run did not end as 'converged'." if set(statuses) != {"converged"} else "",
+        _partial_cells(cells),
         *value_notes(np.asarray([value_of(cell["scores"], score) for cell in cells for score in scores])),
     ]
     with page(max(1.05 + 2.75 * len(inits), 6.6), 1.1 + 1.95 * len(rows), caption) as figure:
@@ -205,6 +225,15 @@ def _draw_regimes(
         place = (0.5, 1 - 0.53 / figure.get_figheight())
         figure.legend(handles=handles, loc="center", bbox_to_anchor=place, ncols=len(handles), handlelength=2.8)
         return save(figure, workdir, stem)
+
+
+def _partial_cells(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The caption's words for how many landscapes have losses that are not finite."""
+    shares = [value_of(cell["scores"], "finite_share") for cell in cells if left_out(cell["scores"])]
+    if not shares:
+        return ""
+    most = left_out({"finite_share": min(shares)})
+    return f"Partial scores, of the finite losses only: {len(shares):,} of {len(cells):,} landscapes (at most {most})."
 
 
 def _distinct(cells: Sequence[Mapping[str, Any]], key: str) -> list[str]:

@@ -17,6 +17,7 @@ from dualgap_jax.figures.page import (
     box,
     data_note,
     head,
+    left_out,
     mark_undefined,
     non_finite,
     number,
@@ -104,9 +105,13 @@ def _read_surface(workdir: Path) -> _Surface:
 
 
 def _key_scores(scores: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The sentence of each key score in `names`; absent ones are left out, null ones said to be undefined."""
+    """The sentence of each key score in `names`; absent ones are left out, null ones said to be undefined.
+
+    Before them stands what share of the grid they leave out, if any.
+    """
     values = {name: value_of(scores, name) for name in names if name in scores}
-    return [
+    partial = left_out(scores)
+    return [f"partial: {partial}"] * bool(partial) + [
         _KEY_SCORES[name].format("undefined" if math.isnan(value) else number(value)) for name, value in values.items()
     ]
 
