@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -249,3 +249,34 @@ LOSSES: Table[Callable[..., Loss]] = Table(
         "squared": squared,
     },
 )
+
+
+def as_loss(given: Any) -> Loss:
+    """The loss as it is, or a `Loss` from a plain function `(outputs [batch, out], labels [batch]) -> losses`.
+
+    The function may return one number per example, `[batch]`, or a single number, which is taken as the mean over the
+    batch of losses of single examples.  Such a loss has no margin and no tau, and fits data of every kind.
+
+    Raises:
+      TypeError: for what is neither; from the loss, for a function that returns another shape.
+    """
+    if isinstance(given, Loss):
+        return given
+    names = [name for name, make in LOSSES.items() if given is make or given == name]
+    if names or isinstance(given, str) or not callable(given):
+        write = f"losses.{names[0]}()" if names else "losses.multi_margin() or a function of outputs and labels"
+        raise TypeError(f"a loss is needed, got {given!r}: write {write}.")
+
+    def per_example(outputs: Outputs, labels: Labels) -> PerExample:
+        values = jnp.asarray(given(outputs, labels))
+        if values.ndim == 0:
+            values = jax.vmap(lambda output, label: given(output[None], label[None]))(outputs, labels)
+        if values.shape != labels.shape:
+            raise TypeError(
+                f"the loss function returned shape {values.shape} for outputs {outputs.shape} and labels"
+                f" {labels.shape}: it must return one loss per example, [batch], or their mean. With one output"
+                " compare outputs[:, 0] with the labels."
+            )
+        return values
+
+    return Loss(per_example, None, None, ("binary", "multiclass", "regression"))

@@ -145,10 +145,13 @@ def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Netwo
     """
     from flax import nnx
 
-    if isinstance(constructor, nnx.Module) or not callable(constructor):
+    linen = sys.modules.get("flax.linen")
+    made = (nnx.Module, Network) if linen is None else (nnx.Module, Network, linen.Module)
+    if isinstance(constructor, made) or not callable(constructor):
         raise TypeError(f"from_nnx takes a constructor of NNX modules, got {_described(constructor)}.")
     check_switch(switch, "from_nnx")
-    by_name = "rngs" in inspect.signature(constructor).parameters
+    signed = constructor.__init__ if isinstance(constructor, type) else constructor
+    by_name = "rngs" in inspect.signature(signed).parameters
 
     def make(rngs: Any) -> Any:
         module = constructor(rngs=rngs) if by_name else constructor(rngs)

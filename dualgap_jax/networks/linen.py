@@ -22,10 +22,11 @@ def typed(key: Any) -> KeyArray:
 
 def _apply(module: nn.Module, network: Network, name: str, x: Array, train: bool, stream: str) -> Array:
     """Applies the network inside a module that keeps its parameters and state under `name`."""
-    params = module.param(name, lambda key: network.init(typed(key), x)[0])
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x)[1])
-    state, kept = shapes, None
-    if jax.tree.leaves(shapes):
+    params, state = jax.eval_shape(network.init, jax.random.key(0), x)
+    if jax.tree.leaves(params):
+        params = module.param(name, lambda key: network.init(typed(key), x)[0])
+    kept = None
+    if jax.tree.leaves(state):
 
         def draw() -> Any:
             key = typed(module.make_rng("params"))

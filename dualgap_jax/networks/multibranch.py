@@ -137,6 +137,9 @@ def multi_branch(branch: Any, num_branches: SupportsIndex, *, reduce: str = "mea
     ) -> tuple[Array, State]:
         _check_branches((params, state), num_branches)
         keys = branch_keys(key, 0, num_branches)
+        if not jax.tree.leaves((params, state, keys)):  # branches without parameters are all alike
+            y, state = branch.apply(params, state, x, train=train)
+            return scale * num_branches * y, state
         y, state = sum_branches(branch, params, state, x, keys=keys, train=train)
         return scale * y, state
 

@@ -1,0 +1,749 @@
+"""Flax at home: multi-branch layers inside Linen and NNX models, training switches, the package's own modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax import Array
+
+from dualgap_jax import networks
+from dualgap_jax import nnx as dg_nnx
+from dualgap_jax.linen import GRU, VGG9, Conv, MultiBranch
+from dualgap_jax.networks.switches import SWITCHES
+
+
+def pick(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
+
+
+def close(a: Any, b: Any, rtol: float = 1e-11) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol), a, b)
+
+
+class Block(nn.Module):
+    """A convolution, batch norm and dropout; outputs are images again."""
+
+    features: int = 2
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = nn.Conv(self.features, (3, 3), param_dtype=x.dtype)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, param_dtype=x.dtype)(x)
+        return nn.Dropout(self.rate, deterministic=not train)(jnp.tanh(x))
+
+
+class Model(nn.Module):
+    """A model with a multi-branch layer of images between ordinary layers."""
+
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = nn.Conv(2, (1, 1), param_dtype=x.dtype)(x)
+        x = MultiBranch(Block(2, self.rate, parent=None), 3)(x, train)
+        return nn.Dense(2, param_dtype=x.dtype)(x.reshape(x.shape[0], -1))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(2, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.dropout(jnp.tanh(self.norm(self.conv(x))))
+
+
+# -------------------------------------------------------------------------------------------------- a layer in Linen
+
+
+def test_a_linen_layer_equals_a_loop_over_its_branches(rng: np.random.Generator, x64: None) -> None:
+    """Outputs `[batch, h, w, c]`, statistics and gradients, against branches applied by Flax one at a time."""
+    layer, x = MultiBranch(Block(3), np.int64(4)), jnp.asarray(rng.standard_normal((5, 4, 3, 2)))
+    variables = layer.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda a: a + 0.1 * np.abs(rng.standard_normal(a.shape)), variables)
+    params, stats = variables["params"]["branches"], variables["batch_stats"]["branches"]["batch_stats"]
+    assert shapes(params)["Conv_0"] == {"kernel": (4, 3, 3, 2, 3), "bias": (4, 3)}
+
+    def looped(params: Any, x: Array) -> tuple[Array, Any]:
+        total, new = 0.0, []
+        for i in range(4):
+            given = {"params": pick(params, i), "batch_stats": pick(stats, i)}
+            y, updated = Block(3).apply(given, x, train=True, mutable=["batch_stats"])
+            total = total + y / 4
+            new.append(updated["batch_stats"])
+        return jnp.sum(jnp.sin(total)), (total, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new))
+
+    def layered(params: Any, x: Array) -> tuple[Array, Any]:
+        given = {"params": {"branches": params}, "batch_stats": variables["batch_stats"]}
+        y, updated = layer.apply(given, x, train=True, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(y)), (y, updated["batch_stats"]["branches"]["batch_stats"])
+
+    (gradient, (y, new)), (expected_gradient, (expected, expected_new)) = (
+        jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, x) for f in (layered, looped)
+    )
+    assert y.shape == (5, 4, 3, 3)
+    close((y, new, gradient), (expected, expected_new, expected_gradient))
+    evaluated = sum(Block(3).apply({"params": pick(params, i), "batch_stats": pick(stats, i)}, x) for i in range(4))
+    np.testing.assert_allclose(layer.apply(variables, x), evaluated / 4, rtol=1e-12, atol=1e-12)
+    summed = MultiBranch(Block(3), 4, reduce="sum").apply(variables, x)
+    np.testing.assert_allclose(summed, evaluated, rtol=1e-12, atol=1e-12)
+
+
+class KeyOf(nn.Module):
+    """The key that Flax draws the parameter `branches` with."""
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("branches", jax.random.key_data)
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_branch_i_is_drawn_with_fold_in_of_i(make_key: Callable[[int], Array]) -> None:
+    x = jnp.ones((1, 4, 4, 2))
+    drawn = MultiBranch(Block(), 3).init(make_key(7), x)["params"]["branches"]
+    data = jnp.asarray(KeyOf().init(jax.random.key(7))["params"]["branches"])
+    for i in range(3):
+        key = jax.random.fold_in(jax.random.wrap_key_data(data), i)
+        close(pick(drawn, i), networks.from_linen(Block()).init(key, x)[0], 1e-6)
+
+
+class Identity(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+def test_branches_of_a_layer_drop_independently_and_by_the_stream() -> None:
+    layer, x = MultiBranch(Identity(), 16, reduce="sum"), jnp.ones((4, 250))
+    outputs = [layer.apply({}, x, train=True, rngs={"dropout": jax.random.key(k)}) for k in (0, 0, 1)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert float(jnp.abs(outputs[0] - outputs[2]).max()) > 0
+    kept = np.asarray(outputs[0]).ravel() / 2
+    assert np.array_equal(kept, np.round(kept))
+    # Binomial(16, 1/2) at 1,000 places: mean 8 and variance 4 within six standard errors; equal masks have variance 64.
+    assert abs(kept.mean() - 8) < 6 * 2 / 1000**0.5
+    assert abs(kept.var() - 4) < 6 * 4 * (2 / 1000) ** 0.5
+    np.testing.assert_array_equal(layer.apply({}, x), 16 * x)
+
+
+def test_a_branch_that_drops_needs_the_stream_and_one_with_statistics_needs_them_mutable() -> None:
+    x = jnp.ones((2, 4, 4, 2))
+    with pytest.raises(Exception, match="dropout"):
+        MultiBranch(Identity(), 2).apply({}, x, train=True)
+    layer = MultiBranch(Block(), 2)
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(Exception, match="batch_stats"):
+        layer.apply(variables, x, train=True)
+
+
+def test_a_linen_model_trains_as_a_train_state(rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.standard_normal((16, 4, 4, 1)), jnp.float32)
+    labels = (x.mean((1, 2, 3)) > 0).astype(jnp.int32)
+    model = Model(rate=0.1)
+    variables = model.init(jax.random.key(0), x)
+
+    class State(TrainState):
+        batch_stats: Any
+
+    state = State.create(
+        apply_fn=model.apply, params=variables["params"], batch_stats=variables["batch_stats"], tx=optax.adamw(1e-2)
+    )
+
+    @jax.jit
+    def step(state: State, key: Array) -> tuple[State, Array]:
+        def risk(params: Any) -> tuple[Array, Any]:
+            logits, updated = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                x,
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated
+
+        (loss, updated), gradient = jax.value_and_grad(risk, has_aux=True)(state.params)
+        return state.apply_gradients(grads=gradient, batch_stats=updated["batch_stats"]), loss
+
+    history = []
+    for key in jax.random.split(jax.random.key(1), 60):
+        state, loss = step(state, key)
+        history.append(float(loss))
+    assert step._cache_size() == 2  # Flax counts steps from a Python 0
+    assert np.mean(history[-5:]) < 0.5 * np.mean(history[:5])
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.batch_stats, variables["batch_stats"])
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_remat_changes_no_number(rng: np.random.Generator, x64: None) -> None:
+    x = jnp.asarray(rng.standard_normal((3, 4, 4, 2)))
+    plain, saved = MultiBranch(Block(rate=0.5), 3), nn.remat(MultiBranch, static_argnums=(2,))(Block(rate=0.5), 3)
+    variables = plain.init(jax.random.key(0), x)
+
+    def run(layer: Any) -> Any:
+        def objective(params: Any) -> tuple[Array, Any]:
+            given, feed = {**variables, "params": params}, {"dropout": jax.random.key(3)}
+            y, updated = layer.apply(given, x, True, rngs=feed, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, updated)
+
+        return jax.jit(jax.grad(objective, has_aux=True))(variables["params"])
+
+    close(run(saved), run(plain))
+
+
+def test_scan_over_layers_equals_one_layer_after_another(rng: np.random.Generator, x64: None) -> None:
+    """`nn.scan` stacks the parameters of the layers before the branches: `[layers, I, ...]`."""
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, train: bool) -> tuple[Array, None]:
+            return x + MultiBranch(Block(), 3)(x, train), None
+
+    stacked = nn.scan(
+        Step,
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=2,
+    )()
+    x = jnp.asarray(rng.standard_normal((3, 4, 4, 2)))
+    variables = stacked.init(jax.random.key(0), x, False)
+    kernel = variables["params"]["MultiBranch_0"]["branches"]["Conv_0"]["kernel"]
+    assert kernel.shape == (2, 3, 3, 3, 2, 2)
+    assert len(np.unique(np.asarray(kernel).reshape(6, -1), axis=0)) == 6
+    (y, _), updated = stacked.apply(variables, x, True, mutable=["batch_stats"])
+    expected, new = x, []
+    for layer in range(2):
+        (expected, _), changed = Step().apply(pick(variables, layer), expected, True, mutable=["batch_stats"])
+        new.append(changed)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+    close(updated, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new))
+
+
+def test_layers_of_layers_and_of_other_kinds(rng: np.random.Generator, x64: None) -> None:
+    """Nested layers, an NNX constructor and a pure pair as branches of Linen layers, against plain loops."""
+    x = jnp.asarray(rng.standard_normal((5, 3)))
+    nested = MultiBranch(MultiBranch(nn.Dense(2, param_dtype=jnp.float64), 2, reduce="sum"), 3)
+    variables = nested.init(jax.random.key(0), x)
+    inner = variables["params"]["branches"]["branches"]
+    assert shapes(inner) == {"kernel": (3, 2, 3, 2), "bias": (3, 2, 2)}
+    np.testing.assert_allclose(
+        nested.apply(variables, x), jnp.einsum("bi,klio->bo", x, inner["kernel"]) / 3, rtol=1e-12, atol=1e-12
+    )
+    constructed = MultiBranch(lambda rngs: nnx.Linear(3, 2, param_dtype=jnp.float64, rngs=rngs), 3)
+    variables = constructed.init(jax.random.key(0), x)
+    kernel = variables["params"]["branches"]["kernel"]
+    np.testing.assert_allclose(constructed.apply(variables, x), x @ kernel.mean(0), rtol=1e-12, atol=1e-12)
+    pure = MultiBranch(networks.mlp((), 2), 3)
+    variables = pure.init(jax.random.key(0), x)
+    (layer,) = variables["params"]["branches"]
+    expected = x @ layer["kernel"].mean(0).T + layer["bias"].mean(0)[None]
+    np.testing.assert_allclose(pure.apply(variables, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_modules_made_inside_a_call_leave_no_parameters_outside_their_layer() -> None:
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return MultiBranch(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), 3)(x)
+
+    variables = Outer().init(jax.random.key(0), jnp.ones((1, 3)))
+    assert list(variables["params"]) == ["MultiBranch_0"]
+    branches = variables["params"]["MultiBranch_0"]["branches"]
+    assert shapes(branches["layers_2"]) == {"kernel": (3, 4, 2), "bias": (3, 2)}
+
+
+def test_equal_layers_are_equal_and_may_be_static_arguments() -> None:
+    assert MultiBranch(nn.Dense(3), 2) == MultiBranch(nn.Dense(3), np.int32(2))
+    traced = []
+
+    def apply(module: MultiBranch, variables: Any, x: Array) -> Array:
+        traced.append(module)
+        return module.apply(variables, x)
+
+    jitted, x = jax.jit(apply, static_argnums=0), jnp.ones((1, 4))
+    variables = MultiBranch(nn.Dense(3), 2).init(jax.random.key(0), x)
+    for _ in range(2):
+        jitted(MultiBranch(nn.Dense(3), 2), variables, x)
+    assert len(traced) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- a layer in NNX
+
+
+def test_an_nnx_layer_equals_a_loop_over_its_branches(rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.standard_normal((5, 4, 3, 2)), jnp.float32)
+    rngs = nnx.Rngs(params=3, dropout=4)
+    layer = dg_nnx.MultiBranch(NnxBlock, 4, rngs=rngs)
+    assert shapes(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))["params"]["conv"]["kernel"] == (4, 3, 3, 2, 2)
+    root = nnx.Rngs(params=3, dropout=4).params()
+    total, means = 0.0, []
+    for i in range(4):
+        one = NnxBlock(nnx.Rngs(jax.random.fold_in(root, i)))
+        means.append(one.norm.mean[...])
+        total = total + nnx.view(one, deterministic=True, use_running_average=True)(x) / 4
+    layer.eval()
+    np.testing.assert_allclose(layer(x), total, rtol=1e-5, atol=1e-6)
+    before = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+    assert shapes(before)["state"]["norm"]["mean"] == (4, 2)
+    layer.train()
+    y = layer(x)
+    after = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+    moved = np.abs(after["state"]["norm"]["mean"] - before["state"]["norm"]["mean"])
+    assert moved.min() > 0
+    for i in range(4):
+        kernel, bias = (layer.params["conv"][name][...][i] for name in ("kernel", "bias"))
+        convolved = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        expected = 0.1 * (convolved.mean((0, 1, 2)) + bias)
+        np.testing.assert_allclose(after["state"]["norm"]["mean"][i], expected, rtol=1e-4, atol=1e-6)
+    assert float(jnp.abs(layer(x) - y).max()) > 1e-3  # another draw of the stream
+    np.testing.assert_allclose(layer(x, train=False), layer(x, train=False), rtol=0)
+
+
+def test_an_nnx_model_trains_with_the_nnx_optimizer_and_goes_into_eval_mode(rng: np.random.Generator) -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.branches = dg_nnx.MultiBranch(NnxBlock, 3, rngs=rngs)
+            self.head = dg_nnx.MultiBranch(
+                networks.mlp((4,), 2), 2, jax.ShapeDtypeStruct((1, 32), "float32"), rngs=rngs
+            )
+
+        def __call__(self, x: Array) -> Array:
+            return self.head(self.branches(x).reshape(x.shape[0], -1))
+
+    x = jnp.asarray(rng.standard_normal((16, 4, 4, 2)), jnp.float32)
+    labels = (x.mean((1, 2, 3)) > 0).astype(jnp.int32)
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Net, optimizer: nnx.Optimizer[Net]) -> Array:
+        def risk(model: Net) -> Array:
+            return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
+
+        loss, gradient = nnx.value_and_grad(risk)(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    history = [float(step(model, optimizer)) for _ in range(80)]
+    assert np.mean(history[-5:]) < 0.6 * np.mean(history[:5])
+    model.eval()
+    np.testing.assert_array_equal(model(x), model(x))
+    # The whole model is again a branch: in the pure world, and back.
+    net = networks.from_nnx(Net)
+    params, state = net.init(jax.random.key(0), x)
+    y = net.apply(params, state, x, key=jax.random.key(1), train=True)[0]
+    assert y.shape == (16, 2)
+
+
+def test_nnx_layers_of_linen_modules_remat_and_scan(rng: np.random.Generator, x64: None) -> None:
+    x = jnp.asarray(rng.standard_normal((3, 4, 4, 2)))
+    layer = dg_nnx.MultiBranch(Block(), 3, x, rngs=nnx.Rngs(0))
+    params = jax.tree.map(lambda v: v[...], layer.params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    stats = jax.tree.map(lambda v: v[...], layer.state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    outputs = [Block().apply({"params": pick(params, i), **pick(stats, i)}, x) for i in range(3)]
+    np.testing.assert_allclose(layer(x, train=False), sum(outputs) / 3, rtol=1e-12, atol=1e-12)
+
+    def total(model: Any, x: Array) -> Array:
+        return jnp.sum(jnp.sin(model(x, train=False)))
+
+    plain, saved = nnx.grad(total)(layer, x), nnx.grad(nnx.remat(total))(layer, x)
+    close(nnx.to_pure_dict(plain), nnx.to_pure_dict(saved))
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs: nnx.Rngs) -> dg_nnx.MultiBranch:
+        return dg_nnx.MultiBranch(Block(), 3, x, rngs=rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def forward(layer: dg_nnx.MultiBranch, x: Array) -> Array:
+        return x + layer(x, train=False)
+
+    layers = make(nnx.Rngs(0))
+    graph, state = nnx.split(layers)
+    expected = x
+    for index in range(2):
+        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))  # noqa: B023
+        expected = expected + one(expected, train=False)
+    np.testing.assert_allclose(forward(layers, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_nnx_layer_has_one_mode_and_says_what_it_lacks() -> None:
+    layer = dg_nnx.MultiBranch(NnxBlock, 2, rngs=nnx.Rngs(0))
+    layer.deterministic = True
+    with pytest.raises(ValueError, match="either trained or evaluated"):
+        layer(jnp.ones((1, 4, 4, 2)))
+    for branch in (networks.mlp(), nn.Dense(3)):
+        with pytest.raises(TypeError, match="give x, such as"):
+            dg_nnx.MultiBranch(branch, 2, rngs=nnx.Rngs(0))
+    without = dg_nnx.MultiBranch(NnxBlock, 2, rngs=nnx.Rngs(params=0))
+    with pytest.raises(ValueError, match="draws random numbers in training"):
+        without(jnp.ones((1, 4, 4, 2)))
+    without.eval()
+    assert without(jnp.ones((1, 4, 4, 2))).shape == (1, 4, 4, 2)
+
+
+# ------------------------------------------------------------------------------------------ networks and their way back
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "mixture"])
+def test_a_network_comes_back_from_flax_with_the_same_outputs(name: str, rng: np.random.Generator, x64: None) -> None:
+    make: dict[str, Callable[[], Any]] = {
+        "mlp": lambda: networks.multi_branch(networks.mlp((4,), 3), 5),
+        "conv": lambda: networks.multi_branch(networks.conv((2,), 3, batch_norm=True), 2),
+        "mixture": lambda: networks.mixture([networks.mlp((4,), 3), networks.multi_branch(networks.mlp((), 3), 2)]),
+    }
+    net, x = make[name](), jnp.asarray(rng.standard_normal((6, 4, 4, 1)))
+    module = networks.to_linen(net)
+    variables = module.init(jax.random.key(0), x)
+    params = variables["params"]["network"]
+    state = variables.get("batch_stats", {}).get("network", net.init(jax.random.key(0), x)[1])
+    y, new = net.apply(params, state, x, train=True)
+    outputs, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(outputs, y, rtol=1e-12, atol=1e-12)
+    if jax.tree.leaves(state):
+        close(updated["batch_stats"]["network"], new)
+    back = networks.from_linen(module)
+    np.testing.assert_allclose(back.apply({"network": params}, {"batch_stats": {"network": state}}, x)[0],
+                               net.apply(params, state, x)[0], rtol=1e-12, atol=1e-12)  # fmt: skip
+    there = networks.to_nnx(net, x, rngs=nnx.Rngs(params=5))
+    drawn = net.init(nnx.Rngs(params=5).params(), x)
+    np.testing.assert_allclose(there(x), net.apply(*drawn, x, train=True)[0], rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match="to_linen takes a network"):
+        inspect.unwrap(networks.to_linen)("mlp")
+    with pytest.raises(TypeError, match="to_nnx takes a network"):
+        inspect.unwrap(networks.to_nnx)("mlp", x, rngs=nnx.Rngs(0))
+
+
+def test_orbax_saves_and_restores_layers(tmp_path: Path, rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.standard_normal((2, 4, 4, 1)), jnp.float32)
+    variables = Model().init(jax.random.key(0), x)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "linen", variables)
+        checkpointer.wait_until_finished()
+        raw = checkpointer.restore(tmp_path / "linen")
+    close(raw, variables, 0)
+    np.testing.assert_array_equal(Model().apply(raw, x), Model().apply(variables, x))
+    layer = dg_nnx.MultiBranch(networks.mlp((3,), 2), 4, x, rngs=nnx.Rngs(0))
+    other = dg_nnx.MultiBranch(networks.mlp((3,), 2), 4, x, rngs=nnx.Rngs(1))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "nnx", nnx.state(layer, nnx.Param))
+        checkpointer.wait_until_finished()
+        nnx.update(other, checkpointer.restore(tmp_path / "nnx", nnx.state(other, nnx.Param)))
+    np.testing.assert_array_equal(layer(x), other(x))
+
+
+# ----------------------------------------------------------------------------------------------------------- switches
+
+
+def linen_with(name: str, how: str) -> nn.Module:
+    """A Linen module with dropout that is switched by an argument of its call or a field of that name."""
+    if how == "argument":
+        scope: dict[str, Any] = {"nn": nn, "SENSE": SWITCHES.get(name, True)}
+        exec(
+            f"def __call__(self, x, {name}):\n    return nn.Dropout(0.5, deterministic={name} is not SENSE)(x)\n", scope
+        )
+        return type("Net", (nn.Module,), {"__call__": nn.compact(scope["__call__"])})()
+
+    def __call__(self: Any, x: Array) -> Array:
+        return nn.Dropout(0.5, deterministic=getattr(self, name) is not SWITCHES.get(name, True))(x)
+
+    members = {"__annotations__": {name: bool}, name: False, "__call__": nn.compact(__call__)}
+    return type("Net", (nn.Module,), members)()
+
+
+def drops(net: networks.Network, x: Array) -> tuple[bool, bool]:
+    """Whether the network drops in training, and in evaluation."""
+    params, state = net.init(jax.random.key(0), x)
+    key = jax.random.key(1)
+    return tuple(bool((net.apply(params, state, x, key=key, train=t)[0] == 0).any()) for t in (True, False))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("how", ["argument", "field"])
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_the_usual_names_of_the_training_switch_are_found(name: str, how: str) -> None:
+    assert drops(networks.from_linen(linen_with(name, how)), jnp.ones((2, 50))) == (True, False)
+
+
+@pytest.mark.parametrize("how", ["argument", "field"])
+def test_a_switch_of_another_name_is_asked_for_and_taken(how: str) -> None:
+    x = jnp.ones((2, 50))
+    module = linen_with("noisy", how)
+    assert drops(networks.from_linen(module, switch="noisy"), x) == (True, False)
+    if how == "argument":
+        net = networks.from_linen(module, switch=lambda train: {"noisy": not train})
+        assert drops(net, x) == (False, True)
+    else:
+        with pytest.raises(ValueError, match=r"Dropout\(deterministic=...\) inside.*switch='...'"):
+            networks.from_linen(module).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="neither an argument nor a field switch='noise'"):
+        networks.from_linen(module, switch="noise")
+    with pytest.raises(TypeError, match="must be the name"):
+        inspect.unwrap(networks.from_linen)(module, switch=3)
+
+
+class Deep(nn.Module):
+    """Dropout or statistics two modules down, and nothing that could switch them."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: Array, phase: str = "eval") -> Array:
+        if self.kind == "custom":
+            mean = self.variable("batch_stats", "mean", lambda: x.mean(0))
+            return x - mean.value[None]
+        inner = {
+            "dropout": lambda: nn.Dropout(0.5, deterministic=phase == "eval"),
+            "norm": lambda: nn.BatchNorm(use_running_average=phase == "eval"),
+            "attention": lambda: nn.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=phase == "eval"),
+            "quiet": lambda: nn.Dropout(0.0, deterministic=False),
+            "attentive": lambda: nn.MultiHeadDotProductAttention(2),
+            "plain": lambda: nn.LayerNorm(),
+        }[self.kind]()
+        return nn.Sequential([nn.Dense(4), inner])(x)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "norm", "attention", "custom"])
+def test_linen_modules_with_something_to_switch_and_no_switch_are_refused(kind: str) -> None:
+    x = jnp.ones((2, 3, 4))
+    net = networks.from_linen(Deep(kind))
+    with pytest.raises(
+        ValueError, match=r"none of its arguments \(.*\) is a usual name|none of its arguments is a usual"
+    ):
+        net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"switch=lambda train: \{\}"):
+        networks.multi_branch(Deep(kind), 2).init(jax.random.key(0), x)
+    alike = networks.from_linen(Deep(kind), switch=lambda train: {})
+    params, state = alike.init(jax.random.key(0), x)
+    assert alike.apply(params, state, x)[0].shape == (2, 3, 4)
+    if kind != "custom":
+        told = networks.from_linen(Deep(kind), switch=lambda train: {"phase": "train" if train else "eval"})
+        y, evaluated = (told.apply(params, state, x, key=jax.random.key(2), train=t)[0] for t in (True, False))
+        assert float(jnp.abs(y - evaluated).max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["quiet", "attentive", "plain"])
+def test_linen_modules_with_nothing_to_switch_are_taken(kind: str) -> None:
+    net, x = networks.from_linen(Deep(kind)), jnp.ones((2, 3, 4))
+    params, state = net.init(jax.random.key(0), x)
+    assert net.apply(params, state, x, train=True)[0].shape == (2, 3, 4)
+
+
+def test_foreign_parameters_do_not_pass_by_the_check() -> None:
+    net, x = networks.from_linen(Deep("dropout")), jnp.ones((2, 4))
+    params = {"Dense_0": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+    with pytest.raises(ValueError, match="Dropout"):
+        net.apply(params, {}, x)
+
+
+class NnxOwn(nnx.Module):
+    """A module of a user's own making that draws or keeps statistics by itself."""
+
+    def __init__(self, kind: str, rngs: nnx.Rngs) -> None:
+        if kind == "stats":
+            self.mean = nnx.BatchStat(jnp.zeros(3))
+        else:
+            self.rngs = rngs.fork()
+        if kind in ("training", "is_eval"):
+            setattr(self, kind, False)
+        if kind == "noisy":
+            self.noisy = False
+        self.kind = kind
+
+    def __call__(self, x: Array) -> Array:
+        if self.kind == "stats":
+            return x - self.mean[...][None]
+        on = {"training": lambda: self.training, "is_eval": lambda: not self.is_eval, "noisy": lambda: self.noisy}
+        if self.kind in on and not on[self.kind]():
+            return x
+        return x * jax.random.bernoulli(self.rngs.noise(), 0.5, x.shape)
+
+
+@pytest.mark.parametrize("kind", ["stats", "random", "noisy"])
+def test_nnx_modules_with_something_to_switch_and_no_switch_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"(batch statistics|random streams) in NnxOwn.*switch=lambda train: \{\}"):
+        networks.from_nnx(lambda rngs: NnxOwn(kind, rngs))
+    net = networks.from_nnx(lambda rngs: NnxOwn(kind, rngs), switch=lambda train: {})
+    assert net.apply(*net.init(jax.random.key(0), jnp.ones((2, 3))), jnp.ones((2, 3)))[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize(("kind", "switch"), [("training", None), ("is_eval", None), ("noisy", "noisy")])
+def test_switches_of_nnx_modules_are_set_wherever_they_are(kind: str, switch: str | None) -> None:
+    class Around(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.inside = nnx.List([NnxOwn(kind, rngs)])
+
+        def __call__(self, x: Array) -> Array:
+            return self.inside[0](x)
+
+    assert drops(networks.from_nnx(Around, switch=switch), jnp.ones((2, 50))) == (True, False)
+
+
+def test_switches_of_nnx_calls() -> None:
+    class Called(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            self.rngs = rngs.fork()
+
+        def __call__(self, x: Array, *, inference: bool, noisy: bool = True) -> Array:
+            return x if inference or not noisy else x * jax.random.bernoulli(self.rngs.noise(), 0.5, x.shape)
+
+    x = jnp.ones((2, 50))
+    assert drops(networks.from_nnx(Called), x) == (True, False)
+    told = networks.from_nnx(Called, switch=lambda train: {"inference": False, "noisy": not train})
+    assert drops(told, x) == (False, True)
+    with pytest.raises(ValueError, match="neither an argument nor an attribute switch='noise'"):
+        networks.from_nnx(Called, switch="noise")
+
+
+# --------------------------------------------------------------------------------------------------------- wrong things
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)), r"NNX module instance Linear.*from_nnx\(lambda rngs: Linear\("),
+        (lambda: Block, r"the Linen class Block: write from_linen\(Block\(\.\.\.\)\)"),
+        (lambda: lambda params, x: x, r"constructor of NNX modules"),
+        (lambda: lambda rngs: rngs, r"gave .*Rngs"),
+        (lambda: "mlp", r"got 'mlp' of type str"),
+        (lambda: None, r"from_functions\(init, apply\)"),
+    ],
+)
+def test_what_is_no_branch_is_told_what_to_write(given: Callable[[], Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        networks.multi_branch(given(), 3)
+    with pytest.raises(TypeError, match=words):
+        networks.mixture([networks.mlp(), given()])
+    with pytest.raises(TypeError, match=words):
+        MultiBranch(given(), 3).init(jax.random.key(0), jnp.ones((1, 2)))
+    with pytest.raises(TypeError, match=words):
+        dg_nnx.MultiBranch(given(), 3, jnp.ones((1, 2)), rngs=nnx.Rngs(0))
+
+
+def test_adapters_refuse_what_cannot_be_called() -> None:
+    class Mute(nn.Module):
+        size: int = 3
+
+    class MuteNnx(nnx.Module):
+        pass
+
+    with pytest.raises(TypeError, match="Mute has no __call__"):
+        networks.from_linen(Mute())
+    with pytest.raises(TypeError, match="MuteNnx has no __call__"):
+        networks.from_nnx(lambda rngs: MuteNnx())
+    with pytest.raises(TypeError, match="takes a constructor of NNX modules, got the Linen module instance Dense"):
+        networks.from_nnx(nn.Dense(3))
+    for count in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match="num_branches must be a positive integer"):
+            MultiBranch(nn.Dense(3), count)
+
+
+# ---------------------------------------------------------------------------------------------------------- own modules
+
+
+def test_networks_of_own_modules_are_those_modules(rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
+    pairs = [
+        (networks.conv(np.array([2, 3]), np.int64(4), batch_norm=True), Conv((2, 3), 4, batch_norm=True)),
+        (networks.gru(np.int32(3), 4), GRU(3, 4)),
+        (networks.vgg9(2, 4), VGG9(2, 4)),
+    ]
+    for net, module in pairs:
+        for a, b in zip(
+            net.init(jax.random.key(3), x), networks.from_linen(module).init(jax.random.key(3), x), strict=True
+        ):
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+        variables = module.init(jax.random.key(0), x)
+        assert module.apply(variables, x).shape == (2, 4)
+
+
+@pytest.mark.parametrize("width", [4, 32])
+def test_vgg9_has_the_parameters_of_the_authors_network(width: int) -> None:
+    """Seven convolutions without biases, a hidden layer without, eight batch norms, ten outputs; images 32 x 32 x 3."""
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(VGG9(width).init, jax.random.key(0), x)
+    w = width
+    units = [(3, w), (w, w), (w, 2 * w), (2 * w, 2 * w), (2 * w, 4 * w), (4 * w, 4 * w), (4 * w, 4 * w)]
+    norms = sum(out for _, out in units) + 4 * w
+    expected = 9 * sum(a * b for a, b in units) + 16 * 4 * w * 4 * w + 2 * norms + 4 * w * 10 + 10
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["batch_stats"])) == 2 * norms
+    assert jax.eval_shape(VGG9(width).apply, variables, x).shape == (2, 10)
+
+
+def test_vgg9_matches_numpy(rng: np.random.Generator, x64: None) -> None:
+    module, x = VGG9(1, 3), rng.standard_normal((3, 8, 8, 2))
+    variables = module.init(jax.random.key(0), jnp.asarray(x))
+    variables = jax.tree.map(lambda a: a + 0.3 * np.abs(rng.standard_normal(a.shape)), variables)
+    params = jax.tree.map(np.asarray, variables["params"])
+    y, new = module.apply(variables, jnp.asarray(x), train=True, mutable=["batch_stats"])
+
+    def normalised(a: np.ndarray, index: int) -> np.ndarray:
+        axes = tuple(range(a.ndim - 1))
+        mean, var = a.mean(axes), a.var(axes)
+        old = jax.tree.map(np.asarray, variables["batch_stats"][f"BatchNorm_{index}"])
+        changed = new["batch_stats"][f"BatchNorm_{index}"]
+        np.testing.assert_allclose(changed["mean"], 0.9 * old["mean"] + 0.1 * mean, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(changed["var"], 0.9 * old["var"] + 0.1 * var, rtol=1e-9, atol=1e-12)
+        norm = params[f"BatchNorm_{index}"]
+        return np.maximum((a - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"], 0)
+
+    a, layer = x, 0
+    for convolutions in (2, 2, 3):
+        for _ in range(convolutions):
+            padded = np.pad(a, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+            a = normalised(np.einsum("bhwcij,ijco->bhwo", windows, params[f"Conv_{layer}"]["kernel"]), layer)
+            layer += 1
+        batch, height, width, channels = a.shape
+        a = a.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    hidden = normalised(a.reshape(3, -1) @ params["Dense_0"]["kernel"], 7)
+    np.testing.assert_allclose(
+        y, hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"], rtol=1e-9, atol=1e-9
+    )
+
+
+def test_vgg9_is_drawn_as_pytorch_draws() -> None:
+    """Uniform on ±1/sqrt(fan_in): every kernel stays inside, comes near the ends, and has their variance."""
+    params = VGG9(16, 4).init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]
+    for name, layer in params.items():
+        for leaf in (layer.get("kernel"), layer.get("bias") if name == "Dense_1" else None):
+            if leaf is None:
+                continue
+            fan_in = np.prod(layer["kernel"].shape[:-1])
+            assert float(jnp.abs(leaf).max()) <= fan_in**-0.5
+            if leaf.size > 1000:
+                np.testing.assert_allclose(float(leaf.var()) * 3 * fan_in, 1, atol=6 * (0.8 / leaf.size) ** 0.5)
+                assert float(jnp.abs(leaf).max()) > 0.99 * fan_in**-0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(VGG9, {"width": 0}), (VGG9, {"out": 2.5}), (networks.vgg9, {"width": "8"}), (GRU, {"features": True})],
+)
+def test_own_modules_refuse_bad_settings(make: Callable[..., Any], settings: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=next(iter(settings))):
+        inspect.unwrap(make)(**settings)
+
+
+def test_vgg9_refuses_inputs_that_are_no_images() -> None:
+    with pytest.raises(ValueError, match=r"\[batch, height, width, channels\].*\(2, 16\)"):
+        VGG9().init(jax.random.key(0), jnp.zeros((2, 16)))
