@@ -150,7 +150,7 @@ def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Netwo
     if isinstance(constructor, made) or not callable(constructor):
         raise TypeError(f"from_nnx takes a constructor of NNX modules, got {_described(constructor)}.")
     check_switch(switch, "from_nnx")
-    signed = constructor.__init__ if isinstance(constructor, type) else constructor
+    signed = typing.cast(Any, constructor).__init__ if isinstance(constructor, type) else constructor
     by_name = "rngs" in inspect.signature(signed).parameters
 
     def make(rngs: Any) -> Any:

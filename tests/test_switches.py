@@ -1,0 +1,221 @@
+"""Training switches of Flax modules: found by their usual names, given by name, or refused; and what is no network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import Array
+
+from dualgap_jax import networks
+from dualgap_jax import nnx as dg_nnx
+from dualgap_jax.linen import MultiBranch
+from dualgap_jax.networks.switches import SWITCHES
+
+
+def linen_with(name: str, how: str) -> nn.Module:
+    """A Linen module with dropout that is switched by an argument of its call or a field of that name."""
+    if how == "argument":
+        scope: dict[str, Any] = {"nn": nn, "SENSE": SWITCHES.get(name, True)}
+        exec(
+            f"def __call__(self, x, {name}):\n    return nn.Dropout(0.5, deterministic={name} is not SENSE)(x)\n", scope
+        )
+        return type("Net", (nn.Module,), {"__call__": nn.compact(scope["__call__"])})()
+
+    def __call__(self: Any, x: Array) -> Array:
+        return nn.Dropout(0.5, deterministic=getattr(self, name) is not SWITCHES.get(name, True))(x)
+
+    members = {"__annotations__": {name: bool}, name: False, "__call__": nn.compact(__call__)}
+    return type("Net", (nn.Module,), members)()
+
+
+def drops(net: networks.Network, x: Array) -> tuple[bool, bool]:
+    """Whether the network drops in training, and in evaluation."""
+    params, state = net.init(jax.random.key(0), x)
+    key = jax.random.key(1)
+    return tuple(bool((net.apply(params, state, x, key=key, train=t)[0] == 0).any()) for t in (True, False))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("how", ["argument", "field"])
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_the_usual_names_of_the_training_switch_are_found(name: str, how: str) -> None:
+    assert drops(networks.from_linen(linen_with(name, how)), jnp.ones((2, 50))) == (True, False)
+
+
+@pytest.mark.parametrize("how", ["argument", "field"])
+def test_a_switch_of_another_name_is_asked_for_and_taken(how: str) -> None:
+    x = jnp.ones((2, 50))
+    module = linen_with("noisy", how)
+    assert drops(networks.from_linen(module, switch="noisy"), x) == (True, False)
+    if how == "argument":
+        net = networks.from_linen(module, switch=lambda train: {"noisy": not train})
+        assert drops(net, x) == (False, True)
+    else:
+        with pytest.raises(ValueError, match=r"Dropout\(deterministic=...\) inside.*switch='...'"):
+            networks.from_linen(module).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="neither an argument nor a field switch='noise'"):
+        networks.from_linen(module, switch="noise")
+    with pytest.raises(TypeError, match="must be the name"):
+        inspect.unwrap(networks.from_linen)(module, switch=3)
+
+
+class Deep(nn.Module):
+    """Dropout or statistics two modules down, and nothing that could switch them."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: Array, phase: str = "eval") -> Array:
+        if self.kind == "custom":
+            mean = self.variable("batch_stats", "mean", lambda: x.mean(0))
+            return x - mean.value[None]
+        inner = {
+            "dropout": lambda: nn.Dropout(0.5, deterministic=phase == "eval"),
+            "norm": lambda: nn.BatchNorm(use_running_average=phase == "eval"),
+            "attention": lambda: nn.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=phase == "eval"),
+            "quiet": lambda: nn.Dropout(0.0, deterministic=False),
+            "attentive": lambda: nn.MultiHeadDotProductAttention(2),
+            "plain": lambda: nn.LayerNorm(),
+        }[self.kind]()
+        return nn.Sequential([nn.Dense(4), inner])(x)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "norm", "attention", "custom"])
+def test_linen_modules_with_something_to_switch_and_no_switch_are_refused(kind: str) -> None:
+    x = jnp.ones((2, 3, 4))
+    net = networks.from_linen(Deep(kind))
+    with pytest.raises(
+        ValueError, match=r"none of its arguments \(.*\) is a usual name|none of its arguments is a usual"
+    ):
+        net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"switch=lambda train: \{\}"):
+        networks.multi_branch(Deep(kind), 2).init(jax.random.key(0), x)
+    alike = networks.from_linen(Deep(kind), switch=lambda train: {})
+    params, state = alike.init(jax.random.key(0), x)
+    assert alike.apply(params, state, x)[0].shape == (2, 3, 4)
+    if kind != "custom":
+        told = networks.from_linen(Deep(kind), switch=lambda train: {"phase": "train" if train else "eval"})
+        y, evaluated = (told.apply(params, state, x, key=jax.random.key(2), train=t)[0] for t in (True, False))
+        assert float(jnp.abs(y - evaluated).max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["quiet", "attentive", "plain"])
+def test_linen_modules_with_nothing_to_switch_are_taken(kind: str) -> None:
+    net, x = networks.from_linen(Deep(kind)), jnp.ones((2, 3, 4))
+    params, state = net.init(jax.random.key(0), x)
+    assert net.apply(params, state, x, train=True)[0].shape == (2, 3, 4)
+
+
+def test_foreign_parameters_do_not_pass_by_the_check() -> None:
+    net, x = networks.from_linen(Deep("dropout")), jnp.ones((2, 4))
+    params = {"Dense_0": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+    with pytest.raises(ValueError, match="Dropout"):
+        net.apply(params, {}, x)
+
+
+class NnxOwn(nnx.Module):
+    """A module of a user's own making that draws or keeps statistics by itself."""
+
+    def __init__(self, kind: str, rngs: nnx.Rngs) -> None:
+        if kind == "stats":
+            self.mean = nnx.BatchStat(jnp.zeros(3))
+        else:
+            self.rngs = rngs.fork()
+        if kind in ("training", "is_eval"):
+            setattr(self, kind, False)
+        if kind == "noisy":
+            self.noisy = False
+        self.kind = kind
+
+    def __call__(self, x: Array) -> Array:
+        if self.kind == "stats":
+            return x - self.mean[...][None]
+        on = {"training": lambda: self.training, "is_eval": lambda: not self.is_eval, "noisy": lambda: self.noisy}
+        if self.kind in on and not on[self.kind]():
+            return x
+        return x * jax.random.bernoulli(self.rngs.noise(), 0.5, x.shape)
+
+
+@pytest.mark.parametrize("kind", ["stats", "random", "noisy"])
+def test_nnx_modules_with_something_to_switch_and_no_switch_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"(batch statistics|random streams) in NnxOwn.*switch=lambda train: \{\}"):
+        networks.from_nnx(lambda rngs: NnxOwn(kind, rngs))
+    net = networks.from_nnx(lambda rngs: NnxOwn(kind, rngs), switch=lambda train: {})
+    assert net.apply(*net.init(jax.random.key(0), jnp.ones((2, 3))), jnp.ones((2, 3)))[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize(("kind", "switch"), [("training", None), ("is_eval", None), ("noisy", "noisy")])
+def test_switches_of_nnx_modules_are_set_wherever_they_are(kind: str, switch: str | None) -> None:
+    class Around(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.inside = nnx.List([NnxOwn(kind, rngs)])
+
+        def __call__(self, x: Array) -> Array:
+            return self.inside[0](x)
+
+    assert drops(networks.from_nnx(Around, switch=switch), jnp.ones((2, 50))) == (True, False)
+
+
+def test_switches_of_nnx_calls() -> None:
+    class Called(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            self.rngs = rngs.fork()
+
+        def __call__(self, x: Array, *, inference: bool, noisy: bool = True) -> Array:
+            return x if inference or not noisy else x * jax.random.bernoulli(self.rngs.noise(), 0.5, x.shape)
+
+    x = jnp.ones((2, 50))
+    assert drops(networks.from_nnx(Called), x) == (True, False)
+    told = networks.from_nnx(Called, switch=lambda train: {"inference": False, "noisy": not train})
+    assert drops(told, x) == (False, True)
+    with pytest.raises(ValueError, match="neither an argument nor an attribute switch='noise'"):
+        networks.from_nnx(Called, switch="noise")
+
+
+# --------------------------------------------------------------------------------------------------------- wrong things
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)), r"NNX module instance Linear.*from_nnx\(lambda rngs: Linear\("),
+        (lambda: Deep, r"the Linen class Deep: write from_linen\(Deep\(\.\.\.\)\)"),
+        (lambda: lambda params, x: x, r"constructor of NNX modules"),
+        (lambda: lambda rngs: rngs, r"gave .*Rngs"),
+        (lambda: "mlp", r"got 'mlp' of type str"),
+        (lambda: None, r"from_functions\(init, apply\)"),
+    ],
+)
+def test_what_is_no_branch_is_told_what_to_write(given: Callable[[], Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        networks.multi_branch(given(), 3)
+    with pytest.raises(TypeError, match=words):
+        networks.mixture([networks.mlp(), given()])
+    with pytest.raises(TypeError, match=words):
+        MultiBranch(given(), 3).init(jax.random.key(0), jnp.ones((1, 2)))
+    with pytest.raises(TypeError, match=words):
+        dg_nnx.MultiBranch(given(), 3, jnp.ones((1, 2)), rngs=nnx.Rngs(0))
+
+
+def test_adapters_refuse_what_cannot_be_called() -> None:
+    class Mute(nn.Module):
+        size: int = 3
+
+    class MuteNnx(nnx.Module):
+        pass
+
+    with pytest.raises(TypeError, match="Mute has no __call__"):
+        networks.from_linen(Mute())
+    with pytest.raises(TypeError, match="MuteNnx has no __call__"):
+        networks.from_nnx(lambda rngs: MuteNnx())
+    with pytest.raises(TypeError, match="takes a constructor of NNX modules, got the Linen module instance Dense"):
+        networks.from_nnx(nn.Dense(3))
+    for count in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match="num_branches must be a positive integer"):
+            MultiBranch(nn.Dense(3), count)
