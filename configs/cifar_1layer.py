@@ -6,6 +6,7 @@ The setting is that of mnist_1layer.py on CIFAR-10 with rate 0.5 times I.  Expec
 largest envelope distance near 0.47 in loss.
 """
 
+import dataclasses
 from pathlib import Path
 
 from dualgap_jax.config import load
@@ -13,7 +14,10 @@ from dualgap_jax.config import load
 
 def get_config(arg=None):
     config = load(Path(__file__).with_name("mnist_1layer.py"), arg or "")
-    config.title = "CIFAR-10, one hidden layer, I = {I}"
-    config.data.name = "cifar10"
-    config.training.learning_rate = 0.5
-    return config
+    spec = dataclasses.replace(
+        config.spec,
+        title="CIFAR-10, one hidden layer, I = {I}",
+        data=dataclasses.replace(config.spec.data, name="cifar10"),
+        training=dataclasses.replace(config.spec.training, learning_rate=0.5),
+    )
+    return config._replace(spec=spec)

@@ -13,6 +13,7 @@ what it will take.  On two cores that is five seconds a step: `--config.training
 0.17 and a largest envelope distance near 0.77 in loss.
 """
 
+import dataclasses
 from pathlib import Path
 
 from dualgap_jax.config import load
@@ -20,7 +21,11 @@ from dualgap_jax.config import load
 
 def get_config(arg=None):
     config = load(Path(__file__).with_name("cifar_1layer.py"), arg or "")
-    config.title = "CIFAR-10, three hidden layers, I = {I}"
-    config.branch.hidden = (8, 8, 8)
-    config.training.learning_rate = 0.2 if config.num_branches <= 100 else 0.02
-    return config
+    branch, training = config.spec.branch, config.spec.training
+    spec = dataclasses.replace(
+        config.spec,
+        title="CIFAR-10, three hidden layers, I = {I}",
+        branch=dataclasses.replace(branch, settings={**branch.settings, "hidden": (8, 8, 8)}),
+        training=dataclasses.replace(training, learning_rate=0.2 if config.spec.num_branches <= 100 else 0.02),
+    )
+    return config._replace(spec=spec)

@@ -10,8 +10,7 @@ range the wide landscape is not more convex.  A minute and a half on two CPU cor
 
 from pathlib import Path
 
-from dualgap_jax.config import experiment_config, load, parse_arg, to_spec
-from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.config import Config, load, parse_arg
 from dualgap_jax.experiments.row import RowSpec
 
 
@@ -19,11 +18,10 @@ def get_config(arg=None):
     args = parse_arg(arg, I=(10, 30, 70, 1000), seed=0, data_seed=1, smoke=False)
     same = f"seed={args.seed},data_seed={args.data_seed},smoke={args.smoke}"
     cell = load(Path(__file__).with_name("synthetic_relu.py"), same)
-    del cell.experiment
     row = RowSpec(
         title="Loss landscapes on synthetic ReLU data",
         paper_item="Figure 1",
         num_branches=args.I[:2] if args.smoke else args.I,
-        cell=to_spec(LandscapeSpec, cell),
+        cell=cell.spec,
     )
-    return experiment_config("landscape_row", row)
+    return Config("landscape_row", row)

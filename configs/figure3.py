@@ -12,7 +12,7 @@ Expect 1, 2 and 10 copies as in the paper; for the l_p balls n times the distanc
 and Starr's bound is 2 sqrt(2) times too large from n = 2; for sets with rounded corners it falls like 1/n^2.
 """
 
-from dualgap_jax.config import component, experiment_config, parse_arg, require
+from dualgap_jax.config import Absent, Config, component, parse_arg, require
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec
 from dualgap_jax.shapley_folkman import SETS
 
@@ -22,20 +22,19 @@ COPIES = (1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 50, 70, 100)
 
 
 def get_config(arg=None):
-    args = parse_arg(arg, set="lp_ball", p=0.5, seed=0, copies=(0,), smoke=False)
+    args = parse_arg(arg, set="lp_ball", p=Absent(0.5), seed=Absent(0), copies=Absent((1, 2, 5)), smoke=False)
     is_ball, is_random = args.set == "lp_ball", args.set.startswith("random_")
-    require(is_ball or args.p == 0.5, f"p={args.p:g}: only the set lp_ball has a p, not {args.set!r}.")
-    require(is_random or args.seed == 0, f"seed={args.seed}: only the random sets have a seed, not {args.set!r}.")
-    settings = {"p": args.p} if is_ball else {"seed": args.seed} if is_random else {}
+    require(is_ball or args.p is None, f"p={args.p}: only the set lp_ball has a p, not {args.set!r}.")
+    require(is_random or args.seed is None, f"seed={args.seed}: only the random sets have a seed, not {args.set!r}.")
+    p, seed = 0.5 if args.p is None else args.p, args.seed or 0
+    settings = {"p": p} if is_ball else {"seed": seed} if is_random else {}
     chosen = component(SETS, args.set, **settings)
-    copies = args.copies
-    if copies == (0,):
-        copies = tuple(n for n in COPIES if n <= UP_TO[args.set])
-    names = {"lp_ball": f"the ℓₚ ball, p = {args.p:g}", "union": "a union of pieces"}
+    copies = args.copies or tuple(n for n in COPIES if n <= UP_TO[args.set])
+    names = {"lp_ball": f"the ℓₚ ball, p = {p:g}", "union": "a union of pieces"}
     spec = ShapleyFolkmanSpec(
         title=f"Minkowski averages of {names.get(args.set, args.set.replace('_', ' '))}",
-        paper_item="Figure 3" if (args.set, args.p) == ("lp_ball", 0.5) else "as Figure 3, another set",
+        paper_item="Figure 3" if (args.set, p) == ("lp_ball", 0.5) else "as Figure 3, another set",
         set=chosen,
         copies=copies[:3] if args.smoke else copies,
     )
-    return experiment_config("shapley_folkman", spec)
+    return Config("shapley_folkman", spec)

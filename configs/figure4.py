@@ -11,8 +11,7 @@ Expect the envelope distance to fall with I on MNIST in units of loss, and not t
 
 from pathlib import Path
 
-from dualgap_jax.config import ConfigError, experiment_config, load, parse_arg, to_spec
-from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.config import Absent, Config, ConfigError, load, parse_arg
 from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.registry import unknown
 
@@ -24,19 +23,17 @@ ROWS = {
 
 
 def get_config(arg=None):
-    args = parse_arg(arg, row="mnist", I=(0,), seed=0, smoke=False)
+    args = parse_arg(arg, row="mnist", I=Absent((1, 3, 5)), seed=0, smoke=False)
     if args.row not in ROWS:
         raise ConfigError(unknown("row", args.row, ROWS))
     file, item, title, counts = ROWS[args.row]
-    if args.I != (0,):
-        counts = args.I
+    counts = args.I or counts
     # One rate for the whole row: that of its largest I.
     cell = load(Path(__file__).with_name(file), f"I={max(counts)},seed={args.seed},smoke={args.smoke}")
-    del cell.experiment
     row = RowSpec(
         title=f"Loss landscapes on {title}",
         paper_item=f"Figure 4, {item}",
         num_branches=counts[:2] if args.smoke else counts,
-        cell=to_spec(LandscapeSpec, cell),
+        cell=cell.spec,
     )
-    return experiment_config("landscape_row", row)
+    return Config("landscape_row", row)

@@ -11,7 +11,7 @@ rank deficient; SGD with H = 2 and 3 reaches the optimum on random data, H = 5 d
 5,000 steps.
 """
 
-from dualgap_jax.config import Component, ConfigError, experiment_config, parse_arg
+from dualgap_jax.config import Absent, Component, Config, ConfigError, parse_arg
 from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec, smoke
 from dualgap_jax.registry import unknown
 
@@ -21,16 +21,16 @@ WIDTH = {"random": 10, "mnist": 9, "cifar10": 9}  # centred one-hot labels of te
 
 
 def get_config(arg=None):
-    args = parse_arg(arg, data="random", H=3, gamma=-1.0, width=0, seed=0, smoke=False)
+    args = parse_arg(arg, data="random", H=3, gamma=Absent(1.0), width=Absent(10), seed=0, smoke=False)
     if args.data not in GAMMA:
         raise ConfigError(unknown("data", args.data, GAMMA))
     spec = LinearDualSpec(
         title=f"Theorem 2 on {TITLE[args.data]}",
         data=Component(args.data, {}),
         depth=args.H,
-        width=args.width or WIDTH[args.data],
-        gamma=GAMMA[args.data] if args.gamma == -1.0 else args.gamma,
+        width=WIDTH[args.data] if args.width is None else args.width,
+        gamma=GAMMA[args.data] if args.gamma is None else args.gamma,
         seed=args.seed,
         sgd=DescentSpec(),
     )
-    return experiment_config("linear_dual", smoke(spec) if args.smoke else spec)
+    return Config("linear_dual", smoke(spec) if args.smoke else spec)

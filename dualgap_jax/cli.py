@@ -1,41 +1,152 @@
-"""What `scripts/run.py` does once flags are parsed; kept here so that it can be tested and called."""
+"""What `scripts/run.py` does, kept here so that it can be tested and called: arguments in, experiment out.
+
+Exit status: 0 when all went well; 2 for what the user can mend, with one message; 1 for a defect, with a traceback; 130
+after Ctrl-C and 143 after SIGTERM, with what is done kept.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
+import difflib
 import importlib
+import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import ml_collections
 
 from dualgap_jax import experiments, sharding
-from dualgap_jax.config import ConfigError, load, require
+from dualgap_jax.config import Config, ConfigError, load, override, require
 from dualgap_jax.experiments import TABLES, Tables
-from dualgap_jax.registry import Table, unknown
+from dualgap_jax.interrupts import Terminated
+from dualgap_jax.registry import Table
 
 CONFIGS = Path("configs")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help.")
+
+
+class _Once(argparse.Action):
+    """A flag that may be given once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            parser.error(f"{option_string} is given twice, as {before} and {values}: give it once")
+        setattr(namespace, self.dest, values)
+
+
+def _parser(description: str | None) -> _Parser:
+    parser = _Parser(
+        "run.py",
+        usage="python scripts/run.py --config=FILE:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v] ...",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def once(flag: str, help: str, **kind: Any) -> None:
+        parser.add_argument(flag, action=_Once, help=help, **kind)
+
+    once("--config", "config file, with the argument of its get_config after a colon", metavar="FILE:ARG")
+    parser.add_argument("--config.KEY", dest="_", metavar="VALUE", help="change a leaf of the config; may be repeated")
+    once("--workdir", "folder to work in; by default runs/NAME-HASH of the configuration", metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="print the experiments and the config files, and exit")
+    parser.add_argument(
+        "--extend",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module with extend(tables) -> tables that adds entries of your own; may be repeated",
+    )
+    once("--coordinator", "process 0 of a distributed run", metavar="HOST:PORT")
+    once("--num_processes", "number of processes of a distributed run", type=int, metavar="N")
+    once("--process_id", "which of them this is, from 0", type=int, metavar="K")
+    parser.add_argument("--distributed", action="store_true", help="join a distributed run as the cluster says")
+    once("--cpu_devices", "number of virtual devices on CPU, to try a mesh", type=int, metavar="N")
+    return parser
+
+
+def parse(argv: Sequence[str], description: str | None = None) -> argparse.Namespace:
+    """Reads the command line; loads the config file and changes its leaves, once.
+
+    Args:
+      argv: the command line after the program's name.
+      description: what `--help` prints above the flags.
+
+    Returns:
+      The flags; `config` is a `Config` or None, `name` the name of its file.
+
+    Raises:
+      ConfigError: for an argument that is unknown, given twice or without its dashes, a missing file, a bad argument
+        after its colon, or an override that does not fit.
+    """
+    flags, rest = _parser(description).parse_known_args(list(argv))
+    overrides: dict[str, str | None] = {}
+    waiting = list(rest)
+    while waiting:
+        item = waiting.pop(0)
+        if not item.startswith("--config."):
+            raise ConfigError(_leftover(item))
+        key, equals, text = item.removeprefix("--config.").partition("=")
+        value: str | None = text
+        if not equals:
+            value = waiting.pop(0) if waiting and not _is_flag(waiting[0]) else None
+        require(key not in overrides, f"--config.{key} is given twice: give it once.")
+        overrides[key] = value
+    flags.name = None
+    if flags.config is None:
+        require(not overrides, f"--config.{next(iter(overrides), '')} without --config=configs/NAME.py; give both.")
+        return flags
+    if flags.extend and "" not in sys.path:
+        sys.path.insert(0, "")  # a config may import the modules of its extensions
+    flags.name = Path(flags.config.partition(":")[0]).stem
+    flags.config = override(load(flags.config), overrides)
+    return flags
+
+
+def _is_flag(text: str) -> bool:
+    return text.startswith("--") or text.partition("=")[0].startswith(("config.", "config="))
+
+
+def _leftover(item: str) -> str:
+    """What to say of an argument that nothing reads."""
+    known = [action.option_strings[-1] for action in _parser(None)._actions if action.option_strings]
+    name, equals, value = item.partition("=")
+    bare = name.lstrip("-")
+    if bare == "config" or bare.startswith("config.") or f"--{bare}" in known:
+        return f"argument {item!r} is not read without its two dashes: write --{bare}{equals}{value}"
+    near = difflib.get_close_matches(f"--{bare}", known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown argument {item!r}.{hint} Allowed: {', '.join(sorted(known))}."
 
 
 def extended(modules: Sequence[str], tables: Tables = TABLES) -> Tables:
     """The tables after `extend(tables)` of each module; the current folder is importable.
 
     Raises:
-      ConfigError: if a module cannot be imported or has no `extend`.
+      ConfigError: if a module cannot be imported or has no `extend` that returns tables.
     """
     if modules and "" not in sys.path:
         sys.path.insert(0, "")
     for name in modules:
         try:
             module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except (ImportError, SyntaxError, ValueError) as error:
             raise ConfigError(f"--extend={name}: {error}; give a module that can be imported from here.") from error
         require(hasattr(module, "extend"), f"--extend={name}: the module defines no extend(tables) -> tables.")
         tables = module.extend(tables)
+        require(isinstance(tables, Tables), f"--extend={name}: extend(tables) must return tables, not {tables!r:.60}.")
     return tables
 
 
@@ -47,36 +158,9 @@ def listing(tables: Tables = TABLES, configs: Path = CONFIGS) -> str:
         lines += [f"{title}:", *(f"  {name:<16} {table.describe(name)}" for name in table), ""]
     lines.append(f"Configs (--config={configs}/NAME.py:KEY=VALUE,...):")
     for path in sorted(configs.glob("*.py")):
-        head = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        head = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
         lines.append(f"  {path.name:<20} {head}")
     return "\n".join(lines)
-
-
-def check_arguments(argv: Sequence[str]) -> None:
-    """Loads the config file and looks up the overridden keys, so that mistakes there get one clear line.
-
-    Args:
-      argv: the command line after the program's name.
-
-    Raises:
-      ConfigError: for a missing file, a bad argument after its colon, or an override of a key that is not there.
-    """
-    names = [item.lstrip("-") for item in argv if item.startswith("-")]
-    given = [n.partition("=")[2] for n in names if n.startswith("config=")]
-    given += [argv[i + 1] for i, item in enumerate(argv[:-1]) if item in ("-config", "--config")]
-    if not given:
-        return
-    config = load(given[-1])
-    for name in names:
-        if not name.startswith("config."):
-            continue
-        keys = name.partition("=")[0].split(".")[1:]
-        group = config
-        for depth, key in enumerate(keys):
-            allowed = list(group) if isinstance(group, ml_collections.ConfigDict) else []
-            if key not in allowed:
-                raise ConfigError(unknown(f"key in {'.'.join(['config', *keys[:depth]])}:", key, allowed))
-            group = group[key]
 
 
 def join(
@@ -92,24 +176,17 @@ def join(
       ConfigError: if the flags do not fit one another, or the run cannot be joined; see `sharding.join`.
     """
     if cpu_devices is not None:
-        require(cpu_devices >= 1, f"--cpu_devices={cpu_devices} must be at least 1.")
+        require(1 <= cpu_devices <= 1024, f"--cpu_devices={cpu_devices} must lie between 1 and 1,024.")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     given = (coordinator, num_processes, process_id)
     if distributed or any(g is not None for g in given):
         sharding.join(*given)
 
 
-def run(
-    config: ml_collections.ConfigDict | None,
-    filename: str | None,
-    workdir: str | None,
-    tables: Tables,
-    command: Sequence[str],
-) -> None:
+def run(config: Config | None, name: str | None, workdir: str | None, tables: Tables, command: Sequence[str]) -> None:
     """Runs a config and prints its table and where everything is."""
     if config is None:
         raise ConfigError("no config given: use --config=configs/NAME.py:KEY=VALUE; --list prints the configs.")
-    name = Path(filename).stem if filename else None
     report, folder, was_complete = experiments.run(config, tables=tables, name=name, workdir=workdir, command=command)
     if not folder.writes:
         return
@@ -118,23 +195,55 @@ def run(
             f"Complete already; nothing was computed. To start over, delete {folder.path} or give another --workdir.\n"
         )
     print(report.text())
-    for path in sorted(folder.figures.glob("*.png")):
+    for path in sorted((folder.path / "figures").glob("*.png")):
         print(f"figure: {path}")
     print(f"workdir: {folder.path}")
 
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turns the errors that a user can mend into one message and exit status 2, an interruption into status 130."""
+    """Turns what a user can mend into one message and exit status 2; an interruption into status 130 or 143."""
     try:
         yield
     except KeyboardInterrupt as error:
+        name = "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+        print(f"\n{name}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
+        sys.exit(143 if isinstance(error, Terminated) else 130)
+    except BrokenPipeError:  # whoever reads the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
         print(
-            f"\n{type(error).__name__}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr
+            f"{type(error).__name__}: {error}; what is done is kept, and the same command goes on once this is mended.",
+            file=sys.stderr,
         )
-        sys.exit(130)
-    except (ValueError, LookupError, FileNotFoundError, RuntimeError) as error:
+        sys.exit(2)
+    except MemoryError as error:
+        print(f"out of memory ({error}); give the run more of it, or make it smaller.", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, LookupError, RuntimeError) as error:
         if not type(error).__module__.startswith("dualgap_jax"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def main(argv: Sequence[str], description: str | None = None) -> None:
+    """The whole of `scripts/run.py`; see the head of this module for how it ends.
+
+    Args:
+      argv: the command line, with the program's name.
+      description: what `--help` prints above the flags.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is no reason to stop
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    with errors_in_one_line():
+        flags = parse(argv[1:], description)
+        join(flags.coordinator, flags.num_processes, flags.process_id, flags.distributed, flags.cpu_devices)
+        tables = extended(flags.extend)
+        if flags.list:
+            print(listing(tables))
+        else:
+            run(flags.config, flags.name, flags.workdir, tables, argv)
+        sys.stdout.flush()

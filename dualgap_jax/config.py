@@ -1,23 +1,25 @@
-"""Configs: the typed argument string of a config file, and the frozen spec that a ConfigDict is turned into.
+"""Configs: the typed argument string of a config file, the frozen spec of an experiment, and overrides of its leaves.
 
-A config file defines `get_config(arg)` and reads `arg` ("I=100,seed=3,smoke") with `parse_arg`.  An experiment declares
-a frozen dataclass; `to_spec` fills it from the ConfigDict and rejects whatever does not fit, naming the key, what was
-given and what is allowed.
+A config file defines `get_config(arg)`, reads `arg` ("I=100,seed=3,smoke") with `parse_arg`, and returns a `Config`:
+the name of an experiment and its spec, a frozen dataclass.  `override` changes leaves by their dotted names, and
+`to_spec` builds a spec from nested mappings; both reject whatever does not fit, naming the key, what was given and what
+is allowed.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import inspect
+import math
+import re
 import sys
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-import ml_collections
+from typing import Any, NamedTuple, TypeVar
 
 from dualgap_jax.registry import Table, unknown
 
@@ -38,6 +40,22 @@ class Component:
 
     name: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def _asdict(self) -> dict[str, Any]:
+        """Name and settings side by side, as configs have them."""
+        return {"name": self.name, **self.settings}
+
+
+class Config(NamedTuple):
+    """What a config file returns.
+
+    Attributes:
+      experiment: its name in the table of experiments.
+      spec: a frozen dataclass, the spec of that experiment.
+    """
+
+    experiment: str
+    spec: Any
 
 
 def component(table: Table[Any], name: str, /, **settings: Any) -> Component:
@@ -61,6 +79,16 @@ def component(table: Table[Any], name: str, /, **settings: Any) -> Component:
         if isinstance(p.default, bool | int | float | str | tuple) and key not in FROM_CONTEXT
     }
     return Component(name, {**defaults, **settings})
+
+
+class Absent(NamedTuple):
+    """The default of an argument that is None unless it is given.
+
+    Attributes:
+      like: a value of its type.
+    """
+
+    like: bool | int | float | str | tuple[Any, ...]
 
 
 class Arguments(types.SimpleNamespace):
@@ -87,19 +115,22 @@ def _read(key: str, text: str, default: Any) -> Any:
     if kind is str:
         return text
     try:
-        return kind(text)
-    except ValueError:
-        noun = {int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"{key}={text!r}: expected {noun}, as in {key}={default}.") from None
+        value = kind(text)
+    except ValueError:  # an integer of thousands of digits, too
+        value = math.nan
+    noun = {int: "a whole number", float: "a finite number"}[kind]
+    require(math.isfinite(value), f"{key}={text!r:.60}: expected {noun}, as in {key}={default}.")
+    return value
 
 
-def parse_arg(arg: str | None, **defaults: bool | int | float | str | tuple[Any, ...]) -> Arguments:
+def parse_arg(arg: str | None, **defaults: bool | int | float | str | tuple[Any, ...] | Absent) -> Arguments:
     """Reads "key=value,flag,list=1/3/5" with the types of the defaults.
 
     Args:
       arg: the text after the colon of `--config=FILE:ARG`, or None.
       defaults: every allowed key with its default, which fixes the type.  A bare key sets a boolean.  Tuples have at
-        least one item, all of the type of the default's first, and are written with slashes.
+        least one item, all of the type of the default's first, and are written with slashes.  `Absent(like)` is None
+        where the argument is not given, and of the type of `like` where it is.
 
     Returns:
       A namespace with one attribute a key.
@@ -107,6 +138,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str | tuple[Any,
     Raises:
       ConfigError: for an unknown or repeated key, or a value of the wrong type.
     """
+    likes = {key: default.like if isinstance(default, Absent) else default for key, default in defaults.items()}
     values: dict[str, Any] = {}
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
@@ -114,30 +146,26 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str | tuple[Any,
             raise ConfigError(unknown("config argument", key, defaults))
         if key in values:
             raise ConfigError(f"config argument {key!r} is given twice in {arg!r}.")
-        if not equals and not isinstance(defaults[key], bool):
-            raise ConfigError(f"config argument {key!r} needs a value, as in {key}={_written(defaults[key])}.")
-        values[key] = _read(key, text, defaults[key]) if equals else True
-    return Arguments(**{**defaults, **values})
+        if not equals and not isinstance(likes[key], bool):
+            raise ConfigError(f"config argument {key!r} needs a value, as in {key}={_written(likes[key])}.")
+        values[key] = _read(key, text, likes[key]) if equals else True
+    fixed = {key: None if isinstance(default, Absent) else default for key, default in defaults.items()}
+    return Arguments(**{**fixed, **values})
 
 
-def plain(value: Any) -> Any:
-    """A config or spec as plain JSON data: dicts, lists, numbers, strings."""
-    if isinstance(value, ml_collections.ConfigDict):
-        value = value.to_dict()
-    if isinstance(value, Component):
-        return {"name": value.name, **plain(value.settings)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(v) for v in value]
-    return value
+def as_dict(spec: Any) -> Any:
+    """A spec as nested dicts that `to_spec` turns back into it; lists become tuples."""
 
+    def convert(value: Any) -> Any:
+        if isinstance(value, Component):
+            return {k: convert(v) for k, v in value._asdict().items()}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {k: convert(v) for k, v in value.items()}
+        return tuple(map(convert, value)) if isinstance(value, tuple | list) else value
 
-def as_dict(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
-    """A config as nested plain dicts, a copy."""
-    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    return convert(spec)
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -153,72 +181,119 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, tuple | list):
             raise ConfigError(f"{where}={value!r}: expected a tuple.")
         return tuple(_convert(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if isinstance(value, ml_collections.ConfigDict):
-        value = value.to_dict()
     if kind is Component:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise ConfigError(f"{where}={value!r}: expected a group with a `name` and the settings of that entry.")
-        return Component(value["name"], {k: v for k, v in value.items() if k != "name"})
+        _check_finite(value, where)
+        return Component(value["name"], {k: as_dict(v) for k, v in value.items() if k != "name"})
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}={value!r}: expected a group of keys.")
         return to_spec(typing.cast(type, kind), value, where=where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
+    _check_finite(value, where)
     return value
 
 
-def to_spec(cls: type[T], config: Mapping[str, Any] | ml_collections.ConfigDict, *, where: str = "config") -> T:
-    """Fills the frozen dataclass `cls` from a config, group by group.
+def _check_finite(value: Any, where: str) -> None:
+    """Raises ConfigError for NaN, infinities and numbers of more than 64 bits, wherever they are."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, f"{where}.{key}")
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            _check_finite(item, f"{where}[{index}]")
+    elif isinstance(value, float):
+        require(math.isfinite(value), f"{where}={value}: expected a finite number.")
+    elif isinstance(value, int):
+        require(-(2**63) <= value < 2**63, f"{where}={value}: expected a number of at most 64 bits.")
+
+
+def to_spec(cls: type[T], config: Mapping[str, Any], *, where: str = "config") -> T:
+    """Fills the frozen dataclass `cls` from nested mappings, group by group.
 
     Raises:
       ConfigError: for unknown or missing keys, wrong types, values outside a Literal, and whatever the `__post_init__`
         of a spec rejects.
     """
-    values = as_dict(config)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    for key in values:
+    for key in config:
         if key not in fields:
             raise ConfigError(unknown(f"key in {where}:", key, fields))
     converted = {}
     for name, field in fields.items():
-        if name in values:
-            converted[name] = _convert(hints[name], values[name], f"{where}.{name}")
+        if name in config:
+            converted[name] = _convert(hints[name], config[name], f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}.{name} is missing.")
     return cls(**converted)
 
 
-def to_config(spec: Any) -> ml_collections.ConfigDict:
-    """The ConfigDict of a spec: the inverse of `to_spec`, and the way config files get their defaults."""
+def override(config: Config, texts: Mapping[str, str | None]) -> Config:
+    """The config with leaves changed, as `--config.a.b=TEXT` gives them.
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, Component):
-            return {"name": value.name, **{k: convert(v) for k, v in value.settings.items()}}
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return value
+    Args:
+      config: what `load` gave.
+      texts: dotted name -> text, of the type that the leaf has; None sets a boolean.  An entry of a tuple is named
+        `a.b[0]`; a whole one is written `(1, 2)`, and one of numbers also `1/2`.
 
-    return ml_collections.ConfigDict(convert(spec))
+    Raises:
+      ConfigError: for a name that is not there, a text that does not fit, and whatever the spec rejects.
+    """
+    if not texts:
+        return config
+    tree = as_dict(config.spec)
+    for name, text in texts.items():
+        group: Any = tree
+        keys = re.findall(r"[^.\[\]]+|\[\d+\]", name)
+        if not keys or ".".join(keys).replace(".[", "[") != name:
+            raise ConfigError(unknown("key in config:", name, tree))
+        for depth, key in enumerate(keys):
+            where = ".".join(["config", *keys[:depth]]).replace(".[", "[")
+            at: Any = int(key[1:-1]) if key.startswith("[") else key
+            known = range(len(group)) if isinstance(group, list) else list(group) if isinstance(group, dict) else ()
+            if at not in known:
+                raise ConfigError(unknown(f"key in {where}:", key, [str(k) for k in known]))
+            if isinstance(group[at], tuple) and depth + 1 < len(keys):
+                group[at] = list(group[at])
+            if depth + 1 < len(keys):
+                group = group[at]
+            elif isinstance(group[at], dict):
+                raise ConfigError(f"config.{name} is a group; set one of its keys: {', '.join(group[at])}.")
+            else:
+                group[at] = _read_leaf(f"--config.{name}", text, group[at])
+    return config._replace(spec=to_spec(type(config.spec), tree))
 
 
-def experiment_config(experiment: str, spec: Any) -> ml_collections.ConfigDict:
-    """What a config file returns: the name of an experiment and its spec."""
-    return ml_collections.ConfigDict({"experiment": experiment, **to_config(spec).to_dict()})
+def _read_leaf(key: str, text: str | None, now: Any) -> Any:
+    """A text as a value of the type of the present one."""
+    if text is None:
+        require(isinstance(now, bool), f"{key} needs a value, as in {key}={_written(now)}.")
+        return True
+    if not isinstance(now, tuple | list):
+        return _read(key, text, now) if now is not None else text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        numbers = now and isinstance(now[0], int | float)
+        require(bool(numbers), f"{key}={text!r}: expected a tuple, as in {key}={now!r}.")
+        return tuple(_read(key, part, now[0]) for part in text.split("/"))
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def load(path: str | Path, arg: str | None = None) -> ml_collections.ConfigDict:
-    """The ConfigDict of a config file, as `--config=PATH:ARG` gives it.
+def load(path: str | Path, arg: str | None = None) -> Config:
+    """What a config file gives, as `--config=PATH:ARG` gives it.
 
     Args:
       path: the file; "FILE:ARG" works too.
       arg: what `get_config` is called with.
 
     Raises:
-      ConfigError: if there is no such file, or it defines no `get_config`.
+      ConfigError: if there is no such file, or it defines no `get_config(arg)` that returns a `Config`.
     """
     if arg is None:
         text, _, rest = str(path).partition(":")
@@ -236,7 +311,11 @@ def load(path: str | Path, arg: str | None = None) -> ml_collections.ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} defines no get_config(arg).")
-    return module.get_config(arg)
+    config = module.get_config(arg)
+    require(
+        isinstance(config, Config), f"{path}: get_config(arg) must return Config(experiment, spec), got {config!r:.60}."
+    )
+    return config
 
 
 def require(condition: bool, message: str) -> None:

@@ -56,10 +56,10 @@ def jsonable(value: Any, *, where: str = "value") -> Any:
             return float(x) if math.isfinite(x) else {_FLOAT: str(float(x))}
         if isinstance(x, Path):
             return str(x)
+        if hasattr(x, "_asdict") and not isinstance(x, type):
+            return convert(x._asdict(), at)
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             return {f.name: convert(getattr(x, f.name), f"{at}.{f.name}") for f in dataclasses.fields(x)}
-        if hasattr(x, "_asdict"):
-            return convert(x._asdict(), at)
         if isinstance(x, Mapping):
             for key in x:
                 if not isinstance(key, str | int) or key == _FLOAT:

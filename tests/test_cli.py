@@ -12,6 +12,7 @@ from dualgap_jax import cli
 from dualgap_jax.config import ConfigError
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.files import load_json
+from dualgap_jax.interrupts import Terminated
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = """
@@ -24,14 +25,47 @@ def wide(*, out: int, width: int = 3):
 def extend(tables):
     return tables._replace(branches=tables.branches.extended({"wide": wide}))
 """
+EXPERIMENT = """
+import dataclasses
+from pathlib import Path
+from dualgap_jax.experiments import Experiment, Report
+from dualgap_jax.files import load_json, save_json
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    numbers: tuple[int, ...] = (1, 2)
+
+def sums(spec, workdir, tables):
+    '''The sum of some numbers.'''
+    found = workdir.remember("sum", lambda: {"sum": sum(spec.numbers)})
+    save_json(workdir.results / "sums.json", found)
+    return Report("Sums", ["numbers", "sum"], [[len(spec.numbers), found["sum"]]])
+
+def drawn(workdir):
+    path = Path(workdir) / "figures" / "sums.png"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(str(load_json(Path(workdir) / "results" / "sums.json")["sum"]))
+    return [path]
+
+def extend(tables):
+    return tables.with_experiments(Experiment("sums", Sums, sums), Experiment("drawn_sums", Sums, sums, drawn))
+"""
+OWN_CONFIG = """
+from dualgap_jax.config import Config, parse_arg
+from own import Sums
+
+def get_config(arg=None):
+    args = parse_arg(arg, name="sums")
+    return Config(args.name, Sums((3, 4)))
+"""
 CONFIG = """
-from dualgap_jax.config import Component, experiment_config
+from dualgap_jax.config import Component, Config
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 
 def get_config(arg=None):
     data = Component("synthetic_relu", {"seed": 1})
     spec = LandscapeSpec(num_branches=2, branch=Component("wide", {"width": 4}), data=data)
-    return experiment_config("landscape", smoke(spec, n=40))
+    return Config("landscape", smoke(spec, n=40))
 """
 
 
@@ -57,26 +91,69 @@ def test_the_listing_names_everything() -> None:
             ["--config=configs/mnist_2layer.py"],
             "unknown config file in configs: 'mnist_2layer.py'. Did you mean 'mnist_1layer",
         ),
-        (["--config=configs/synthetic_relu.py:I=0"], "num_branches=0 must be a positive integer"),
+        (["--config=configs/synthetic_relu.py:I=0"], "num_branches=0 must"),
+        (["--config=configs/figure4.py:I=0"], "num_branches=0 must"),
         (["--config", "configs/synthetic_relu.py:I=1.5"], "I='1.5': expected a whole number"),
         (["--config=configs/synthetic_relu.py:tau=1"], "unknown config argument 'tau'"),
         (["--config=configs/figure4.py:row=minst"], "unknown row 'minst'. Did you mean 'mnist'"),
+        (["--config=configs/theorem2.py:gamma=-1"], "gamma=-1.0 must be finite and at least 0"),
+        (["--config=configs/theorem2.py:width=0"], "width=0 must be at least 1"),
         (["--config=configs/synthetic_relu.py", "--config.trainig.max_steps=3"], "'trainig'. Did you mean 'training'"),
         (["--config=configs/synthetic_relu.py", "--config.branch.hiden=3"], "key in config.branch: 'hiden'"),
         (["--config=configs/synthetic_relu.py", "--config.seed.x=3"], "key in config.seed: 'x'"),
+        (["--config=configs/synthetic_relu.py", "--config.seed"], "--config.seed needs a value"),
+        (["--config=configs/synthetic_relu.py", "--config.seed="], "--config.seed='': expected a whole number"),
+        (
+            ["--config=configs/figure1.py", "config.cell.training.learning_rate=0.001"],
+            "without its two dashes: write --config.cell.training.learning_rate=0.001",
+        ),
+        (["--config=configs/figure1.py", "-config.cell.seed=1"], "write --config.cell.seed=1"),
+        (["config=configs/figure1.py"], "write --config=configs/figure1.py"),
+        (["--config=configs/figure1.py", "workdir=x"], "write --workdir=x"),
+        (["--config=configs/figure1.py", "x"], "unknown argument 'x'. Allowed: --config"),
+        (["--config=configs/figure1.py", "--wokdir=x"], "unknown argument '--wokdir=x'. Did you mean --workdir?"),
+        (["--config=configs/figure1.py", "--work=x"], "unknown argument '--work=x'"),
+        (["--config=configs/figure1.py", "--", "--workdir=x"], "argument"),
+        (["--config=configs/figure1.py", "--config.cell.seed", "1", "2"], "unknown argument '2'"),
+        (["--config=configs/figure1.py", "--config=configs/figure4.py"], "--config is given twice"),
+        (["--config=configs/figure1.py", "--workdir=a", "--workdir=a"], "--workdir is given twice"),
+        (["--config=configs/figure1.py", "--config.cell.seed=1", "--config.cell.seed=2"], "cell.seed is given twice"),
+        (["--config.cell.seed=1"], "--config.cell.seed without --config"),
+        (["--workdir"], "expected one argument"),
+        (["--num_processes=two"], "invalid int value: 'two'"),
     ],
 )
 def test_mistakes_in_the_arguments(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as error:
-        cli.check_arguments(arguments)
+        cli.parse(arguments)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_good_arguments_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_arguments_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    cli.check_arguments(["--config=configs/synthetic_relu.py:I=3", "--config.training.max_steps=3", "--workdir=x"])
-    cli.check_arguments(["--list"])
+    flags = cli.parse(
+        [
+            "--config=configs/synthetic_relu.py:I=3",
+            "--config.training.max_steps=3",
+            "--config.training.learning_rate",
+            "0.5",
+            "--config.tensorboard",
+            "--workdir=x",
+            "--config.branch.hidden[0]=16",
+            "--extend=a",
+            "--extend",
+            "b",
+        ]
+    )
+    assert (flags.name, flags.workdir, flags.extend) == ("synthetic_relu", "x", ["a", "b"])
+    spec = flags.config.spec
+    assert (spec.num_branches, spec.training.max_steps, spec.training.learning_rate) == (3, 3, 0.5)
+    assert spec.tensorboard
+    assert spec.branch.settings["hidden"] == (16,)
+    assert cli.parse(["--list"]).list
+    assert cli.parse(["--config", "configs/figure1.py", "--config.cell.plane.half_width", "1e-3"]).config is not None
 
 
 def test_errors_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,9 +163,11 @@ def test_errors_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "ConfigError: what was given, what is allowed.\n"
     with pytest.raises(ValueError, match="a defect"), cli.errors_in_one_line():
         raise ValueError("a defect keeps its traceback")
-    with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
-        raise KeyboardInterrupt
-    assert stop.value.code == 130
+    for error, code in ((KeyboardInterrupt(), 130), (Terminated("SIGTERM"), 143), (OSError(28, "No space"), 2)):
+        with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
+            raise error
+        assert stop.value.code == code
+        assert "what is done is kept, and the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -97,6 +176,38 @@ def test_errors_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_extensions(module: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cli.extended([module])
+
+
+@pytest.mark.parametrize("name", ["sums", "drawn_sums"])
+def test_a_whole_run_of_an_experiment_of_ones_own(name: str, tmp_path: Path) -> None:
+    """With figures and without, complete, and damaged afterwards."""
+    (tmp_path / "own.py").write_text(EXPERIMENT)
+    (tmp_path / "own_config.py").write_text(OWN_CONFIG)
+    arguments = [f"--config=own_config.py:name={name}", "--extend=own", "--config.numbers=3/4/5", "--workdir=w"]
+    first = run(*arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "12" in first.stdout
+    assert load_json(tmp_path / "w" / "config.json") == {"experiment": name, "numbers": [3, 4, 5]}
+    assert load_json(tmp_path / "w" / "run.json")["status"] == "complete"
+    figure = tmp_path / "w" / "figures" / "sums.png"
+    assert figure.exists() == (name == "drawn_sums") == ("figure:" in first.stdout)
+    figure.unlink(missing_ok=True)
+    second = run(*arguments, cwd=tmp_path)
+    assert second.stdout == (
+        "Complete already; nothing was computed. To start over, delete"
+        f" {tmp_path / 'w'} or give another --workdir.\n\n{first.stdout}"
+    )
+    assert figure.exists() == (name == "drawn_sums")
+    record = tmp_path / "w" / "results" / "sums.json"
+    record.write_text(record.read_text().replace("12", "13"))
+    third = run(*arguments, cwd=tmp_path)
+    assert third.stdout == first.stdout
+    assert "results/sums.json" in third.stderr
+    another = "sums" if name == "drawn_sums" else "drawn_sums"
+    other = run(f"--config=own_config.py:name={another}", *arguments[1:], cwd=tmp_path)
+    assert other.returncode == 2
+    assert f"holds a run of experiment '{name}', not '{another}'" in other.stderr
+    assert "The sum of some numbers." in run("--extend=own", "--list", cwd=tmp_path).stdout
 
 
 def test_a_whole_run_with_ones_own_branch(tmp_path: Path) -> None:
@@ -139,5 +250,6 @@ def test_mistakes_cost_seconds_and_one_message(arguments: list[str], message: st
 
 def test_help_is_useful() -> None:
     done = run("--help")
+    assert done.returncode == 0
     for word in ("--config", "--workdir", "--list", "--extend", "configs/figure1.py"):
         assert word in done.stdout

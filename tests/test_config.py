@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_collections
 import pytest
 
 from dualgap_jax.config import (
+    Absent,
     Component,
+    Config,
     ConfigError,
     as_dict,
     component,
-    experiment_config,
     load,
+    override,
     parse_arg,
-    plain,
     require,
-    to_config,
     to_spec,
 )
+from dualgap_jax.files import jsonable
 from dualgap_jax.registry import Table, UnknownNameError
 
 # ---------------------------------------------------------------------------------------------------------- parse_arg
@@ -31,6 +32,15 @@ DEFAULTS: dict[str, Any] = {"I": 10, "rate": 0.5, "row": "mnist", "smoke": False
 
 def parsed(arg: str | None) -> dict[str, Any]:
     return vars(parse_arg(arg, **DEFAULTS))
+
+
+def test_absent_arguments_are_none_and_have_a_type() -> None:
+    assert vars(parse_arg("p=2", p=Absent(0.5), n=Absent((1, 2)))) == {"p": 2.0, "n": None}
+    assert parse_arg("n=0", n=Absent((1, 2))).n == (0,)
+    with pytest.raises(ConfigError, match=r"p='x': expected a finite number, as in p=0\.5"):
+        parse_arg("p=x", p=Absent(0.5))
+    with pytest.raises(ConfigError, match=r"'p' needs a value, as in p=0\.5"):
+        parse_arg("p", p=Absent(0.5))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +96,8 @@ def test_values_get_the_type_of_their_default(arg: str | None, changes: dict[str
         ("I=1e4", ["I='1e4'", "whole number"]),
         ("I=1/3", ["I='1/3'", "whole number"]),
         ("I=True", ["I='True'", "whole number"]),
-        ("rate=", ["rate=''", "a number"]),
-        ("rate=fast", ["rate='fast'", "a number", "rate=0.5"]),
+        ("rate=", ["rate=''", "a finite number"]),
+        ("rate=fast", ["rate='fast'", "a finite number", "rate=0.5"]),
         ("smoke=maybe", ["smoke='maybe'", "true or false"]),
         ("smoke=", ["smoke=''", "true or false"]),
         ("sizes=", ["sizes=''", "slashes", "sizes=1/3"]),
@@ -97,7 +107,7 @@ def test_values_get_the_type_of_their_default(arg: str | None, changes: dict[str
         ("sizes=1/x", ["sizes='x'", "whole number"]),
         ("sizes=1/2.5", ["sizes='2.5'", "whole number"]),
         ("sizes=1,3", ["unknown config argument '3'"]),
-        ("rates=a", ["rates='a'", "a number"]),
+        ("rates=a", ["rates='a'", "a finite number"]),
     ],
 )
 def test_bad_arguments_are_named(arg: str, words: list[str]) -> None:
@@ -194,12 +204,19 @@ def test_to_spec_fills_defaults_and_converts() -> None:
         ({"branch": {"name": 3}}, ["config.branch=", "`name`"]),
         ({"inner": 3}, ["config.inner=3", "expected a group"]),
         ({"inner": {"points": 2.5}}, ["config.inner.points=2.5", "expected int"]),
+        ({"rate": math.nan}, ["config.rate=nan", "finite"]),
+        ({"rate": math.inf}, ["config.rate=inf", "finite"]),
+        ({"rate": 10**400}, ["config.rate=", "expected float"]),
+        ({"widths": (1.0, math.nan)}, ["config.widths[1]=nan", "finite"]),
+        ({"branch": {"name": "mlp", "p": math.inf}}, ["config.branch.p=inf", "finite"]),
+        ({"branch": {"name": "mlp", "deep": {"a": (1, math.nan)}}}, ["config.branch.deep.a[1]=nan", "finite"]),
+        ({"count": 2**63}, ["config.count=9223372036854775808", "64 bits"]),
+        ({"branch": {"name": "mlp", "hidden": (2**64,)}}, ["config.branch.hidden[0]=", "64 bits"]),
     ],
 )
-@pytest.mark.parametrize("wrap", [dict, ml_collections.ConfigDict])
-def test_what_does_not_fit_is_named(change: dict[str, Any], words: list[str], wrap: Any) -> None:
+def test_what_does_not_fit_is_named(change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
-        to_spec(Spec, wrap({"count": 3, **change}))
+        to_spec(Spec, {"count": 3, **change})
     for word in words:
         assert word in str(raised.value)
 
@@ -230,45 +247,97 @@ SPECS = [
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_configs_and_specs_are_inverse(spec: Spec) -> None:
-    config = to_config(spec)
-    assert isinstance(config, ml_collections.ConfigDict)
-    assert to_spec(Spec, config) == spec
-    assert to_spec(Spec, as_dict(config)) == spec
-    assert as_dict(to_config(to_spec(Spec, config))) == as_dict(config)
-    assert config.branch.name == spec.branch.name
+def test_dicts_and_specs_are_inverse(spec: Spec) -> None:
+    tree = as_dict(spec)
+    assert to_spec(Spec, tree) == spec
+    assert as_dict(to_spec(Spec, tree)) == tree
+    assert tree["branch"]["name"] == spec.branch.name
+    tree["branch"]["scale"] = 9.0
+    assert "scale" not in spec.branch.settings or spec.branch.settings["scale"] == 0.5
+
+
+def changed(**texts: str | None) -> Spec:
+    """The spec after overrides, with `__` for the dots of their names."""
+    return override(Config("mine", Spec(count=1)), {k.replace("__", "."): v for k, v in texts.items()}).spec
 
 
 def test_overrides_of_leaves_reach_the_spec_and_keep_their_type() -> None:
-    config = to_config(Spec(count=1))
-    config.lock()
-    config.inner.points = 5
-    config.branch.hidden = (3, 3)
-    spec = to_spec(Spec, config)
-    assert spec.inner.points == 5
-    assert spec.branch == Component("mlp", {"hidden": (3, 3), "scale": 0.5})
-    with pytest.raises(TypeError):
-        config.inner.points = "many"
-    with pytest.raises(AttributeError):
-        config.inner.pionts = 5
+    spec = changed(
+        inner__points="5", branch__hidden="(3, 3)", rate="2", flag=None, title="3", sizes="4/5", widths="1,2.5"
+    )
+    assert spec == Spec(
+        count=1,
+        rate=2.0,
+        flag=True,
+        title="3",
+        sizes=(4, 5),
+        widths=(1.0, 2.5),
+        inner=Inner(points=5),
+        branch=Component("mlp", {"hidden": (3, 3), "scale": 0.5}),
+    )
+    assert type(spec.rate) is type(spec.widths[0]) is float
+    assert override(Config("mine", spec), {}).spec is spec
+    assert changed(**{"branch__hidden[0]": "16", "sizes[1]": "7"}) == dataclasses.replace(
+        Spec(count=1), sizes=(1, 7), branch=Component("mlp", {"hidden": (16,), "scale": 0.5})
+    )
+    assert changed(sizes="8").sizes == (8,)
+    assert changed(sizes="()").sizes == ()
+    assert changed(kinds="('sum', 'mean')").kinds == ("sum", "mean")
+    assert changed(branch__name="gru").branch.name == "gru"
 
 
-def test_the_spec_keeps_no_hold_on_the_config() -> None:
-    config = to_config(Spec(count=1))
-    spec = to_spec(Spec, config)
-    config.branch.scale = 9.0
-    assert spec.branch.settings["scale"] == 0.5
+def test_overrides_are_applied_together() -> None:
+    """Where a spec holds for both values and for neither alone."""
+    config = Config("mine", Pair())
+    assert override(config, {"low": "5", "high": "6"}).spec == Pair(5, 6)
+    with pytest.raises(ConfigError, match="low=5 must be below high=2"):
+        override(config, {"low": "5"})
 
 
-def test_experiment_config_adds_the_name() -> None:
-    config = experiment_config("landscape", Spec(count=4))
-    assert config.experiment == "landscape"
-    values = as_dict(config)
-    assert values.pop("experiment") == "landscape"
-    assert to_spec(Spec, values) == Spec(count=4)
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    low: int = 1
+    high: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.low < self.high, f"low={self.low} must be below high={self.high}.")
 
 
-def test_plain_is_json_data() -> None:
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ({"cuont": "1"}, ["key in config:", "'cuont'", "Did you mean 'count'"]),
+        ({"inner.point": "1"}, ["key in config.inner:", "'point'", "Did you mean 'points'"]),
+        ({"count.x": "1"}, ["key in config.count:", "'x'", "Allowed: none"]),
+        ({"sizes[2]": "1"}, ["key in config.sizes:", "'[2]'", "Allowed: 0, 1"]),
+        ({"inner": "1"}, ["config.inner is a group", "points"]),
+        ({"count": "1.5"}, ["--config.count='1.5'", "a whole number"]),
+        ({"count": "1e4"}, ["--config.count='1e4'", "a whole number"]),
+        ({"count": "9" * 5000}, ["--config.count='999", "a whole number"]),
+        ({"count": ""}, ["--config.count=''", "a whole number"]),
+        ({"count": "0"}, ["count=0 must be positive"]),
+        ({"count": None}, ["--config.count needs a value, as in --config.count=1"]),
+        ({"rate": "nan"}, ["--config.rate='nan'", "a finite number"]),
+        ({"rate": "-inf"}, ["a finite number"]),
+        ({"rate": "fast"}, ["a finite number"]),
+        ({"flag": "yes"}, ["--config.flag='yes'", "true or false"]),
+        ({"axes": "author"}, ["'author'", "Did you mean 'authors'"]),
+        ({"sizes": "(1, 'x')"}, ["config.sizes[1]='x'", "expected int"]),
+        ({"sizes": "1/x"}, ["'x'", "a whole number"]),
+        ({"kinds": "mean"}, ["--config.kinds='mean'", "expected a tuple"]),
+        ({"branch.hidden": "[" * 5000}, ["expected"]),
+        ({"": "1"}, ["key in config:"]),
+        ({"inner..points": "3"}, ["key in config:", "'inner..points'"]),
+    ],
+)
+def test_overrides_that_do_not_fit_are_named(texts: dict[str, str | None], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        override(Config("mine", Spec(count=1)), texts)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_specs_are_json_data() -> None:
     expected = {
         "count": 7,
         "title": "I = {I}",
@@ -284,9 +353,8 @@ def test_plain_is_json_data() -> None:
         "inner": {"points": 3, "width": -1.0},
         "free": None,
     }
-    assert plain(SPECS[1]) == expected
-    assert plain(to_config(SPECS[1])) == expected
-    assert plain({3: (1, {"a": [2]})}) == {"3": [1, {"a": [2]}]}
+    assert jsonable(SPECS[1]) == expected
+    assert to_spec(Spec, expected) == SPECS[1]
 
 
 def test_require_raises_only_when_the_condition_fails() -> None:
@@ -347,31 +415,35 @@ def test_component_refuses_an_entry_whose_parameter_would_replace_its_name() -> 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "mnist.py").write_text(
-        "from dualgap_jax.config import parse_arg\n"
-        "import ml_collections\n"
+        "from dualgap_jax.config import Config, parse_arg\n"
         "def get_config(arg=None):\n"
-        "    return ml_collections.ConfigDict(vars(parse_arg(arg, I=10, smoke=False)))\n"
+        "    return Config('mine', parse_arg(arg, I=10, smoke=False))\n"
     )
     (tmp_path / "empty.py").write_text("I = 3\n")
     (tmp_path / "notes.txt").write_text("no code\n")
+    (tmp_path / "other.py").write_text("def get_config(arg=None):\n    return {'I': 3}\n")
     return tmp_path
 
 
 def test_load_calls_get_config_with_the_text_after_the_colon(folder: Path) -> None:
-    assert load(folder / "mnist.py").to_dict() == {"I": 10, "smoke": False}
-    assert load(f"{folder}/mnist.py:I=3,smoke").to_dict() == {"I": 3, "smoke": True}
-    assert load(folder / "mnist.py", "I=4").I == 4
-    assert load(f"{folder}/mnist.py:").I == 10
+    assert vars(load(folder / "mnist.py").spec) == {"I": 10, "smoke": False}
+    assert vars(load(f"{folder}/mnist.py:I=3,smoke").spec) == {"I": 3, "smoke": True}
+    assert load(folder / "mnist.py", "I=4").spec.I == 4
+    assert load(f"{folder}/mnist.py:").spec.I == 10
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mnits.py", ["config file in", "'mnits.py'", "Did you mean 'mnist.py'", "Allowed: empty.py, mnist.py."]),
+        (
+            "mnits.py",
+            ["config file in", "'mnits.py'", "Did you mean 'mnist.py'", "Allowed: empty.py, mnist.py, other.py."],
+        ),
         ("mnist", ["'mnist'", "Did you mean 'mnist.py'"]),
         ("nowhere/mnist.py", ["nowhere", "'mnist.py'", "Allowed: none."]),
         ("", ["config file in"]),
         ("empty.py", ["empty.py defines no get_config(arg)"]),
+        ("other.py", ["other.py: get_config(arg) must return Config(experiment, spec), got {'I': 3}"]),
         ("notes.txt", ["notes.txt is not a Python file"]),
         ("mnist.py:J=3", ["config argument 'J'", "Allowed: I, smoke."]),
     ],
@@ -387,20 +459,21 @@ def test_a_config_file_may_define_its_own_spec(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from __future__ import annotations\n"
         "import dataclasses\n"
-        "from dualgap_jax.config import experiment_config, to_spec\n"
+        "from dualgap_jax.config import Config\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Own:\n"
         "    number: int = 3\n"
         "def get_config(arg=None):\n"
-        "    return experiment_config('own', to_spec(Own, {'number': 5}))\n"
+        "    return Config('own', Own(5))\n"
     )
-    assert load(tmp_path / "own.py").to_dict() == {"experiment": "own", "number": 5}
+    config = load(tmp_path / "own.py")
+    assert (config.experiment, config.spec.number) == ("own", 5)
 
 
 def test_two_config_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
     for k in (1, 2):
         (tmp_path / str(k)).mkdir()
         (tmp_path / str(k) / "same.py").write_text(
-            f"import ml_collections\ndef get_config(arg=None):\n    return ml_collections.ConfigDict({{'k': {k}}})\n"
+            f"from dualgap_jax.config import Config\ndef get_config(arg=None):\n    return Config('k', {k})\n"
         )
-    assert [load(tmp_path / str(k) / "same.py").k for k in (1, 2, 1)] == [1, 2, 1]
+    assert [load(tmp_path / str(k) / "same.py").spec for k in (1, 2, 1)] == [1, 2, 1]

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import importlib.util
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1033,7 +1034,7 @@ def test_the_benchmark_runs_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.M
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(["--smoke", "--json", str(tmp_path / "results.json")])
-    rows = load_json(tmp_path / "results.json")["rows"]
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["width"] for row in rows[:4:2]] == pytest.approx([0, 0], abs=1e-12)
     assert rows[-1]["evaluations_per_second"]["median"] > 0
     assert module.operations((3, 2, 1), 5) == 2 * 2 * 5 * (6 + 2) + 2 * 5 * 2

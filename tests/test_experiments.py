@@ -18,7 +18,7 @@ from tfds_files import random_split, write_tfds
 from dualgap_jax import config as config_lib
 from dualgap_jax import convexity, experiments, figures, losses
 from dualgap_jax.checkpoints import load
-from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
+from dualgap_jax.config import Component, Config, ConfigError, to_spec
 from dualgap_jax.data import DATASETS, Dataset
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
@@ -59,7 +59,7 @@ def tiny(**changes: Any) -> LandscapeSpec:
 
 
 def run(spec: Any, workdir: Path, experiment: str = "landscape", **options: Any) -> tuple[Report, Workdir, bool]:
-    return experiments.run(experiment_config(experiment, spec), workdir=workdir, **options)
+    return experiments.run(Config(experiment, spec), workdir=workdir, **options)
 
 
 # --- conformance ------------------------------------------------------------------------------------------------------
@@ -86,8 +86,7 @@ def test_every_config_runs_at_smoke_size(path: Path, tfds_dir: Path, tmp_path: P
 
 
 def spec_of(config: Any) -> Any:
-    values = config_lib.as_dict(config)
-    return to_spec(EXPERIMENTS[values.pop("experiment")].spec, values)
+    return config.spec
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -111,7 +110,7 @@ def test_every_experiment_describes_itself(name: str) -> None:
     assert EXPERIMENTS.describe(name).endswith(".")
     spec_type = EXPERIMENTS[name].spec
     spec = spec_type()
-    assert to_spec(spec_type, config_lib.to_config(spec)) == spec
+    assert to_spec(spec_type, config_lib.as_dict(spec)) == spec
 
 
 @pytest.mark.parametrize("name", list(BRANCHES))
@@ -399,7 +398,7 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
     )
     spec = tiny(branch=Component("quadratic", {"scale": 2.0}), data=Component("ring", {"n": 12}))
     workdir = tmp_path / "w"
-    config = experiment_config("probe", spec)
+    config = Config("probe", spec)
     with pytest.raises(UnknownNameError, match="unknown experiment 'probe'"):
         experiments.run(config, workdir=workdir)
     assert not workdir.exists()
@@ -440,7 +439,7 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
 def test_bad_configs_are_refused_before_anything_is_written(
     change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    config = {"experiment": "landscape", **config_lib.as_dict(config_lib.to_config(tiny())), **change}
+    config = {"experiment": "landscape", **config_lib.as_dict(tiny()), **change}
     if change == {"data": {"name": "synthetic_relu", "n": 0}}:  # a value that only the data set's own code can refuse
         with pytest.raises(error, match=message):
             experiments.run(config, workdir=tmp_path / "w")

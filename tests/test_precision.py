@@ -18,7 +18,7 @@ import pytest
 from jax import Array
 
 from dualgap_jax import losses, networks, training
-from dualgap_jax.config import Component, ConfigError, to_config, to_spec
+from dualgap_jax.config import Component, ConfigError, as_dict, to_spec
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.landscape import (
     LandscapeSpec,
@@ -337,11 +337,11 @@ def test_training_resumes_bit_for_bit_with_bfloat16_parameters(tmp_path: Path) -
 
 
 def test_precision_comes_from_the_config() -> None:
-    config = to_config(LandscapeSpec())
+    config = as_dict(LandscapeSpec())
     assert to_spec(LandscapeSpec, config).precision == PrecisionSpec(F32, F32)
-    config.precision.params = BF16
+    config["precision"]["params"] = BF16
     assert to_spec(LandscapeSpec, config).precision == PrecisionSpec(BF16, F32)
-    config.precision.compute = "bfloat61"
+    config["precision"]["compute"] = "bfloat61"
     with pytest.raises(ConfigError, match=r"precision.compute.*bfloat61.*bfloat16"):
         to_spec(LandscapeSpec, config)
     with pytest.raises(ConfigError, match=r"precision.params.*float16.*float32"):

@@ -88,7 +88,7 @@ def computed(name: str) -> dict[str, list[str]]:
 
     file, overrides, record, paths, _ = RUNS[name]
     config = config_lib.load(f"{ROOT / 'configs' / file}")
-    config.update_from_flattened_dict(overrides)
+    config = config_lib.override(config, overrides)
     with tempfile.TemporaryDirectory() as folder:
         experiments.run(config, workdir=Path(folder) / "w")
         found = json.loads((Path(folder) / "w" / "results" / record).read_text())

@@ -17,7 +17,7 @@ from scipy.spatial import ConvexHull, Voronoi, cKDTree
 from dualgap_jax import config as config_lib
 from dualgap_jax import experiments, figures
 from dualgap_jax import shapley_folkman as sf
-from dualgap_jax.config import Component, ConfigError, experiment_config
+from dualgap_jax.config import Component, Config, ConfigError
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec, decay_exponent
 from dualgap_jax.files import load_json, load_npz, save_npz
@@ -465,7 +465,7 @@ def spec(name: str = "lp_ball", copies: tuple[int, ...] = (1, 2, 4), **settings:
 
 
 def run(a_spec: ShapleyFolkmanSpec, workdir: Path, **options: Any) -> Any:
-    return experiments.run(experiment_config("shapley_folkman", a_spec), workdir=workdir, **options)
+    return experiments.run(Config("shapley_folkman", a_spec), workdir=workdir, **options)
 
 
 @pytest.mark.parametrize("name", ["lp_ball", "union"])
@@ -540,7 +540,7 @@ def test_a_set_of_ones_own(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     ],
 )
 def test_bad_configs(change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
-    config = {"experiment": "shapley_folkman", **config_lib.as_dict(config_lib.to_config(spec())), **change}
+    config = {"experiment": "shapley_folkman", **config_lib.as_dict(spec()), **change}
     with pytest.raises(error, match=message):
         experiments.run(config, workdir=tmp_path / "w")
 
@@ -554,10 +554,16 @@ def test_the_config_takes_every_set(name: str, tmp_path: Path, drawn: dict[str, 
 
 
 def test_the_config_is_the_paper_s_figure_by_default() -> None:
-    config = config_lib.load(ROOT / "configs" / "figure3.py")
-    assert (config.set.name, config.set.p, config.panels, config.paper_item) == ("lp_ball", 0.5, (1, 2, 10), "Figure 3")
-    assert config_lib.load(ROOT / "configs" / "figure3.py", "p=0.3,copies=1/9").copies == (1, 9)
-    for arg, message in (("set=union,p=0.3", "only the set lp_ball"), ("seed=2", "only the random sets")):
+    spec = config_lib.load(ROOT / "configs" / "figure3.py").spec
+    assert spec.set == Component("lp_ball", {"p": 0.5})
+    assert (spec.panels, spec.paper_item) == ((1, 2, 10), "Figure 3")
+    assert config_lib.load(ROOT / "configs" / "figure3.py", "p=0.3,copies=1/9").spec.copies == (1, 9)
+    for arg, message in (
+        ("set=union,p=0.3", "only the set lp_ball"),
+        ("seed=2", "only the random sets"),
+        ("copies=0", "at least 1"),
+        ("p=nan", "a finite number"),
+    ):
         with pytest.raises(ConfigError, match=message):
             config_lib.load(ROOT / "configs" / "figure3.py", arg)
 

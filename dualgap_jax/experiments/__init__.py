@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
-from dualgap_jax.config import as_dict, require, to_spec
+from dualgap_jax.config import Config, ConfigError, require, to_spec
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute, identity
 from dualgap_jax.experiments.duality_gap import DUALITY_GAP
 from dualgap_jax.experiments.hitting_rate import HITTING_RATE
@@ -42,7 +41,7 @@ TABLES = Tables(EXPERIMENTS)
 
 
 def run(
-    config: ml_collections.ConfigDict | Mapping[str, Any],
+    config: Config | Mapping[str, Any],
     *,
     tables: Tables = TABLES,
     name: str | None = None,
@@ -53,7 +52,7 @@ def run(
     """Runs the experiment that a config names, or reads its report if it is complete already.
 
     Args:
-      config: a ConfigDict, or nested mapping, with a key `experiment`.
+      config: a `Config`, or a nested mapping with a key `experiment` beside those of the spec.
       tables: the registry.
       name: of the folder below `root` when `workdir` is None; the experiment's name by default.
       workdir: the folder to work in.  None: `root/NAME-HASH`, the hash of the configuration.
@@ -65,11 +64,11 @@ def run(
 
     Raises:
       ConfigError, UnknownNameError: for a config that does not fit; before anything is written.
-      WorkdirError: see `Workdir.open`; and whatever the experiment raises, after recording it.
+      WorkdirError: see `Workdir.open` and `Workdir.session`; and whatever the experiment raises, after recording it.
     """
-    values = as_dict(config)
-    require(isinstance(values.get("experiment"), str), "the config names no experiment: set config.experiment.")
-    chosen = values.pop("experiment")
+    chosen = config.experiment if isinstance(config, Config) else config.get("experiment")
+    if not isinstance(chosen, str):
+        raise ConfigError("the config names no experiment: give it a key `experiment`.")
     experiment = tables.experiments[chosen]
     require(experiment.name == chosen, f"the entry {chosen!r} is an experiment named {experiment.name!r}; rename one.")
     several = [name for name, other in tables.experiments.items() if other.distributed]
@@ -77,7 +76,14 @@ def run(
         jax.process_count() == 1 or experiment.distributed,
         f"experiment {chosen!r} runs in one process; several processes run {' and '.join(several)}.",
     )
-    spec: Any = to_spec(experiment.spec, values)
+    if isinstance(config, Config):
+        spec = config.spec
+        require(
+            isinstance(spec, experiment.spec),
+            f"experiment {chosen!r} takes a {experiment.spec.__name__}, the config gives a {type(spec).__name__}.",
+        )
+    else:
+        spec = to_spec(experiment.spec, {key: value for key, value in config.items() if key != "experiment"})
     if workdir is None:
         workdir = default_workdir(root, name or chosen, identity(experiment, spec))
     return execute(experiment, spec, Path(workdir), tables, command=command)

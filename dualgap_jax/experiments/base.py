@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualgap_jax import config as config_lib
 from dualgap_jax.data import DATASETS
-from dualgap_jax.files import DamagedFileError, load_json, save_json
+from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
 from dualgap_jax.identity import arrays_digest
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.networks import BRANCHES
@@ -108,7 +107,7 @@ def identity(experiment: Experiment, spec: Any) -> dict[str, Any]:
             return {k: strip(v) for k, v in tree.items() if k not in ("data_dir", "mesh", "devices")}
         return tree
 
-    return {"experiment": experiment.name, **strip(config_lib.plain(spec))}
+    return {"experiment": experiment.name, **strip(jsonable(spec, where="config"))}
 
 
 def confirm_data(workdir: Workdir, *arrays: Any, **facts: Any) -> None:

@@ -29,8 +29,9 @@ import numpy as np
 from jax import Array
 
 from dualgap_jax.checkpoints import Checkpointer
-from dualgap_jax.config import plain, require
+from dualgap_jax.config import require
 from dualgap_jax.data import Dataset
+from dualgap_jax.files import jsonable
 from dualgap_jax.hitting.block import LANES, Block, Program, program_for
 from dualgap_jax.hitting.random import run_keys
 from dualgap_jax.hitting.runs import BELOW, DIVERGED, RUNNING, SCHEDULE, ZERO, Outcome, Runs, SgdSpec, Weights
@@ -193,7 +194,7 @@ def prepare(datasets: Sequence[Dataset], loss: Loss, runs: Runs, spec: SgdSpec) 
 
 def _identity(table: np.ndarray, loss: Loss, runs: Runs, spec: SgdSpec) -> dict[str, Any]:
     """What the numbers of a study depend on; how its runs are packed is no part of it."""
-    settings = plain(spec)
+    settings = jsonable(spec)
     for name in ("lanes", "devices", "checkpoint_seconds"):
         del settings[name]
     shape = jax.ShapeDtypeStruct((1, 1), table.dtype), jax.ShapeDtypeStruct((1,), table.dtype)
