@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -62,3 +64,38 @@ def exact_optimum(x: np.ndarray, y: np.ndarray, gamma: float, r: int) -> float:
     y = np.asarray(y, np.longdouble)
     sigma = np.linalg.svd((y @ np.stack(basis).T).astype(np.float64), compute_uv=False)
     return float(0.5 * np.sum(y**2) - 0.5 * np.sum(np.maximum(sigma[:r].astype(np.longdouble) - gamma, 0) ** 2))
+
+
+def rational_optimum(x: np.ndarray, y: np.ndarray, gamma: float, r: int) -> Decimal:
+    """The optimum of (4) for at most two outputs, the numbers taken as the fractions that they are.
+
+    `Yt Yt^T = (Y X^T) (X X^T)^+ (Y X^T)^T` by elimination without rounding, whatever the rank of X; its eigenvalues
+    by the quadratic formula in 400 digits.
+    """
+    xs, ys = ([[Fraction(float(v)) for v in row] for row in a] for a in (x, y))
+
+    def dot(a: list[Fraction], b: list[Fraction]) -> Fraction:
+        return sum((u * v for u, v in zip(a, b, strict=True)), Fraction(0))
+
+    basis: list[list[Fraction]] = []
+    for row in xs:
+        for known in basis:
+            share = dot(row, known) / dot(known, known)
+            row = [a - share * b for a, b in zip(row, known, strict=True)]
+        if any(row):
+            basis.append(row)
+    gram = [[sum((dot(a, k) * dot(b, k) / dot(k, k) for k in basis), Fraction(0)) for b in ys] for a in ys]
+    with localcontext() as context:
+        context.prec = 400
+
+        def exact(value: Fraction) -> Decimal:
+            return Decimal(value.numerator) / Decimal(value.denominator)
+
+        trace = exact(sum((gram[i][i] for i in range(len(ys))), Fraction(0)))
+        if len(ys) == 1:
+            squares = [trace]
+        else:
+            root = exact((gram[0][0] - gram[1][1]) ** 2 + 4 * gram[0][1] ** 2).sqrt()
+            squares = [(trace + root) / 2, max((trace - root) / 2, Decimal(0))]
+        lowered = [max(s.sqrt() - Decimal(gamma), Decimal(0)) for s in squares[:r]]
+        return exact(sum((dot(row, row) for row in ys), Fraction(0))) / 2 - sum(v * v for v in lowered) / 2

@@ -6,27 +6,14 @@
 - `with_bias`, `patches`: affine and convolutional first maps as a matrix problem (remark (a) of Section 4).
 """
 
-from dualgap_jax.spectral.columns import Attempt, CertificateError, Columns, ColumnsSolution, in_blocks, solve_columns
+from dualgap_jax.spectral.blocks import Columns, in_blocks
+from dualgap_jax.spectral.columns import Attempt, CertificateError, ColumnsSolution, solve_columns
+from dualgap_jax.spectral.in_memory import regularisation_path, solve
 from dualgap_jax.spectral.maps import patches, with_bias
-from dualgap_jax.spectral.problem import (
-    DualVariable,
-    SpectralError,
-    SpectralSolution,
-    objective,
-    r_norm_squared,
-    random_weights,
-    schatten_power,
-)
-from dualgap_jax.spectral.solvers import (
-    METHODS,
-    clip_singular_values,
-    descend,
-    douglas_rachford_iterates,
-    prox_r_norm,
-    reduce_rows,
-    regularisation_path,
-    solve,
-)
+from dualgap_jax.spectral.problem import SpectralError, objective, r_norm_squared, random_weights, schatten_power
+from dualgap_jax.spectral.solution import DualVariable, SpectralSolution
+from dualgap_jax.spectral.solvers import METHODS, full_batch_descent
+from dualgap_jax.spectral.splitting import clip_singular_values, douglas_rachford_iterates, prox_r_norm
 
 __all__ = [
     "METHODS",
@@ -38,15 +25,14 @@ __all__ = [
     "SpectralError",
     "SpectralSolution",
     "clip_singular_values",
-    "descend",
     "douglas_rachford_iterates",
+    "full_batch_descent",
     "in_blocks",
     "objective",
     "patches",
     "prox_r_norm",
     "r_norm_squared",
     "random_weights",
-    "reduce_rows",
     "regularisation_path",
     "schatten_power",
     "solve",

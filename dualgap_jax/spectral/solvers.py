@@ -1,7 +1,7 @@
 """Three independent routes to the global optimum of problem (4), for data in memory.
 
-All run inside `jit` and `vmap`.  They share the singular value decomposition of X, through which the row space of X is
-reduced to coordinates, and the certificate; nothing else.
+All run inside `jit` and `vmap`, in float64 whatever the data and the mode of JAX.  They share the singular value
+decomposition of X, through which the row space of X is reduced to coordinates, and the certificate; nothing else.
 
 | method | what it does | source |
 |---|---|---|
@@ -13,39 +13,29 @@ reduced to coordinates, and the certificate; nothing else.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Mapping, Sequence
-from numbers import Real as Number
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from dualgap_jax.registry import Table, UnknownNameError, unknown
+from dualgap_jax.registry import Table
+from dualgap_jax.spectral.certificate import SAFETY, dual_rounding, lower_bound, primal_rounding
 from dualgap_jax.spectral.problem import (
     Real,
-    SpectralError,
-    SpectralSolution,
     Weights,
-    as_data,
-    assemble,
-    check_gamma,
-    check_widths,
-    default_rtol,
     exact_products,
-    finish,
-    is_concrete,
     narrowest,
     objective,
     product,
-    r_norm_squared,
     random_weights,
 )
+from dualgap_jax.spectral.scaling import Powers, shift
+from dualgap_jax.spectral.solution import SpectralSolution, assemble, default_rtol, finish
+from dualgap_jax.spectral.splitting import clip_singular_values, douglas_rachford_iterates
 from dualgap_jax.types import KeyArray
 
 
@@ -54,81 +44,183 @@ class Reduced(NamedTuple):
 
     Attributes:
       targets: `C = Y V_x`, `[d_H, m]`, so that `Yt = C V_x^T`; m = min(d_0, n), zero beyond the rank.
-      certified: the same cut at the level of rounding only, also where `targets` is cut further.
       inputs: `X V_x = U_x S`, `[d_0, m]`.
       inverse: `V_x^T X^+ = S^+ U_x^T`, `[m, d_0]`.
+      basis: `V_x^T`, `[m, n]`.
+      fit: `A = Y X^+` without a cut but that of rounding, also where `targets` is cut further, `[d_H, d_0]`.
+      whiten: `(X P)^+` with the same cut, up to a rotation, `[d_0, m]`.
+      blur: how far rounding may turn each direction of X that it keeps, `[m]`.
+      unresolved: number of directions that rounding hides.
     """
 
     targets: Float[Array, "d_H m"]
-    certified: Float[Array, "d_H m"]
     inputs: Float[Array, "d_0 m"]
     inverse: Float[Array, "m d_0"]
+    basis: Float[Array, "m n"]
+    fit: Float[Array, "d_H d_0"]
+    whiten: Float[Array, "d_0 m"]
+    blur: Float[Array, " m"]
+    unresolved: Array
 
 
-def reduce_rows(x: Float[Array, "d_0 n"], y: Float[Array, "d_H n"], rtol: ArrayLike | None = None) -> Reduced:
+def reduce_rows(
+    x: Float[Array, "d_0 n"], y: Float[Array, "d_H n"], rtol: ArrayLike | None = None, dependent: ArrayLike = 0
+) -> Reduced:
     """Both matrices in an orthonormal basis of the row space of X.
 
     Args:
       x, y: data, one example a column.
-      rtol: singular values of X below this share of the largest count as zero; `2 sqrt(max(d_0, n)) eps` by default.
+      rtol: singular values of X at most this share of the largest count as zero; `default_rtol` if None.
+      dependent: number of directions in the space of the rows, zero rows aside, in which X is known to be exactly 0.
     """
     left, sigma, right = jnp.linalg.svd(x, full_matrices=False)
-    rounding = default_rtol(x.shape[0], x.shape[1], x.dtype)
+    rounding = default_rtol(*x.shape)
     share = rounding if rtol is None else rtol
-    keep, visible = sigma > share * sigma[0], sigma > jnp.minimum(share, rounding) * sigma[0]
-    inverse = jnp.where(keep, 1 / jnp.where(keep, sigma, 1), 0)
+    keep, visible = sigma > share * sigma[0], sigma > rounding * sigma[0]
+    keep &= visible
+    known, safe = jnp.where(visible, 1 / jnp.where(visible, sigma, 1), 0), jnp.where(keep, sigma, 0)
+    inverse = jnp.where(keep, known, 0)
     targets = y @ right.T
+    whiten = left * known[None, :]
+    rows = jnp.sum(jnp.any(x != 0, axis=1)) - dependent
     return Reduced(
         targets * keep[None, :],
-        targets * visible[None, :],
-        left * jnp.where(keep, sigma, 0)[None, :],
+        left * safe[None, :],
         inverse[:, None] * left.T,
+        right,
+        (targets * visible[None, :]) @ whiten.T,
+        whiten,
+        4 * jnp.finfo(x.dtype).eps * known * jnp.sum(jnp.abs(left), axis=0),
+        jnp.maximum(jnp.minimum(rows, len(sigma)) - jnp.sum(visible), 0),
     )
 
 
-def dual_value(
-    reduced: Reduced, coefficients: Float[Array, "d_H d_0"], half_norm: Real, gamma: Array, r: int
-) -> tuple[Real, Float[Array, "d_H d_0"]]:
-    """The dual (5) at `Lambda = coefficients @ X`, and the coefficients, shrunk where `||Lambda|| > gamma`."""
-    dual = coefficients @ reduced.inputs
-    norm = jnp.linalg.norm(dual, 2)
-    shrink = jnp.where(norm > gamma, gamma / jnp.where(norm > 0, norm, 1), 1)
-    return half_norm - 0.5 * r_norm_squared(reduced.certified - shrink * dual, r), shrink * coefficients
+class Problem(NamedTuple):
+    """What the methods work on: problem (4) in its own unit, see `scaling`, float64.
 
-
-class _Problem(NamedTuple):
-    """What the methods work on."""
+    Attributes:
+      x, y, gamma, widths: the problem.
+      reduced: the data in coordinates of the row space of X.
+      powers: from the problem as it was given to this one.
+      dtype: in which the weights are returned; the certificate is that of the weights as returned.
+    """
 
     x: Array
     y: Array
     gamma: Array
     widths: tuple[int, ...]
     reduced: Reduced
+    powers: Powers
+    dtype: str
 
     @property
     def r(self) -> int:
         return narrowest(self.widths, self.x.shape[0], *self.y.shape)
 
 
+# --- the certificate ------------------------------------------------------------------------------------------------
+
+
+def dual_value(problem: Problem, coefficients: Float[Array, "d_H d_0"]) -> tuple[Real, Float[Array, "d_H d_0"]]:
+    """A lower bound of (5) at `Lambda = coefficients @ X`, and the coefficients, shrunk where `||Lambda|| > gamma`."""
+    x, y, reduced, gamma = problem.x, problem.y, problem.reduced, problem.gamma
+    dual = coefficients @ x
+    norm = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(dual @ dual.T)[-1], 0))
+    shrink = jnp.where(norm > gamma, gamma / jnp.where(norm > 0, norm, 1), 1)
+    fitted = reduced.fit @ x
+    rest, misfit = fitted - shrink * dual, y - fitted
+    cross = rest @ misfit.T
+    turned = jnp.sum((misfit @ x.T @ reduced.whiten) ** 2, axis=0)
+    spread = jnp.sum(misfit**2) * reduced.blur**2
+    half_norm = 0.5 * jnp.sum(y**2)
+    value = lower_bound(
+        half_norm,
+        rest @ rest.T + cross + cross.T,
+        SAFETY * jnp.sum(turned + spread),
+        misfit @ misfit.T,
+        reduced.unresolved,
+        dual_rounding(reduced.fit, jnp.sum(x**2), half_norm),
+        problem.r,
+    )
+    return value, shrink * coefficients
+
+
+@jax.custom_jvp
+def _with_slopes(value: Array, data: tuple[Array, ...], slopes: tuple[Array, ...]) -> Array:
+    """The value; its derivatives in the data are the slopes, whatever it was computed from."""
+    return value
+
+
+@_with_slopes.defjvp
+def _with_slopes_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    value, _, slopes = primals
+    return value, sum((jnp.sum(s * t) for s, t in zip(slopes, tangents[1], strict=True)), jnp.zeros_like(value))
+
+
+def _slopes(problem: Problem) -> tuple[Array, Array, Array]:
+    """The derivatives of the optimum in X, Y and gamma.
+
+    With `Yt = U S V^T` and `M = U_r (S_r - gamma)_+ V_r^T = W X` the optimal product, the optimum is
+    `1/2 ||Y||^2 - 1/2 sum_{i <= r} (S_i - gamma)_+^2`.  Its derivatives, by the envelope theorem, are
+    `-W^T (Y - Yt)` in X, where the rank of X does not change, `Y - M` in Y and `sum_{i <= r} (S_i - gamma)_+` in gamma.
+    They are continuous in gamma, and in Y but where the r-th and the next singular value meet above gamma.
+    """
+    reduced = problem.reduced
+    left, sigma, right = jnp.linalg.svd(reduced.targets, full_matrices=False)
+    kept = jnp.where(jnp.arange(len(sigma)) < problem.r, jnp.maximum(sigma - problem.gamma, 0), 0)
+    fitted = (left * kept[None, :]) @ right
+    rest = problem.y - reduced.targets @ reduced.basis
+    return -(fitted @ reduced.inverse).T @ rest, problem.y - fitted @ reduced.basis, jnp.sum(kept)
+
+
+def _restored(solution: SpectralSolution, problem: Problem) -> SpectralSolution:
+    """The solution of the problem in its own unit as one of the problem as given; without numbers there is no gap."""
+    rows, targets = problem.powers
+    constant = jax.tree.map(lax.stop_gradient, (solution.primal, solution.dual, _slopes(problem)))
+    data = (problem.x, problem.y, problem.gamma)
+    primal, dual = (_with_slopes(value, data, constant[2]) for value in constant[:2])
+    half_norm = 0.5 * jnp.sum(problem.y**2)
+    given = solution._replace(
+        dual_variable=type(solution.dual_variable)(shift(solution.dual_variable.coefficients, targets - rows[None, :])),
+        singular_values=shift(solution.singular_values, targets),
+        gamma=shift(solution.gamma, targets),
+        primal=shift(primal, 2 * targets),
+        dual=shift(dual, 2 * targets),
+        sigma_min=shift(solution.sigma_min, targets),
+    )
+    unit = shift(half_norm, 2 * targets)
+    sound = jnp.isfinite(unit) & ((unit >= jnp.finfo(unit.dtype).tiny) | (half_norm == 0))
+    for leaf in jax.tree.leaves(given):
+        sound &= jnp.all(jnp.isfinite(leaf))
+    gap = lax.stop_gradient(solution.relative_gap)
+    return given._replace(relative_gap=jnp.where(sound, gap, jnp.nan))
+
+
 def _certified(
-    problem: _Problem, weights: tuple[Array, ...], coefficients: Array, iterative: bool = False
+    problem: Problem, weights: tuple[Array, ...], coefficients: Array, iterative: bool = False
 ) -> SpectralSolution:
-    """The solution with its certificate.
+    """The solution of the problem as given, with its certificate.
 
     Problem (4) is 1-strongly convex in `W_H ... W_1 X` where r does not bind: a result with a gap g lies within
     `sqrt(2 g)` of the optimum.  Singular values of an iterative result below that do not count as rank.
     """
-    x, y, gamma = problem.x, problem.y, problem.gamma
+    x, y, gamma, (rows, targets) = problem.x, problem.y, problem.gamma, problem.powers
+    step = targets // len(weights)
+    returned = (shift(weights[0], step - rows[None, :]), *(shift(w, step) for w in weights[1:]))
+    returned = lax.optimization_barrier(tuple(w.astype(problem.dtype) for w in returned))
+    exact = [w.astype(jnp.float64) for w in returned]
+    exact = [shift(exact[0], rows[None, :] - step), *(shift(w, -step) for w in exact[1:])]
     half_norm = 0.5 * jnp.sum(y**2)
-    dual, coefficients = dual_value(problem.reduced, coefficients, half_norm, gamma, problem.r)
+    dual, coefficients = dual_value(problem, coefficients)
     sizes = x.shape[0], y.shape[0], x.shape[1]
-    kept = jnp.linalg.svd(product(weights) @ problem.reduced.inputs, compute_uv=False)
-    floor = default_rtol(sizes[0], sizes[2], x.dtype) * jnp.sqrt(2 * half_norm)
-    primal = objective(weights, x, y, gamma)
+    kept = jnp.linalg.svd(product(exact) @ problem.reduced.inputs, compute_uv=False)
+    floor = default_rtol(sizes[0], sizes[2], problem.dtype) * jnp.sqrt(2 * half_norm)
+    misfit = 0.5 * jnp.sum((y - product(exact) @ x) ** 2)
+    primal = objective(exact, x, y, gamma) + primal_rounding(exact, jnp.sum(x**2), misfit, gamma)
     if iterative:
         floor = jnp.maximum(floor, jnp.sqrt(2 * jnp.maximum(primal - dual, 0)))
-    return finish(
-        weights,
+    found = finish(
+        returned,
         coefficients,
         jnp.linalg.svd(problem.reduced.targets, compute_uv=False),
         jnp.sum(kept > floor),
@@ -137,122 +229,40 @@ def _certified(
         dual,
         half_norm,
         sizes,
-        default_rtol(sizes[1], sizes[2], x.dtype),
+        default_rtol(sizes[1], sizes[2]),
+        problem.reduced.unresolved,
     )
+    return _restored(found, problem)
 
 
-def _from_product(problem: _Problem, fitted: Float[Array, "d_H m"]) -> tuple[Array, ...]:
+def _from_product(problem: Problem, fitted: Float[Array, "d_H m"]) -> tuple[Array, ...]:
     """The balanced weights with `W_H ... W_1 X` equal to `fitted`, cut to rank r, in reduced coordinates."""
     left, sigma, right = jnp.linalg.svd(fitted, full_matrices=False)
     r = problem.r
     return assemble(sigma[:r], left[:, :r], (right[:r]) @ problem.reduced.inverse, problem.widths)
 
 
-# --- the closed form ------------------------------------------------------------------------------------------------
+def _clipped_fit(problem: Problem) -> Float[Array, "d_H d_0"]:
+    """`Lambda* = U min(S, gamma) V^T` of Theorem 2, as coefficients: of all that float64 resolves of Yt, cut or not."""
+    fitted = problem.reduced.fit @ problem.x
+    left, sigma, _ = jnp.linalg.svd(fitted, full_matrices=False)
+    factor = jnp.where(sigma > problem.gamma, problem.gamma / jnp.where(sigma > 0, sigma, 1), 1)
+    return (left * factor[None, :]) @ (left.T @ problem.reduced.fit)
 
 
-def closed_form(problem: _Problem) -> SpectralSolution:
+# --- the methods ----------------------------------------------------------------------------------------------------
+
+
+def closed_form(problem: Problem) -> SpectralSolution:
     """Theorem 2: `Lambda* = U min(S, gamma) V^T`, and the weights from the first r values of `max(S - gamma, 0)`."""
     left, sigma, right = jnp.linalg.svd(problem.reduced.targets, full_matrices=False)
     right = right @ problem.reduced.inverse
     r = problem.r
     weights = assemble(jnp.maximum(sigma[:r] - problem.gamma, 0), left[:, :r], right[:r], problem.widths)
-    return _certified(problem, weights, (left * jnp.minimum(sigma, problem.gamma)[None, :]) @ right)
+    return _certified(problem, weights, _clipped_fit(problem))
 
 
-# --- Douglas-Rachford -----------------------------------------------------------------------------------------------
-
-
-def prox_r_norm(matrix: Float[Array, "a b"], r: int, step: ArrayLike = 1.0) -> Float[Array, "a b"]:
-    """The proximal operator of `step * 1/2 ||.||_r^2`: argmin over M of `step/2 ||M||_r^2 + 1/2 ||M - matrix||_F^2`.
-
-    The singular vectors stay.  Of the singular values z_1 >= z_2 >= ... the first r are divided by `1 + step`, unless
-    that takes them below later ones; then values on both sides of the r-th meet at one number t, the root of
-
-        sum_{i <= r} max((1 + step) t - z_i, 0)  =  sum_{i > r} max(z_i - t, 0),
-
-    and the result is `max(z_i / (1 + step), t)` for i <= r, `min(z_i, t)` for i > r.  Both sides are piecewise linear
-    and monotone in t, so the root is exact between two neighbouring breakpoints.
-
-    Source: the operator is that of Grussler, Rantzer and Giselsson (2018), for any r; derived here from the optimality
-    conditions.
-
-    Raises:
-      SpectralError: for r below 1 or a negative step.
-    """
-    if r < 1:
-        raise SpectralError(f"r={r} must be at least 1.")
-    if is_concrete(step) and not np.asarray(step) >= 0:
-        raise SpectralError(f"step={step} must be at least 0.")
-    left, z, right = jnp.linalg.svd(matrix, full_matrices=False)
-    grown = 1 + jnp.asarray(step, z.dtype)
-    if r >= len(z):
-        return matrix / grown
-    head, tail = z[:r], z[r:]
-
-    def excess(t: Array) -> Array:
-        return jnp.sum(jnp.maximum(grown * t - head, 0)) - jnp.sum(jnp.maximum(tail - t, 0))
-
-    points = jnp.sort(jnp.concatenate([head / grown, tail, jnp.zeros(1, z.dtype)]))
-    excesses = jax.vmap(excess)(points)
-    above = jnp.clip(jnp.searchsorted(excesses, 0.0, side="left"), 1, len(points) - 1)
-    low, high = points[above - 1], points[above]
-    f_low, f_high = excesses[above - 1], excesses[above]
-    slope = jnp.where(f_high > f_low, f_high - f_low, 1)
-    root = jnp.clip(low - f_low * (high - low) / slope, low, high)
-    met = head[-1] / grown < tail[0]
-    values = jnp.concatenate([jnp.maximum(head / grown, root), jnp.minimum(tail, root)])
-    plain = jnp.concatenate([head / grown, tail])
-    return (left * jnp.where(met, values, plain)[None, :]) @ right
-
-
-def clip_singular_values(matrix: Float[Array, "a b"], ceiling: ArrayLike) -> Float[Array, "a b"]:
-    """The projection onto `||M|| <= ceiling`."""
-    left, sigma, right = jnp.linalg.svd(matrix, full_matrices=False)
-    return (left * jnp.minimum(sigma, ceiling)[None, :]) @ right
-
-
-class DualIterates(NamedTuple):
-    """A run of Douglas-Rachford splitting, in reduced coordinates.
-
-    Attributes:
-      dual: the last feasible Lambda, `[d_H, m]`.
-      fitted: the matching `W_H ... W_1 X`, `[d_H, m]`: the element of the normal cone at `dual` that the method finds.
-      values: the dual objective at the feasible point of every iteration, `[iterations]`; each is a lower bound of (4).
-    """
-
-    dual: Float[Array, "d_H m"]
-    fitted: Float[Array, "d_H m"]
-    values: Float[Array, " iterations"]
-
-
-@exact_products
-def douglas_rachford_iterates(
-    targets: Float[Array, "d_H m"], gamma: ArrayLike, r: int, half_norm: ArrayLike, iterations: int
-) -> DualIterates:
-    """Splits (5) into `1/2 ||Yt - Lambda||_r^2`, by `prox_r_norm`, and `||Lambda|| <= gamma`, by clipping.
-
-    Args:
-      targets: Yt in coordinates of the row space of X, so that the constraint on the rows holds by construction.
-      gamma: the ceiling.
-      r: of the norm.
-      half_norm: `1/2 ||Y||_F^2`, the constant in the dual objective.
-      iterations: number of them.
-    """
-
-    def step(z: Array, _: None) -> tuple[Array, Array]:
-        feasible = clip_singular_values(z, gamma)
-        reflected = 2 * feasible - z
-        nearest = targets - prox_r_norm(targets - reflected, r)
-        return z + nearest - feasible, constant - 0.5 * r_norm_squared(targets - feasible, r)
-
-    constant = jnp.asarray(half_norm, targets.dtype)
-    z, values = lax.scan(step, jnp.zeros_like(targets), length=iterations)
-    feasible = clip_singular_values(z, gamma)
-    return DualIterates(feasible, z - feasible, values)
-
-
-def douglas_rachford(problem: _Problem, iterations: int = 1000) -> SpectralSolution:
+def douglas_rachford(problem: Problem, iterations: int = 1000) -> SpectralSolution:
     """Footnote 5: Douglas-Rachford splitting of the dual; weights from the primal matrix that it finds with it.
 
     Args:
@@ -264,11 +274,8 @@ def douglas_rachford(problem: _Problem, iterations: int = 1000) -> SpectralSolut
     return _certified(problem, _from_product(problem, found.fitted), found.dual @ problem.reduced.inverse, True)
 
 
-# --- gradient descent -----------------------------------------------------------------------------------------------
-
-
 @exact_products
-def descend(
+def full_batch_descent(
     weights: Weights,
     x: Float[Array, "d_0 n"],
     y: Float[Array, "d_H n"],
@@ -276,7 +283,19 @@ def descend(
     optimizer: optax.GradientTransformation,
     steps: int,
 ) -> tuple[tuple[Array, ...], Float[Array, " steps"]]:
-    """`steps` full-batch steps of an optax optimiser on problem (4); returns weights and the objective before each."""
+    """Takes full-batch steps of an optax optimiser on problem (4).
+
+    Args:
+      weights: The layers `W_1, ..., W_H` at the start.
+      x: The inputs `[d_0, n]`.
+      y: The targets `[d_H, n]`.
+      gamma: The regularisation.
+      optimizer: The transformation, with its rate and its sign.
+      steps: The number of steps.
+
+    Returns:
+      The weights after the last step, and the objective before each step, `[steps]`.
+    """
 
     def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], Array]:
         weights, state = carry
@@ -290,7 +309,7 @@ def descend(
 
 
 def gradient_descent(
-    problem: _Problem, key: KeyArray | None = None, steps: int = 5000, learning_rate: float = 0.01, scale: float = 1.0
+    problem: Problem, key: KeyArray | None = None, steps: int = 5000, learning_rate: float = 0.01, scale: float = 1.0
 ) -> SpectralSolution:
     """Adam with a cosine schedule on problem (4) from random weights; the residual, clipped, is its dual variable.
 
@@ -301,7 +320,7 @@ def gradient_descent(
       problem: what to solve.
       key: of the initial weights.
       steps: number of them.
-      learning_rate: of Adam at the first step; X is divided by its largest singular value first.
+      learning_rate: of Adam at the first step, for Y of a norm near 1 and X divided by its longest direction.
       scale: of the initial weights, see `random_weights`.
     """
     x, y, reduced = problem.x, problem.y, problem.reduced
@@ -312,13 +331,11 @@ def gradient_descent(
         jax.random.key(0) if key is None else key, (x.shape[0], *problem.widths, y.shape[0]), scale, x.dtype
     )
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    weights, _ = descend(start, reduced.inputs / unit, reduced.targets, problem.gamma, optimizer, steps)
+    weights, _ = full_batch_descent(start, reduced.inputs / unit, reduced.targets, problem.gamma, optimizer, steps)
     weights = (weights[0] / unit, *weights[1:])
     residual = reduced.targets - product(weights) @ reduced.inputs
     return _certified(problem, weights, clip_singular_values(residual, problem.gamma) @ reduced.inverse, True)
 
-
-# --- the front door -------------------------------------------------------------------------------------------------
 
 METHODS: Table[Any] = Table(
     "method",
@@ -327,99 +344,33 @@ METHODS: Table[Any] = Table(
 """Name -> solver, a function of the problem and of settings of its own."""
 
 
-def _check_settings(method: str, settings: Mapping[str, Any], rtol: Any) -> None:
-    allowed = [name for name in inspect.signature(METHODS[method]).parameters if name != "problem"]
-    for name in settings:
-        if name not in allowed:
-            raise UnknownNameError(unknown(f"setting of method {method!r}:", name, allowed))
-    if rtol is not None and is_concrete(rtol) and not 0 <= float(rtol) < 1:
-        raise SpectralError(f"rtol={rtol} must lie in [0, 1): a share of the largest singular value of X.")
+# --- programs -------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("widths", "method", "numbers"))
-def _solve(
+@functools.partial(jax.jit, static_argnames=("widths", "method", "numbers", "dtype"))
+def solve_scaled(
     x: Array,
     y: Array,
     gamma: Array,
+    powers: Powers,
     rtol: Any,
+    dependent: Any,
     settings: dict[str, Any],
     *,
     widths: tuple[int, ...],
     method: str,
     numbers: tuple[tuple[str, Any], ...],
+    dtype: str,
 ) -> SpectralSolution:
     """One program for data of one shape: later calls do not trace again."""
-    problem = _Problem(x, y, gamma, widths, reduce_rows(x, y, rtol))
+    problem = Problem(x, y, gamma, widths, reduce_rows(x, y, rtol, dependent), powers, dtype)
     return METHODS[method](problem, **settings, **dict(numbers))
 
 
-@functools.partial(jax.jit, static_argnames="widths")
-def _path(x: Array, y: Array, gammas: Array, rtol: Any, *, widths: tuple[int, ...]) -> SpectralSolution:
-    reduced = reduce_rows(x, y, rtol)
-    return jax.vmap(lambda gamma: closed_form(_Problem(x, y, gamma, widths, reduced)))(gammas)
-
-
-@exact_products
-def solve(
-    x: Float[ArrayLike, "d_0 n"],
-    y: Float[ArrayLike, "d_H n"],
-    *,
-    gamma: ArrayLike,
-    widths: Sequence[int],
-    method: str = "closed_form",
-    rtol: float | None = None,
-    **settings: Any,
+@functools.partial(jax.jit, static_argnames=("widths", "dtype"))
+def path_scaled(
+    x: Array, y: Array, gammas: Array, powers: Powers, rtol: Any, dependent: Any, *, widths: tuple[int, ...], dtype: str
 ) -> SpectralSolution:
-    """Solves problem (4) for data in memory and certifies the result.
-
-    Runs inside `jit` (with static `widths` and `method`) and under `vmap` over `gamma`, `x` and `y`.  It decomposes X;
-    for large n see `solve_columns`.
-
-    Args:
-      x: `[d_0, n]`, one example a column, float32 or float64.
-      y: `[d_H, n]`.
-      gamma: regularisation, at least 0.
-      widths: the hidden widths `(d_1, ..., d_{H-1})`; they set the depth H.
-      method: 'closed_form', 'douglas_rachford' or 'gradient_descent'.
-      rtol: the solution takes singular values of X below this share of the largest as zero; `2 sqrt(max(d_0, n)) eps`
-        by default.  A larger one gives smaller weights; the certificate then says what that costs.
-      **settings: of the method, for instance `iterations=2000` for 'douglas_rachford'.
-
-    Raises:
-      SpectralError: for data, widths or gamma that are not allowed.  Widths with `d_min > min(d_0, d_H, n)` are
-        allowed, and flagged in the result.
-      UnknownNameError: for an unknown method or setting.
-    """
-    check_gamma(gamma)
-    widths = check_widths(widths)
-    _check_settings(method, settings, rtol)
-    x, y = as_data(x, y)
-    numbers = {name: value for name, value in settings.items() if isinstance(value, Number)}
-    rest = {name: value for name, value in settings.items() if name not in numbers}
-    static = tuple(sorted(numbers.items()))
-    return _solve(x, y, jnp.asarray(gamma, x.dtype), rtol, rest, widths=widths, method=method, numbers=static)
-
-
-@exact_products
-def regularisation_path(
-    x: Float[ArrayLike, "d_0 n"],
-    y: Float[ArrayLike, "d_H n"],
-    *,
-    gammas: Float[ArrayLike, " g"],
-    widths: Sequence[int],
-    rtol: float | None = None,
-) -> SpectralSolution:
-    """The closed form for every gamma at once; each field of the result leads with `[g]`.  X is decomposed once.
-
-    Args:
-      x, y, widths, rtol: as in `solve`.
-      gammas: one-dimensional.
-
-    Raises:
-      SpectralError: see `solve`.
-    """
-    check_gamma(gammas, ndim=1)
-    widths = check_widths(widths)
-    _check_settings("closed_form", {}, rtol)
-    x, y = as_data(x, y)
-    return _path(x, y, jnp.asarray(gammas, x.dtype), rtol, widths=widths)
+    """The closed form for every gamma; X is decomposed once."""
+    reduced = reduce_rows(x, y, rtol, dependent)
+    return jax.vmap(lambda gamma: closed_form(Problem(x, y, gamma, widths, reduced, powers, dtype)))(gammas)
