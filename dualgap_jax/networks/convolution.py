@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 
 from dualgap_jax.networks.settings import activation as activation_function
 from dualgap_jax.networks.settings import positive, positives
@@ -24,6 +25,25 @@ def _check_images(name: str, x: Array) -> None:
 def _pooled(x: Array) -> Array:
     """2x2 max pooling of `[batch, height, width, channels]`; a map with a side of 1 stays as it is."""
     return nn.max_pool(x, (2, 2), strides=(2, 2)) if min(x.shape[1:3]) >= 2 else x
+
+
+def _convolved(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """3x3 convolution with the borders filled by zeros, as `nn.Conv` asks for it.
+
+    On CPU it is a product of patches and kernel: XLA's own convolution has gradients that are tens of times slower once
+    the kernels of several branches are stacked.
+    """
+
+    def by_patches(x: Array, kernel: Array) -> Array:
+        height, width = x.shape[1:3]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+    def by_xla(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(x, kernel, *args, **options)
+
+    return lax.platform_dependent(x, kernel, cpu=by_patches, default=by_xla)
 
 
 class Conv(nn.Module):
@@ -117,7 +137,9 @@ class VGG9(nn.Module):
 
         for stage in VGG9_STAGES:
             for factor in stage:
-                x = normalised(nn.Conv(factor * self.width, (3, 3), use_bias=False, **options)(x))
+                x = normalised(
+                    nn.Conv(factor * self.width, (3, 3), use_bias=False, conv_general_dilated=_convolved, **options)(x)
+                )
             x = _pooled(x)
         x = x.reshape(x.shape[0], -1)
         x = normalised(nn.Dense(4 * self.width, use_bias=False, **options)(x))
