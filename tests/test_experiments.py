@@ -116,7 +116,7 @@ def test_every_experiment_describes_itself(name: str) -> None:
 @pytest.mark.parametrize("name", list(BRANCHES))
 def test_every_branch_trains_and_is_drawn(name: str, tfds_dir: Path, tmp_path: Path) -> None:
     spec = tiny(
-        branch=Component(name, {}),
+        branch=Component(name, {"width": 2} if name == "vgg9" else {}),
         data=Component("mnist", {"num_examples": 20}),
         loss=Component("multi_margin", {}),
         training=TrainingSpec(batch_size=10, max_steps=2, check_every=2),

@@ -103,3 +103,14 @@ def test_own_modules_refuse_bad_settings(make: Callable[..., Any], settings: dic
 def test_vgg9_refuses_inputs_that_are_no_images() -> None:
     with pytest.raises(ValueError, match=r"\[batch, height, width, channels\].*\(2, 16\)"):
         VGG9().init(jax.random.key(0), jnp.zeros((2, 16)))
+
+
+def test_vgg9_convolves_by_products_on_cpu_and_by_convolutions_elsewhere() -> None:
+    net, x = networks.multi_branch(VGG9(1, 3), 2), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    params, state = jax.eval_shape(net.init, jax.random.key(0), x)
+    traced = jax.jit(net.apply).trace(params, state, x)
+    counts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution(")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert counts == {"cpu": 0, "cuda": 7, "tpu": 7}
