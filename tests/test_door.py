@@ -1,0 +1,267 @@
+"""What a user meets first: the names of the package, and the things that are tried first with them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import dualgap_jax as dg
+from dualgap_jax.losses import LOSSES, as_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str, **options: Any) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    printed = python(
+        "import sys; before = set(sys.modules); import dualgap_jax as dg, json;"
+        " names = dir(dg); first = sorted(set(sys.modules) - before); dg.losses; dg.mlp; dg.multi_branch; dg.mixture;"
+        " print(json.dumps([names, first, sorted(sys.modules)]))"
+    )
+    names, first, later = json.loads(printed)
+    assert names == dg.__all__ == dir(dg)
+    heavy = ("jax", "flax", "scipy", "matplotlib", "tensorflow_datasets", "tensorflow", "optax", "orbax", "numpy")
+    assert not [module for module in first if module.split(".")[0] in heavy]
+    # Losses and plain networks need JAX alone.
+    assert not {"flax", "scipy", "matplotlib", "tensorflow_datasets", "orbax"} & set(later)
+
+
+def test_every_name_is_there_and_no_other() -> None:
+    assert 15 <= len(dg.__all__) <= 30
+    for name in dg.__all__:
+        assert getattr(dg, name) is not None
+    assert {"train", "mlp", "multi_branch", "losses", "data", "spectral", "duality", "linen", "nnx"} <= set(dg.__all__)
+    namespace: dict[str, Any] = {}
+    exec("from dualgap_jax import *", namespace)
+    assert set(dg.__all__) <= set(namespace)
+    with pytest.raises(AttributeError, match=r"no attribute 'trian'\. It has: .*train"):
+        _ = dg.trian
+    with pytest.raises(ImportError):
+        exec("from dualgap_jax import nosuch")
+
+
+def test_type_checkers_see_the_names_that_are_there() -> None:
+    source = (ROOT / "dualgap_jax" / "__init__.py").read_text()
+    seen = set(re.findall(r"import (\w+) as \1$", source, flags=re.MULTILINE))
+    assert seen | {"__version__"} == set(dg.__all__)
+    assert (ROOT / "dualgap_jax" / "py.typed").is_file()
+    setup = (ROOT / "setup.cfg").read_text()
+    assert re.search(r"\[options.package_data\]\ndualgap_jax =\n    py.typed\n", setup)
+    assert "version = attr: dualgap_jax.__version__" in setup
+    assert re.fullmatch(r"\d+\.\d+\.\d+", dg.__version__)
+
+
+# ------------------------------------------------------------------------------------------------ functions as losses
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_a_plain_function_is_a_loss(scalar: bool, rng: np.random.Generator, x64: None) -> None:
+    """Per-example values or their mean, against NumPy."""
+
+    def function(outputs: Any, labels: Any) -> Any:
+        each = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        return each.mean() if scalar else each
+
+    outputs, labels = rng.standard_normal((7, 3)), rng.integers(0, 3, 7)
+    loss = as_loss(function)
+    got = jax.jit(loss.per_example)(jnp.asarray(outputs), jnp.asarray(labels))
+    exact = np.log(np.exp(outputs).sum(1)) - outputs[np.arange(7), labels]
+    np.testing.assert_allclose(got, exact, rtol=1e-12)
+    assert loss.margin is loss.tau is None
+    assert as_loss(loss) is loss
+    gradient = jax.grad(lambda o: loss.per_example(o, jnp.asarray(labels)).sum())(jnp.asarray(outputs))
+    softmax = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+    np.testing.assert_allclose(gradient, softmax - np.eye(3)[labels], rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_no_loss_is_told_what_to_write() -> None:
+    for name, make in LOSSES.items():
+        for given in (name, make):
+            with pytest.raises(TypeError, match=rf"write losses\.{name}\(\)"):
+                as_loss(given)
+    for wrong in ("hinge", None, 3.0):
+        with pytest.raises(TypeError, match="a loss is needed"):
+            as_loss(wrong)
+    # One output against labels [batch]: the shapes would make a table of all pairs.
+    with jax.numpy_rank_promotion("allow"):
+        squared = as_loss(lambda outputs, labels: (outputs - labels) ** 2)
+        with pytest.raises(TypeError, match=r"returned shape \(5, 5\).*outputs\[:, 0\]"):
+            squared.per_example(jnp.ones((5, 1)), jnp.ones(5))
+        with pytest.raises(TypeError, match=r"returned shape \(1, 1\)"):
+            squared.per_example(jnp.ones((1, 1)), jnp.ones(1))
+
+
+# ----------------------------------------------------------------------------------------------------- tried by a user
+
+
+def test_the_blocks_of_the_flax_guide_run() -> None:
+    text = (ROOT / "docs" / "flax.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 4
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace["logits"].shape == (32, 3)
+    kernel = namespace["Model"]().init(jax.random.key(0), jnp.ones((1, 4)))["params"]["MultiBranch_0"]["branches"]
+    assert kernel["Dense_0"]["kernel"].shape == (10, 8, 16)
+
+
+def test_a_resnext_block_is_the_sum_of_its_bottlenecks(rng: np.random.Generator, x64: None) -> None:
+    text = (ROOT / "docs" / "flax.md").read_text()
+    namespace: dict[str, Any] = {"nn": nn, "jax": jax, "jnp": jnp, "MultiBranch": dg.linen.MultiBranch}
+    exec(next(b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "ResNeXt" in b), namespace)
+    block, x = namespace["ResNeXtBlock"](3, 2), jnp.asarray(rng.standard_normal((2, 5, 4, 6)))
+    variables = block.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda a: a + 0.2 * np.abs(rng.standard_normal(a.shape)), variables)
+    assert set(variables["params"]) == {"MultiBranch_0", "BatchNorm_0"}
+
+    def part(index: int) -> Any:
+        params = jax.tree.map(lambda a: a[index], variables["params"]["MultiBranch_0"]["branches"])
+        stats = jax.tree.map(lambda a: a[index], variables["batch_stats"]["MultiBranch_0"]["branches"])
+        return namespace["Bottleneck"](2, 6).apply({"params": params, **stats}, x)
+
+    norm, stats = variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"]
+    total = np.asarray(sum(part(i) for i in range(3)))
+    scale = np.asarray(norm["scale"]) / np.sqrt(np.asarray(stats["var"]) + 1e-5)
+    expected = np.maximum(np.asarray(x) + (total - np.asarray(stats["mean"])) * scale + np.asarray(norm["bias"]), 0)
+    np.testing.assert_allclose(block.apply(variables, x), expected, rtol=1e-10, atol=1e-12)
+
+
+PROJECT = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+import orbax.checkpoint as ocp
+from flax import linen as nn
+import dualgap_jax as dg
+
+
+class Branch(nn.Module):
+    @nn.compact
+    def __call__(self, x, is_training):
+        x = nn.BatchNorm(use_running_average=not is_training)(nn.Dense(4)(x))
+        return nn.Dropout(0.1, deterministic=not is_training)(nn.tanh(x))
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(dg.linen.MultiBranch(Branch(), np.int64(6))(x, train))
+
+
+rng = np.random.default_rng(0)
+x = rng.standard_normal((96, 5)).astype(np.float32)
+y = np.argmax(x[:, :3], axis=1).astype(np.int32)
+model, optimizer = Model(), optax.adamw(optax.cosine_decay_schedule(3e-2, 150))
+variables = model.init(jax.random.PRNGKey(0), x)
+params, stats = variables["params"], variables["batch_stats"]
+state = optimizer.init(params)
+
+
+@jax.jit
+def step(params, stats, state, key):
+    def risk(params):
+        logits, new = model.apply(
+            {"params": params, "batch_stats": stats}, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new["batch_stats"]
+
+    (loss, stats), gradient = jax.value_and_grad(risk, has_aux=True)(params)
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), stats, state, loss
+
+
+losses = []
+for key in jax.random.split(jax.random.key(1), 150):
+    params, stats, state, loss = step(params, stats, state, key)
+    losses.append(float(loss))
+with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(sys.argv[1], {"params": params, "batch_stats": stats, "step": jnp.int32(150)})
+logits = model.apply({"params": params, "batch_stats": stats}, x)
+print(json.dumps([losses[0], losses[-1], float((logits.argmax(1) == y).mean()), np.asarray(logits).tolist()]))
+"""
+
+READER = """
+import json, sys
+import numpy as np, orbax.checkpoint as ocp
+
+with ocp.StandardCheckpointer() as checkpointer:
+    saved = checkpointer.restore(sys.argv[1])
+assert not [name for name in sys.modules if name.startswith("dualgap_jax")]
+branches = saved["params"]["MultiBranch_0"]["branches"]
+stats = saved["batch_stats"]["MultiBranch_0"]["branches"]["batch_stats"]["BatchNorm_0"]
+x = np.random.default_rng(0).standard_normal((96, 5)).astype(np.float32)
+total = 0
+for i in range(6):
+    z = x @ branches["Dense_0"]["kernel"][i] + branches["Dense_0"]["bias"][i]
+    z = (z - stats["mean"][i]) / np.sqrt(stats["var"][i] + 1e-5)
+    total = total + np.tanh(z * branches["BatchNorm_0"]["scale"][i] + branches["BatchNorm_0"]["bias"][i]) / 6
+head = saved["params"]["Dense_0"]
+print(json.dumps([int(saved["step"]), np.asarray(total @ head["kernel"] + head["bias"]).tolist()]))
+"""
+
+
+def test_a_project_of_its_own_trains_with_optax_and_its_checkpoint_opens_with_orbax_alone(tmp_path: Path) -> None:
+    """The network is computed again from the checkpoint in NumPy, in a process that never imports this package."""
+    for name, source in (("project.py", PROJECT), ("reader.py", READER)):
+        (tmp_path / name).write_text(source)
+
+    def run(name: str) -> Any:
+        command = [sys.executable, name, str(tmp_path / "checkpoint")]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    first, last, accuracy, logits = run("project.py")
+    assert last < 0.5 * first
+    assert accuracy > 0.8
+    step, again = run("reader.py")
+    assert step == 150
+    np.testing.assert_allclose(again, logits, rtol=1e-3, atol=1e-4)
+
+
+def test_counts_of_any_integer_kind_and_keys_of_the_old_kind() -> None:
+    for count in (np.int64(10), np.int32(10), np.uint8(10), jnp.int32(10)):
+        net = dg.multi_branch(dg.mlp((np.int64(3),), np.int32(2)), count)
+        assert net.stacked is not None
+        assert type(net.stacked.num_branches) is int
+        assert net.stacked.num_branches == 10
+    module = dg.networks.to_linen(net)
+    variables = module.init(jax.random.PRNGKey(0), jnp.ones((2, 4)))
+    assert module.apply(variables, jnp.ones((2, 4))).shape == (2, 2)
+
+
+def test_flax_modules_are_branches_as_they_are() -> None:
+    x = jnp.ones((2, 4))
+    for branch in (nn.Dense(3), lambda rngs: nnx.Linear(4, 3, rngs=rngs), dg.from_linen(nn.Dense(3)), dg.mlp(out=3)):
+        net = dg.multi_branch(branch, 5)
+        assert net.apply(*net.init(jax.random.key(0), x), x)[0].shape == (2, 3)
+    with pytest.raises(TypeError, match="each branch draws its own"):
+        dg.multi_branch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 5)
+
+
+def test_an_int_for_the_hidden_widths_is_told_what_to_write() -> None:
+    import inspect
+
+    with pytest.raises(ValueError, match=r"hidden=8 must be a tuple of positive integers, such as \(8,\)"):
+        inspect.unwrap(dg.mlp)(hidden=8)
