@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -201,6 +202,39 @@ def test_what_is_no_branch_is_told_what_to_write(given: Callable[[], Any], words
         MultiBranch(given(), 3).init(jax.random.key(0), jnp.ones((1, 2)))
     with pytest.raises(TypeError, match=words):
         dg_nnx.MultiBranch(given(), 3, jnp.ones((1, 2)), rngs=nnx.Rngs(0))
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, mask: Any) -> Array:
+        return nn.Dense(3)(x) * mask
+
+
+class Paired(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x: Array, both: bool = True) -> Any:
+        return (self.linear(x), x) if both else self.linear(x).sum()
+
+
+def test_modules_that_want_more_or_give_something_else_are_told_what_to_write() -> None:
+    x = jnp.ones((2, 4))
+    with pytest.raises(TypeError, match=r"Masked cannot be applied to a batch alone: missing .* 'mask'"):
+        networks.from_linen(Masked())
+    net = networks.from_linen(Masked(), switch=lambda train: {"mask": 2.0})
+    params, state = net.init(jax.random.key(0), x)
+    plain = nn.Dense(3).apply({"params": params["Dense_0"]}, x)
+    np.testing.assert_allclose(net.apply(params, state, x)[0], 2 * plain, rtol=1e-6)
+    for both, words in ((True, "returned a tuple"), (False, r"returned an array of shape \(\)")):
+        net = networks.from_nnx(Paired, switch=lambda train, both=both: {"both": both})
+        with pytest.raises(TypeError, match=words):
+            net.apply(*net.init(jax.random.key(0), x), x)
+    net = networks.from_functions(lambda key, x: jnp.ones(3), lambda params, x: {"y": params})
+    with pytest.raises(TypeError, match="returned a dict"):
+        net.apply(*net.init(jax.random.key(0), x), x)
+    with pytest.raises(TypeError, match=r"Linear cannot be called with random streams alone.*lambda rngs: Linear\("):
+        networks.multi_branch(nnx.Linear, 3)
 
 
 def test_adapters_refuse_what_cannot_be_called() -> None:

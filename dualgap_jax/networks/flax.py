@@ -18,8 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dualgap_jax.networks.given import check_network, described
 from dualgap_jax.networks.precision import as_stored
-from dualgap_jax.networks.switches import SWITCHES, Switch, arguments, check_switch, is_flag, known, not_found, settings
+from dualgap_jax.networks.settings import one_array
+from dualgap_jax.networks.switches import (
+    Switch,
+    arguments,
+    check_call,
+    check_switch,
+    is_flag,
+    known,
+    not_found,
+    settings,
+)
 from dualgap_jax.types import KeyArray, Network, Params, State
 
 
@@ -55,7 +66,7 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
     from flax.core import meta
 
     if not isinstance(module, nn.Module):
-        raise TypeError(f"from_linen takes a flax.linen.Module instance, got {_described(module)}.")
+        raise TypeError(f"from_linen takes a flax.linen.Module instance, got {described(module)}.")
     check_switch(switch, "from_linen")
     name = type(module).__name__
     if not callable(module):
@@ -78,6 +89,7 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
         field = settings((switch,))
     else:
         raise ValueError(f"from_linen: {name} has neither an argument nor a field switch={switch!r}; it takes {names}.")
+    check_call(module.__call__, call(True), "from_linen", name)
     blind = switch is None and not call(True) and not field(True)
 
     def watched() -> AbstractContextManager[Any]:
@@ -115,9 +127,9 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
         options: dict[str, Any] = {"rngs": streams(key) if key is not None else {}, **call(train)}
         with watched():
             if not train or not state:
-                return bound(train).apply(variables, x, **options), state
+                return one_array(bound(train).apply(variables, x, **options), name), state
             y, updated = bound(train).apply(variables, x, mutable=list(state), **options)
-        return y, as_stored(dict(updated), state)
+        return one_array(y, name), as_stored(dict(updated), state)
 
     return Network(init, apply)
 
@@ -148,15 +160,24 @@ def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Netwo
     linen = sys.modules.get("flax.linen")
     made = (nnx.Module, Network) if linen is None else (nnx.Module, Network, linen.Module)
     if isinstance(constructor, made) or not callable(constructor):
-        raise TypeError(f"from_nnx takes a constructor of NNX modules, got {_described(constructor)}.")
+        raise TypeError(f"from_nnx takes a constructor of NNX modules, got {described(constructor)}.")
     check_switch(switch, "from_nnx")
     signed = typing.cast(Any, constructor).__init__ if isinstance(constructor, type) else constructor
     by_name = "rngs" in inspect.signature(signed).parameters
+    try:
+        own = (None,) if isinstance(constructor, type) else ()
+        inspect.signature(signed).bind(*own, *(() if by_name else (None,)), **({"rngs": None} if by_name else {}))
+    except TypeError as error:
+        made_by = getattr(constructor, "__name__", "Module")
+        raise TypeError(
+            f"from_nnx: {made_by} cannot be called with random streams alone: {error}. Write"
+            f" from_nnx(lambda rngs: {made_by}(..., rngs=rngs))."
+        ) from error
 
     def make(rngs: Any) -> Any:
         module = constructor(rngs=rngs) if by_name else constructor(rngs)
         if not isinstance(module, nnx.Module):
-            raise TypeError(f"from_nnx: the constructor gave {_described(module)}, and no NNX module.")
+            raise TypeError(f"from_nnx: the constructor gave {described(module)}, and no NNX module.")
         return module
 
     def split(module: Any) -> tuple[Any, Any, Any, Any]:
@@ -165,6 +186,8 @@ def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Netwo
 
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     call, attributes = _nnx_switch(abstract, switch)
+    name = type(abstract).__name__
+    check_call(abstract.__call__, call(True), "from_nnx", name)
 
     graph, _, streams, _ = split(abstract)
 
@@ -191,10 +214,10 @@ def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Netwo
         module = nnx.merge(graph, nnx.State(params), feed(key), nnx.State(_widened(state, params, x)))
         module = nnx.view(module, deterministic=not train, use_running_average=not train, raise_if_not_found=False)
         for _, inner in nnx.iter_modules(module):
-            for name, value in attributes(train).items():
-                if name in vars(inner):
-                    setattr(inner, name, value)
-        y = module(x, **call(train))
+            for attribute, value in attributes(train).items():
+                if attribute in vars(inner):
+                    setattr(inner, attribute, value)
+        y = one_array(module(x, **call(train)), name)
         return y, (as_stored(nnx.to_pure_dict(split(module)[3]), state) if train else state)
 
     return Network(init, apply)
@@ -230,38 +253,6 @@ def _nnx_switch(
             what = "batch statistics" if kept else "random streams"
             raise not_found(where, name, f"{what} in {type(part).__name__}", names)
     return settings(found), settings(usual)
-
-
-def _described(given: Any) -> str:
-    """What was given in place of a network, and what to write instead."""
-    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
-    name = given.__name__ if isinstance(given, type) else type(given).__name__
-    if nnx is not None and isinstance(given, nnx.Module):
-        return (
-            f"the NNX module instance {name}, whose parameters are drawn already, but each branch draws its own: write"
-            f" from_nnx(lambda rngs: {name}(..., rngs=rngs))"
-        )
-    if linen is not None and isinstance(given, linen.Module):
-        return f"the Linen module instance {name}: write from_linen({name}(...))"
-    if linen is not None and isinstance(given, type) and issubclass(given, linen.Module):
-        return f"the Linen class {name}: write from_linen({name}(...))"
-    if nnx is not None and isinstance(given, type) and issubclass(given, nnx.Module):
-        return f"the NNX class {name}: write from_nnx({name}), or from_nnx(lambda rngs: {name}(..., rngs=rngs))"
-    return f"{given!r} of type {type(given).__name__}"
-
-
-def check_network(given: Any, where: str) -> Network:
-    """The network as it is.
-
-    Raises:
-      TypeError: for anything else, with what to write instead.
-    """
-    if not isinstance(given, Network):
-        raise TypeError(
-            f"{where} takes a network (mlp(...), multi_branch(...), from_linen(module), from_nnx(constructor),"
-            f" from_functions(init, apply)), got {_described(given)}."
-        )
-    return given
 
 
 def as_network(given: Any, where: str) -> Network:
@@ -314,6 +305,3 @@ def to_nnx(network: Network, x: Any, *, rngs: Any) -> Any:
     from dualgap_jax.networks.nnx import Pure
 
     return Pure(check_network(network, "to_nnx"), x, rngs=rngs)
-
-
-__all__ = ["SWITCHES", "as_network", "check_network", "from_linen", "from_nnx", "to_linen", "to_nnx"]

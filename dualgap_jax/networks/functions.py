@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jax import Array
 
+from dualgap_jax.networks.settings import one_array
 from dualgap_jax.types import KeyArray, Network, Params, State, Stem
 
 
@@ -21,6 +22,6 @@ def from_functions(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
         del key, train
-        return apply(params, x), state
+        return one_array(apply(params, x), "from_functions: apply"), state
 
     return Network(init_fn, apply_fn, stem)

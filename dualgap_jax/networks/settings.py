@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,18 @@ def activation(name: str | Callable[[Array], Array]) -> Callable[[Array], Array]
     if name not in ACTIVATIONS:
         raise UnknownNameError(unknown("activation", name, ACTIVATIONS))
     return ACTIVATIONS[name]
+
+
+def one_array(y: Any, name: str) -> Array:
+    """The output of a network as it is.
+
+    Raises:
+      TypeError: unless it is one array with an axis of examples.
+    """
+    if not isinstance(y, jax.Array) or y.ndim == 0:
+        what = f"an array of shape {y.shape}" if isinstance(y, jax.Array) else f"a {type(y).__name__}"
+        raise TypeError(f"{name} returned {what}: a network returns one array, [batch, ...], whose sum branches have.")
+    return y
 
 
 def positive(value: object, name: str) -> int:

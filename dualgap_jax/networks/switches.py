@@ -48,6 +48,21 @@ def is_flag(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
+def check_call(function: Any, given: Iterable[str], where: str, name: str) -> None:
+    """Refuses a module that cannot be called with its inputs and these arguments alone.
+
+    Raises:
+      TypeError: where an argument is missing.
+    """
+    try:
+        inspect.signature(function).bind(None, **dict.fromkeys(given))
+    except TypeError as error:
+        raise TypeError(
+            f"{where}: {name} cannot be applied to a batch alone: {error}. Give what its call needs besides by"
+            " switch=lambda train: {'argument': value}."
+        ) from error
+
+
 def arguments(function: Any) -> tuple[tuple[str, ...], bool]:
     """The names of a method's arguments after its first that may be switches, and whether it takes `**options`."""
     kinds = inspect.Parameter
