@@ -37,8 +37,9 @@ def _convolved(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     def by_patches(x: Array, kernel: Array) -> Array:
         height, width = x.shape[1:3]
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+        rows = jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=-1)
+        patches = jnp.concatenate([rows[:, :, j : j + width] for j in range(3)], axis=-1)
+        return patches @ kernel.transpose(1, 0, 2, 3).reshape(-1, kernel.shape[-1])
 
     def by_xla(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, *args, **options)

@@ -36,13 +36,13 @@ def sum_branches(
 
     Args:
       branch: the one-branch network.
-      params, state: leaves `[I, ...]`.
-      x: `[batch, ...]`, shared by all branches.
-      keys: `[I]` keys, or None.
-      train: passed on.
+      params, state: those of I branches; every leaf is `[I, ...]`.
+      x: a batch `[batch, ...]`, which all branches share.
+      keys: a key for each branch, `[I]`, or None where nothing is random.
+      train: whether the branches train, as in `Network.apply`.
 
     Returns:
-      The sum `[batch, out]` and the new state, leaves `[I, ...]`.
+      The sum `[batch, out]`, or of whatever shape one branch gives, and the new state, leaves `[I, ...]`.
     """
     if branch.stem is not None:
         z = jax.vmap(branch.stem.preactivation, (0, None))(params, x)
@@ -54,7 +54,11 @@ def sum_branches(
 def sum_rest(
     branch: Network, params: Params, state: State, z: PyTree, *, keys: Any = None, train: bool = False
 ) -> tuple[Array, State]:
-    """`sum_branches` from the first layer's pre-activations `z`, leaves `[I, ...]`.  The branch must name a stem."""
+    """`sum_branches` from the first layer's pre-activations `z`, leaves `[I, ...]`; the other arguments are its own.
+
+    Raises:
+      ValueError: if the branch names no stem.
+    """
     if branch.stem is None:
         raise ValueError("sum_rest needs a branch with a stem; this one names none. Use sum_branches.")
     if branch.stem.rest_sum is not None:
@@ -72,10 +76,10 @@ def draw_branches(branch: Network, key: KeyArray, x: Array, first: Array | int, 
 
     Args:
       branch: the one-branch network.
-      key: of the whole network.
-      x: an example batch, `[batch, ...]`.
-      first: index of the first branch; may be traced.
-      count: number of branches, at least 1.
+      key: the key of the whole network.
+      x: an example batch, `[batch, ...]`, which fixes shapes and dtypes.
+      first: the index of the first branch; it may be traced.
+      count: the number of branches, at least 1.
     """
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(branch.init, key, x)))
     chunk = min(max(1, count // 20), max(1, _DRAWN_AT_A_TIME // max(one, 1)))
@@ -172,7 +176,7 @@ def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = 
     Args:
       networks: at least one network; all must give outputs of one shape.  A Linen module stands for `from_linen` of it,
         an NNX constructor for `from_nnx`.
-      weights: one a network; None is the mean, `1 / len(networks)` each.
+      weights: the factor of each network; None is the mean, `1 / len(networks)` each.
 
     Raises:
       TypeError: for what is not a network.
