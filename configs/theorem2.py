@@ -11,8 +11,9 @@ rank deficient; SGD with H = 2 and 3 reaches the optimum on random data, H = 5 d
 5,000 steps.
 """
 
-from dualgap_jax.config import Absent, Component, Config, ConfigError, parse_arg
-from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec, smoke
+from dualgap_jax.config import Absent, Config, ConfigError, component, parse_arg
+from dualgap_jax.data import DATASETS
+from dualgap_jax.experiments.linear_dual import MATRICES, DescentSpec, LinearDualSpec, smoke
 from dualgap_jax.registry import unknown
 
 GAMMA = {"random": 1.0, "mnist": 10.0, "cifar10": 5.0}
@@ -26,7 +27,7 @@ def get_config(arg=None):
         raise ConfigError(unknown("data", args.data, GAMMA))
     spec = LinearDualSpec(
         title=f"Theorem 2 on {TITLE[args.data]}",
-        data=Component(args.data, {}),
+        data=component(MATRICES if args.data in MATRICES else DATASETS, args.data),
         depth=args.H,
         width=WIDTH[args.data] if args.width is None else args.width,
         gamma=GAMMA[args.data] if args.gamma is None else args.gamma,

@@ -184,7 +184,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is Component:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise ConfigError(f"{where}={value!r}: expected a group with a `name` and the settings of that entry.")
-        _check_finite(value, where)
+        check_numbers(value, where)
         return Component(value["name"], {k: as_dict(v) for k, v in value.items() if k != "name"})
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
@@ -194,22 +194,28 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where}={value!r}: expected {kind.__name__}, got {type(value).__name__}.")
-    _check_finite(value, where)
+    check_numbers(value, where)
     return value
 
 
-def _check_finite(value: Any, where: str) -> None:
-    """Raises ConfigError for NaN, infinities and numbers of more than 64 bits, wherever they are."""
+def check_numbers(value: Any, where: str = "config") -> None:
+    """Raises ConfigError for NaN, infinities and whole numbers beyond 32 bits, wherever in a spec they are.
+
+    Seeds have all 32 bits; other whole numbers, which JAX counts with, one less.
+    """
+    if isinstance(value, Component) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        value = as_dict(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _check_finite(item, f"{where}.{key}")
+            check_numbers(item, f"{where}.{key}")
     elif isinstance(value, tuple | list):
         for index, item in enumerate(value):
-            _check_finite(item, f"{where}[{index}]")
+            check_numbers(item, f"{where}[{index}]")
     elif isinstance(value, float):
         require(math.isfinite(value), f"{where}={value}: expected a finite number.")
     elif isinstance(value, int):
-        require(-(2**63) <= value < 2**63, f"{where}={value}: expected a number of at most 64 bits.")
+        bits = 32 if where.endswith("seed") else 31
+        require(-(2**31) <= value < 2**bits, f"{where}={value:.6g}: expected a whole number below 2**{bits}.")
 
 
 def to_spec(cls: type[T], config: Mapping[str, Any], *, where: str = "config") -> T:

@@ -186,7 +186,9 @@ class Metrics:
 
 
 class Progress:
-    """One line on the terminal: what is done, the rate, the time left.  Silent when stderr is not a terminal.
+    """One line on the terminal, or a bar in a notebook: what is done, the rate, the time left.
+
+    Silent where standard error is a file or a pipe.
 
     Args:
       total: the number of steps in all.
@@ -195,28 +197,21 @@ class Progress:
     """
 
     def __init__(self, total: int, label: str, done: int = 0) -> None:
-        self._total, self._label, self._first = total, label, done
-        self._start = time.monotonic()
-        self._drawn = -math.inf
-        self._active = sys.stderr.isatty()
+        from tqdm.auto import tqdm
+
+        line = "{desc}: {n_fmt}/{total_fmt} |{bar:20}| {rate_fmt}, {remaining} left  {postfix}"
+        self._bar: Any = tqdm(
+            total=total, initial=done, desc=label, disable=None, dynamic_ncols=True, bar_format=line, file=sys.stderr
+        )
 
     def update(self, done: int, note: str = "") -> None:
-        """Redraws the line (at most ten times a second, and at the end) with `done` steps and a short note."""
-        now = time.monotonic()
-        if not self._active or (now - self._drawn < 0.1 and done < self._total):
-            return
-        self._drawn = now
-        rate = (done - self._first) / max(now - self._start, 1e-9)
-        left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 else ""
-        line = f"{self._label}: {done}/{self._total}  {rate:.3g}/s  {left}  {note}".rstrip()
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
+        """Shows `done` steps and a short note, at most ten times a second, and at the end."""
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         """Ends the line."""
-        if self._active and self._drawn > -math.inf:
-            sys.stderr.write("\n")
-        self._active = False
+        self._bar.close()
 
     def __enter__(self) -> Progress:
         return self

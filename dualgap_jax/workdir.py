@@ -146,12 +146,16 @@ class Workdir:
             return True
         if self._failed_before_anything():
             return False
-        known = there.get("experiment"), self.config.get("experiment")
-        what = "another config" if known[0] == known[1] else f"a run of experiment {known[0]!r}, not {known[1]!r}"
+        known, asked = there.get("experiment"), self.config.get("experiment")
+        if known != asked:
+            raise WorkdirError(
+                f"{self.path} holds a run of experiment {known!r}, not {asked!r}; nothing was changed."
+                " Give another folder with --workdir, or delete this one to start over"
+            )
         raise WorkdirError(
             "\n".join(
                 [
-                    f"{self.path} holds {what}; nothing was changed. What differs:",
+                    f"{self.path} holds another config; nothing was changed. What differs:",
                     *lines,
                     "Give another folder with --workdir, or delete this one to start over",
                 ]

@@ -97,7 +97,7 @@ def test_the_listing_names_everything() -> None:
         (["--config=configs/synthetic_relu.py:tau=1"], "unknown config argument 'tau'"),
         (["--config=configs/figure4.py:row=minst"], "unknown row 'minst'. Did you mean 'mnist'"),
         (["--config=configs/theorem2.py:gamma=-1"], "gamma=-1.0 must be finite and at least 0"),
-        (["--config=configs/theorem2.py:width=0"], "width=0 must be at least 1"),
+        (["--config=configs/theorem2.py:width=0"], "width=0 must lie between 1"),
         (["--config=configs/synthetic_relu.py", "--config.trainig.max_steps=3"], "'trainig'. Did you mean 'training'"),
         (["--config=configs/synthetic_relu.py", "--config.branch.hiden=3"], "key in config.branch: 'hiden'"),
         (["--config=configs/synthetic_relu.py", "--config.seed.x=3"], "key in config.seed: 'x'"),

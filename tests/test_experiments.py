@@ -417,6 +417,9 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
     [
         ({"num_branches": 0}, ConfigError, "num_branches=0 must be a positive integer"),
         ({"num_branches": -3}, ConfigError, "num_branches=-3"),
+        ({"num_branches": 3_000_000_000}, ConfigError, "num_branches=3e.09: expected a whole number below"),
+        ({"seed": 2**32}, ConfigError, "seed=4.*below|seed=4294967296 must"),
+        ({"plane": {"half_width": math.nan}}, ConfigError, "half_width=nan: expected a finite"),
         ({"num_branches": 2.0}, ConfigError, "config.num_branches=2.0: expected int"),
         ({"num_branches": True}, ConfigError, "expected int, got bool"),
         ({"reduce": "max"}, ConfigError, "'max'.*mean, sum"),
@@ -430,7 +433,7 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
         ({"loss": {"name": "binary_hinge", "tau": 0.0}}, SettingError, "tau must be a positive"),
         ({"loss": {"name": "binary_hinge", "tau": -1.0}}, SettingError, "tau must be a positive"),
         ({"plane": {"axes": "author"}}, ConfigError, "'author'. Did you mean 'authors'"),
-        ({"plane": {"points": 2}}, ConfigError, "at least 3"),
+        ({"plane": {"points": 2}}, ConfigError, "between 3"),
         ({"training": {"schedule": {"name": "cosin"}}}, UnknownNameError, "Did you mean 'cosine'"),
         ({"training": {"learning_rate": 0.0}}, ConfigError, "learning_rate=0.0 must be positive"),
         ({"training": {"chain": ("clip(",)}}, ConfigError, "is not an optax transformation"),
@@ -447,6 +450,13 @@ def test_bad_configs_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         experiments.run(config, workdir=tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_a_network_that_cannot_fit_in_memory_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    for change in ({"num_branches": 2_000_000_000}, {"branch": Component("mlp", {"hidden": (1_000_000_000,)})}):
+        with pytest.raises(ConfigError, match=r"one network of num_branches=.* takes .*B, available are .*B"):
+            run(tiny(**change), tmp_path / "w")
+    run(tiny(), tmp_path / "w")  # the corrected command
 
 
 def test_another_config_in_the_workdir_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -211,8 +211,8 @@ def test_real_image_files_work_end_to_end(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depth": 1}, "depth=1 must be at least 2"),
-        ({"width": 0}, "width=0 must be at least 1"),
+        ({"depth": 1}, "depth=1 must lie between 2"),
+        ({"width": 0}, "width=0 must lie between 1"),
         ({"gamma": -1.0}, "gamma=-1.0 must be finite and at least 0"),
         ({"gamma": math.inf}, "gamma=inf"),
         ({"tolerance": 0.0}, "tolerance=0.0 must lie between 0 and 1"),
@@ -227,7 +227,7 @@ def test_bad_settings(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depths": (1,)}, "a depth H must be at least 2"),
+        ({"depths": (1,)}, "a depth H must lie between 2"),
         ({"depths": (3, 3)}, "twice"),
         ({"steps": 50}, "multiple of"),
         ({"learning_rate": 0.0}, "must be positive"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from dualgap_jax.config import Config, ConfigError, require, to_spec
+from dualgap_jax.config import Config, ConfigError, check_numbers, require, to_spec
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute, identity
 from dualgap_jax.experiments.duality_gap import DUALITY_GAP
 from dualgap_jax.experiments.hitting_rate import HITTING_RATE
@@ -84,6 +84,7 @@ def run(
         )
     else:
         spec = to_spec(experiment.spec, {key: value for key, value in config.items() if key != "experiment"})
+    check_numbers(spec)
     if workdir is None:
         workdir = default_workdir(root, name or chosen, identity(experiment, spec))
     return execute(experiment, spec, Path(workdir), tables, command=command)

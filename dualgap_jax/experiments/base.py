@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dualgap_jax import figures
 from dualgap_jax.data import DATASETS
 from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
 from dualgap_jax.identity import arrays_digest
@@ -79,6 +80,12 @@ class Experiment:
         if not (dataclasses.is_dataclass(self.spec) and isinstance(self.spec, type)):
             raise TypeError(f"experiment {self.name!r}: spec must be a frozen dataclass; got {self.spec!r}")
         object.__setattr__(self, "__doc__", inspect.getdoc(self.run) or "")
+
+    def drawn(self, workdir: Workdir) -> None:
+        """Draws the figures, if there are any."""
+        if self.draw is not None:
+            with figures.any_backend():
+                self.draw(workdir.path)
 
 
 class Tables(NamedTuple):
@@ -151,8 +158,7 @@ def execute(
     with workdir.session():
         report = experiment.run(spec, workdir, tables)
         save_json(workdir.results / "report.json", report)
-        if experiment.draw is not None:
-            experiment.draw(workdir.path)
+        experiment.drawn(workdir)
     meet("the experiment is done")
     return report, workdir, False
 
@@ -165,16 +171,16 @@ def _complete_report(experiment: Experiment, workdir: Workdir) -> Report | None:
     damaged = workdir.damaged()
     if damaged is None:
         return None
-    figures = [name for name in damaged if Path(name).parts[0] == "figures"]
-    if len(figures) < len(damaged) or (figures and experiment.draw is None):
+    pictures = [name for name in damaged if Path(name).parts[0] == "figures"]
+    if len(pictures) < len(damaged) or (pictures and experiment.draw is None):
         _log.warning("%s: damaged or gone, computed again: %s", workdir.path, ", ".join(damaged))
         return None
     try:
         report = Report(**load_json(workdir.path / "results" / "report.json"))
-        if figures and experiment.draw is not None:
-            _log.warning("%s: damaged or gone, drawn again: %s", workdir.path, ", ".join(figures))
+        if pictures:
+            _log.warning("%s: damaged or gone, drawn again: %s", workdir.path, ", ".join(pictures))
             with workdir.repair():
-                experiment.draw(workdir.path)
+                experiment.drawn(workdir)
     except (OSError, WorkdirError) as error:
         _log.warning("%s: the figures could not be drawn again: %s", workdir.path, error)
     except (DamagedFileError, TypeError) as error:

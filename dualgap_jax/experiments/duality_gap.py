@@ -111,7 +111,7 @@ class DualityGapSpec:
         require(0 < self.budget_share <= 1, f"budget_share={self.budget_share} must lie in (0, 1].")
         require(len(self.num_branches) > 0, "num_branches is empty; give at least one, as in I=1/10/100.")
         require(all(n >= 1 for n in self.num_branches), f"num_branches={self.num_branches} must be positive integers.")
-        require(self.grid >= 3, f"grid={self.grid} must be at least 3.")
+        require(3 <= self.grid <= 2**20, f"grid={self.grid} must lie between 3 and {2**20:,}.")
         require(self.fresh_samples >= 0, f"fresh_samples={self.fresh_samples} must be >= 0.")
         require(self.fresh_samples != 1, "fresh_samples=1 gives no confidence interval; give 0, or 2 or more.")
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import humanize
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,12 +23,14 @@ from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.networks import multi_branch, upcast, with_precision
 from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
+from dualgap_jax.steps import tree_bytes
 from dualgap_jax.training import (
     SCHEDULES,
     Evaluation,
     Solution,
     TrainingSpec,
     evaluate,
+    memory_available,
     optimizer,
     scaled_learning_rate,
     train,
@@ -36,6 +40,7 @@ from dualgap_jax.workdir import Workdir
 
 DType = Literal["float32", "bfloat16"]
 
+_MAX_POINTS = 10_000  # along a side or an edge
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
 
 
@@ -74,8 +79,9 @@ class PlaneSpec:
 
     def __post_init__(self) -> None:
         require(0 < self.half_width < math.inf, f"plane.half_width={self.half_width} must be positive.")
-        require(self.points >= 3, f"plane.points={self.points} must be at least 3.")
-        require(self.edge_points >= 3, f"plane.edge_points={self.edge_points} must be at least 3.")
+        for name in ("points", "edge_points"):
+            value = getattr(self, name)
+            require(3 <= value <= _MAX_POINTS, f"plane.{name}={value} must lie between 3 and {_MAX_POINTS:,}.")
         require(self.sample_chunk >= 1, f"plane.sample_chunk={self.sample_chunk} must be at least 1.")
         require(self.samples >= 0, f"plane.samples={self.samples} must be >= 0 (0: all training examples).")
 
@@ -182,10 +188,24 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
         return multi_branch(branch, spec.num_branches, reduce=spec.reduce)
 
     net = network(branch)
-    if spec.precision == PrecisionSpec():
-        return Setting(dataset, net, net, loss)
-    lowered = with_precision(branch, param_dtype=spec.precision.params, compute_dtype=spec.precision.compute)
-    return Setting(dataset, net, network(lowered), loss)
+    training_net = net
+    if spec.precision != PrecisionSpec():
+        lowered = with_precision(branch, param_dtype=spec.precision.params, compute_dtype=spec.precision.compute)
+        training_net = network(lowered)
+    _check_fits(spec, training_net, dataset)
+    return Setting(dataset, net, training_net, loss)
+
+
+def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
+    """Raises ConfigError for a network whose parameters alone are more than the memory of the devices that share it."""
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.asarray(dataset.x[:1]))
+    needed, free = tree_bytes(shapes) // max(spec.mesh.branch, 1), memory_available()
+    require(
+        needed < free,
+        f"one network of num_branches={spec.num_branches:,} takes {humanize.naturalsize(needed)}, available are"
+        f" {humanize.naturalsize(max(free, 0))}; take fewer or smaller branches, or share them with"
+        " --config.mesh.branch.",
+    )
 
 
 def regime(spec: LandscapeSpec) -> str:

@@ -67,7 +67,10 @@ class DescentSpec:
     record_every: int = 50
 
     def __post_init__(self) -> None:
-        require(all(h >= 2 for h in self.depths), f"sgd.depths={self.depths}: a depth H must be at least 2.")
+        require(
+            all(2 <= h <= 1000 for h in self.depths),
+            f"sgd.depths={self.depths}: a depth H must lie between 2 and 1,000.",
+        )
         require(len(set(self.depths)) == len(self.depths), f"sgd.depths={self.depths} names a depth twice.")
         require(self.seeds >= 1, f"sgd.seeds={self.seeds} must be at least 1.")
         require(self.batch_size >= 1, f"sgd.batch_size={self.batch_size} must be at least 1.")
@@ -107,8 +110,11 @@ class LinearDualSpec:
 
     def __post_init__(self) -> None:
         seeds.check(self.seed)
-        require(self.depth >= 2, f"depth={self.depth} must be at least 2 (H layers, H - 1 of them hidden).")
-        require(self.width >= 1, f"width={self.width} must be at least 1.")
+        require(
+            2 <= self.depth <= 1000,
+            f"depth={self.depth} must lie between 2 and 1,000 (H layers, H - 1 hidden).",
+        )
+        require(1 <= self.width <= 100_000, f"width={self.width} must lie between 1 and 100,000.")
         require(0 <= self.gamma < math.inf, f"gamma={self.gamma} must be finite and at least 0.")
         require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must lie between 0 and 1.")
         require(self.block_size >= 0, f"block_size={self.block_size} must be at least 0 (0: all columns at once).")

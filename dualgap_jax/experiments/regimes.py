@@ -51,7 +51,7 @@ class RegimesSpec:
     def __post_init__(self) -> None:
         for name in ("inits", "lr_scalings", "reduces", "num_branches"):
             require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one.")
-        require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1.")
+        require(1 <= self.repeats <= 1000, f"repeats={self.repeats} must lie between 1 and 1,000.")
         for init in self.inits:
             parse_init(init)
 

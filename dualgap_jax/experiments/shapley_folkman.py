@@ -55,7 +55,9 @@ class ShapleyFolkmanSpec:
         for name in ("panels", "copies"):
             given = getattr(self, name)
             require(len(given) > 0, f"{name} is empty; give at least one number of copies.")
-            require(min(given) >= 1, f"{name}={given}: numbers of copies must be at least 1.")
+            require(
+                min(given) >= 1 and max(given) <= 10**6, f"{name}={given}: numbers of copies must be 1 to 1,000,000."
+            )
             require(len({*given}) == len(given), f"{name}={given} names a number of copies twice.")
         require(len(self.panels) <= 5, f"panels={self.panels}: at most five fit beside the hull.")
         require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must lie between 0 and 1.")

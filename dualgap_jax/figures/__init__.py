@@ -26,6 +26,7 @@ from pathlib import Path
 from dualgap_jax.figures.averages import shapley_folkman
 from dualgap_jax.figures.duality import duality_gap
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
+from dualgap_jax.figures.page import any_backend
 from dualgap_jax.figures.scores import regimes
 from dualgap_jax.figures.spectra import spectral
 from dualgap_jax.figures.surfaces import landscape, row
@@ -64,4 +65,5 @@ def draw(workdir: str | Path, figures: Mapping[str, Callable[[str | Path], list[
             f"nothing to draw in {workdir}: looked for {', '.join(figures)} in {workdir / 'results'};"
             " name the work folder of a run that is complete."
         )
-    return [path for name in found for path in figures[name](workdir)]
+    with any_backend():
+        return [path for name in found for path in figures[name](workdir)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,17 @@ def data_note(record: Mapping[str, Any]) -> str:
 
 
 # Page ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def any_backend() -> Iterator[None]:
+    """Lets matplotlib be imported whatever `MPLBACKEND` says: figures are drawn without one, and it may not exist."""
+    given = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["MPLBACKEND"] = given
 
 
 @contextmanager

@@ -59,8 +59,8 @@ class SgdSpec:
         require(self.check_every >= 1, f"sgd.check_every={self.check_every} must be at least 1.")
         require(not math.isnan(self.stop_below), "sgd.stop_below is not a number; -1 switches it off.")
         require(
-            self.lanes >= 16 and self.lanes % 16 == 0,
-            f"sgd.lanes={self.lanes} must be a multiple of 16, the width of the widest vector registers.",
+            16 <= self.lanes <= 2**16 and self.lanes % 16 == 0,
+            f"sgd.lanes={self.lanes} must be a multiple of 16, the widest vector registers, up to {2**16:,}.",
         )
         require(self.devices >= 0, f"sgd.devices={self.devices} must be >= 0 (0: all of this machine).")
         require(self.checkpoint_seconds >= 0, f"sgd.checkpoint_seconds={self.checkpoint_seconds} must be >= 0.")
