@@ -114,9 +114,8 @@ def write_averages(workdir: Path) -> Path:
         "hull": np.asarray([[0.0, 0], [3, 0], [3, 2], [0, 2]]),
         "n1_vertices": np.concatenate([np.asarray(loop, dtype=np.float64) for loop in loops]),
         "n1_lengths": np.asarray([len(loop) for loop in loops]),
-        "n4_mask": np.arange(12).reshape(3, 4) % 5 > 0,
-        "n4_xs": np.arange(4.0),
-        "n4_ys": np.arange(3.0),
+        "n4_vertices": np.asarray([[0.0, 0], [3, 0], [3, 2], [0, 2]]),
+        "n4_lengths": np.asarray([4]),
     }
     save_npz(results / "shapley_folkman.npz", **arrays)
     keys = ("n", "distance", "error", "kind", "shapley_folkman_bound", "starr_bound")
