@@ -29,6 +29,7 @@ from dualgap_jax import landscape
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import multi_margin
 from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.types import Network
 
 _CLASSES = 10
@@ -80,7 +81,7 @@ def prepare(case: Case) -> Setup:
     dataset = common.random_images(case.image, case.num_samples)
     net = multi_branch(mlp(case.hidden, _CLASSES), case.num_branches)
     example = standardise(dataset.x[:1], dataset.mean, dataset.std)
-    solutions = [jax.jit(net.init)(jax.random.key(seed), example)[0] for seed in range(3)]
+    solutions = [InMemory(*jax.jit(net.init)(jax.random.key(seed), example)) for seed in range(3)]
     return Setup(net, landscape.plane_through(solutions, "authors"), dataset)
 
 
@@ -89,7 +90,7 @@ def full_reevaluation(setup: Setup, points: np.ndarray) -> Callable[[], jax.Arra
     net, plane, data = setup
     per_example = multi_margin().per_example
     arguments = (
-        (plane.origin, plane.u, plane.v),
+        plane.whole().params,
         standardise(data.x, data.mean, data.std),
         jnp.asarray(data.y),
         jnp.asarray(points, jnp.float32),
@@ -110,7 +111,8 @@ def peer_loop(torch: Any, setup: Setup, points: np.ndarray) -> Callable[[], list
     """The same in PyTorch, one point after another, one module a branch."""
     _, plane, data = setup
     build = functools.partial(common.per_branch_network, torch)
-    net, origin, u, v = build(plane.origin), build(plane.origin), build(plane.u), build(plane.v)
+    first, second, third = plane.whole().params
+    net, origin, u, v = build(first), build(first), build(second), build(third)
     tensors = list(zip(*(n.parameters() for n in (net, origin, u, v)), strict=True))
     criterion = torch.nn.MultiMarginLoss()
     x = torch.tensor(np.asarray(standardise(data.x, data.mean, data.std)).reshape(len(data.y), -1))
@@ -158,7 +160,7 @@ def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -
     picks = {name: np.linspace(0, len(grid) - 1, n).astype(int) for name, n in (("full", num_full), ("peer", num_peer))}
 
     def package(points: np.ndarray) -> np.ndarray:
-        return landscape.evaluate_points(setup.net, setup.plane, setup.dataset, multi_margin(), points)
+        return landscape.evaluate_points(setup.net, multi_margin(), setup.dataset, setup.plane, points)
 
     repeats = num_full
     calls: dict[str, Callable[[], object]] = {

@@ -67,7 +67,7 @@ class OnDisk:
 
 
 def full_reevaluation(
-    case: in_memory.Case, plane: landscape.StreamedPlane, data: Dataset, points: np.ndarray
+    case: in_memory.Case, plane: landscape.Plane, data: Dataset, points: np.ndarray
 ) -> tuple[float, np.ndarray]:
     """Seconds for all points together, without reading, and the mean losses `[P]`."""
     x, y = standardise(data.x, data.mean, data.std), jnp.asarray(data.y)
@@ -84,8 +84,7 @@ def full_reevaluation(
 
     totals, seconds = jnp.zeros((len(points), case.num_samples, _CLASSES)), 0.0
     for first in range(0, case.num_branches, _BLOCK):
-        part = plane.block(first, min(_BLOCK, case.num_branches - first))
-        directions = jax.block_until_ready((part.origin, part.u, part.v))
+        directions = jax.block_until_ready(plane.block(first, min(_BLOCK, case.num_branches - first)).params)
         if first in (0, case.num_branches // _BLOCK * _BLOCK):  # compiles
             jax.block_until_ready(add(totals, directions))
         start = time.perf_counter()
@@ -112,11 +111,11 @@ def measure(
     num_points = len(grid) + 3 * _EDGE_POINTS
     network = 4 * case.num_branches * sum(out * (fan_in + 1) for fan_in, out in itertools.pairwise(case.widths))
     start = time.perf_counter()
-    plane = landscape.plane_through_sources(sources)
+    plane = landscape.plane_through(sources)
     plane_seconds = time.perf_counter() - start
 
     def package() -> np.ndarray:
-        found = landscape.survey(net, plane, data, multi_margin(), ticks, ticks, edge_points=_EDGE_POINTS)
+        found = landscape.survey(net, multi_margin(), data, plane, ticks, ticks, edge_points=_EDGE_POINTS)
         return found.surface.loss.reshape(-1)
 
     picks = np.linspace(0, len(grid) - 1, num_full).astype(int)

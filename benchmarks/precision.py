@@ -30,11 +30,11 @@ import optax
 from dualgap_jax import config as config_lib
 from dualgap_jax import training
 from dualgap_jax.data import Dataset, standardise
+from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.landscape import LandscapeSpec, PrecisionSpec, build
 from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Metrics, read_metrics
-from dualgap_jax.networks import upcast
 from dualgap_jax.types import Network
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "mnist_1layer.py"
@@ -88,7 +88,7 @@ def measure(spec: LandscapeSpec, precision: PrecisionSpec, num_solutions: int) -
             )  # fmt: skip
         seconds = time.perf_counter() - began
         lines = read_metrics(path)
-    rows = [training.evaluate(net, loss, dataset, upcast(s.params), s.state) for s in solutions]
+    rows = [evaluate(net, loss, dataset, s.network) for s in solutions]
     speeds = np.asarray([line["steps_per_second"] for line in lines if line["solution"] == 0])
     return {
         "case": f"{precision.params} parameters, {precision.compute} compute",

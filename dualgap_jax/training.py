@@ -31,10 +31,12 @@ from dualgap_jax import identity, seeds
 from dualgap_jax.checkpoints import Checkpointer, Place, Restored, Stored, like_template, load, open_branches
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
-from dualgap_jax.losses import Loss, measure
+from dualgap_jax.evaluation import check_fits
+from dualgap_jax.losses import Loss
 from dualgap_jax.machine import memory_field
 from dualgap_jax.metrics import Metrics, Progress
 from dualgap_jax.networks import multi_branch, upcast
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.sharding import (
     MeshSpec,
@@ -385,6 +387,11 @@ class Solution(NamedTuple):
     batch_loss: float
     source: BranchSource | None = None
 
+    @property
+    def network(self) -> BranchSource:
+        """The trained network, wherever it is."""
+        return self.source if self.source is not None else InMemory(self.params, self.state)
+
 
 def solution_key(seed: int, index: int) -> KeyArray:
     """The root key of solution `index` of an experiment with this seed.  Raises as `seeds.check` does."""
@@ -476,7 +483,7 @@ def train(
     require(num_solutions >= 1, f"num_solutions={num_solutions} must be at least 1.")
     require(group_size is None or group_size >= 1, f"group_size={group_size} must be at least 1, or None.")
     seeds.check(seed)
-    _check_fits(loss, dataset)
+    check_fits(loss, dataset)
     require(
         spec.batch_size <= len(dataset.y),
         f"training.batch_size={spec.batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
@@ -546,13 +553,6 @@ def train(
             found = [s._replace(source=source) for s, source in zip(found, sources, strict=True)]
         solutions += found
     return solutions
-
-
-def _check_fits(loss: Loss, dataset: Dataset) -> None:
-    require(
-        dataset.task in loss.tasks,
-        f"the loss fits {' and '.join(loss.tasks)} labels, but data set {dataset.name!r} has {dataset.task} labels.",
-    )
 
 
 class _Choice(NamedTuple):
@@ -1148,46 +1148,3 @@ class _Trainer:
                     **self.record,
                 }
                 savers[i].save(runs[i].steps, state, meta)
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
-
-
-class Evaluation(NamedTuple):
-    """A network on a whole data set.
-
-    Attributes:
-      loss: mean loss, summed in float64.
-      accuracy: share of examples classified correctly; NaN for regression.
-      margins: `[n]`, or None for a loss without margin.
-    """
-
-    loss: float
-    accuracy: float
-    margins: np.ndarray | None
-
-
-def evaluate(
-    net: Network, loss: Loss, dataset: Dataset, params: Params, state: State, *, batch_size: int = 1024
-) -> Evaluation:
-    """Loss, accuracy and margins of one network over a data set, streamed in batches in evaluation mode.
-
-    Raises:
-      ConfigError: if the loss does not fit the data set, or the batch size is not positive.
-    """
-    _check_fits(loss, dataset)
-    require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
-
-    @jax.jit
-    def one(params: Params, state: State, x: Array, y: Array, mean: Array, std: Array) -> tuple[Array, Array, Array]:
-        outputs, _ = net.apply(params, state, standardise(x, mean, std))
-        return measure(loss, dataset.task, outputs, y)
-
-    with jax.default_matmul_precision("highest"):
-        parts = [
-            one(params, state, dataset.x[i : i + batch_size], dataset.y[i : i + batch_size], dataset.mean, dataset.std)
-            for i in range(0, len(dataset.y), batch_size)
-        ]
-    losses, margins, hits = (np.concatenate([np.asarray(p[k], np.float64) for p in parts]) for k in range(3))
-    accuracy = float("nan") if dataset.task == "regression" else float(hits.mean())
-    return Evaluation(float(losses.mean()), accuracy, margins if loss.margin is not None else None)

@@ -55,7 +55,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import dualgap_jax as dg
-from dualgap_jax import convexity, data, landscape, training
+from dualgap_jax import convexity, data, evaluation, landscape, training
 from dualgap_jax.config import Component
 
 print(jax.devices())
@@ -101,7 +101,7 @@ def solve(num_branches):
 
 net, solutions = solve(30)
 for s in solutions:
-    full = training.evaluate(net, loss, dataset, s.params, s.state)
+    full = evaluation.evaluate(net, loss, dataset, s.network)
     print(f"{s.status} after {s.steps} steps: loss {full.loss:.2e}, accuracy {full.accuracy:.3f}")
 
 # %% [markdown]
@@ -112,9 +112,9 @@ xs = np.linspace(-1, 1, POINTS)
 
 
 def surface_of(net, solutions):
-    plane = landscape.plane_through([s.params for s in solutions], axes="authors")
-    surface = landscape.evaluate(net, plane, dataset, loss, xs, xs)
-    t, edges = landscape.edges(net, plane, dataset, loss)
+    plane = landscape.plane_through([s.network for s in solutions], axes="authors")
+    surface = landscape.evaluate(net, loss, dataset, plane, xs, xs)
+    t, edges = landscape.edges(net, loss, dataset, plane)
     # The hinge of the zero network is 1.
     return plane, surface, convexity.scores(xs, xs, surface.loss, zero_loss=1.0, edge_t=t, edge_losses=edges)
 

@@ -20,6 +20,7 @@ from dualgap_jax import convexity, experiments, figures, losses
 from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, Config, ConfigError, to_spec
 from dualgap_jax.data import DATASETS, Dataset
+from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
@@ -28,6 +29,7 @@ from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.identity import IdentityError
 from dualgap_jax.metrics import read_metrics
 from dualgap_jax.networks import BRANCHES, from_functions
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import SettingError, UnknownNameError
 from dualgap_jax.training import TrainingSpec
 from dualgap_jax.workdir import Workdir, WorkdirError
@@ -229,16 +231,16 @@ def test_solutions_on_disk_are_measured_as_those_in_memory(tmp_path: Path) -> No
 
     spec, tables = tiny(), TABLES
     dataset, net, _, loss = landscape_experiments.build(spec, tables)
-    networks = [net.init(jax.random.key(k), jnp.asarray(dataset.x[:1])) for k in range(3)]
+    networks = [InMemory(*net.init(jax.random.key(k), jnp.asarray(dataset.x[:1]))) for k in range(3)]
     measured = []
-    for name, solutions in (("memory", networks), ("disk", [Held(*n) for n in networks])):
+    for name, solutions in (("memory", networks), ("disk", [Held(n.params, n.state) for n in networks])):
         workdir = Workdir.open(tmp_path / name, {})
-        losses = [landscape_experiments._evaluate(net, loss, dataset, s).loss for s in solutions]
+        losses = [evaluate(net, loss, dataset, s).loss for s in solutions]
         record = landscape_experiments._measure(spec, workdir, dataset, net, loss, solutions)
         measured.append((load_npz(workdir.results / "landscape.npz"), record, losses))
     (arrays, record, losses), (on_disk, other, streamed) = measured
     assert record == other
-    np.testing.assert_allclose(losses, streamed, rtol=1e-6)
+    assert losses == streamed
     for key, value in arrays.items():
         np.testing.assert_array_equal(on_disk[key], value)
 

@@ -17,10 +17,12 @@ from scipy import stats
 from dualgap_jax import hitting, losses, training
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, synthetic_relu
+from dualgap_jax.evaluation import evaluate
 from dualgap_jax.hitting import STATUSES, Outcome, Runs, SgdSpec, make_runs, train_runs
 from dualgap_jax.identity import IdentityError
 from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import mlp
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.types import Network
 
 
@@ -189,7 +191,7 @@ def test_a_run_is_plain_sgd(case: str, x64: None) -> None:
             mine, rest = (mine[:width], mine[width:]) if mine.ndim else (mine, np.zeros(0))
             np.testing.assert_allclose(mine, plain, rtol=1e-9, atol=1e-12)
             assert (rest == 0).all()
-        evaluated = training.evaluate(net, loss, datasets[runs.data[k]], (first, last), ())
+        evaluated = evaluate(net, loss, datasets[runs.data[k]], InMemory((first, last)))
         assert outcome.final_loss[k] == pytest.approx(evaluated.loss, rel=1e-9, abs=1e-12)
         assert outcome.losses[k, -1] == pytest.approx(evaluated.loss, rel=1e-9, abs=1e-12)
     assert (outcome.losses[:, 0] != outcome.losses[:, -1]).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dualgap_jax import landscape
 from dualgap_jax.data import Dataset
 from dualgap_jax.files import load_npz, save_npz
-from dualgap_jax.landscape import DegeneratePlaneError, Plane, edges, evaluate, evaluate_points, plane_through
+from dualgap_jax.identity import IdentityError
+from dualgap_jax.landscape import (
+    DegeneratePlaneError,
+    Plane,
+    edges,
+    evaluate,
+    evaluate_points,
+    kernels,
+    plane_through,
+    points,
+)
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
-from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branch
+from dualgap_jax.networks import conv, from_functions, from_linen, mixture, mlp, multi_branch
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.types import Network
 
@@ -35,6 +48,10 @@ def random_tree(rng: np.random.Generator, scale: float = 1.0, dtype: Any = np.fl
     )
 
 
+def through(solutions: Any, axes: str = "authors", states: Any = None) -> Plane:
+    return plane_through([InMemory(w, () if states is None else states[k]) for k, w in enumerate(solutions)], axes)
+
+
 def flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
@@ -44,17 +61,18 @@ def flat(tree: Any) -> np.ndarray:
 def test_authors_axes_are_those_of_their_code(scale: float, rng: np.random.Generator) -> None:
     for _ in range(3):
         solutions = [random_tree(rng, scale) for _ in range(3)]
-        plane = plane_through(solutions, "authors")
+        plane = through(solutions, "authors")
         w0, w1, w2 = map(flat, solutions)
         length = np.linalg.norm(w2)
-        np.testing.assert_allclose(flat(plane.origin), (w0 + w1 + w2) / 3, rtol=1e-12, atol=1e-14 * length)
-        for axis, other in ((plane.u, w1), (plane.v, w2)):
+        origin, u, v = plane.whole().params
+        np.testing.assert_allclose(flat(origin), (w0 + w1 + w2) / 3, rtol=1e-12, atol=1e-14 * length)
+        for axis, other in ((u, w1), (v, w2)):
             expected = (w0 - other) * length / np.linalg.norm(w0 - other)
             np.testing.assert_allclose(flat(axis), expected, rtol=1e-11, atol=1e-13 * length)
             assert jax.tree.structure(axis) == jax.tree.structure(solutions[0])
         check_anchors(plane, solutions, 1e-12)
         assert plane.axes == "authors"
-        assert plane.states == ((), (), ())
+        assert plane.whole().states == ((), (), ())
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -62,10 +80,11 @@ def test_authors_axes_are_those_of_their_code(scale: float, rng: np.random.Gener
 def test_orthonormal_axes_give_true_distances(scale: float, rng: np.random.Generator) -> None:
     for _ in range(3):
         solutions = [random_tree(rng, scale) for _ in range(3)]
-        plane = plane_through(solutions, axes="orthonormal")
-        u, v, w = flat(plane.u), flat(plane.v), [flat(s) for s in solutions]
+        plane = through(solutions, axes="orthonormal")
+        origin, u, v = map(flat, plane.whole().params)
+        w = [flat(s) for s in solutions]
         np.testing.assert_allclose([u @ u, v @ v, u @ v], [1, 1, 0], atol=1e-12)
-        np.testing.assert_allclose(flat(plane.origin), sum(w) / 3, rtol=1e-12, atol=1e-14 * scale)
+        np.testing.assert_allclose(origin, sum(w) / 3, rtol=1e-12, atol=1e-14 * scale)
         check_anchors(plane, solutions, 1e-12)
         for i, j in ((0, 1), (1, 2), (0, 2)):
             apart = np.linalg.norm(plane.anchors[i] - plane.anchors[j])
@@ -78,16 +97,17 @@ def check_anchors(plane: Plane, solutions: list[Any], tolerance: float) -> None:
     assert plane.anchors.shape == (3, 2)
     weights = [flat(s) for s in solutions]
     largest = max(np.linalg.norm(w) for w in weights)
+    origin, u, v = map(flat, plane.whole().params)
     for (a, b), w in zip(plane.anchors, weights, strict=True):
-        there = flat(plane.origin) + a * flat(plane.u) + b * flat(plane.v)
+        there = origin + a * u + b * v
         np.testing.assert_allclose(there, w, rtol=tolerance, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("axes", ["authors", "orthonormal"])
 def test_planes_in_float32(axes: str, rng: np.random.Generator) -> None:
     solutions = [random_tree(rng, dtype=np.float32) for _ in range(3)]
-    plane = plane_through(solutions, axes)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(plane[:3])} == {"float32"}
+    plane = through(solutions, axes)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(plane.whole().params)} == {"float32"}
     assert plane.anchors.dtype == np.float64
     check_anchors(plane, solutions, 1e-5)
 
@@ -97,13 +117,17 @@ def test_planes_in_float32(axes: str, rng: np.random.Generator) -> None:
 def test_states_are_interpolated_and_whole_numbers_stay(axes: str, rng: np.random.Generator) -> None:
     solutions = [random_tree(rng) for _ in range(3)]
     states = [{"mean": jnp.asarray(rng.normal(size=(2, 3))), "count": jnp.asarray(5 + k)} for k in range(3)]
-    plane = plane_through(solutions, axes, states=states)
+    plane = through(solutions, axes, states)
+    block = plane.whole()
     for (a, b), state in zip(plane.anchors, states, strict=True):
-        there = landscape.at(jnp.asarray(a), jnp.asarray(b), *plane.states)
+        there = landscape.at(jnp.asarray(a), jnp.asarray(b), *block.states)
         np.testing.assert_allclose(there["mean"], state["mean"], rtol=1e-10, atol=1e-12)
         assert there["count"] == 5
     mean = sum(np.asarray(s["mean"]) for s in states) / 3
-    np.testing.assert_allclose(plane.states[0]["mean"], mean, rtol=1e-12)
+    np.testing.assert_allclose(block.states[0]["mean"], mean, rtol=1e-12)
+    positive = np.all([np.asarray(s["mean"]) >= 0 for s in states], axis=0)
+    least = np.min([s["mean"] for s in states], axis=0)
+    np.testing.assert_array_equal(block.floor["mean"], np.where(positive, least, -np.inf))
 
 
 AXES = pytest.mark.parametrize("axes", ["authors", "orthonormal"])
@@ -119,7 +143,7 @@ def test_two_solutions_that_are_the_same_span_no_plane(
         solutions = [random_tree(rng, dtype=dtype) for _ in range(3)]
         solutions[j] = solutions[i]
         with pytest.raises(DegeneratePlaneError, match="span no plane"):
-            plane_through(solutions, axes)
+            through(solutions, axes)
 
 
 @AXES
@@ -130,7 +154,7 @@ def test_solutions_on_a_line_span_no_plane(axes: str, dtype: Any, rng: np.random
             first, second = random_tree(rng, dtype=dtype), random_tree(rng, dtype=dtype)
             third = jax.tree.map(lambda a, b, t=place: (1 - t) * a + t * b, first, second)
             with pytest.raises(DegeneratePlaneError, match="line"):
-                plane_through([first, second, third], axes)
+                through([first, second, third], axes)
 
 
 @AXES
@@ -140,38 +164,41 @@ def test_solutions_that_are_not_finite_span_no_plane(axes: str, bad: float, rng:
         solutions = [random_tree(rng, dtype=np.float32) for _ in range(3)]
         solutions[k][1][0] = solutions[k][1][0].at[3].set(bad)
         with pytest.raises(DegeneratePlaneError, match="not finite"):
-            plane_through(solutions, axes)
+            through(solutions, axes)
 
 
 @pytest.mark.usefixtures("x64")
 def test_a_third_solution_of_zero_has_no_authors_axes(rng: np.random.Generator) -> None:
     solutions = [random_tree(rng), random_tree(rng), jax.tree.map(jnp.zeros_like, random_tree(rng))]
     with pytest.raises(DegeneratePlaneError, match="use axes='orthonormal'"):
-        plane_through(solutions, "authors")
-    check_anchors(plane_through(solutions, "orthonormal"), solutions, 1e-11)
+        through(solutions, "authors")
+    check_anchors(through(solutions, "orthonormal"), solutions, 1e-11)
 
 
 def test_other_misuse_of_plane_through_is_named(rng: np.random.Generator) -> None:
     solutions = [random_tree(rng, dtype=np.float32) for _ in range(3)]
     with pytest.raises(UnknownNameError, match=r"unknown axes 'orthonormale'. Did you mean 'orthonormal'\?.*authors"):
-        plane_through(solutions, "orthonormale")
+        through(solutions, "orthonormale")
+    with pytest.raises(TypeError, match=r"got dict: write networks.InMemory\(params, state\)"):
+        plane_through.__wrapped__([{"w": jnp.ones(3)}] * 3)
     with pytest.raises(ValueError, match="three solutions, got 2"):
-        plane_through(solutions[:2])
+        through(solutions[:2])
     with pytest.raises(ValueError, match="differ in structure or shapes"):
-        plane_through([*solutions[:2], jax.tree.map(lambda a: a[..., None], solutions[2])])
+        through([*solutions[:2], jax.tree.map(lambda a: a[..., None], solutions[2])])
     with pytest.raises(ValueError, match="differ in structure or shapes"):
-        plane_through([*solutions[:2], list(solutions[2])])
+        through([*solutions[:2], list(solutions[2])])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_planes_match_the_norm_of_each_filter(seed: int, rng: np.random.Generator) -> None:
     x = jnp.zeros((1, 5))
     params, _ = multi_branch(mlp((4, 3), 2), 3).init(jax.random.key(seed), x)
-    plane = landscape.random_plane(jax.random.key(seed), params)
-    assert plane.origin is params
+    plane = landscape.random_plane(jax.random.key(seed), InMemory(params))
+    origin, u, v = plane.whole().params
+    jax.tree.map(np.testing.assert_array_equal, origin, params)
     np.testing.assert_array_equal(plane.anchors, np.zeros((1, 2)))
     assert plane.axes == "random"
-    for axis in (plane.u, plane.v):
+    for axis in (u, v):
         for layer, moved in zip(params, axis, strict=True):
             kernel, step = (np.asarray(t["kernel"], np.float64) for t in (layer, moved))
             for i in range(3):
@@ -179,9 +206,10 @@ def test_random_planes_match_the_norm_of_each_filter(seed: int, rng: np.random.G
                     assert np.linalg.norm(step[i, o]) == pytest.approx(np.linalg.norm(kernel[i, o]), rel=1e-5)
             assert not np.asarray(moved["bias"]).any()
             assert np.abs(step - kernel).max() > 1e-2
-    assert np.abs(flat(plane.u) - flat(plane.v)).max() > 1e-2
-    other = landscape.random_plane(jax.random.key(seed + 1), params)
-    assert np.abs(flat(plane.u) - flat(other.u)).max() > 1e-2
+    assert np.abs(flat(u) - flat(v)).max() > 1e-2
+    other = landscape.random_plane(jax.random.key(seed + 1), InMemory(params))
+    assert np.abs(flat(u) - flat(other.whole().params[1])).max() > 1e-2
+    assert plane.digest != other.digest
 
 
 @pytest.mark.parametrize("branch_axes", [0, 1])
@@ -196,8 +224,10 @@ def test_random_planes_in_the_linen_layout(branch_axes: int, rng: np.random.Gene
         "Norm": {"scale": jnp.ones((*lead, 5))},
     }
     state = {"mean": jnp.ones((*lead, 5)), "count": jnp.asarray(3)}
-    plane = landscape.random_plane(jax.random.key(0), params, state=state, filter_axis=-1, branch_axes=branch_axes)
-    for axis in (plane.u, plane.v):
+    network = InMemory(params, state)
+    plane = landscape.random_plane(jax.random.key(0), network, filter_axis=-1, branch_axes=branch_axes)
+    block = plane.whole()
+    for axis in block.params[1:]:
         for name in ("Conv", "Dense"):
             kernel, step = (np.asarray(t[name]["kernel"], np.float64) for t in (params, axis))
             inside = tuple(range(branch_axes, kernel.ndim - 1))
@@ -206,7 +236,7 @@ def test_random_planes_in_the_linen_layout(branch_axes: int, rng: np.random.Gene
             np.testing.assert_allclose((step**2).sum(inside), (kernel**2).sum(inside), rtol=1e-5)
             assert not np.asarray(axis[name]["bias"]).any()
         assert not np.asarray(axis["Norm"]["scale"]).any()
-    there = landscape.at(jnp.asarray(0.7), jnp.asarray(-2.0), *plane.states)
+    there = landscape.at(jnp.asarray(0.7), jnp.asarray(-2.0), *block.states)
     np.testing.assert_array_equal(there["mean"], state["mean"])
     assert there["count"] == 3
 
@@ -243,13 +273,15 @@ class Case(NamedTuple):
     numpy_loss: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
     def __call__(self, xs: Any, ys: Any, **options: Any) -> np.ndarray:
-        """The surface, `[ny, nx]`."""
-        return evaluate(self.net, self.plane, self.data, self.loss, np.asarray(xs), np.asarray(ys), **options).loss
+        """The surface, `[ny, nx]`, with states interpolated."""
+        options = {"state": "interpolate"} | options
+        return evaluate(self.net, self.loss, self.data, self.plane, np.asarray(xs), np.asarray(ys), **options).loss
 
     def by_hand(self, xs: Any, ys: Any) -> np.ndarray:
         """The same by a loop over points: all parameters, all the data, the mean in NumPy."""
         x = (self.data.x.astype(np.float64) - self.data.mean) / self.data.std
-        dtype = jax.tree.leaves(self.plane.origin)[0].dtype
+        block = self.plane.whole()
+        dtype = jax.tree.leaves(block.params)[0].dtype
         apply = jax.jit(self.net.apply)
 
         def point(tree: tuple[Any, Any, Any], a: float, b: float) -> Any:
@@ -263,7 +295,8 @@ class Case(NamedTuple):
         surface = np.zeros((len(ys), len(xs)))
         for j, b in enumerate(ys):
             for i, a in enumerate(xs):
-                outputs, _ = apply(point(self.plane[:3], a, b), point(self.plane.states, a, b), jnp.asarray(x, dtype))
+                state = jax.tree.map(jnp.maximum, point(block.states, a, b), block.floor)
+                outputs, _ = apply(point(block.params, a, b), state, jnp.asarray(x, dtype))
                 y = self.data.y if self.data.task == "multiclass" else self.data.y.astype(np.float64)
                 surface[j, i] = self.numpy_loss(np.asarray(outputs, np.float64), y).mean()
         return surface
@@ -328,7 +361,7 @@ def make(name: str, rng: np.random.Generator, dtype: Any = np.float64, n: int = 
     shapes, states = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, *data.x.shape[1:]), dtype))
     params = [jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), dtype), shapes) for _ in range(3)]
     batch_stats = [jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.5, 2, s.shape), dtype), states) for _ in range(3)]
-    return Case(net, plane_through(params, axes, states=batch_stats), data, loss, numpy_loss)
+    return Case(net, through(params, axes, batch_stats), data, loss, numpy_loss)
 
 
 XS, YS = (-0.9, -0.1, 0.4, 1.1), (-0.5, 0.0, 0.8)
@@ -383,11 +416,11 @@ def test_surfaces_do_not_depend_on_the_chunks(chunks: dict[str, Any]) -> None:
 def test_grids_of_any_shape_are_laid_out_ys_by_xs(rng: np.random.Generator) -> None:
     case = make("mean", rng)
     for xs, ys in (([0.3], [-0.2]), ([0.1, 0.2, 0.3, 0.4, 0.5], [1.0]), ([2.0], [0.0, -1.0, 3.0])):
-        surface = evaluate(case.net, case.plane, case.data, case.loss, np.asarray(xs), np.asarray(ys))
+        surface = evaluate(case.net, case.loss, case.data, case.plane, np.asarray(xs), np.asarray(ys))
         np.testing.assert_array_equal(surface.xs, xs)
         np.testing.assert_array_equal(surface.ys, ys)
         np.testing.assert_allclose(surface.loss, case.by_hand(xs, ys), rtol=1e-12)
-    one = evaluate_points(case.net, case.plane, case.data, case.loss, np.array([[0.3, -0.2], [0.3, -0.2]]))
+    one = evaluate_points(case.net, case.loss, case.data, case.plane, np.array([[0.3, -0.2], [0.3, -0.2]]))
     np.testing.assert_allclose(one, case.by_hand([0.3], [-0.2])[0, 0], rtol=1e-12)
 
 
@@ -400,19 +433,19 @@ def test_the_surface_at_the_anchors_is_the_loss_of_the_solutions(rng: np.random.
     x, y = jnp.asarray((data.x - data.mean) / data.std), data.y.astype(np.float64)
     expected = [numpy_hinge(np.asarray(net.apply(w, (), x)[0]), y).mean() for w in solutions]
     for axes in landscape.AXES:
-        plane = plane_through(solutions, axes)
-        np.testing.assert_allclose(evaluate_points(net, plane, data, loss, plane.anchors), expected, rtol=1e-10)
+        plane = through(solutions, axes)
+        np.testing.assert_allclose(evaluate_points(net, loss, data, plane, plane.anchors), expected, rtol=1e-10)
 
 
 @pytest.mark.usefixtures("x64")
 def test_edges_run_along_the_straight_lines(rng: np.random.Generator) -> None:
     case = make("mean", rng)
-    t, losses = edges(case.net, case.plane, case.data, case.loss, num_points=6, sample_chunk=4)
+    t, losses = edges(case.net, case.loss, case.data, case.plane, num_points=6, sample_chunk=4)
     np.testing.assert_allclose(t, [0, 0.2, 0.4, 0.6, 0.8, 1], atol=1e-15)
     assert losses.shape == (3, 6)
     for k, (i, j) in enumerate(((0, 1), (1, 2), (2, 0))):
         points = [(1 - s) * case.plane.anchors[i] + s * case.plane.anchors[j] for s in t]
-        along = evaluate_points(case.net, case.plane, case.data, case.loss, np.array(points))
+        along = evaluate_points(case.net, case.loss, case.data, case.plane, np.array(points))
         np.testing.assert_allclose(losses[k], along, rtol=1e-12)
         np.testing.assert_allclose(losses[k], [case.by_hand([a], [b])[0, 0] for a, b in points], rtol=1e-11)
     assert len({round(v, 9) for v in losses.ravel().tolist()}) == 15  # three ends are met twice
@@ -452,14 +485,15 @@ def test_outputs_that_are_not_numbers_reach_the_surface_in_batches_of_every_size
     data = vectors(rng, 5000, "binary" if width == 1 else "multiclass")._replace(num_outputs=width)
     one = {"a": jnp.ones((3, 1) if stacked else (1,))}
     still = jax.tree.map(jnp.zeros_like, one)
-    plane = Plane(one, one, still, ((), (), ()), np.zeros((1, 2)), "random")
+    members = InMemory(one), InMemory(one), InMemory(still)
+    plane = Plane(members, np.eye(3), np.zeros((1, 2)), "random", "")
     points = np.stack([rng.uniform(-3, 1, 70), np.zeros(70)], axis=1)
     for chunk in (1, 5000) if width == 1 else (256,):
         some = data if chunk > 1 else data._replace(x=data.x[:3], y=data.y[:3])
-        values = evaluate_points(net, plane, some, loss, points, sample_chunk=chunk)
+        values = evaluate_points(net, loss, some, plane, points, sample_chunk=chunk)
         np.testing.assert_array_equal(np.isnan(values), points[:, 0] < -1)
     poisoned = data._replace(x=np.where(np.arange(5000)[:, None] == 4321, np.nan, data.x))
-    assert np.isnan(evaluate_points(net, plane, poisoned, loss, points[:2], sample_chunk=5000)).all()
+    assert np.isnan(evaluate_points(net, loss, poisoned, plane, points[:2], sample_chunk=5000)).all()
 
 
 @pytest.mark.parametrize("name", ["mean", "single", "nested", "mixture"])
@@ -503,13 +537,13 @@ class Stopped(Exception):
 def test_an_interrupted_grid_goes_on_where_it_was(
     route: str, share: float, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(landscape, "_workers", lambda: 2)
+    monkeypatch.setattr(kernels, "workers", lambda: 2)
     case, partial = make("sum", rng, np.float32), tmp_path / "new" / "partial.npz"
     xs, ys = np.linspace(-1, 1, 9), np.linspace(-0.7, 0.7, 8)
     options = {"route": route, "point_chunk": 4, "sample_chunk": 4, "partial": partial}
     updates = 0
 
-    class Watched(landscape.Progress):
+    class Watched(points.Progress):
         stop_at = math.inf
 
         def update(self, done: int, note: str = "") -> None:
@@ -518,7 +552,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(
             if updates == self.stop_at:
                 raise Stopped
 
-    monkeypatch.setattr(landscape, "Progress", Watched)
+    monkeypatch.setattr(points, "Progress", Watched)
     expected = case(xs, ys, **options)
     assert not partial.exists()
     whole, updates = updates, 0
@@ -541,7 +575,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(
 def test_work_that_was_done_is_not_done_again(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(landscape, "_workers", lambda: 1)
+    monkeypatch.setattr(kernels, "workers", lambda: 1)
     case, partial = make("functions", rng, np.float32), tmp_path / "partial.npz"
     calls = 0
 
@@ -560,7 +594,7 @@ def test_work_that_was_done_is_not_done_again(
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(landscape.Progress, "update", stop)
+        patched.setattr(points.Progress, "update", stop)
         with pytest.raises(Stopped):
             counted(xs, ys, sample_chunk=11, partial=partial)
     jax.effects_barrier()
@@ -573,75 +607,262 @@ def test_work_that_was_done_is_not_done_again(
     np.testing.assert_allclose(surface, case.by_hand(xs, ys), rtol=1e-5)
 
 
-def test_unfinished_work_on_another_random_plane_is_not_used(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, partial = make("mean", rng, np.float32), tmp_path / "partial.npz"
-    planes = [landscape.random_plane(jax.random.key(k), case.plane.origin) for k in range(2)]
+def interrupted(case: Case, partial: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Leaves a partial file."""
 
     def stop(self: Any, done: int, note: str = "") -> None:
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(landscape.Progress, "update", stop)
+        patched.setattr(points.Progress, "update", stop)
         with pytest.raises(Stopped):
-            case._replace(plane=planes[0])(XS, YS, partial=partial)
-    other = case._replace(plane=planes[1])
-    np.testing.assert_allclose(other(XS, YS, partial=partial), other.by_hand(XS, YS), rtol=1e-5)
+            case(XS, YS, **{"sample_chunk": 4, "partial": partial, **options})
 
 
-def spoilt(folder: Path, case: Case, what: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A partial file, made by an interrupted call, that must not be used: all its sums are 1e6."""
-    partial = folder / "partial.npz"
-
-    def stop(self: Any, done: int, note: str = "") -> None:
-        raise Stopped
-
-    with monkeypatch.context() as patched:
-        patched.setattr(landscape.Progress, "update", stop)
-        with pytest.raises(Stopped):
-            case(XS, YS, sample_chunk=4, partial=partial)
+def with_sums(partial: Path, value: float) -> None:
+    """Marks what a partial file holds, to see whether it is used."""
     fields = load_npz(partial)
-    fields |= {"sums": np.full(12, 1e6), "seen": np.full(12, 4)}
-    if what == "other grid":
-        fields["points"] = fields["points"] + 0.1
-    elif what == "other size":
-        fields |= {name: fields[name][:6] for name in ("points", "sums", "seen")}
-    elif what == "other batches":
-        fields["samples"] = np.array([11, 8])
-    elif what == "other solutions":
-        fields["anchors"] = fields["anchors"] + 1e-9
-    elif what == "field missing":
-        del fields["samples"]
-    save_npz(partial, **fields)
-    if what == "torn":
-        partial.write_bytes(partial.read_bytes()[:-40])
-    elif what == "empty":
-        partial.write_bytes(b"")
-    elif what == "text":
-        partial.write_text("not an archive")
-    return partial
+    save_npz(partial, **fields | {"sums": np.full(12, value), "seen": np.full(12, 4)})
+
+
+def others(case: Case, rng: np.random.Generator) -> dict[str, tuple[Case, dict[str, Any], str]]:
+    """Evaluations that differ in one thing, and the word for it."""
+    data, net = case.data, case.net
+    negative = [InMemory(jax.tree.map(jnp.negative, s.params)) for s in case.plane.sources]  # of equal inner products
+    swapped = [case.plane.sources[i] for i in (1, 0, 2)]
+    whole = InMemory(case.plane.whole().params[0])
+    return {
+        "loss": (case._replace(loss=binary_hinge(0.5)), {}, "the loss differs"),
+        "own loss": (case._replace(loss=OWN_HINGE), {}, "the loss differs"),
+        "labels": (case._replace(data=data._replace(y=-data.y)), {}, "the data differs"),
+        "pixels": (case._replace(data=data._replace(x=data.x + 1e-3 * (data.x > 2))), {}, "the data differs"),
+        "statistics": (case._replace(data=data._replace(std=2 * data.std)), {}, "the data differs"),
+        "fewer": (case._replace(data=data._replace(x=data.x[:9], y=data.y[:9])), {}, "the data differs"),
+        "network": (case._replace(net=multi_branch(mlp((4,), 1, "tanh"), 5)), {}, "the network differs"),
+        "sum": (case._replace(net=multi_branch(mlp((4,), 1), 5, reduce="sum")), {}, "the network differs"),
+        "negative": (case._replace(plane=plane_through(negative)), {}, "the plane differs"),
+        "swapped": (case._replace(plane=plane_through(swapped)), {}, "the plane differs"),
+        "axes": (case._replace(plane=plane_through(case.plane.sources, "orthonormal")), {}, "the plane differs"),
+        "random": (case._replace(plane=landscape.random_plane(jax.random.key(0), whole)), {}, "the plane differs"),
+        "route": (case._replace(net=net), {"route": "plain"}, "the route is"),
+        "batches": (case, {"sample_chunk": 8}, "the size of the parts is"),
+        "chunks": (case, {"branch_chunk": 2}, "the size of the parts is"),
+    }
 
 
 @pytest.mark.parametrize(
-    "what",
-    ["other grid", "other size", "other batches", "other solutions", "field missing", "torn", "empty", "text"],
+    "name",
+    [
+        "loss",
+        "own loss",
+        "labels",
+        "pixels",
+        "statistics",
+        "fewer",
+        "network",
+        "sum",
+        "negative",
+        "swapped",
+        "axes",
+        "random",
+        "route",
+        "batches",
+        "chunks",
+    ],
 )
-def test_partial_files_of_other_work_or_damaged_ones_are_not_used(
-    what: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+def test_unfinished_work_of_another_evaluation_is_refused_by_the_name_of_the_difference(
+    name: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make("mean", rng, np.float32)
-    options = {"sample_chunk": 4, "partial": spoilt(tmp_path, case, what, monkeypatch)}
-    np.testing.assert_allclose(case(XS, YS, **options), case.by_hand(XS, YS), rtol=1e-5)
-    assert not options["partial"].exists()
+    case, partial = make("mean", rng, np.float32), tmp_path / "partial.npz"
+    interrupted(case, partial, monkeypatch)
+    before = partial.read_bytes()
+    other, options, words = others(case, rng)[name]
+    with pytest.raises(IdentityError, match=f"partial.npz holds another run: {words}"):
+        other(XS, YS, **{"sample_chunk": 4, "partial": partial, **options})
+    assert partial.read_bytes() == before
+    with_sums(partial, 1e6)
+    assert (case(XS, YS, sample_chunk=4, partial=partial) > 1e4).all()  # the same evaluation goes on from it
 
 
-def test_the_same_partial_file_is_used_when_nothing_is_wrong_with_it(
+def test_another_grid_and_another_state_are_refused(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make("mean", rng, np.float32)
-    partial = spoilt(tmp_path, case, "nothing", monkeypatch)
-    assert (case(XS, YS, sample_chunk=4, partial=partial) > 1e4).all()
+    case, partial = make("batch norm", rng, np.float32), tmp_path / "partial.npz"
+    interrupted(case, partial, monkeypatch)
+    for xs in (np.asarray(XS) + 0.1, np.asarray(XS)[::-1]):
+        with pytest.raises(IdentityError, match="the points differs"):
+            case(xs, YS, sample_chunk=4, partial=partial)
+    for options in ({"state": "estimate"}, {"state_samples": 5}):
+        with pytest.raises(IdentityError, match=r"the state is \[\"interpolate\", 256\] and not"):
+            case(XS, YS, sample_chunk=4, partial=partial, **options)
+
+
+def test_a_partial_file_that_does_not_say_what_it_is_of_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    case, partial = make("mean", rng, np.float32), tmp_path / "partial.npz"
+    save_npz(partial, sums=np.zeros(12), seen=np.zeros(12, int), parts=np.zeros((0, 3), int))
+    with pytest.raises(IdentityError, match="does not say which run it is of"):
+        case(XS, YS, partial=partial)
+
+
+@pytest.mark.parametrize("what", ["torn", "empty", "text", "one bit"])
+def test_a_damaged_partial_file_is_said_and_computed_again(
+    what: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, partial = make("mean", rng, np.float32), tmp_path / "partial.npz"
+    interrupted(case, partial, monkeypatch)
+    with_sums(partial, 1e6)
+    whole = partial.read_bytes()
+    at = whole.index(np.full(12, 1e6).tobytes())
+    flipped = whole[: at + 6] + bytes([whole[at + 6] ^ 1]) + whole[at + 7 :]
+    partial.write_bytes({"torn": whole[:-40], "empty": b"", "text": b"not an archive", "one bit": flipped}[what])
+    with pytest.warns(UserWarning, match=r"computed again, its file is damaged: .*partial\.npz"):
+        surface = case(XS, YS, sample_chunk=4, partial=partial)
+    np.testing.assert_allclose(surface, case.by_hand(XS, YS), rtol=1e-5)
+    assert not partial.exists()
+
+
+# --- running statistics -----------------------------------------------------------------------------------------------
+
+
+def numpy_batch_norm_outputs(params: Any, x: np.ndarray) -> np.ndarray:
+    """Outputs of one branch `dense(tanh(batch_norm(dense(x))))` on a batch, normalised by the batch."""
+    z = x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    z = (z - z.mean(0)) / np.sqrt(z.var(0) + 1e-5)
+    z = z * params["BatchNorm_0"]["scale"] + params["BatchNorm_0"]["bias"]
+    return np.tanh(z) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+
+
+class Normalised(nn.Module):
+    momentum: float = 0.9
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        x = nn.Dense(4, param_dtype=x.dtype)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum, param_dtype=x.dtype)(x)
+        x = nn.Dropout(self.rate, deterministic=not train)(jnp.tanh(x))
+        return nn.Dense(1, param_dtype=x.dtype)(x)
+
+
+def normalised_case(net: Network, rng: np.random.Generator, n: int = 40) -> Case:
+    data = vectors(rng, n, "binary")
+    init = jax.jit(net.init)
+    pairs = [init(jax.random.key(k), jnp.asarray(data.x[:1])) for k in range(3)]
+    params = [jax.tree.map(lambda w: w + 0.3 * jnp.asarray(rng.normal(size=w.shape)), p) for p, _ in pairs]
+    return Case(net, through(params, states=[s for _, s in pairs]), data, binary_hinge(), numpy_hinge)
+
+
+@pytest.mark.parametrize(("stacked", "momentum"), [(True, 0.99), (False, 0.0)])
+@pytest.mark.usefixtures("x64")
+def test_batch_statistics_are_estimated_anew_at_every_point(
+    stacked: bool, momentum: float, rng: np.random.Generator
+) -> None:
+    """Where the batch is the whole data set, the networks are normalised by the data set."""
+    branch = from_linen(Normalised(momentum))
+    case = normalised_case(multi_branch(branch, 5) if stacked else branch, rng)
+    x = (case.data.x - case.data.mean) / case.data.std
+    origin, u, v = (jax.tree.map(np.asarray, tree) for tree in case.plane.whole().params)
+    expected = np.zeros((3, 4))
+    for (j, b), (i, a) in itertools.product(enumerate(YS), enumerate(XS)):
+        w = jax.tree.map(lambda o, du, dv, a=a, b=b: o + a * du + b * dv, origin, u, v)
+        branches = [jax.tree.map(lambda leaf, k=k: leaf[k], w) for k in range(5)] if stacked else [w]
+        outputs = np.mean([numpy_batch_norm_outputs(one, x) for one in branches], axis=0)
+        expected[j, i] = numpy_hinge(outputs, case.data.y.astype(np.float64)).mean()
+    for options in (
+        {},
+        {"route": "plain", "sample_chunk": 7},
+        {"branch_chunk": 2, "point_chunk": 3, "sample_chunk": 9},
+    ):
+        surface = case(XS, YS, **{"state": "estimate", **options})
+        np.testing.assert_allclose(surface, expected, rtol=1e-10)
+    assert np.abs(case(XS, YS) - expected).max() > 1e-3  # interpolated statistics are others
+
+
+@pytest.mark.usefixtures("x64")
+def test_statistics_of_a_part_of_the_data_are_those_of_the_stated_examples(rng: np.random.Generator) -> None:
+    case = normalised_case(from_linen(Normalised()), rng)
+    part = case.data._replace(x=case.data.x[[0, 10, 20, 29, 39]], y=case.data.y[[0, 10, 20, 29, 39]])
+    x = jnp.asarray((part.x - part.mean) / part.std)
+    origin, u, v = case.plane.whole().params
+    w = jax.tree.map(lambda o, du, dv: o + 0.3 * du - 0.2 * dv, origin, u, v)
+    state: Any = {"batch_stats": {"BatchNorm_0": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}}
+    for _ in range(400):  # what running averages converge to
+        state = case.net.apply(w, state, x, train=True)[1]
+    whole = jnp.asarray((case.data.x - case.data.mean) / case.data.std)
+    expected = numpy_hinge(np.asarray(case.net.apply(w, state, whole)[0]), case.data.y.astype(np.float64)).mean()
+    got = evaluate_points(
+        case.net, case.loss, case.data, case.plane, np.asarray([[0.3, -0.2]]), state_samples=5, sample_chunk=16
+    )
+    assert got[0] == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_barrier_with_and_without_statistics_of_its_own(rng: np.random.Generator) -> None:
+    """Half-way between networks that have nothing in common the variances are far below their means."""
+    branch = from_linen(Normalised())
+    data = vectors(rng, 200, "binary")
+    x = jnp.asarray((data.x - data.mean) / data.std, jnp.float32)
+    data = data._replace(x=np.asarray(x), mean=np.zeros(5, np.float32), std=np.ones(5, np.float32))
+    solutions = []
+    for key in range(3):
+        params, state = branch.init(jax.random.key(key), x[:1])
+        for _ in range(200):
+            state = branch.apply(params, state, x, train=True)[1]
+        solutions.append(InMemory(params, state))
+    plane = plane_through(solutions)
+    found = {
+        how: edges(branch, binary_hinge(), data, plane, num_points=9, state=how, state_samples=200)[1]
+        for how in landscape.STATES
+    }
+    ends = [0, -1]
+    np.testing.assert_allclose(found["estimate"][:, ends], found["interpolate"][:, ends], rtol=1e-3)
+    assert np.abs(found["estimate"] - found["interpolate"])[:, 1:-1].max() > 0.01
+
+
+@pytest.mark.usefixtures("x64")
+def test_interpolated_variances_stay_positive(rng: np.random.Generator) -> None:
+    case = normalised_case(multi_branch(from_linen(Normalised()), 3), rng)
+    sources = [
+        InMemory(s.params, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.1, 3, leaf.shape)), s.state))
+        for s in case.plane.sources
+    ]
+    case = case._replace(plane=plane_through(sources))
+    far = case((-40.0, 0.1, 40.0), (-40.0, 0.2, 40.0))
+    assert np.isfinite(far).all()
+    np.testing.assert_allclose(far, case.by_hand((-40.0, 0.1, 40.0), (-40.0, 0.2, 40.0)), rtol=1e-10)
+
+
+def test_dropout_does_not_keep_statistics_from_being_estimated(rng: np.random.Generator) -> None:
+    case = normalised_case(multi_branch(from_linen(Normalised(rate=0.5)), 3), rng)
+    surface = case(XS, YS, state="estimate")
+    np.testing.assert_array_equal(surface, case(XS, YS, state="estimate"))
+    assert np.isfinite(surface).all()
+
+
+def test_a_state_that_is_no_running_average_is_refused(rng: np.random.Generator) -> None:
+    def init(key: Any, x: Any) -> Any:
+        return {"w": jax.random.normal(key, (x.shape[1], 1))}, {"largest": jnp.zeros(())}
+
+    def apply(params: Any, state: Any, x: Any, *, key: Any = None, train: bool = False) -> Any:
+        largest = jnp.maximum(state["largest"], jnp.max(jnp.abs(x))) if train else state["largest"]
+        return x @ params["w"], {"largest": largest}
+
+    case = normalised_case(Network(init, apply), rng)
+    with pytest.raises(ValueError, match="no running average, so it cannot be estimated anew; pass state="):
+        case(XS, YS, state="estimate")
+    assert np.isfinite(case(XS, YS)).all()
+    with pytest.raises(UnknownNameError, match=r"unknown state 'estimated'\. Did you mean 'estimate'"):
+        case(XS, YS, state="estimated")
+
+
+def test_counters_in_the_state_are_left_alone(rng: np.random.Generator) -> None:
+    def init(key: Any, x: Any) -> Any:
+        return {"w": jax.random.normal(key, (x.shape[1], 1))}, {"count": jnp.asarray(3)}
+
+    def apply(params: Any, state: Any, x: Any, *, key: Any = None, train: bool = False) -> Any:
+        return x @ params["w"] * state["count"], {"count": state["count"] + train}
+
+    case = normalised_case(Network(init, apply), rng)
+    np.testing.assert_array_equal(case(XS, YS, state="estimate"), case(XS, YS))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -660,18 +881,18 @@ def test_misuse_of_evaluate_is_named(rng: np.random.Generator) -> None:
             case(XS, YS, **{name: 0})
     for xs, ys in (([], YS), (XS, []), (np.zeros((2, 2)), YS), (XS, 0.5)):
         with pytest.raises(ValueError, match="non-empty vectors"):
-            landscape.evaluate.__wrapped__(case.net, case.plane, case.data, case.loss, xs, ys)
-    call = functools.partial(evaluate_points.__wrapped__, case.net, case.plane, case.data, case.loss)
-    for points in (np.zeros(4), np.zeros((2, 3))):
+            landscape.evaluate.__wrapped__(case.net, case.loss, case.data, case.plane, xs, ys)
+    call = functools.partial(evaluate_points.__wrapped__, case.net, case.loss, case.data, case.plane)
+    for wrong in (np.zeros(4), np.zeros((2, 3))):
         with pytest.raises(ValueError, match=r"points must have shape \[P, 2\]"):
-            call(points)
+            call(wrong)
 
 
 def test_a_random_plane_has_no_edges(rng: np.random.Generator) -> None:
     net = multi_branch(mlp((2,), 1), 2)
     params, _ = net.init(jax.random.key(0), jnp.ones((1, 3)))
-    plane = landscape.random_plane(jax.random.key(1), params)
+    plane = landscape.random_plane(jax.random.key(1), InMemory(params))
     x = rng.standard_normal((4, 3)).astype(np.float32)
     data = Dataset("d", x, np.ones(4, np.float32), np.zeros(3, np.float32), np.ones(3, np.float32), 1, "binary", {})
     with pytest.raises(ValueError, match="three solutions"):
-        edges(net, plane, data, binary_hinge())
+        edges(net, binary_hinge(), data, plane)

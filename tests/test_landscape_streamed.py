@@ -18,23 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualgap_jax import landscape, training
+from dualgap_jax import evaluation, landscape, networks
+from dualgap_jax.config import ConfigError
 from dualgap_jax.data import Dataset
 from dualgap_jax.files import load_npz, save_npz
+from dualgap_jax.identity import IdentityError
 from dualgap_jax.landscape import (
     DegeneratePlaneError,
     Plane,
-    StreamedPlane,
     edges,
     evaluate,
     evaluate_points,
-    evaluate_source,
+    kernels,
+    partial,
     plane_through,
-    plane_through_sources,
+    points,
+    products,
     survey,
 )
 from dualgap_jax.losses import Loss, binary_hinge, logistic, multi_margin, squared
 from dualgap_jax.networks import conv, mixture, mlp, multi_branch
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.types import BranchSource, Network
 
@@ -65,7 +69,7 @@ class OnDisk:
 class Case(NamedTuple):
     net: Network
     plane: Plane
-    streamed: StreamedPlane
+    streamed: Plane
     solutions: list[tuple[Any, Any]]
     sources: list[OnDisk]
     data: Dataset
@@ -98,16 +102,16 @@ def make(name: str, folder: Path, rng: np.random.Generator, dtype: Any = np.floa
         for _ in range(3)
     ]
     sources = [OnDisk(folder / str(k), *solution) for k, solution in enumerate(solutions)]
-    plane = plane_through([p for p, _ in solutions], axes, states=[s for _, s in solutions])
-    return Case(net, plane, plane_through_sources(sources, axes), solutions, sources, data, loss())
+    plane = plane_through([InMemory(*solution) for solution in solutions], axes)
+    return Case(net, plane, plane_through(sources, axes), solutions, sources, data, loss())
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many bytes a block that 13 small branches make several blocks, of inner products too."""
-    monkeypatch.setattr(landscape, "_BLOCK_BYTES", 2000)
-    monkeypatch.setattr(landscape, "_PRODUCT_BYTES", 1000)
-    monkeypatch.setattr(landscape, "_PIECE", 50)
+    monkeypatch.setattr(networks.sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(products, "_PRODUCT_BYTES", 1000)
+    monkeypatch.setattr(products, "_PIECE", 50)
 
 
 XS, YS = np.asarray([-0.9, -0.1, 0.4, 1.1]), np.asarray([-0.5, 0.0, 0.8])
@@ -125,12 +129,14 @@ def test_a_streamed_plane_is_the_one_in_memory(dtype: Any, axes: str, tmp_path: 
         case = make("batch norm", tmp_path, rng, dtype, axes)
         assert isinstance(case.sources[0], BranchSource)
         np.testing.assert_array_equal(case.streamed.anchors, case.plane.anchors)
+        assert case.streamed.digest == case.plane.digest
+        assert (case.streamed.in_memory, case.plane.in_memory) == (False, True)
         for first, count in ((0, 13), (0, 1), (3, 5), (12, 1)):
             block, sliced = case.streamed.block(first, count), case.plane.block(first, count)
-            expected = jax.tree.map(lambda leaf: leaf[first : first + count], case.plane[:4])  # noqa: B023
-            for got in (block, sliced):
-                assert jax.tree.structure(got[:4]) == jax.tree.structure(expected)
-                for a, b in zip(jax.tree.leaves(got[:4]), jax.tree.leaves(expected), strict=True):
+            expected = jax.tree.map(lambda leaf: leaf[first : first + count], case.plane.whole())  # noqa: B023
+            for got in (block, sliced, case.plane.whole().rows(first, count)):
+                assert jax.tree.structure(got) == jax.tree.structure(expected)
+                for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
                     assert a.dtype == dtype
                     np.testing.assert_array_equal(a, b)
 
@@ -162,10 +168,10 @@ def test_degenerate_sources_are_refused(what: str, axes: str, tmp_path: Path, rn
     sources = [OnDisk(tmp_path / str(k), {"w": w}, ()) for k, w in enumerate((first, second, third))]
     words = {"same": "span no plane", "line": "line", "nan": "not finite", "zero": "use axes='orthonormal'"}[what]
     if what == "zero" and axes == "orthonormal":
-        assert plane_through_sources(sources, axes).axes == axes
+        assert plane_through(sources, axes).axes == axes
         return
     with pytest.raises(DegeneratePlaneError, match=words):
-        plane_through_sources(sources, axes)
+        plane_through(sources, axes)
 
 
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0])
@@ -175,48 +181,50 @@ def test_heights_keep_their_digits_near_a_line(distance: float, rng: np.random.G
     start, along, across = (rng.normal(size=(9, 35)) for _ in range(3))
     across -= np.vdot(across, along) / np.vdot(along, along) * along
     solutions = [start, start + along, start - 2.5 * along + distance * across]
-    plane = plane_through([{"w": jnp.asarray(w)} for w in solutions], "orthonormal")
+    plane = plane_through([InMemory({"w": jnp.asarray(w)}) for w in solutions], "orthonormal")
     height = distance * np.linalg.norm(across)
     assert plane.anchors[2, 1] - plane.anchors[0, 1] == pytest.approx(height, rel=1e-13 / distance)
-    np.testing.assert_allclose(plane.v["w"], across / np.linalg.norm(across), atol=1e-13 / distance)
+    np.testing.assert_allclose(plane.whole().params[2]["w"], across / np.linalg.norm(across), atol=1e-13 / distance)
 
 
 def test_other_misuse_of_sources_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
     arrays = [rng.normal(size=(count, 3)).astype(np.float32) for count in (4, 4, 5)]
     sources = [OnDisk(tmp_path / str(k), {"w": w}, ()) for k, w in enumerate(arrays)]
     with pytest.raises(ValueError, match=r"\[4, 4, 5\] branches"):
-        plane_through_sources(sources)
+        plane_through(sources)
     with pytest.raises(ValueError, match="three solutions, got 2"):
-        plane_through_sources(sources[:2])
+        plane_through(sources[:2])
     with pytest.raises(UnknownNameError, match="unknown axes 'x'"):
-        plane_through_sources(sources, "x")
+        plane_through(sources, "x")
     for other in (
         OnDisk(tmp_path / "a", {"w": arrays[0][:, :2]}, ()),
         OnDisk(tmp_path / "b", {"w": arrays[0]}, {"s": arrays[1]}),
     ):
         with pytest.raises(ValueError, match="differ in structure or shapes"):
-            plane_through_sources([*sources[:2], other])
+            plane_through([*sources[:2], other])
 
 
 # --- surfaces ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "state"), [*((name, "estimate") for name in NETWORKS), ("batch norm", "interpolate")])
 @pytest.mark.usefixtures("small_blocks")
 def test_streamed_values_are_those_in_memory_bit_for_bit(
-    name: str, dtype: Any, tmp_path: Path, rng: np.random.Generator
+    name: str, state: str, dtype: Any, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     with jax.enable_x64(dtype is np.float64):
         case = make(name, tmp_path, rng, dtype)
         for source in case.sources:
             source.reads.clear()
+        options = CHUNKS | {"state": state, "state_samples": 6}
         in_memory, streamed = (
-            evaluate(case.net, plane, case.data, case.loss, XS, YS, **CHUNKS).loss
+            evaluate(case.net, case.loss, case.data, plane, XS, YS, **options).loss
             for plane in (case.plane, case.streamed)
         )
         np.testing.assert_array_equal(streamed, in_memory)
-        plain = evaluate(case.net, case.plane, case.data, case.loss, XS, YS, route="plain").loss
+        options |= {"route": "plain"}
+        plain = evaluate(case.net, case.loss, case.data, case.plane, XS, YS, **options).loss
         assert np.ptp(plain) > 1e-3
         np.testing.assert_allclose(streamed, plain, rtol=1e-12 if dtype is np.float64 else 1e-5)
         for source in case.sources:
@@ -229,28 +237,28 @@ def test_streamed_values_are_those_in_memory_bit_for_bit(
 @pytest.mark.usefixtures("small_blocks")
 def test_groups_of_samples_that_fit_the_memory(tmp_path: Path, rng: np.random.Generator) -> None:
     case = make("deep", tmp_path, rng)
-    whole = evaluate(case.net, case.streamed, case.data, case.loss, XS, YS, **CHUNKS).loss
+    whole = evaluate(case.net, case.loss, case.data, case.streamed, XS, YS, **CHUNKS).loss
     of_batch = 4 * 12 * 4 * 3  # bytes x points x samples x outputs
     for passes, size in ((1, 3 * of_batch), (2, 2 * of_batch), (3, of_batch), (3, 1)):
         case.sources[0].reads.clear()
-        loss = evaluate(case.net, case.streamed, case.data, case.loss, XS, YS, accumulator_bytes=size, **CHUNKS).loss
+        loss = evaluate(case.net, case.loss, case.data, case.streamed, XS, YS, accumulator_bytes=size, **CHUNKS).loss
         np.testing.assert_array_equal(loss, whole)
         assert sum(count for _, count in case.sources[0].reads[1:]) == passes * NUM_BRANCHES
 
 
 def test_one_block_and_many_agree(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make("deep", tmp_path, rng)
-    one = evaluate(case.net, case.streamed, case.data, case.loss, XS, YS, **CHUNKS).loss
-    monkeypatch.setattr(landscape, "_BLOCK_BYTES", 1)
+    one = evaluate(case.net, case.loss, case.data, case.streamed, XS, YS, **CHUNKS).loss
+    monkeypatch.setattr(networks.sources, "BLOCK_BYTES", 1)
     np.testing.assert_allclose(
-        evaluate(case.net, case.streamed, case.data, case.loss, XS, YS, **CHUNKS).loss, one, rtol=1e-6
+        evaluate(case.net, case.loss, case.data, case.streamed, XS, YS, **CHUNKS).loss, one, rtol=1e-6
     )
 
 
 @pytest.mark.usefixtures("x64", "small_blocks")
 def test_a_survey_is_grid_and_edges_and_solutions(tmp_path: Path, rng: np.random.Generator) -> None:
     case = make("deep", tmp_path, rng, np.float64)
-    call = (case.net, case.streamed, case.data, case.loss)
+    call = (case.net, case.loss, case.data, case.streamed)
     case.sources[0].reads.clear()
     found = survey(*call, XS, YS, edge_points=4, **CHUNKS)
     assert sum(count for _, count in case.sources[0].reads[1:]) == NUM_BRANCHES
@@ -259,7 +267,7 @@ def test_a_survey_is_grid_and_edges_and_solutions(tmp_path: Path, rng: np.random
     np.testing.assert_allclose(found.edge_loss, along, rtol=1e-12)
     np.testing.assert_array_equal(found.surface.xs, XS)
     np.testing.assert_allclose(found.surface.loss, evaluate(*call, XS, YS, **CHUNKS).loss, rtol=1e-12)
-    own = [training.evaluate(case.net, case.loss, case.data, *s).loss for s in case.solutions]
+    own = [evaluation.evaluate(case.net, case.loss, case.data, InMemory(*s)).loss for s in case.solutions]
     np.testing.assert_allclose(found.edge_loss[:, 0], own, rtol=1e-10)
 
 
@@ -280,7 +288,7 @@ def test_the_next_block_is_read_while_one_is_computed(tmp_path: Path, rng: np.ra
 
     plane = case.streamed._replace(sources=(Watched(), *case.sources[1:]))
     with pytest.raises(OSError, match="disk gone"):
-        evaluate(case.net, plane, case.data, case.loss, XS, YS, **CHUNKS)
+        evaluate(case.net, case.loss, case.data, plane, XS, YS, **CHUNKS)
     assert len(set(threads)) == 2  # shapes here, blocks there
     assert all(not thread.is_alive() for thread in threads[1:])
 
@@ -298,14 +306,14 @@ class Stopped(Exception):
 def test_interrupted_work_goes_on_at_its_block(
     streamed: bool, share: float, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(landscape, "_workers", lambda: 2)
+    monkeypatch.setattr(kernels, "workers", lambda: 2)
     case, partial = make("deep", tmp_path, rng), tmp_path / "partial.npz"
     plane = case.streamed if streamed else case.plane
     xs, ys = np.linspace(-1, 1, 11), np.linspace(-0.7, 0.7, 7)
     options = CHUNKS | {"partial": partial, "accumulator_bytes": 2 * 4 * 77 * 4 * 3}
     updates = 0
 
-    class Watched(landscape.Progress):
+    class Watched(points.Progress):
         stop_at = math.inf
 
         def update(self, done: int, note: str = "") -> None:
@@ -317,10 +325,10 @@ def test_interrupted_work_goes_on_at_its_block(
                 raise Stopped
 
     last_done = [0]
-    monkeypatch.setattr(landscape, "Progress", Watched)
+    monkeypatch.setattr(points, "Progress", Watched)
 
     def call() -> np.ndarray:
-        return evaluate(case.net, plane, case.data, case.loss, xs, ys, **options).loss
+        return evaluate(case.net, case.loss, case.data, plane, xs, ys, **options).loss
 
     expected = call()
     assert not partial.exists()
@@ -346,7 +354,7 @@ def test_interrupted_work_goes_on_at_its_block(
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_work_on_other_sources_is_not_used(
+def test_work_on_other_sources_is_refused(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, other = make("deep", tmp_path / "a", rng), make("deep", tmp_path / "b", rng)
@@ -355,14 +363,16 @@ def test_work_on_other_sources_is_not_used(
     def stop(self: Any, done: int, note: str = "") -> None:
         raise Stopped
 
-    for one, two in ((case, other), (other, case)):
-        with monkeypatch.context() as patched:
-            patched.setattr(landscape.Progress, "update", stop)
-            with pytest.raises(Stopped):
-                evaluate(one.net, one.streamed, case.data, one.loss, XS, YS, **options)
-        plane = two.streamed._replace(anchors=one.streamed.anchors)
-        got = evaluate(two.net, plane, case.data, two.loss, XS, YS, **options).loss
-        np.testing.assert_array_equal(got, evaluate(two.net, two.plane, case.data, two.loss, XS, YS, **CHUNKS).loss)
+    with monkeypatch.context() as patched:
+        patched.setattr(points.Progress, "update", stop)
+        with pytest.raises(Stopped):
+            evaluate(case.net, case.loss, case.data, case.streamed, XS, YS, **options)
+    plane = other.streamed._replace(anchors=case.streamed.anchors, coefficients=case.streamed.coefficients)
+    with pytest.raises(IdentityError, match="the plane differs"):
+        evaluate(case.net, case.loss, case.data, plane, XS, YS, **options)
+    # From disk and from memory are one evaluation.
+    got = evaluate(case.net, case.loss, case.data, case.plane, XS, YS, **options).loss
+    np.testing.assert_array_equal(got, evaluate(case.net, case.loss, case.data, case.plane, XS, YS, **CHUNKS).loss)
 
 
 def test_writes_take_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,8 +384,8 @@ def test_writes_take_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: py
         save_npz(path, **arrays)
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(landscape, "save_npz", slow)
-    saver = landscape._Saver(tmp_path / "partial.npz", dict, 10.0)
+    monkeypatch.setattr(partial, "save_npz", slow)
+    saver = partial.Saver(tmp_path / "partial.npz", dict, 10.0)
     work = saver.load(3)
     while clock[0] < 1000:
         saver.save_if_due(work)
@@ -394,8 +404,13 @@ def test_evaluation_of_a_source_is_that_in_memory(name: str, tmp_path: Path, rng
     case = make(name, tmp_path, rng, np.float64)
     for source, (params, state) in zip(case.sources, case.solutions, strict=True):
         source.reads.clear()
-        got = evaluate_source(case.net, case.loss, case.data, source, batch_size=4, branch_chunk=3)
-        expected = training.evaluate(case.net, case.loss, case.data, params, state)
+        sizes = {"batch_size": 4, "branch_chunk": 3}
+        got = evaluation.evaluate(case.net, case.loss, case.data, source, **sizes)
+        held = evaluation.evaluate(case.net, case.loss, case.data, InMemory(params, state), **sizes)
+        for a, b in zip(got, held, strict=True):
+            np.testing.assert_array_equal(a, b)
+        whole = case.net._replace(stacked=None)  # evaluated by its own apply
+        expected = evaluation.evaluate(whole, case.loss, case.data, InMemory(params, state))
         assert got.loss == pytest.approx(expected.loss, rel=1e-12)
         assert got.accuracy == expected.accuracy
         assert (got.margins is None) == (expected.margins is None)
@@ -412,11 +427,12 @@ def test_evaluation_of_other_tasks(task: str, loss: Loss, tmp_path: Path, rng: n
     x = rng.normal(size=(9, 4)).astype(np.float32)
     data = Dataset("d", x, y, np.zeros(4, np.float32), np.ones(4, np.float32), 1, task, {})
     params, state = net.init(jax.random.key(0), jnp.asarray(x))
-    got = evaluate_source(net, loss, data, OnDisk(tmp_path, params, state))
-    expected = training.evaluate(net, loss, data, params, state)
-    assert got.loss == pytest.approx(expected.loss, rel=1e-6)
-    np.testing.assert_equal(got.accuracy, expected.accuracy)
-    assert (got.margins is None) == (expected.margins is None)
+    got = evaluation.evaluate(net, loss, data, OnDisk(tmp_path, params, state))
+    outputs = np.asarray(net.apply(params, state, jnp.asarray(x))[0][:, 0], np.float64)
+    each = 0.5 * (outputs - y) ** 2 if task == "regression" else np.maximum(0, 1 - y * outputs)
+    assert got.loss == pytest.approx(each.mean(), rel=1e-6)
+    np.testing.assert_equal(got.accuracy, math.nan if task == "regression" else (outputs * y > 0).mean())
+    assert (got.margins is None) == (task == "regression")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -424,34 +440,39 @@ def test_evaluation_of_other_tasks(task: str, loss: Loss, tmp_path: Path, rng: n
 
 def test_networks_and_routes_that_cannot_be_streamed(tmp_path: Path, rng: np.random.Generator) -> None:
     case = make("deep", tmp_path, rng)
-    points = np.zeros((1, 2))
-    with pytest.raises(ValueError, match="a streamed plane needs 'auto' or 'stem'"):
-        evaluate_points(case.net, case.streamed, case.data, case.loss, points, route="plain")
+    where = np.zeros((1, 2))
+    with pytest.raises(ValueError, match="networks on disk need 'auto' or 'stem'"):
+        evaluate_points(case.net, case.loss, case.data, case.streamed, where, route="plain")
     unstacked = (mixture([case.net]), mlp((4, 3), 3))
     for net in unstacked:
         with pytest.raises(ValueError, match="this one is no sum of branches"):
-            evaluate_points(net, case.streamed, case.data, case.loss, points)
+            evaluate_points(net, case.loss, case.data, case.streamed, where)
         with pytest.raises(ValueError, match="this one is no sum of branches"):
-            evaluate_source(net, case.loss, case.data, case.sources[0])
+            evaluation.evaluate(net, case.loss, case.data, case.sources[0])
     other = multi_branch(mlp((4, 3), 3), 5)
     with pytest.raises(ValueError, match="the network has 5 branches, the solutions have 13"):
-        evaluate_points(other, case.streamed, case.data, case.loss, points)
-    with pytest.raises(ValueError, match="at least 1"):
-        evaluate_source(case.net, case.loss, case.data, case.sources[0], batch_size=0)
+        evaluate_points(other, case.loss, case.data, case.streamed, where)
+    for name in ("batch_size", "branch_chunk"):
+        with pytest.raises(ConfigError, match=f"{name}=0 must be at least 1"):
+            evaluation.evaluate(case.net, case.loss, case.data, case.sources[0], **{name: 0})
+    with pytest.raises(TypeError, match="got tuple: write"):
+        evaluation.evaluate.__wrapped__(case.net, case.loss, case.data, case.solutions[0])
+    with pytest.raises(TypeError, match="arguments come in the order net, loss, dataset, plane"):
+        evaluate_points.__wrapped__(case.net, case.loss, case.data, case.solutions, where)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 MEMORY = """
 import jax, numpy as np
-from dualgap_jax import landscape
-from dualgap_jax.networks import mlp
+from dualgap_jax import evaluation, landscape
+from dualgap_jax.networks import mlp, sources
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import multi_margin
 from dualgap_jax.networks import multi_branch
 from dualgap_jax.machine import peak_memory
 
-landscape._BLOCK_BYTES = landscape._PRODUCT_BYTES = 2**22
+sources.BLOCK_BYTES = landscape.products._PRODUCT_BYTES = 2**22
 d, hidden = 1024, 8
 
 class Drawn:
@@ -470,13 +491,13 @@ def work(num_branches):
     x, y = rng.standard_normal((16, d), np.float32), rng.integers(0, 4, 16).astype(np.int32)
     data = Dataset("d", x, y, np.zeros(d, np.float32), np.ones(d, np.float32), 4, "multiclass", {})
     net = multi_branch(mlp((hidden,), 4), num_branches)
-    sources = [Drawn(seed, num_branches) for seed in range(3)]
-    plane = landscape.plane_through_sources(sources)
+    drawn = [Drawn(seed, num_branches) for seed in range(3)]
+    plane = landscape.plane_through(drawn)
     ticks = np.linspace(-1, 1, 3)
-    loss = landscape.survey(net, plane, data, multi_margin(), ticks, ticks, edge_points=3).surface.loss
-    landscape.evaluate_source(net, multi_margin(), data, sources[0])
+    loss = landscape.survey(net, multi_margin(), data, plane, ticks, ticks, edge_points=3).surface.loss
+    evaluation.evaluate(net, multi_margin(), data, drawn[0])
     assert np.isfinite(loss).all()
-    return sum(source.bytes for source in sources)
+    return sum(source.bytes for source in drawn)
 
 work(2000)  # some blocks: the programs are there, and the heap has the size that blocks under way need
 before = peak_memory()

@@ -16,6 +16,7 @@ GROUPS = {
     "base": {
         "registry",
         "types",
+        "trees",
         "config",
         "identity",
         "seeds",
@@ -47,6 +48,7 @@ GROUPS = {
         "steps",
         "streaming",
         "training",
+        "evaluation",
         "landscape",
         "hitting",
         "duality",

@@ -19,12 +19,14 @@ from dualgap_jax import identity, training
 from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset
+from dualgap_jax.evaluation import evaluate
 from dualgap_jax.identity import IdentityError
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
 from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import conv, from_functions, mlp, multi_branch
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError
-from dualgap_jax.training import BatchOrder, Carry, Solution, TrainingSpec, evaluate, optimizer, solution_key, train
+from dualgap_jax.training import BatchOrder, Carry, Solution, TrainingSpec, optimizer, solution_key, train
 from dualgap_jax.types import Network
 
 CONSTANT = Component("constant", {})
@@ -953,7 +955,7 @@ def test_evaluate_equals_numpy_on_the_whole_set(task: str, batch_size: int, rng:
     else:
         margins, loss = None, squared()
         expected, accuracy = 0.5 * np.mean((s[:, 0] - data.y.astype(np.float64)) ** 2), math.nan
-    got = evaluate(multi_branch(mlp((4,), data.num_outputs), 2), loss, data, params, (), batch_size=batch_size)
+    got = evaluate(multi_branch(mlp((4,), data.num_outputs), 2), loss, data, InMemory(params), batch_size=batch_size)
     assert got.loss == pytest.approx(expected, rel=1e-12)
     assert got.accuracy == pytest.approx(accuracy, nan_ok=True)
     if margins is None:
@@ -970,7 +972,7 @@ def test_evaluate_uses_the_stored_statistics_of_batch_norm(rng: np.random.Genera
     state = jax.tree.map(lambda a: a + 0.3, state)
     outputs = np.asarray(jax.jit(net.apply)(params, state, x)[0], np.float64)
     expected = np.log(np.exp(outputs).sum(1)) - outputs[np.arange(20), data.y]
-    got = evaluate(net, logistic(), data, params, state, batch_size=6)
+    got = evaluate(net, logistic(), data, InMemory(params, state), batch_size=6)
     assert got.loss == pytest.approx(expected.mean(), rel=1e-5)
     assert got.accuracy == pytest.approx((outputs.argmax(1) == data.y).mean())
 
@@ -1067,7 +1069,7 @@ def test_a_loss_that_does_not_fit_the_labels_is_refused(small: tuple[Network, Da
     net, data = small
     for call in (
         lambda: train(net, multi_margin(), data, TrainingSpec(8, max_steps=1)),
-        lambda: evaluate(net, multi_margin(), data, *net.init(jax.random.key(0), jnp.asarray(data.x[:1]))),
+        lambda: evaluate(net, multi_margin(), data, InMemory(*net.init(jax.random.key(0), jnp.asarray(data.x[:1])))),
     ):
         with pytest.raises(ConfigError, match="loss fits multiclass labels, but data set 'drawn' has binary labels"):
             call()
@@ -1093,7 +1095,7 @@ def test_evaluate_refuses_a_batch_size_below_one(batch_size: int, small: tuple[N
     net, data = small
     params, state = net.init(jax.random.key(0), jnp.asarray(data.x[:1]))
     with pytest.raises(ConfigError, match=f"batch_size={batch_size} must be at least 1"):
-        evaluate(net, binary_hinge(), data, params, state, batch_size=batch_size)
+        evaluate(net, binary_hinge(), data, InMemory(params, state), batch_size=batch_size)
 
 
 def test_memory_available_is_a_number_of_bytes() -> None:

@@ -17,35 +17,30 @@ import numpy as np
 from dualgap_jax import convexity, figures, landscape, seeds
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
+from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, confirm_data
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss, check_assumption_1
-from dualgap_jax.networks import multi_branch, upcast, with_precision
+from dualgap_jax.networks import multi_branch, with_precision
 from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
 from dualgap_jax.steps import tree_bytes
 from dualgap_jax.training import (
     SCHEDULES,
-    Evaluation,
     Solution,
     TrainingSpec,
-    evaluate,
     memory_available,
     optimizer,
     scaled_learning_rate,
     train,
 )
-from dualgap_jax.types import BranchSource, Network, Params, State
+from dualgap_jax.types import BranchSource, Network
 from dualgap_jax.workdir import Workdir
 
 DType = Literal["float32", "bfloat16"]
 
 _MAX_POINTS = 10_000  # along a side or an edge
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
-
-
-# A solution in memory, or where it can be read a few branches at a time.
-Trained = tuple[Params, State] | BranchSource
 
 
 class DivergedError(RuntimeError):
@@ -67,6 +62,9 @@ class PlaneSpec:
       samples: how many training examples, drawn by the seed, the surface, the edges, the scores, and the losses of the
         solutions are taken over; 0 is all of them.
       route: 'auto', 'stem' or 'plain'; see `landscape.evaluate_points`.
+      state: what becomes of running statistics (batch norm) between the solutions: 'estimate' gathers them anew at
+        every point, 'interpolate' takes them along linearly.
+      state_samples: over how many examples they are estimated, spread evenly over those of the surface.
     """
 
     axes: Literal["authors", "orthonormal"] = "authors"
@@ -76,6 +74,8 @@ class PlaneSpec:
     sample_chunk: int = 256
     samples: int = 0
     route: Literal["auto", "stem", "plain"] = "auto"
+    state: Literal["estimate", "interpolate"] = "estimate"
+    state_samples: int = 256
 
     def __post_init__(self) -> None:
         require(0 < self.half_width < math.inf, f"plane.half_width={self.half_width} must be positive.")
@@ -83,6 +83,7 @@ class PlaneSpec:
             value = getattr(self, name)
             require(3 <= value <= _MAX_POINTS, f"plane.{name}={value} must lie between 3 and {_MAX_POINTS:,}.")
         require(self.sample_chunk >= 1, f"plane.sample_chunk={self.sample_chunk} must be at least 1.")
+        require(self.state_samples >= 1, f"plane.state_samples={self.state_samples} must be at least 1.")
         require(self.samples >= 0, f"plane.samples={self.samples} must be >= 0 (0: all training examples).")
 
 
@@ -242,10 +243,8 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
     if not workdir.writes:
         _check_not_diverged(spec, solutions)
         return NO_REPORT
-    networks: list[Trained] = [
-        (upcast(s.params), s.state) if s.source is None else _Upcast(s.source) for s in solutions
-    ]
-    evaluations = [_evaluate(net, loss, measured, network) for network in networks]
+    networks = [s.network for s in solutions]
+    evaluations = [evaluate(net, loss, measured, network) for network in networks]
     rows = [
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
         for s, e in zip(solutions, evaluations, strict=True)
@@ -277,23 +276,6 @@ def _check_not_diverged(spec: LandscapeSpec, solutions: Sequence[Solution]) -> N
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Upcast:
-    """A network on disk, in float32 whatever it was trained in."""
-
-    source: BranchSource
-
-    @property
-    def num_branches(self) -> int:
-        """I."""
-        return self.source.num_branches
-
-    def read(self, first: int, count: int) -> tuple[Params, State]:
-        """As the source, with floating parameters of at least float32."""
-        params, state = self.source.read(first, count)
-        return upcast(params), state
-
-
 def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
     """The first `samples` examples of a permutation of the data set that the seed fixes; 0 is all of them as they are.
 
@@ -310,38 +292,25 @@ def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
     return dataset._replace(x=dataset.x[picked], y=dataset.y[picked])
 
 
-def _evaluate(net: Network, loss: Loss, dataset: Dataset, network: Trained) -> Evaluation:
-    if isinstance(network, BranchSource):
-        return landscape.evaluate_source(net, loss, dataset, network)
-    return evaluate(net, loss, dataset, *network)
-
-
-def _plane(networks: Sequence[Trained], axes: str) -> landscape.Plane | landscape.StreamedPlane:
-    """The plane through three solutions, all in memory or all on disk."""
-    sources = [network for network in networks if isinstance(network, BranchSource)]
-    if sources:
-        return landscape.plane_through_sources(sources, axes)
-    in_memory = [network for network in networks if not isinstance(network, BranchSource)]
-    return landscape.plane_through([p for p, _ in in_memory], axes, states=[s for _, s in in_memory])
-
-
 def _measure(
-    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Network, loss: Loss, networks: Sequence[Trained]
+    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Network, loss: Loss, networks: Sequence[BranchSource]
 ) -> dict[str, Any]:
     """Plane, surface and scores; writes `results/landscape.npz`."""
-    plane = _plane(networks, spec.plane.axes)
+    plane = landscape.plane_through(networks, spec.plane.axes)
     unit = 1.0 if spec.plane.axes == "authors" else float(np.linalg.norm(plane.anchors, axis=1).max())
     xs = spec.plane.half_width * unit * np.linspace(-1, 1, spec.plane.points)
     surface, t, edge_loss = landscape.survey(
         net,
-        plane,
-        dataset,
         loss,
+        dataset,
+        plane,
         xs,
         xs,
         edge_points=spec.plane.edge_points,
         sample_chunk=spec.plane.sample_chunk,
         route=spec.plane.route,
+        state=spec.plane.state,
+        state_samples=spec.plane.state_samples,
         partial=workdir.results / "landscape.partial.npz",
     )
     zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
@@ -354,12 +323,16 @@ def _measure(
         edge_loss=edge_loss,
     )
     scores = convexity.scores(xs, xs, surface.loss, zero_loss=zero_loss, edge_t=t, edge_losses=edge_loss).to_json()
-    measured = {
+    measured: dict[str, Any] = {
         "axes": spec.plane.axes,
+        "state": None,
         "zero_loss": zero_loss,
         "definitions": scores.pop("definitions"),
         "scores": scores,
     }
+    if landscape.has_statistics(networks[0].read(0, 1)[1]):
+        examples = min(spec.plane.state_samples, len(dataset.y)) if spec.plane.state == "estimate" else None
+        measured["state"] = {"how": spec.plane.state, "samples": examples}
     inner = np.abs(xs) <= PAPER_HALF_WIDTH + 1e-9
     if spec.plane.axes == "authors" and 3 <= inner.sum() < len(xs):
         window = surface.loss[np.ix_(inner, inner)]
@@ -375,6 +348,13 @@ def _losses_over(records: list[dict[str, Any]]) -> str:
     if not said:
         return "the full training set"
     return ", ".join(sorted({f"{s['used']:,} of the {s['of']:,} training examples" for s in said}))
+
+
+def _state_note(record: Mapping[str, Any]) -> str:
+    """What the surface has in place of the running statistics of training."""
+    if record["state"]["how"] == "interpolate":
+        return "Running statistics: interpolated between the solutions."
+    return f"Running statistics: estimated anew at every point, over {record['state']['samples']:,} examples."
 
 
 def partial_notes(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -422,6 +402,7 @@ def report(records: list[dict[str, Any]]) -> Report:
         "Scores: estimated from the grid; definitions in results/landscape.json."
         f" Losses: over {_losses_over(records)}.",
     ]
+    notes += sorted({_state_note(r) for r in records if r.get("state") is not None})
     notes += partial_notes([(f"I = {r['num_branches']:,}", r["scores"]) for r in records])
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")

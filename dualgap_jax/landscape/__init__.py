@@ -1,0 +1,37 @@
+"""Loss surfaces over a plane in parameter space (Section 5.1, Figures 1 and 4).
+
+A plane is `w(a, b) = origin + a u + b v`.  The first linear map of a network is linear in its parameters, so its
+pre-activations are affine in (a, b): three matrix products serve the whole grid, and each further point costs only the
+small layers above.  A network that names no stem is evaluated in full at every point.
+
+Branches meet only in the sum of their outputs.  So a network of `multi_branch` is taken block by block: a block of
+branches goes through all points, adds to the outputs kept for each point and sample, and is dropped.  The solutions
+may therefore lie on disk, three networks of any size, and are read once for the whole grid; the values are those of
+solutions in memory, bit for bit, because one program does both.
+"""
+
+from dualgap_jax.landscape.planes import AXES, Block, Plane, at, plane_through, random_plane
+from dualgap_jax.landscape.points import ACCUMULATOR_BYTES, ROUTES, evaluate_points
+from dualgap_jax.landscape.products import DegeneratePlaneError
+from dualgap_jax.landscape.statistics import STATES, has_statistics
+from dualgap_jax.landscape.surfaces import Surface, Survey, edges, evaluate, survey
+
+__all__ = [
+    "ACCUMULATOR_BYTES",
+    "AXES",
+    "ROUTES",
+    "STATES",
+    "Block",
+    "DegeneratePlaneError",
+    "Plane",
+    "Surface",
+    "Survey",
+    "at",
+    "edges",
+    "evaluate",
+    "evaluate_points",
+    "has_statistics",
+    "plane_through",
+    "random_plane",
+    "survey",
+]

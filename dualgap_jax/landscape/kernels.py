@@ -1,0 +1,118 @@
+"""The compiled parts of an evaluation: what all points share, what each point adds, and the loss."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dualgap_jax.landscape.planes import Block, at
+from dualgap_jax.losses import Loss, sum_loss
+from dualgap_jax.networks import sum_branches, sum_rest
+from dualgap_jax.types import Network, PyTree, State
+
+
+class Kernels(NamedTuple):
+    """The compiled parts of an evaluation.
+
+    Attributes:
+      below: `(params, x) -> z`: what all points share, the three pre-activations, or x itself.
+      add: `(total [P, batch, out], block, states, z, points [P, 2]) -> total`: adds the block's outputs at each point;
+        `states` leads with P.
+      losses: `(total, y) -> [P]`: the summed loss.
+      outputs: `(block, states, z, points [K, 2]) -> [K, batch, out]`: fixes the shape and type of `total`.
+    """
+
+    below: Callable[..., Any]
+    add: Callable[..., Any]
+    losses: Callable[..., Any]
+    outputs: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=8)
+def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int, together: int) -> Kernels:
+    """The kernels for blocks of `count` branches, `together` points at a time.
+
+    Without a stem, and on the plain route, points go one after another.
+    """
+    stacked, stem = (None, None) if plain else (net.stacked, net.stem)
+    scale = stacked.scale if stacked is not None else None
+    first_layer: Callable[..., Any] | None = stem.preactivation if stem is not None else None
+    if stacked is not None and stacked.branch.stem is not None and count < stacked.num_branches:
+        first_layer = jax.vmap(stacked.branch.stem.preactivation, (0, None))
+
+    @jax.jit
+    def below(params: tuple[PyTree, ...], x: Array) -> PyTree:
+        return tuple(first_layer(p, x) for p in params) if first_layer is not None else x
+
+    def some(block: Block, states: State, z: PyTree, points: Array, first: Array | int, size: int) -> Array:
+        """Outputs `[K, batch, out]` of the sum of a few branches, so few that they stay in cache."""
+        # Slices of leaves that are not used (the first layer) are not computed.
+        take = functools.partial(jax.tree.map, lambda leaf: lax.dynamic_slice_in_dim(leaf, first, size, 0))
+        params = take(block.params)
+        states = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, size, 1), states)
+        branch = stacked.branch  # type: ignore[union-attr]
+        if stem is None:
+            return lax.map(lambda each: sum_branches(branch, at(*each[0], *params), each[1], z)[0], (points, states))
+        zs = take(z)
+
+        def one(point: Array, state: State) -> Array:
+            return sum_rest(branch, at(*point, *params), state, at(*point, *zs))[0]
+
+        return jax.vmap(one)(points, states)
+
+    def whole(block: Block, states: State, z: PyTree, points: Array) -> Array:
+        def one(point: Array, state: State) -> Array:
+            w = at(*point, *block.params)
+            return (net.apply(w, state, z) if stem is None else stem.rest(w, state, at(*point, *z)))[0]
+
+        return lax.map(lambda each: one(*each), (points, states)) if stem is None else jax.vmap(one)(points, states)
+
+    size = min(branch_chunk, count)
+
+    def outputs(block: Block, states: State, z: PyTree, points: Array) -> Array:
+        return whole(block, states, z, points) if stacked is None else some(block, states, z, points, 0, size)
+
+    def add_to(total: Array, block: Block, states: State, z: PyTree, points: Array) -> Array:
+        if stacked is None:
+            return total + whole(block, states, z, points)
+        total = lax.fori_loop(
+            0, count // size, lambda i, acc: acc + some(block, states, z, points, i * size, size), total
+        )
+        rest = count % size
+        return total + some(block, states, z, points, count - rest, rest) if rest else total
+
+    together = 1 if stem is None else together
+
+    @jax.jit
+    def add(total: Array, block: Block, states: State, z: PyTree, points: Array) -> Array:
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, together, *leaf.shape[1:]), (total, points, states))
+        return lax.map(lambda group: add_to(group[0], block, group[2], z, group[1]), grouped).reshape(total.shape)
+
+    @jax.jit
+    def losses(total: Array, y: Array) -> Array:
+        return jax.vmap(lambda o: sum_loss(loss, o if scale is None else scale * o, y))(total)
+
+    return Kernels(below, add, losses, outputs)
+
+
+def workers() -> int:
+    """Blocks of points in flight: one a core on CPU, where the small kernels use one core each; two on accelerators."""
+    return (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 2
+
+
+def advance(
+    k: Kernels, block: Block, states: State, z: PyTree, y: Array | None, x64: bool, total: Array, points: np.ndarray
+) -> Any:
+    """Adds a block of branches at points `[P, 2]`: the new total, or with labels the losses `[P]`."""
+    with jax.enable_x64(x64), jax.default_matmul_precision("highest"):  # both hold in one thread only
+        total = k.add(total, block, states, z, jnp.asarray(points, jax.dtypes.canonicalize_dtype(np.float64)))
+        if y is None:
+            return jax.block_until_ready(total)
+        return np.asarray(k.losses(total, y), np.float64)
