@@ -3,7 +3,7 @@
     python benchmarks/landscape_streamed.py [--json FILE] [--smoke] [--branches N] [--grid N] [--folder DIR]
 
 The network is the three-layer one of Figure 4 (3072-8-8-8-10).  Three random solutions are written to files, 99 KB a
-branch each, and read back a block of branches at a time: `plane_through_sources`, then one `survey` of grid and edges,
+branch each, and read back a block of branches at a time: `plane_through`, then one `survey` of grid and edges,
 reading and compilation included.  Peak memory is that of this process after the first survey, before anything else is
 done in it.  The full re-evaluation forms `origin + a u + b v` and runs the network at each of a few points, block by
 block as well (three networks of 50,000 branches and a fourth at the point would need 20 GB), its program compiled

@@ -221,7 +221,7 @@ def _identity(net: Network, loss: Loss, dataset: Dataset, plane: Plane, head: Bl
     }
 
 
-def _check_call(net: Network, plane: Plane, route: str, state: str, sizes: Mapping[str, int]) -> None:
+def _check_call(net: Network, plane: Any, route: str, state: str, sizes: Mapping[str, int]) -> None:
     if not isinstance(plane, Plane):
         raise TypeError(
             f"the plane must be a landscape.Plane, got {type(plane).__name__}; arguments come in the order net, loss,"
