@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax.duality import gap
+from dualgap_jax.duality.allocation import Allocation, allocate
 from dualgap_jax.duality.problem import Problem, branch_problem
 from dualgap_jax.duality.search import descend
 from dualgap_jax.networks import mlp
@@ -42,8 +42,8 @@ def primal_row(shape: str, method: str, points: int, count: int, rounds: int) ->
     b = np.linspace(0, 1, points)
     v = np.minimum.accumulate(_SHAPES[shape](b))
 
-    def call() -> gap.Allocation:
-        return gap.allocate([b], [v], 0.381966, [count], method=method)
+    def call() -> Allocation:
+        return allocate([b], [v], 0.381966, [count], method=method)
 
     seconds = common.interleave({"call": call}, rounds)["call"]
     found = call()

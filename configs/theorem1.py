@@ -11,7 +11,7 @@ function is linear and the gap 0; conv, a small convolutional net.  On synthetic
 three are certified: by the cells of one ReLU unit, and by branch and bound.  On images everything rests on a search:
 estimated.
 
-Expect `verified yes` in every certified row, a gap that falls like 1/I far below 2/I, and no trained network below the
+Expect `verified` in every certified row, a gap that falls like 1/I far below 2/I, and no trained network below the
 lower bound on inf(P).  The default run takes half a minute on two CPU cores, tanh about two, conv some ten.
 """
 
@@ -19,7 +19,8 @@ from dualgap_jax.config import Config, ConfigError, component, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.search import SearchSpec
-from dualgap_jax.experiments.duality_gap import DualityGapSpec, TrainedSpec
+from dualgap_jax.duality.trained import TrainedSpec
+from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.networks import BRANCHES
 from dualgap_jax.registry import unknown
 

@@ -146,7 +146,7 @@ def write_duality_gap(workdir: Path) -> Path:
     record["delta"] = {"lower": 0.5, "upper": 0.6, "status": "certified"}
     record["rows"] = [
         {"num_branches": count, "gap_lower": gap / 2, "gap_upper": gap, "bound": 2 / count, "delta_lower": 0.5}
-        | {"primal_upper": 0.4 + gap, "dual_lower": 0.4, "verified": True}
+        | {"primal_upper": 0.4 + gap, "dual_lower": 0.4, "verdict": "verified"}
         for count, gap in ((1, 0.1), (10, 0.01), (100, 0.0))
     ]
     record["value_function"] = {"budgets": [0.0, 1.0, 2.0], "lower": [1.0, 0.4, 0.0], "upper": [1.0, 0.5, 0.0]}

@@ -3,25 +3,23 @@
     problem = duality.branch_problem(branch, dataset, tau=5.0, radius=2.0)         # g, h and W of one branch
     function = duality.search.search(problem, problem.grid(1025))                  # v on a grid: estimated
     function = duality.certify(problem, function)                                  # and proven, for few parameters
-    rows = duality.verdicts([function], budget, [[1], [10], [1000]], delta_lower=...)
+    delta = duality.deltas.best_lower_bound(problem, function)                     # a convex combination of weights
+    rows = duality.verdicts([function], budget, [1, 10, 1000], delta_lower=delta)
+    duality.verify_gap.check(function, rows[0], ...)                               # in rational numbers
 
-`gap` computes from value functions alone; `problem`, `search`, `branch_and_bound` (over `intervals`) and `closed_forms`
-find them; `deltas` bounds Delta.
+`gap` and `verdict` compute from value functions alone (over `units`, `envelope`, `allocation` and `min_plus`);
+`problem`, `search`, `branch_and_bound` (over `intervals`) and `closed_forms` find them; `deltas` bounds Delta,
+`margins` decides Assumption 1; `trained` and `population` compare with SGD and with fresh samples.
 """
 
+from dualgap_jax.duality.allocation import Allocation, allocate
 from dualgap_jax.duality.branch_and_bound import BoundSpec, certify
-from dualgap_jax.duality.gap import (
-    Allocation,
-    Gap,
-    ValueFunction,
-    Verdict,
-    allocate,
-    branch_weights,
-    gap_from_value_function,
-    verdicts,
-)
-from dualgap_jax.duality.problem import Problem, branch_problem, primal_risk
+from dualgap_jax.duality.gap import Gap, branch_weights, gap_from_value_function
+from dualgap_jax.duality.problem import Problem, branch_problem
+from dualgap_jax.duality.risk import primal_risk
 from dualgap_jax.duality.search import SearchSpec
+from dualgap_jax.duality.values import ValueFunction
+from dualgap_jax.duality.verdict import Verdict, verdicts
 
 __all__ = [
     "Allocation",

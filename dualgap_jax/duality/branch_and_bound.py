@@ -26,10 +26,11 @@ import numpy as np
 from jaxtyping import Array, Float64
 
 from dualgap_jax.config import require
-from dualgap_jax.duality.gap import ValueFunction
 from dualgap_jax.duality.intervals import extension, is_smooth
-from dualgap_jax.duality.problem import ByIdentity, Problem, values_at
+from dualgap_jax.duality.margins import margin_bound
+from dualgap_jax.duality.problem import ByIdentity, Problem, subject_of, values_at
 from dualgap_jax.duality.search import monotone
+from dualgap_jax.duality.values import ValueFunction, proven
 from dualgap_jax.metrics import Progress
 
 MAX_PARAMETERS = 6
@@ -321,6 +322,8 @@ def certify(
         )
     if found.minimisers is None:
         raise ValueError("certify needs the minimisers of the search.")
+    problem.check_budgets(found.budgets)
+    margin = margin_bound(problem)
     squares = found.budgets ** (2 / problem.power) * (1 + 1e-13)
     radii = problem.radii(found.budgets)
 
@@ -353,16 +356,17 @@ def certify(
             )
         return known[lam]
 
-    return ValueFunction(
+    made = ValueFunction(
         found.budgets,
         tree.lower,
         tree.upper,
-        "certified",
         f"branch and bound, {tree.boxes:,} boxes, {state}",
         points,
         lagrangian if problem.power == 2 else None,
         slope,
+        margin=None if margin is None else margin / problem.tau * (1 + 4 * _EPS),
     )
+    return proven(made, subject_of(problem))
 
 
 @functools.lru_cache(maxsize=32)
@@ -371,14 +375,19 @@ def _points_kernel(key: ByIdentity) -> Any:
     return jax.jit(jax.vmap(lambda w: point(w, w)[1]))
 
 
+def point_values(problem: Problem, w: Float64[np.ndarray, "k p"]) -> Float64[np.ndarray, " k"]:
+    """Proven upper bounds on g at the rows of w, by interval arithmetic."""
+    with jax.enable_x64(True):
+        return np.asarray(_points_kernel(ByIdentity(problem))(jnp.asarray(w, jnp.float64)))
+
+
 def upper_values(problem: Problem, w: Float64[np.ndarray, "k p"]) -> Float64[np.ndarray, " k"]:
     """Proven upper bounds on g at the rows of w: by interval arithmetic for up to `MAX_PARAMETERS` parameters.
 
     With more, float64 values and a margin of `8 (n + p) eps` times their size, which is not a proof.
     """
     if problem.size <= MAX_PARAMETERS:
-        with jax.enable_x64(True):
-            return np.asarray(_points_kernel(ByIdentity(problem))(jnp.asarray(w, jnp.float64)))
+        return point_values(problem, w)
     values = values_at(problem, w)
     return values + 8 * (len(problem.c) + problem.size) * _EPS * (1 + np.abs(values))
 

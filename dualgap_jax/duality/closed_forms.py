@@ -23,6 +23,7 @@ kappa itself is known for
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -30,19 +31,31 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from dualgap_jax.duality.gap import Status, ValueFunction
+from dualgap_jax.duality.margins import mlp_margin, mlp_problem
+from dualgap_jax.duality.problem import program_of, subject_from
+from dualgap_jax.duality.values import BUDGET_SLACK, Provable, ValueFunction, frozen, proven
 
 _EPS = float(np.finfo(np.float64).eps)
 
 
-class Kappa(NamedTuple):
-    """Two-sided bounds on kappa, and a unit vector of weights `[p]` that attains the lower one."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kappa(Provable):
+    """Two-sided bounds on kappa, certified where a function of this module has proven them.
+
+    Attributes:
+      lower, upper: bounds.
+      direction: `[p]`, a unit vector of weights that attains the lower one.
+      method: how they were found.
+      degree: L, the number of weight matrices; None where it is not known.
+      margin: a proven bound on the margins over the unit ball, in units of tau; None where it is not known.
+    """
 
     lower: float
     upper: float
     direction: Float64[np.ndarray, " p"]
-    status: Status
-    method: str
+    method: str = "given"
+    degree: int | None = None
+    margin: float | None = None
 
 
 # --- homogeneous branches ---------------------------------------------------------------------------------------------
@@ -68,11 +81,15 @@ def homogeneous_value_function(
       offset: g(0).
 
     Raises:
-      ValueError: for bounds that are crossed or negative, or a grid that does not end at `radius**power`.
+      ValueError: for bounds that are crossed, negative or not finite, another degree than that of kappa, or a grid that
+        does not run from 0 to `radius**power`.
     """
-    if not 0 <= kappa.lower <= kappa.upper:
-        raise ValueError(f"need 0 <= kappa.lower <= kappa.upper, got {kappa.lower} and {kappa.upper}.")
+    if not 0 <= kappa.lower <= kappa.upper < math.inf:
+        raise ValueError(f"need finite 0 <= kappa.lower <= kappa.upper, got {kappa.lower} and {kappa.upper}.")
+    if kappa.degree not in (None, degree):
+        raise ValueError(f"degree={degree}, but kappa is that of {kappa.degree} weight matrices.")
     most = radius**power
+    budgets = frozen("budgets", budgets)
     if budgets[0] != 0 or abs(budgets[-1] - most) > 1e-12 * most:
         raise ValueError(f"the grid must run from 0 to {most:.6g}, it runs from {budgets[0]:.6g} to {budgets[-1]:.6g}.")
     exponent = degree / power
@@ -87,17 +104,18 @@ def homogeneous_value_function(
         least = min(offset - kappa.upper * s**exponent + lam * s for s in points)
         return least - 8 * margin - 8 * _EPS * lam * most
 
-    return ValueFunction(
+    made = ValueFunction(
         budgets=budgets,
         lower=offset - kappa.upper * shape - margin,
-        upper=offset - kappa.lower * shape + margin,
-        status=kappa.status,
+        upper=offset - kappa.lower * (budgets * (1 - 2 * BUDGET_SLACK)) ** exponent + margin,
         method=f"homogeneous of degree {degree}, {kappa.method}",
-        minimisers=(budgets ** (1 / power) * (1 - 4 * _EPS))[:, None] * kappa.direction,
+        minimisers=(budgets ** (1 / power) * (1 - 2 * BUDGET_SLACK))[:, None] * kappa.direction,
         lagrangian=lagrangian,
         slope=kappa.upper * radius ** (degree - 1) * (1 + 8 * _EPS),
         concave=exponent >= 1,
+        margin=None if kappa.margin is None else kappa.margin * radius**degree * (1 + 8 * _EPS),
     )
+    return made if kappa.subject is None else proven(made, subject_from(kappa.subject, offset, radius, power))
 
 
 def homogeneous_gap(*, degree: int, power: int | float, budget_share: int | float, num_branches: int) -> float:
@@ -155,7 +173,11 @@ def kappa_linear(
     value = norm * layers ** (-layers / 2) / tau
     sizes = np.linalg.norm(x, axis=1) * np.linalg.norm(c, axis=1)
     margin = (len(x) + x.shape[1] + 64) * _EPS * float(sizes.mean()) * layers ** (-layers / 2) / tau
-    return Kappa(max(0.0, value - margin), value + margin, direction, "certified", "linear, singular value")
+    like = mlp_problem(x, c, tau=tau, widths=widths, activation="identity")
+    largest = mlp_margin(x, c, layers, 1.0)
+    share = None if largest is None else largest / tau * (1 + 4 * _EPS)
+    made = Kappa(max(0.0, value - margin), value + margin, direction, "linear, singular value", layers, share)
+    return proven(made, program_of(like)) if math.isfinite(value + margin) else made
 
 
 def kappa_relu_chain(
@@ -184,7 +206,11 @@ def kappa_relu_chain(
     inner = np.ones(len(widths) - 1)
     direction = np.concatenate([first.reshape(-1), inner, head]) / math.sqrt(layers)
     lower, upper = max(0.0, unit.lower) * scale, unit.upper * scale
-    return Kappa(lower * (1 - 8 * _EPS), upper * (1 + 8 * _EPS), direction, "certified", "ReLU cells")
+    like = mlp_problem(x, c[:, None], tau=tau, widths=widths, activation="relu")
+    largest = mlp_margin(x, c[:, None], layers, 1.0)
+    share = None if largest is None else largest / tau * (1 + 4 * _EPS)
+    made = Kappa(lower * (1 - 8 * _EPS), upper * (1 + 8 * _EPS), direction, "ReLU cells", layers, share)
+    return proven(made, program_of(like)) if math.isfinite(upper) else made
 
 
 # --- one ReLU unit ----------------------------------------------------------------------------------------------------

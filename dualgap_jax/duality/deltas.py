@@ -2,48 +2,67 @@
 
 `f^(w) = v(h(w))`, and `f~` is the convex envelope of g over W.  For any points w_k of W and weights a_k,
 `f~(sum a_k w_k) <= sum a_k g(w_k)`: a concrete combination gives a lower bound on Delta, and is returned, so that
-anyone can check it (`recheck`).  From above, `Delta <= v(least budget) - v(largest budget)`, since f^ is at most the
-one and f~ at least the other.
+anyone can check it (`verify_gap`).  From above, `Delta <= v(least budget) - v(largest budget)`, since f^ is at most the
+one and f~ at least the other (`ValueFunction.largest_delta`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from fractions import Fraction
 
 import numpy as np
 from jaxtyping import Float64
 from scipy.optimize import linprog
 from scipy.spatial import ConvexHull, QhullError
 
-from dualgap_jax.duality.branch_and_bound import upper_values
-from dualgap_jax.duality.gap import Status, ValueFunction, envelope, hull
-from dualgap_jax.duality.problem import Problem, values_at
+from dualgap_jax.convexity import lower_hull
+from dualgap_jax.duality.branch_and_bound import point_values, upper_values
+from dualgap_jax.duality.envelope import envelope
+from dualgap_jax.duality.intervals import UnsupportedPrimitiveError
+from dualgap_jax.duality.problem import Problem, subject_of, values_at
+from dualgap_jax.duality.values import Provable, ValueFunction, proven
+from dualgap_jax.identity import arrays_digest
 
 _LP_PARAMETERS = 64  # with more, points in general position have no combination at a given target
 _EPS = float(np.finfo(np.float64).eps)
+_NEAR = 1e-9  # a point of W is moved inside when it is outside by this share, and refused beyond
 
 
-class Combination(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Combination(Provable):
     """A convex combination, and the lower bound on Delta that it proves.
 
     Attributes:
       points: `[k, p]`, in W.
-      weights: `[k]`, non-negative with sum 1.
-      middle: `[p]`, the combination.
+      weights: `[k]`, non-negative; their shares of their sum count.
+      values: `[k]`, upper bounds on g at the points.
+      middle: `[p]`, the combination, rounded.
       restricted: a lower bound on `f^(middle)`.
+      index: of the grid point that it is the value of; None if it comes from the slope at 0.
       convexified: `sum a_k g(w_k)`, an upper bound on `f~(middle)`.
       delta: their difference, or 0 if it is negative (Delta is not: at a minimiser of g over W both agree).
-      status: 'certified' if the bound on f^ is proven.
     """
 
     points: Float64[np.ndarray, "k p"]
     weights: Float64[np.ndarray, " k"]
+    values: Float64[np.ndarray, " k"]
     middle: Float64[np.ndarray, " p"]
     restricted: float
+    index: int | None
     convexified: float
     delta: float
-    status: Status
+
+
+def _mark(function: ValueFunction) -> str:
+    """The value function that a combination belongs to, by its numbers and what its proof speaks of."""
+    return f"{function.subject}/{arrays_digest(function.budgets, function.lower, function.upper)}"
+
+
+def belongs(found: Combination, function: ValueFunction) -> bool:
+    """Whether a combination was made with this value function, and proven."""
+    return found.subject is not None and found.subject == _mark(function)
 
 
 def value_below(function: ValueFunction, budget: float, norm: float = math.inf) -> float:
@@ -54,50 +73,101 @@ def value_below(function: ValueFunction, budget: float, norm: float = math.inf) 
       budget: b.
       norm: of the weights with that budget; near 0 `function.slope` gives a better bound.
     """
+    return _value_below(function, budget, norm)[0]
+
+
+def _value_below(function: ValueFunction, budget: float, norm: float) -> tuple[float, int | None]:
     step = function.budgets[1] - function.budgets[0]
     # An estimate need not be on the safe side of a grid point that is missed by rounding.
-    slack = 1e-9 * step if function.status == "estimated" else 4 * _EPS * abs(budget)
-    index = int(np.searchsorted(function.budgets, budget - slack))
-    below = float(function.lower[min(index, len(function.lower) - 1)])
+    slack = 1e-9 * step if function.status == "estimated" else 0.0
+    index = min(int(np.searchsorted(function.budgets, budget - slack)), len(function.lower) - 1)
+    below = float(function.lower[index])
     if function.slope is None or not math.isfinite(norm):
-        return below
-    return max(below, float(function.lower[0]) - function.slope * norm)
+        return below, index
+    sloping = math.nextafter(float(function.lower[0]) - math.nextafter(function.slope * norm, math.inf), -math.inf)
+    return (sloping, None) if sloping > below else (below, index)
+
+
+def _inside(problem: Problem, points: np.ndarray) -> np.ndarray:
+    """The points, those outside W by no more than a rounding or so moved into it.  Raises ValueError beyond."""
+    norms = np.linalg.norm(points, axis=1)
+    if not np.isfinite(points).all():
+        raise ValueError("the points of a combination must be finite; one has a coordinate that is not.")
+    longest = float(norms.max())
+    if longest > problem.radius * (1 + _NEAR):
+        raise ValueError(f"a point has norm {longest:.6g}, outside W, the ball of radius {problem.radius:.6g}.")
+    limit = Fraction(problem.radius) ** 2
+    moved = points.copy()
+    for k in np.flatnonzero(norms > problem.radius * (1 - 1e-12)):
+        while _square(moved[k]) > limit:
+            moved[k] *= min(1.0, problem.radius / float(np.linalg.norm(moved[k]))) * (1 - 4 * _EPS)
+    return moved
+
+
+def _square(w: np.ndarray) -> Fraction:
+    """`||w||^2`, exactly."""
+    return sum((Fraction(x) ** 2 for x in w.tolist()), Fraction(0))
+
+
+def _above(value: Fraction) -> float:
+    """A float that is not below a rational number."""
+    near = float(value)
+    return near if Fraction(near) >= value else math.nextafter(near, math.inf)
+
+
+def _values(problem: Problem, function: ValueFunction, points: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Upper bounds on g at points, and whether they are proven."""
+    if function.status == "certified" and function.subject == subject_of(problem):
+        try:
+            return np.asarray(point_values(problem, points)), True
+        except UnsupportedPrimitiveError:
+            pass
+    return upper_values(problem, points), False
 
 
 def combination(problem: Problem, function: ValueFunction, points: np.ndarray, weights: np.ndarray) -> Combination:
     """The bound that given points and weights prove.
 
+    It is certified when the value function is, for this very problem, and the values at the points are proven.
+
     Args:
       problem: the one-branch problem.
       function: its value function, for the bound on f^.
       points: `[k, p]` in W.
-      weights: `[k]`, scaled here to sum 1.
+      weights: `[k]`; their shares of their sum count.
 
     Raises:
-      ValueError: for points outside W, or weights that are negative or all 0.
+      ValueError: for points outside W, weights that are negative, not finite or all 0, a value function whose budgets
+        are not those of the problem, or a g that is not finite at a point.
     """
     points, weights = np.asarray(points, np.float64), np.asarray(weights, np.float64)
-    if points.ndim != 2 or weights.shape != points.shape[:1] or (weights < 0).any() or not weights.sum() > 0:
+    if (
+        points.ndim != 2
+        or weights.shape != points.shape[:1]
+        or not (weights >= 0).all()
+        or not 0 < weights.sum() < math.inf
+    ):
         raise ValueError(f"need points [k, p] and weights [k] >= 0, got shapes {points.shape} and {weights.shape}.")
-    longest = float(np.linalg.norm(points, axis=1).max())
-    if longest > problem.radius * (1 + 1e-12):
-        raise ValueError(f"a point has norm {longest:.6g}, outside W, the ball of radius {problem.radius:.6g}.")
+    problem.check_budgets(function.budgets)
+    points = _inside(problem, points)
+    values, certain = _values(problem, function, points)
+    if not np.isfinite(values).all():
+        raise ValueError("g has no finite value at a point of the combination; leave the point out.")
     weights = weights / weights.sum()
-    middle = weights @ points
-    convexified = float(weights @ upper_values(problem, points))
-    convexified += 16 * len(points) * _EPS * (1 + abs(convexified))
-    # The middle is known up to rounding; its h is taken a little larger, where v is smaller.
-    norm = float(np.linalg.norm(middle)) * (1 + 1e-12) + 1e-14
-    restricted = value_below(function, norm**problem.power, norm)
-    delta = max(0.0, restricted - convexified)
-    return Combination(points, weights, middle, restricted, convexified, delta, function.status)
-
-
-def recheck(problem: Problem, function: ValueFunction, found: Combination) -> bool:
-    """Whether the combination is sound and proves what it says."""
-    again = combination(problem, function, found.points, found.weights)
-    sound = np.allclose(again.middle, found.middle, rtol=0, atol=1e-12 * (1 + problem.radius))
-    return bool(sound and again.delta >= found.delta - 1e-12)
+    exact = [Fraction(a) for a in weights.tolist()]
+    whole = sum(exact)
+    convexified = _above(
+        sum((a * Fraction(v) for a, v in zip(exact, values.tolist(), strict=True)), Fraction(0)) / whole
+    )
+    columns = [[Fraction(x) for x in column] for column in points.T.tolist()]
+    middle = [sum((a * x for a, x in zip(exact, column, strict=True)), Fraction(0)) / whole for column in columns]
+    # Its h is taken a little larger, where v is smaller; the powers and roots of floats are good to a few ulps.
+    norm = math.sqrt(_above(sum((x * x for x in middle), Fraction(0)))) * (1 + 1e-12) + 1e-14 * min(1.0, problem.radius)
+    restricted, index = _value_below(function, norm**problem.power * (1 + 16 * _EPS), norm)
+    delta = max(0.0, math.nextafter(restricted - convexified, -math.inf))
+    rounded = np.array([float(x) for x in middle])
+    made = Combination(points, weights, values, rounded, restricted, index, convexified, delta)
+    return proven(made, _mark(function)) if certain else made
 
 
 def on_segment(problem: Problem, function: ValueFunction) -> Combination:
@@ -126,7 +196,7 @@ def from_envelope(problem: Problem, function: ValueFunction) -> Combination:
     if function.minimisers is None:
         raise ValueError("from_envelope needs a value function with minimisers.")
     j = int(np.argmax(function.lower - envelope(function.upper)))
-    vertices = hull(function.upper)
+    vertices = lower_hull(np.arange(len(function.upper)), function.upper)
     right = int(np.clip(np.searchsorted(vertices, j), 1, len(vertices) - 1))
     p, q = int(vertices[right - 1]), int(vertices[right])
     a = (q - j) / (q - p)
@@ -199,8 +269,3 @@ def best_lower_bound(problem: Problem, function: ValueFunction, cloud: np.ndarra
             one = by_hull(problem, function, points)
             found += [] if one is None else [one]
     return max(found, key=lambda c: c.delta)
-
-
-def upper_bound(function: ValueFunction) -> float:
-    """`v(least budget) - v(largest)` from the outer bounds: Delta is at most this (proven if the status is)."""
-    return max(0.0, float(function.upper[0] - function.lower[-1]))

@@ -21,9 +21,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.data import Dataset
-from dualgap_jax.losses import AssumptionCheck, Loss, check_assumption_1
+from dualgap_jax.data import Dataset, validate
+from dualgap_jax.duality.values import number
+from dualgap_jax.files import text_digest
+from dualgap_jax.identity import function_digest
 from dualgap_jax.types import Network, PyTree
+
+_EPS = float(np.finfo(np.float64).eps)
 
 
 class Problem(NamedTuple):
@@ -73,6 +77,19 @@ class Problem(NamedTuple):
         """`max h` over W, from which on the constraint is idle (Remark 3)."""
         return self.radius**self.power
 
+    def check_budgets(self, budgets: Float64[np.ndarray, " m"]) -> None:
+        """Raises ValueError unless budgets run from 0 to `largest_budget`, the range of h over W.
+
+        Beyond it there are no points of W, and before its end the constraint is not idle: bounds for all budgets do
+        not follow from such a grid.
+        """
+        least, most = float(budgets[0]), float(budgets[-1])
+        if least != 0 or not abs(most - self.largest_budget) <= 4 * _EPS * self.largest_budget:
+            raise ValueError(
+                f"budgets run from {least:.6g} to {most:.6g}, but h runs from 0 to {self.largest_budget:.6g} over W;"
+                " give problem.grid(points)."
+            )
+
     def grid(self, points: int) -> Float64[np.ndarray, " m"]:
         """A uniform grid of budgets from 0 to `largest_budget`.  Raises ValueError for fewer than 2 points."""
         if points < 2:
@@ -88,8 +105,11 @@ def functional(dataset: Dataset) -> tuple[Float64[np.ndarray, "n out"], float]:
     """The c and the offset of g for a data set's labels.
 
     Raises:
-      ValueError: for a regression task, which has no margins.
+      ValueError: for a regression task, which has no margins, or what `data.validate` refuses: labels that are none,
+        numbers that are not finite, a data set without examples.
     """
+    if dataset.task in ("binary", "multiclass"):
+        validate(dataset)
     if dataset.task == "binary":
         return np.asarray(dataset.y, np.float64)[:, None], 1.0
     if dataset.task == "multiclass":
@@ -99,7 +119,7 @@ def functional(dataset: Dataset) -> tuple[Float64[np.ndarray, "n out"], float]:
 
 
 def branch_problem(
-    branch: Network, dataset: Dataset, *, tau: int | float, radius: int | float, power: int | float = 2.0, seed: int = 0
+    branch: Network, dataset: Dataset, *, tau: Any, radius: Any, power: Any = 2.0, seed: int = 0
 ) -> Problem:
     """The one-branch problem of a branch on a data set.
 
@@ -114,16 +134,25 @@ def branch_problem(
     Raises:
       ValueError: for numbers out of range, a regression task, or outputs of the wrong shape.
     """
-    for name, value, least in (("tau", tau, 0.0), ("radius", radius, 0.0)):
-        if not least < value < math.inf:
+    tau, radius, power = (number(k, v, infinite=True) for k, v in (("tau", tau), ("radius", radius), ("power", power)))
+    for name, value in (("tau", tau), ("radius", radius)):
+        if not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} must be positive and finite.")
     if not 1 <= power < math.inf:
         raise ValueError(f"power={power!r} must be at least 1: h(w) = ||w||^power is convex only then.")
+    if not -250 < power * math.log10(radius) < 250:
+        raise ValueError(
+            f"h runs to radius^power = {radius:.6g}^{power:.6g}, which a float cannot hold with room to spare."
+        )
     c, offset = functional(dataset)
+    if tau < 1e-250 or float(np.abs(c).max()) / tau > 1e250:
+        raise ValueError(f"tau={tau:.6g} is so small that y f / tau is no number of float64; give a larger tau.")
     x = (np.asarray(dataset.x, np.float64) - dataset.mean) / dataset.std
+    if not np.isfinite(x).all():
+        raise ValueError(f"data set {dataset.name!r}: an input is not finite once it is standardised.")
     template, state = branch.init(seeds.key(seed), jnp.asarray(x[:1], jnp.float32))
     size = sum(leaf.size for leaf in jax.tree.leaves(template))
-    problem = Problem(branch, x, c, offset, float(tau), float(radius), float(power), template, state, size)
+    problem = Problem(branch, x, c, offset, tau, radius, power, template, state, size)
     shape = jax.eval_shape(problem.outputs, jnp.zeros(size, jnp.float32)).shape
     if shape != c.shape:
         raise ValueError(f"the branch gives outputs of shape {shape} on this data set, need {c.shape}.")
@@ -143,6 +172,29 @@ class ByIdentity:
         return isinstance(other, ByIdentity) and other.problem is self.problem
 
 
+def program_of(problem: Problem) -> str:
+    """A digest of `w -> E<c, f(w; x)> / tau`: of its program and all the numbers in it."""
+    with jax.enable_x64(True):
+        plain = problem._replace(offset=0.0)
+        return function_digest(plain.g, jax.ShapeDtypeStruct((problem.size,), jnp.float64))
+
+
+def subject_from(program: str, offset: Any, radius: Any, power: Any) -> str:
+    """A digest of a one-branch problem from that of its program."""
+    return text_digest(f"{program} {float(offset)!r} {float(radius)!r} {float(power)!r}")
+
+
+def subject_of(problem: Problem) -> str:
+    """A digest of the one-branch problem: branch, data, tau, W and h, but not how it was made."""
+    return _subject(ByIdentity(problem))
+
+
+@functools.lru_cache(maxsize=32)
+def _subject(key: ByIdentity) -> str:
+    problem = key.problem
+    return subject_from(program_of(problem), problem.offset, problem.radius, problem.power)
+
+
 def values_at(problem: Problem, w: np.ndarray, *, batch: int = 64) -> Float64[np.ndarray, " k"]:
     """`g` at the rows of `w [k, p]`, in float64."""
     with jax.enable_x64(True):
@@ -158,84 +210,6 @@ def _values(key: ByIdentity) -> Any:
     return jax.jit(values, static_argnums=1)
 
 
-@functools.lru_cache(maxsize=32)
-def _mean_outputs(key: ByIdentity) -> Any:
-    """A jitted `(w [k, p], shares [k], x) -> sum_k shares[k] f(w[k]; x)`, one branch after another."""
-
-    def mean(w: Array, shares: Array, x: Array) -> Array:
-        def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-            return total + pair[1] * key.problem.outputs(pair[0], x), None
-
-        shape = jax.eval_shape(key.problem.outputs, w[0], x).shape
-        return jax.lax.scan(add, jnp.zeros(shape, w.dtype), (w, shares))[0]
-
-    return jax.jit(mean)
-
-
 def rounding(problem: Problem) -> float:
     """A bound on the error of float64 sums over the data set, for outputs of size 1: `eps sum |c| / tau`."""
     return len(problem.c) * np.finfo(np.float64).eps * float(np.abs(problem.c).sum(axis=1).mean()) / problem.tau
-
-
-class Risk(NamedTuple):
-    """The risk of a primal point on a data set.
-
-    Attributes:
-      linear: `E(1 - y f / tau)`, the objective under Assumption 1, f being the mean over branches.
-      hinge: `E max(0, 1 - y f / tau)`.
-      clipped: `hinge - linear`, what the maximum adds; 0 where Assumption 1 holds.
-      half_width: of the normal confidence interval for `linear` on the population, at the level asked for.
-      assumption_1: the check on the margins of this point.
-    """
-
-    linear: float
-    hinge: float
-    clipped: float
-    half_width: float
-    assumption_1: AssumptionCheck
-
-
-def primal_risk(
-    problem: Problem,
-    loss: Loss,
-    weights: np.ndarray,
-    shares: np.ndarray,
-    dataset: Dataset,
-    *,
-    confidence: float = 0.95,
-    output_bound: float | None = None,
-) -> Risk:
-    """Evaluates a primal point, the mean over branches with the given weights, on a data set.
-
-    On the data of the problem `linear` is the primal objective of (2).  On a fresh sample, independent of the weights,
-    `linear ± half_width` is a confidence interval for the population risk (Remark 2 read backwards).
-
-    Args:
-      problem: fixes branch and tau.
-      loss: the hinge loss of eq. (1) for this task, with the problem's tau.
-      weights: `[k, p]`, the distinct branches.
-      shares: `[k]`, the share of the I branches that has each; they add up to 1.
-      dataset: where to evaluate.
-      confidence: level of the interval.
-      output_bound: a proven bound on the margins over W, for Assumption 1.
-
-    Raises:
-      ValueError: if the loss has another tau or does not fit the data.
-    """
-    if loss.tau != problem.tau or dataset.task not in loss.tasks:
-        raise ValueError(f"the loss has tau={loss.tau} for {loss.tasks}; need tau={problem.tau} for {dataset.task}.")
-    from scipy.stats import norm
-
-    x = (np.asarray(dataset.x, np.float64) - dataset.mean) / dataset.std
-    c, offset = functional(dataset)
-    with jax.enable_x64(True):
-        arrays = [jnp.asarray(a, jnp.float64) for a in (weights, shares, x)]
-        outputs = _mean_outputs(ByIdentity(problem))(*arrays)
-        labels = jnp.asarray(dataset.y)
-        hinge = np.asarray(loss.per_example(outputs, labels), np.float64)
-        margins = loss.margin(outputs, labels) if loss.margin is not None else jnp.zeros(1)
-        check = check_assumption_1(loss, margins, bound=output_bound)
-        terms = offset - np.sum(c * np.asarray(outputs), axis=1) / problem.tau
-    half = float(norm.ppf(0.5 + confidence / 2) * terms.std(ddof=1) / math.sqrt(len(terms))) if len(terms) > 1 else 0.0
-    linear = float(terms.mean())
-    return Risk(linear, float(hinge.mean()), float(hinge.mean() - linear), half, check)

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float64
 from dualgap_jax import seeds
 from dualgap_jax.config import require
 from dualgap_jax.duality.closed_forms import Kappa
-from dualgap_jax.duality.gap import ValueFunction
 from dualgap_jax.duality.problem import ByIdentity, Problem, rounding, values_at
+from dualgap_jax.duality.values import ValueFunction, frozen
 from dualgap_jax.metrics import Progress
 
 
@@ -61,6 +61,7 @@ class _Particle(NamedTuple):
     value: Array
     gradient: Array
     step: Array
+    broken: Array  # whether g was not a number where it looked
 
 
 def _project(w: Array, radius: Array) -> Array:
@@ -69,7 +70,10 @@ def _project(w: Array, radius: Array) -> Array:
 
 
 def descend(problem: Problem, steps: int) -> Any:
-    """A jitted `(w [k, p], radius [k]) -> (w, value [k])`: `steps` of monotone projected gradient for each particle."""
+    """A jitted `(w [k, p], radius [k]) -> (w, value [k])`: `steps` of monotone projected gradient for each particle.
+
+    The value is NaN if g was not a number anywhere on the particle's way.
+    """
     return _descend(ByIdentity(problem), steps)
 
 
@@ -86,13 +90,14 @@ def _descend(key: ByIdentity, steps: int) -> Any:
             trial = _project(particle.w - particle.step * radius * particle.gradient / norm, radius)
             value, gradient = value_and_grad(trial)
             better = value < particle.value
-            chosen = _Particle(trial, value, gradient, jnp.minimum(1.5 * particle.step, 1.0))
-            kept = particle._replace(step=0.5 * particle.step)
+            broken = particle.broken | jnp.isnan(value)
+            chosen = _Particle(trial, value, gradient, jnp.minimum(1.5 * particle.step, 1.0), broken)
+            kept = particle._replace(step=0.5 * particle.step, broken=broken)
             return jax.tree.map(lambda a, b: jnp.where(better, a, b), chosen, kept)
 
-        start = _Particle(w, value, gradient, jnp.asarray(0.5, w.dtype))
+        start = _Particle(w, value, gradient, jnp.asarray(0.5, w.dtype), jnp.isnan(value))
         end = jax.lax.fori_loop(0, steps, move, start)
-        return end.w, end.value
+        return end.w, jnp.where(end.broken, jnp.nan, end.value)
 
     return jax.jit(jax.vmap(one))
 
@@ -111,7 +116,18 @@ def _run(kernel: Any, w: np.ndarray, radii: np.ndarray, chunk: int, progress: An
         ends.append(end[: len(part)])
         values.append(value[: len(part)])
         progress(len(part))
-    return np.concatenate(ends).reshape(m, s, p), np.nan_to_num(np.concatenate(values), nan=np.inf).reshape(m, s)
+    value = np.concatenate(values)
+    _refuse_nan(value, "on the way of a particle")
+    return np.concatenate(ends).reshape(m, s, p), value.reshape(m, s)
+
+
+def _refuse_nan(values: np.ndarray, where: str) -> None:
+    """Raises ValueError if g is not a number at a point of W: it has no least value then."""
+    if np.isnan(values).any():
+        raise ValueError(
+            f"g is not a number {where} ({int(np.isnan(values).sum()):,} of {values.size:,}); the branch's outputs must"
+            " be finite on W: give a smaller radius, or dtype=np.float64 if they overflow in float32."
+        )
 
 
 def _fine(problem: Problem, budgets: np.ndarray, coarse: np.ndarray, minimisers: np.ndarray) -> np.ndarray:
@@ -141,8 +157,8 @@ def search(
 
     Args:
       problem: the one-branch problem.
-      budgets: the uniform grid of the result.  Particles move at `spec.budgets` of its radii; in between, their
-        minimisers are scaled to each budget and evaluated.
+      budgets: the uniform grid of the result, from 0 to the largest h over W (`problem.grid`).  Particles move at
+        `spec.budgets` of its radii; in between, their minimisers are scaled to each budget and evaluated.
       spec: how hard to search.
       seed: of the starting points: uniform directions, uniform radii.
       dtype: of the particles; np.float64 for more digits, at about twice the time.
@@ -150,7 +166,12 @@ def search(
 
     Returns:
       `upper`: values of feasible points, float64, with a rounding margin; `lower` equal to it: estimated.
+
+    Raises:
+      ValueError: for budgets that are not the range of h over W, or a g that is not a number at a point of W.
     """
+    budgets = frozen("budgets", budgets)
+    problem.check_budgets(budgets)
     rng = seeds.generator(seed)
     top = problem.radii(budgets[-1:])[0]
     count = max(2, spec.budgets)
@@ -188,11 +209,12 @@ def search(
     fine = _fine(problem, budgets, coarse_all, minimisers)
     m = len(budgets)
     values = values_at(problem, fine.reshape(-1, problem.size), batch=min(64, spec.chunk)).reshape(m, -1)
+    _refuse_nan(values, "at a point of W")
     chosen = np.argmin(values, axis=1)
     upper, points = values[np.arange(m), chosen], fine[np.arange(m), chosen]
     upper, points = monotone(upper, points)
     upper = upper + rounding(problem) * float(top + 1) * (1 + float(np.abs(upper).max()))
-    return ValueFunction(budgets, upper.copy(), upper, "estimated", f"search, {count} x {spec.starts} starts", points)
+    return ValueFunction(budgets, upper, upper, f"search, {count} x {spec.starts} starts", points)
 
 
 def local_minima(
@@ -244,4 +266,4 @@ def kappa_by_search(
     kappa = max(0.0, problem.offset - float(values_at(problem, best[None])[0]) - margin)
     if not math.isfinite(kappa):
         raise ValueError("the branch's outputs are not finite on the unit ball; its value function is undefined.")
-    return Kappa(kappa, kappa, best, "estimated", f"search, {spec.budgets * spec.starts} starts")
+    return Kappa(kappa, kappa, best, f"search, {spec.budgets * spec.starts} starts")

@@ -6,60 +6,33 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from dualgap_jax import figures, seeds
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality import closed_forms, deltas, gap
+from dualgap_jax.duality import closed_forms, deltas, population, verify_gap
+from dualgap_jax.duality.allocation import Allocation
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, certify
-from dualgap_jax.duality.gap import Allocation, ValueFunction, Verdict
-from dualgap_jax.duality.problem import Problem, branch_problem, primal_risk, values_at
+from dualgap_jax.duality.margins import CONTRACTIONS
+from dualgap_jax.duality.problem import Problem, branch_problem
+from dualgap_jax.duality.risk import Risk, primal_risk
 from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
+from dualgap_jax.duality.trained import TrainedSpec, train_constrained
+from dualgap_jax.duality.values import ValueFunction
+from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
+from dualgap_jax.experiments.duality_report import curve, dual_curve, report
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Progress
-from dualgap_jax.networks import mlp_output_bound, multi_branch
+from dualgap_jax.networks import mlp_output_bound
 from dualgap_jax.workdir import Workdir
 
 HOMOGENEOUS = ("relu", "leaky_relu", "identity")
-CONTRACTIONS = ("relu", "leaky_relu", "identity", "tanh")  # |psi(a)| <= |a|
-_SAVED_POINTS = 513  # of the value function, in the JSON record
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedSpec:
-    """SGD on problem (2) with its constraint.
-
-    Attributes:
-      num_branches: the numbers of branches that are trained; () trains none.
-      seeds: independent runs each, in one program.
-      steps: SGD steps.
-      batch_size: examples a step.
-      learning_rate: times I tau; it falls to 0 along a half cosine.
-    """
-
-    num_branches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    seeds: int = 8
-    steps: int = 3000
-    batch_size: int = 64
-    learning_rate: float = 0.5
-
-    def __post_init__(self) -> None:
-        require(
-            all(n >= 1 for n in self.num_branches),
-            f"trained.num_branches={self.num_branches} must be positive integers.",
-        )
-        for name in ("seeds", "steps", "batch_size"):
-            require(getattr(self, name) >= 1, f"trained.{name}={getattr(self, name)} must be at least 1.")
-        require(self.learning_rate > 0, f"trained.learning_rate={self.learning_rate} must be positive.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +53,7 @@ class DualityGapSpec:
         'auto': the first of them that applies, 'bound' up to 4 parameters.
       search: how hard to search.
       bound: for the value function; `dual_bound`: for Q at the multiplier, which decides up to which I the theorem can
-        be verified.
+        be verified; its tolerance is lowered where the largest I needs it.
       fresh_samples: fresh samples of the size of the data set, for the population; 0 for none.
       trained: networks trained against inf(P).
       seed: of searches and training.
@@ -197,7 +170,14 @@ def value_function(spec: DualityGapSpec, problem: Problem, *, quick: bool = Fals
     found = search(problem, budgets, effort, seed=spec.seed, dtype=dtype, label="search")
     if route == "search" or quick:
         return found
-    return certify(problem, found, spec.bound, dual=spec.dual_bound, label="branch and bound")
+    return certify(problem, found, spec.bound, dual=_dual_effort(spec, problem, found), label="branch and bound")
+
+
+def _dual_effort(spec: DualityGapSpec, problem: Problem, found: ValueFunction) -> BoundSpec:
+    """How sharp sup(D) has to be: at most a tenth of `(2 / I) Delta` at the largest I, where it is least."""
+    needed = 0.2 / max(spec.num_branches) * deltas.best_lower_bound(problem, found).delta
+    tolerance = min(spec.dual_bound.tolerance, needed) if needed > 0 else spec.dual_bound.tolerance
+    return dataclasses.replace(spec.dual_bound, tolerance=max(tolerance, 1e-14))
 
 
 def _kappa(spec: DualityGapSpec, problem: Problem, hidden: tuple[int, ...]) -> closed_forms.Kappa:
@@ -221,18 +201,13 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     budget = float(function.budgets[max(1, round(spec.budget_share * (spec.grid - 1)))])
     cloud = local_minima(problem, spec.search, seed=spec.seed) if problem.size <= 64 else None
     delta = deltas.best_lower_bound(problem, function, cloud)
-    verdicts = gap.verdicts(
-        [function],
-        budget,
-        [[n] for n in spec.num_branches],
-        delta_lower=delta.delta,
-        delta_upper=max(deltas.upper_bound(function), delta.delta),
-        delta_status=delta.status,
-    )
-    allocations = [gap.allocate([function.budgets], [function.upper], budget, [n]) for n in spec.num_branches]
+    found = verdicts(function, budget, spec.num_branches, delta_lower=delta)
+    instance = Instance([function], budget)
+    allocations = [instance.allocation([n]) for n in spec.num_branches]
+    rows, verification = _verified(spec, function, delta, found, allocations)
     rows = [
-        _row(setup, function, dataset, verdict, allocation)
-        for verdict, allocation in zip(verdicts, allocations, strict=True)
+        {**row, **_primal_point(setup, function, dataset, allocation)}
+        for row, allocation in zip(rows, allocations, strict=True)
     ]
     record: dict[str, Any] = {
         "title": spec.title,
@@ -240,7 +215,11 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
         "data": dataset.info,
         "num_examples": len(dataset.y),
         "method": function.method,
-        "status": verdicts[0].status,
+        "status": rows[0]["status"],
+        "objective": rows[0]["objective"],
+        "verification": verification,
+        "concave": function.concave,
+        "slope": function.slope,
         "tolerance": function.tolerance,
         "tau": problem.tau,
         "radius": spec.radius,
@@ -251,15 +230,15 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
         "assumption_1": rows[0]["assumption_1"],
         "delta": {
             "lower": delta.delta,
-            "upper": verdicts[0].delta_upper,
+            "upper": found[0].delta_upper,
             "status": delta.status,
             "points": len(delta.points),
             "restricted": delta.restricted,
             "convexified": delta.convexified,
         },
         "rows": rows,
-        "value_function": _curve(function),
-        "dual_function": _dual_curve(function, budget, verdicts[0].multiplier),
+        "value_function": curve(function),
+        "dual_function": dual_curve(function, budget, found[0].multiplier),
         "trained": [],
         "population": None,
         "population_note": note,
@@ -267,14 +246,14 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     _save_points(workdir, function, delta, allocations)
     path = workdir.results / "duality_gap.json"
     if fresh:
-        found = functools.partial(_population, spec, tables, setup, function, budget, allocations, fresh)
-        record["population"] = workdir.remember("population", found)
+        compute = functools.partial(_population, spec, tables, setup, function, budget, allocations, fresh)
+        record["population"] = workdir.remember("population", compute)
     for count in spec.trained.num_branches:
         save_json(path, record)
         one = functools.partial(_trained, spec, setup, dataset, function, budget, count)
         record["trained"].append(workdir.remember(f"trained, I = {count}", one))
     save_json(path, record)
-    return _report(record)
+    return report(record)
 
 
 def _remembered(workdir: Workdir, compute: Callable[[], ValueFunction]) -> ValueFunction:
@@ -283,7 +262,7 @@ def _remembered(workdir: Workdir, compute: Callable[[], ValueFunction]) -> Value
         return ValueFunction(**kept)
     found = compute()
     if found.lagrangian is None and found.minimisers is not None and found.status == "estimated":
-        names = ("budgets", "lower", "upper", "minimisers", "status", "method", "slope", "concave")
+        names = ("budgets", "lower", "upper", "minimisers", "method", "slope", "concave", "margin")
         workdir.keep("value function", {name: getattr(found, name) for name in names})
     return found
 
@@ -313,16 +292,46 @@ def _samples(spec: DualityGapSpec, tables: Tables) -> tuple[Dataset, list[Datase
     return dataset, [pool._replace(x=pool.x[c], y=pool.y[c]) for c in cuts], source
 
 
-def _row(
-    setup: _Setup, function: ValueFunction, dataset: Dataset, verdict: Verdict, allocation: Allocation
-) -> dict[str, Any]:
-    """A verdict, the primal point behind it, and the hinge loss of that point."""
+def _verified(
+    spec: DualityGapSpec,
+    function: ValueFunction,
+    delta: deltas.Combination,
+    found: list[Verdict],
+    allocations: list[Allocation],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows, of which those called certified were proven once more; one that was not is estimated, and said."""
+    premises = verify_gap.Premises(
+        function.budgets, function.lower, function.upper, function.concave, function.slope, spec.radius, spec.power,
+        delta.points, delta.weights, delta.values,
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    checker = None
+    for verdict, allocation in zip(found, allocations, strict=True):
+        row: dict[str, Any] = {**verdict._asdict(), "proven_by": None}
+        if verdict.status == "certified":
+            try:
+                checker = checker or verify_gap.Checker(premises)
+                row["proven_by"] = checker.check(verify_gap.row_of(verdict._asdict(), allocation.counts[0]))
+            except verify_gap.NotProvenError as error:
+                row |= {"status": "estimated", "verdict": "undecided"}
+                failures.append(str(error))
+        counts = allocation.counts[0]
+        rows.append(
+            {
+                **row,
+                "allocation": [[float(function.budgets[j]), counts[j]] for j in sorted(counts)],
+                "method": allocation.method,
+            }
+        )
+    checked = sum(row["proven_by"] is not None for row in rows)
+    return rows, {"checker": "duality.verify_gap", "rows": checked, "failures": failures}
+
+
+def _primal_point(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: Allocation) -> dict[str, Any]:
+    """The primal point behind a row: its loss with and without the maximum of the hinge."""
     risk = _risk(setup, function, dataset, allocation)
-    (counts,) = allocation.counts
     return {
-        **verdict._asdict(),
-        "allocation": [[float(function.budgets[j]), counts[j]] for j in sorted(counts)],
-        "method": allocation.method,
         "linear_loss": risk.linear,
         "hinge_loss": risk.hinge,
         "clipped": risk.clipped,
@@ -330,7 +339,7 @@ def _row(
     }
 
 
-def _risk(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: Allocation) -> Any:
+def _risk(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: Allocation) -> Risk:
     if function.minimisers is None:
         raise ValueError(f"{function.method} keeps no minimisers.")
     (counts,) = allocation.counts
@@ -339,26 +348,11 @@ def _risk(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: 
     return primal_risk(
         setup.problem,
         setup.loss,
+        dataset,
         function.minimisers[order],
         shares / shares.sum(),
-        dataset,
         output_bound=setup.margin_bound,
     )
-
-
-def _curve(function: ValueFunction) -> dict[str, Any]:
-    """The value function and its envelope at no more than `_SAVED_POINTS` budgets."""
-    picked = np.unique(np.linspace(0, len(function.budgets) - 1, _SAVED_POINTS).round().astype(int))
-    curves = {"budgets": function.budgets, "lower": function.lower, "upper": function.upper}
-    return {k: v[picked] for k, v in {**curves, "envelope": gap.envelope(function.upper)}.items()}
-
-
-def _dual_curve(function: ValueFunction, budget: float, multiplier: float) -> dict[str, Any]:
-    """`Q(lam)` and `Q(lam) - lam K` from the values on the grid (upper bounds), around the maximiser."""
-    drop = float(function.upper[0] - function.upper[-1]) / float(function.budgets[-1])
-    lams = np.unique(np.append(np.linspace(0, 3 * max(multiplier, drop, 1e-12), 121), multiplier))
-    q = np.array([gap.lagrangian([function.budgets], [function.upper], [1], lam)[0] for lam in lams])
-    return {"multipliers": lams, "q": q, "dual_objective": q - lams * budget, "best": multiplier}
 
 
 def _save_points(
@@ -376,11 +370,12 @@ def _save_points(
         used_weights=np.zeros((0, 0)) if minimisers is None else minimisers[used],
         delta_points=delta.points,
         delta_weights=delta.weights,
+        delta_values=delta.values,
         delta_middle=delta.middle,
     )
 
 
-# --- the population ---------------------------------------------------------------------------------------------------
+# --- beside the verdicts ----------------------------------------------------------------------------------------------
 
 
 def _population(
@@ -392,161 +387,46 @@ def _population(
     allocations: list[Allocation],
     fresh: list[Dataset],
 ) -> dict[str, Any]:
-    """The gap on each fresh sample, mean and 95 % interval over them; the risk of the training set's optimal point."""
-    from scipy.stats import t as student
-
+    """The gap on each fresh sample, and the risk of the training set's optimal point."""
     gaps, lowers = [], []
     with Progress(len(fresh), "fresh samples") as line:
         for k, sample in enumerate(fresh):
             one = _setup(spec, tables, sample, tau=setup.problem.tau).problem
             f = value_function(spec, one, quick=True)
             delta = max(deltas.on_segment(one, f).delta, deltas.from_envelope(one, f).delta)
-            rows = gap.verdicts([f], budget, [[n] for n in spec.num_branches], delta_lower=delta)
-            gaps.append([row.gap_upper for row in rows])
+            gaps.append([row.gap_upper for row in verdicts(f, budget, spec.num_branches, delta_lower=0.0)])
             lowers.append(delta)
             line.update(k + 1)
-    quantile = float(student.ppf(0.975, len(fresh) - 1)) / math.sqrt(len(fresh))
-    table = np.array(gaps)
     pooled = fresh[0]._replace(x=np.concatenate([s.x for s in fresh]), y=np.concatenate([s.y for s in fresh]))
     risks = [_risk(setup, function, pooled, allocation) for allocation in allocations]
-    return {
-        "samples": len(fresh),
-        "examples": len(fresh[0].y),
-        "status": "estimated",
-        "delta_mean": float(np.mean(lowers)),
-        "delta_half_width": quantile * float(np.std(lowers, ddof=1)),
-        "rows": [
-            {
-                "num_branches": n,
-                "gap_mean": float(table[:, k].mean()),
-                "gap_half_width": quantile * float(table[:, k].std(ddof=1)),
-                "largest_gap_over_bound": float(np.max(table[:, k] / (2 / n * np.maximum(lowers, 1e-300)))),
-                "risk": risk.linear,
-                "risk_half_width": risk.half_width,
-                "clipped": risk.clipped,
-            }
-            for k, (n, risk) in enumerate(zip(spec.num_branches, risks, strict=True))
-        ],
-    }
-
-
-# --- trained networks -------------------------------------------------------------------------------------------------
-
-
-def project(w: Array, budget: float, radius: float, power: float) -> Array:
-    """Maps the weights `w [I, p]` into the feasible set of (2): `||w_i|| <= radius`, `mean ||w_i||^power <= budget`.
-
-    For power 2 this is the projection: `w_i / (1 + mu)`, cut to the ball, with the least mu >= 0 that meets the budget
-    (found by bisection).  For other powers all weights are multiplied by one factor.
-    """
-    norms = jnp.maximum(jnp.linalg.norm(w, axis=1), 1e-30)
-    low, high = jnp.zeros(()), jnp.asarray(1.0)
-
-    def size(scale: Array) -> Array:
-        return jnp.mean(jnp.minimum(norms * scale, radius) ** power)
-
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        middle = 0.5 * (ends[0] + ends[1])
-        fits = size(middle) <= budget
-        return jnp.where(fits, middle, ends[0]), jnp.where(fits, ends[1], middle)
-
-    # The scale 1 / (1 + mu) lies in (0, 1]; the lower end always fits.
-    low, _ = jax.lax.fori_loop(0, 40, halve, (low, high))
-    scale = jnp.where(size(high) <= budget, 1.0, low)
-    factor = scale if power == 2 else scale * jnp.ones(())
-    return w * jnp.minimum(factor, radius / norms)[:, None]
+    found = population.summary(spec.num_branches, np.array(gaps), np.array(lowers), risks)
+    return {"samples": len(fresh), "examples": len(fresh[0].y), **found}
 
 
 def _trained(
     spec: DualityGapSpec, setup: _Setup, dataset: Dataset, function: ValueFunction, budget: float, count: int
 ) -> dict[str, Any]:
     """Projected SGD on problem (2) from several seeds, against the bounds on inf(P) at this I."""
-    problem, loss, trained = setup.problem, setup.loss, spec.trained
-    net = multi_branch(problem.branch, count)
-    x, y = jnp.asarray(problem.x, jnp.float32), jnp.asarray(dataset.y)
-    rate = trained.learning_rate * count * problem.tau
-    batch = min(trained.batch_size, len(y))
-
-    def flat(params: Any) -> Array:
-        return jnp.concatenate([leaf.reshape(count, -1) for leaf in jax.tree.leaves(params)], axis=1)
-
-    def unflat(w: Array, params: Any) -> Any:
-        leaves, tree = jax.tree.flatten(params)
-        sizes = np.cumsum([leaf.size // count for leaf in leaves])[:-1]
-        parts = jnp.split(w, sizes.tolist(), axis=1)
-        return jax.tree.unflatten(tree, [p.reshape(leaf.shape) for p, leaf in zip(parts, leaves, strict=True)])
-
-    def run(key: Array) -> Array:
-        params, state = net.init(key, x[:1])
-
-        def objective(params: Any, rows: Array) -> Array:
-            return jnp.mean(loss.per_example(net.apply(params, state, x[rows])[0], y[rows]))
-
-        def step(t: Array, params: Any) -> Any:
-            rows = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, len(y))
-            gradient = jax.grad(objective)(params, rows)
-            now = rate * 0.5 * (1 + jnp.cos(jnp.pi * t / trained.steps))
-            moved = flat(params) - now * flat(gradient)
-            return unflat(project(moved, budget * (1 - 1e-6), spec.radius * (1 - 1e-6), spec.power), params)
-
-        start = unflat(project(flat(params), budget * (1 - 1e-6), spec.radius * (1 - 1e-6), spec.power), params)
-        return flat(jax.lax.fori_loop(0, trained.steps, step, start))
-
-    keys = jax.random.split(seeds.key(spec.seed), trained.seeds)
-    weights = np.asarray(jax.jit(jax.vmap(run))(keys), np.float64)
-    losses = values_at(problem, weights.reshape(-1, problem.size), batch=256).reshape(trained.seeds, count).mean(axis=1)
-    used = problem.h(weights).mean(axis=1)
-    (verdict,) = gap.verdicts([function], budget, [[count]], delta_lower=0.0)
+    run = train_constrained(
+        setup.problem, setup.loss, dataset, spec.trained, budget=budget, num_branches=count, seed=spec.seed
+    )
+    (verdict,) = verdicts(function, budget, [count], delta_lower=0.0)
+    ranked = run.ranked()
     return {
         "num_branches": count,
-        "losses": losses,
-        "best": float(losses.min()),
-        "median": float(np.median(losses)),
-        "largest_budget_used": float(used.max()),
-        "feasible": bool((used <= budget).all()),
+        "state": f"{run.diverged} of {len(run.losses)} seeds diverged" if run.diverged else "finite",
+        "diverged": run.diverged,
+        "losses": run.losses,
+        "best": float(ranked.min()),
+        "median": float(np.median(ranked)),
+        "largest_budget_used": float(run.used.max()),
+        "feasible": bool((run.used <= budget).all()),
         "primal_lower": verdict.primal_lower,
         "primal_upper": verdict.primal_upper,
         "dual_lower": verdict.dual_lower,
-        "below_primal": bool((losses < verdict.primal_lower).any()),
-        "status": verdict.status,
+        "below_primal": bool((ranked < verdict.primal_lower).any()),
+        "status": function.status,
     }
-
-
-# --- the report -------------------------------------------------------------------------------------------------------
-
-
-def _report(record: Mapping[str, Any]) -> Report:
-    columns = [
-        "I", "primal_upper", "dual_lower", "gap_lower", "gap_upper", "delta_lower", "gap/Delta", "2/I", "status",
-        "verified",
-    ]  # fmt: skip
-    trained = {t["num_branches"]: t for t in record["trained"]}
-    if trained:
-        columns += ["SGD best - inf(P)"]
-    rows = []
-    for r in record["rows"]:
-        cells = [r["num_branches"], *(float(r[k]) for k in columns[1:6]), r["normalized_gap"], r["bound"], r["status"]]
-        cells.append("yes" if r["verified"] else "no")
-        if trained:
-            t = trained.get(r["num_branches"])
-            cells.append(None if t is None else t["best"] - t["primal_upper"])
-        rows.append(cells)
-    check = record["assumption_1"]
-    notes = [
-        f"Value function: {record['method']} ({record['status']}, tolerance {record['tolerance']:.2g}).",
-        f"Delta: lower bound from {record['delta']['points']} points ({record['delta']['status']}),"
-        f" upper bound {record['delta']['upper']:.4g}.",
-        f"tau = {record['tau']:.4g}, K = {record['budget']:.4g}; Assumption 1: {check['status']}"
-        f" (largest margin {check['largest_margin']:.4g}), the hinge clips at most"
-        f" {max(float(r['clipped']) for r in record['rows']):.2g}.",
-    ]
-    if record["population"]:
-        largest = max(row["largest_gap_over_bound"] for row in record["population"]["rows"])
-        notes.append(f"Population: {record['population_note']}; gap over bound at most {largest:.3g} (estimated).")
-    if trained:
-        below = sum(t["below_primal"] for t in record["trained"])
-        notes.append(f"Trained networks below the lower bound on inf(P): {below} of {len(trained)} values of I.")
-    return Report(record["title"], columns, rows, notes)
 
 
 DUALITY_GAP = Experiment("duality_gap", DualityGapSpec, duality_gap_experiment, figures.duality_gap)

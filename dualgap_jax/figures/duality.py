@@ -59,17 +59,25 @@ def duality_gap(workdir: str | Path) -> list[Path]:
 
 def _caption(record: Mapping[str, Any], rows: list[Mapping[str, Any]], trained: list[Mapping[str, Any]]) -> list[str]:
     proven = record["status"] == "certified"
-    verified = sum(bool(row["verified"]) for row in rows)
+    if proven:
+        verified = sum(row["verdict"] == "verified" for row in rows)
+    else:
+        verified = sum(row["gap_upper"] <= row["bound"] * row["delta_lower"] for row in rows)
     delta = record["delta"]
     return [
         f"Bands: {'proven bounds' if proven else 'bounds that rest on a search (estimated)'} on the gap"
         " and the value function; a band that reaches the lower border has lower bound 0.",
         f"{'Proven numbers verify the theorem' if proven else 'The estimates satisfy the theorem'} in {verified}"
         f" of {len(rows)} rows, with Delta at least {number(value_of(delta, 'lower'))} ({plain(delta['status'])}).",
-        f"SGD: projected, {len(trained[0]['losses'])} seeds each, on problem (2) with its constraint."
+        f"SGD: projected, {len(trained[0]['losses'])} seeds each, on problem (2) with its constraint{_lost(trained)}."
         if trained
         else "",
     ]
+
+
+def _lost(trained: list[Mapping[str, Any]]) -> str:
+    lost = sum(int(row.get("diverged", 0)) for row in trained)
+    return f"; {lost} runs diverged and are not drawn" if lost else ""
 
 
 def _series(rows: list[Mapping[str, Any]], key: str) -> np.ndarray:

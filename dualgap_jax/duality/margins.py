@@ -1,0 +1,72 @@
+"""Bounds on the margins over W, for Assumption 1: branches that are bias-free mlps are recognised by their program."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float64
+
+from dualgap_jax import seeds
+from dualgap_jax.duality.problem import Problem, program_of
+from dualgap_jax.networks import mlp, mlp_output_bound
+
+CONTRACTIONS = ("relu", "leaky_relu", "identity", "tanh")  # |psi(a)| <= |a|
+
+
+def mlp_problem(
+    x: Float64[np.ndarray, "n d"],
+    c: Float64[np.ndarray, "n out"],
+    *,
+    tau: int | float,
+    widths: tuple[int, ...],
+    activation: str,
+) -> Problem:
+    """The one-branch problem of a bias-free `networks.mlp` on the unit ball, with offset 0."""
+    branch = mlp(widths, c.shape[1], activation=activation, use_bias=False)
+    template, state = branch.init(seeds.key(0), jnp.asarray(x[:1], jnp.float32))
+    size = sum(leaf.size for leaf in jax.tree.leaves(template))
+    return Problem(branch, x, c, 0.0, tau, 1.0, 1.0, template, state, size)
+
+
+def label_scale(c: Float64[np.ndarray, "n out"]) -> float | None:
+    """The largest margin for outputs of norm 1 where c is that of labels; None where it is another functional.
+
+    A margin between classes is a difference of two outputs: sqrt(2) times their norm.
+    """
+    classes = c.shape[1]
+    if classes == 1:
+        return 1.0 if (np.abs(c) == 1).all() else None
+    centred = c + 1 / classes
+    one_hot = (np.abs(centred - np.eye(classes)[np.argmax(c, axis=1)]) < 1e-12).all()
+    return math.sqrt(2) if one_hot else None
+
+
+def mlp_margin(x: np.ndarray, c: np.ndarray, layers: int, radius: int | float) -> float | None:
+    """A proven bound on the margins of a bias-free mlp whose activation is a contraction, over the ball of weights."""
+    scale = label_scale(c)
+    if scale is None:
+        return None
+    largest = float(np.linalg.norm(x.reshape(len(x), -1), axis=1).max())
+    return scale * mlp_output_bound(layers, radius, largest) * (1 + 1e-12)
+
+
+def margin_bound(problem: Problem) -> float | None:
+    """A proven bound on the margins over W, where the branch is a bias-free mlp with a known activation; else None.
+
+    The branch is recognised by its program, not by what it is called.
+    """
+    leaves = jax.tree.leaves(problem.template)
+    if not leaves or any(leaf.ndim != 2 for leaf in leaves) or problem.x.ndim != 2:
+        return None
+    widths = tuple(int(leaf.shape[0]) for leaf in leaves[:-1])
+    if leaves[-1].shape[0] != problem.c.shape[1]:
+        return None
+    program = program_of(problem)
+    for activation in CONTRACTIONS:
+        like = mlp_problem(problem.x, problem.c, tau=problem.tau, widths=widths, activation=activation)
+        if like.size == problem.size and program_of(like) == program:
+            return mlp_margin(problem.x, problem.c, len(leaves), problem.radius)
+    return None

@@ -1,0 +1,90 @@
+"""What Theorem 1 prints and draws: the table of verdicts with its notes, the curves of v and of the dual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dualgap_jax.duality.envelope import envelope, lagrangian
+from dualgap_jax.duality.values import ValueFunction
+from dualgap_jax.experiments.base import Report
+
+_SAVED_POINTS = 513  # of the value function, in the JSON record
+
+
+def curve(function: ValueFunction) -> dict[str, Any]:
+    """The value function and its envelope at no more than 513 budgets."""
+    picked = np.unique(np.linspace(0, len(function.budgets) - 1, _SAVED_POINTS).round().astype(int))
+    curves = {"budgets": function.budgets, "lower": function.lower, "upper": function.upper}
+    return {k: v[picked] for k, v in {**curves, "envelope": envelope(function.upper)}.items()}
+
+
+def dual_curve(function: ValueFunction, budget: float, multiplier: float) -> dict[str, Any]:
+    """`Q(lam)` and `Q(lam) - lam K` from the values on the grid (upper bounds), around the maximiser."""
+    drop = float(function.upper[0] - function.upper[-1]) / float(function.budgets[-1])
+    lams = np.unique(np.append(np.linspace(0, 3 * max(multiplier, drop, 1e-12), 121), multiplier))
+    q = np.array([lagrangian([function.budgets], [function.upper], [1], lam)[0] for lam in lams])
+    return {"multipliers": lams, "q": q, "dual_objective": q - lams * budget, "best": multiplier}
+
+
+def report(record: Mapping[str, Any]) -> Report:
+    """The table of a record, one row a number of branches, and what is to be said about it."""
+    columns = [
+        "I", "primal_upper", "dual_lower", "gap_lower", "gap_upper", "delta_lower", "gap/Delta", "2/I", "status",
+        "verdict",
+    ]  # fmt: skip
+    trained = {t["num_branches"]: t for t in record["trained"]}
+    if trained:
+        columns += ["SGD best - inf(P)"]
+    rows = []
+    for r in record["rows"]:
+        cells = [r["num_branches"], *(float(r[k]) for k in columns[1:6]), r["normalized_gap"], r["bound"], r["status"]]
+        cells.append(r["verdict"])
+        if trained:
+            t = trained.get(r["num_branches"])
+            every = t is not None and t["diverged"] == len(t["losses"])
+            cells.append(None if t is None else "diverged" if every else t["best"] - t["primal_upper"])
+        rows.append(cells)
+    return Report(record["title"], columns, rows, [*_notes(record), *_trained_notes(record["trained"])])
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    check, rows = record["assumption_1"], record["rows"]
+    notes = [
+        f"Value function: {record['method']} ({record['status']}, tolerance {record['tolerance']:.2g}).",
+        f"Delta: lower bound from {record['delta']['points']} points ({record['delta']['status']}),"
+        f" upper bound {record['delta']['upper']:.4g}.",
+        f"tau = {record['tau']:.4g}, K = {record['budget']:.4g}; Assumption 1: {check['status']}"
+        f" (largest margin {check['largest_margin']:.4g}), the hinge clips at most"
+        f" {max(float(r['clipped']) for r in rows):.2g}.",
+    ]
+    if record["objective"] != "hinge":
+        notes.append(
+            "Assumption 1 is not proven: the numbers are those of the hinge without its maximum, E(1 - y f / tau), and"
+            " the verdict for the hinge is undecided."
+        )
+    if record["status"] == "certified":
+        notes.append(f"Proven once more in rational numbers: {record['verification']['rows']} of {len(rows)} rows.")
+    else:
+        holds = sum(r["gap_upper"] <= r["bound"] * r["delta_lower"] for r in rows)
+        notes.append(f"The estimates satisfy the bound in {holds} of {len(rows)} rows, which proves nothing.")
+    notes += [f"Not proven, and therefore estimated: {failure}" for failure in record["verification"]["failures"]]
+    if record["population"]:
+        ratios = [row["largest_gap_over_bound"] for row in record["population"]["rows"]]
+        least = min((ratio for ratio in ratios if ratio is not None), default=None)
+        told = "Delta is 0 on a sample, so that there is no bound to compare with"
+        if least is not None:
+            told = f"gap over bound at most {max(ratio for ratio in ratios if ratio is not None):.3g} (estimated)"
+        notes.append(f"Population: {record['population_note']}; {told}.")
+    return notes
+
+
+def _trained_notes(trained: list[Mapping[str, Any]]) -> list[str]:
+    if not trained:
+        return []
+    below = sum(t["below_primal"] for t in trained)
+    notes = [f"Trained networks below the lower bound on inf(P): {below} of {len(trained)} values of I."]
+    lost = [f"{t['state']} at I = {t['num_branches']:,}" for t in trained if t["diverged"]]
+    return [*notes, *([f"Training: {'; '.join(lost)}; they count as above every number."] if lost else [])]
