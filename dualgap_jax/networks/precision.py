@@ -88,13 +88,16 @@ def with_precision(branch: Network, *, param_dtype: Any = "float32", compute_dty
 
 
 def upcast(params: Params) -> Params:
-    """Parameters, NumPy or JAX arrays, with floating leaves of at least float32; exact.
+    """Parameters, NumPy or JAX arrays or their shapes, with floating leaves of at least float32; exact.
 
     A leaf that is as wide already is the same array.
     """
 
     def wide(leaf: Any) -> Any:
-        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and accumulator(leaf.dtype) != leaf.dtype
-        return leaf.astype(accumulator(leaf.dtype)) if narrow else leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or accumulator(leaf.dtype) == leaf.dtype:
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=accumulator(leaf.dtype))
+        return leaf.astype(accumulator(leaf.dtype))
 
     return jax.tree.map(wide, params)
