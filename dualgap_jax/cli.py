@@ -20,10 +20,9 @@ from typing import Any, NoReturn
 
 import jax
 
-from dualgap_jax import experiments, sharding
+from dualgap_jax import experiments, interrupts, sharding
 from dualgap_jax.config import Config, ConfigError, load, override, require
 from dualgap_jax.experiments import TABLES, Tables
-from dualgap_jax.interrupts import Terminated
 from dualgap_jax.registry import Table
 
 CONFIGS = Path("configs")
@@ -205,26 +204,31 @@ def errors_in_one_line() -> Iterator[None]:
     """Turns what a user can mend into one message and exit status 2; an interruption into status 130 or 143."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        name = "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
-        print(f"\n{name}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
-        sys.exit(143 if isinstance(error, Terminated) else 130)
-    except BrokenPipeError:  # whoever reads the output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(
-            f"{type(error).__name__}: {error}; what is done is kept, and the same command goes on once this is mended.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except MemoryError as error:
-        print(f"out of memory ({error}); give the run more of it, or make it smaller.", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, LookupError, RuntimeError) as error:
-        if not type(error).__module__.startswith("dualgap_jax"):
+    except (Exception, KeyboardInterrupt) as error:
+        if (interruption := interrupts.behind(error)) is not None:
+            name, code = ("SIGTERM", 143) if isinstance(interruption, interrupts.Terminated) else ("Ctrl-C", 130)
+            interrupts.leave()
+            print(f"\n{name}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
+            sys.exit(code)
+        if isinstance(error, BrokenPipeError):  # whoever reads the output has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+        if (said := _message(error)) is None:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(said, file=sys.stderr)
         sys.exit(2)
+
+
+def _message(error: BaseException) -> str | None:
+    """What to say of an error that a user can mend; None for a defect."""
+    name = type(error).__name__
+    if type(error).__module__.partition(".")[0] == "dualgap_jax":
+        return f"{name}: {error}"
+    if isinstance(error, OSError):
+        return f"{name}: {error}; what is done is kept, and the same command goes on once this is mended."
+    if isinstance(error, MemoryError) or (name == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)):
+        return f"out of memory ({error!s:.200}); give the run more of it, or make it smaller."
+    return None
 
 
 def main(argv: Sequence[str], description: str | None = None) -> None:
@@ -238,7 +242,7 @@ def main(argv: Sequence[str], description: str | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is no reason to stop
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    with errors_in_one_line():
+    with interrupts.raised(), errors_in_one_line():
         flags = parse(argv[1:], description)
         join(flags.coordinator, flags.num_processes, flags.process_id, flags.distributed, flags.cpu_devices)
         tables = extended(flags.extend)

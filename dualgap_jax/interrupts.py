@@ -45,6 +45,18 @@ def raised() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
+def leave() -> None:
+    """For a process on its way out: further signals change neither that nor its exit status.
+
+    Python takes its own handlers away before it is gone, so the signals are ignored; an end that does not come in half
+    a minute is forced.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        signal.alarm(30)
+
+
 class _Handler:
     """Raises, and remembers the last signal."""
 
@@ -74,10 +86,16 @@ def _on_its_way(thread: int) -> bool:
     """Whether the thread is unwinding, or cleaning up after, a KeyboardInterrupt."""
     current = sys._current_exceptions().get(thread)
     error = current[1] if isinstance(current, tuple) else current
+    return error is not None and behind(error) is not None
+
+
+def behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The interruption that an exception is or comes from: code in C that is interrupted can raise another one."""
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        if isinstance(at, KeyboardInterrupt):
+            return at
+        seen.add(id(at))
+        at = at.__cause__ or at.__context__
+    return None

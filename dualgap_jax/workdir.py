@@ -342,12 +342,11 @@ class Workdir:
                 with interrupts.raised():
                     yield
                     files = self._outputs()
-            except KeyboardInterrupt as error:
-                status = "interrupted"
-                reason = "SIGTERM" if isinstance(error, interrupts.Terminated) else "KeyboardInterrupt"
-                raise
             except BaseException as error:
                 status, reason = "failed", f"{type(error).__name__}: {error}"
+                if (interruption := interrupts.behind(error)) is not None:
+                    status = "interrupted"
+                    reason = "SIGTERM" if isinstance(interruption, interrupts.Terminated) else "KeyboardInterrupt"
                 raise
             finally:
                 seconds = round(time.monotonic() - start, 3)

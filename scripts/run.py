@@ -14,19 +14,17 @@ same command in each, with --coordinator=HOST:PORT --num_processes=N --process_i
 JAX knows (SLURM, TPU pods, Kubernetes, Open MPI).
 """
 
+import os
 import signal
 import sys
 
-
-def _leave(number: int, frame: object) -> None:
-    sys.exit(130)
-
-
 if __name__ == "__main__":
-    at_start = signal.getsignal(signal.SIGINT)
-    if at_start is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)  # while the imports run, which take a second
+    at_start = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in at_start.items():  # while the imports run, which take a second and may not be broken off
+        if handler in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
     from dualgap_jax import cli
 
-    signal.signal(signal.SIGINT, at_start)
+    for number, handler in at_start.items():
+        signal.signal(number, handler)
     cli.main(sys.argv, __doc__)

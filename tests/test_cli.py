@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from dualgap_jax import cli
+from dualgap_jax import cli, interrupts
 from dualgap_jax.config import ConfigError
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.files import load_json
@@ -156,13 +159,14 @@ def test_good_arguments_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.parse(["--config", "configs/figure1.py", "--config.cell.plane.half_width", "1e-3"]).config is not None
 
 
-def test_errors_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
         raise ConfigError("what was given, what is allowed.")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "ConfigError: what was given, what is allowed.\n"
     with pytest.raises(ValueError, match="a defect"), cli.errors_in_one_line():
         raise ValueError("a defect keeps its traceback")
+    monkeypatch.setattr(interrupts, "leave", lambda: None)
     for error, code in ((KeyboardInterrupt(), 130), (Terminated("SIGTERM"), 143), (OSError(28, "No space"), 2)):
         with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
             raise error
@@ -253,3 +257,68 @@ def test_help_is_useful() -> None:
     assert done.returncode == 0
     for word in ("--config", "--workdir", "--list", "--extend", "configs/figure1.py"):
         assert word in done.stdout
+
+
+LONG = ["--config=configs/synthetic_relu.py:I=5", "--config.training.max_steps=2000000"]
+LONG += ["--config.training.tolerance=0."]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "wait", "times"),
+    [
+        (signal.SIGINT, 130, 0.2, 1),  # while modules are imported
+        (signal.SIGTERM, 143, 0.2, 2),
+        (signal.SIGINT, 130, None, 2),  # at work
+        (signal.SIGTERM, 143, None, 1),
+        (signal.SIGTERM, 143, None, 2),
+    ],
+)
+def test_signals_end_a_run_with_their_exit_status(
+    number: signal.Signals, code: int, wait: float | None, times: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), *LONG, f"--workdir={tmp_path / 'w'}"]
+
+    def default_interrupt() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs inherit that it is ignored
+
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=default_interrupt
+    ) as process:
+        if wait is None:
+            while not (tmp_path / "w" / "metrics.jsonl").exists():
+                time.sleep(0.1)
+        time.sleep(wait or 0.5)
+        for _ in range(times):
+            process.send_signal(number)
+            time.sleep(0.1)
+        out, _ = process.communicate(timeout=100)
+    assert process.returncode == code, out
+    assert "Traceback" not in out
+    if wait is None:
+        assert load_json(tmp_path / "w" / "run.json")["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("limit", ["-f 1", "-f 8", "-n 12"])
+def test_a_full_disk_or_a_limit_is_one_message_and_the_run_goes_on_afterwards(limit: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), "--config=configs/figure3.py:smoke"]
+    command.append(f"--workdir={tmp_path / 'w'}")
+    limited = ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash", *command]
+    first = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert first.returncode == 2, first.stderr
+    assert "Traceback" not in first.stderr
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    straight = run("--config=configs/figure3.py:smoke", f"--workdir={tmp_path / 'v'}")
+    assert second.stdout.replace(str(tmp_path / "w"), "") == straight.stdout.replace(str(tmp_path / "v"), "")
+
+
+def test_nothing_optional_stops_a_run(tmp_path: Path) -> None:
+    """No such backend, a terminal without Greek letters, a folder whose name is no UTF-8."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), "--config=configs/figure3.py:smoke"]
+    environment = {**os.environ, "MPLBACKEND": "Qt4Agg", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, b"--workdir=" + folder], cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(os.fsdecode(folder), "figures", "shapley_folkman.png").exists()
+    assert b"Traceback" not in done.stderr

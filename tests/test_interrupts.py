@@ -114,3 +114,18 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
     with interrupts.raised():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interruption_that_comes_out_as_another_error_is_known() -> None:
+    """An extension module in C whose import is interrupted raises ImportError from it."""
+    with pytest.raises(ImportError) as caught:  # noqa: PT012
+        try:
+            raise Terminated("SIGTERM")
+        except Terminated as error:
+            raise ImportError("initialization failed") from error
+    assert isinstance(interrupts.behind(caught.value), Terminated)
+    assert interrupts.behind(ValueError("a")) is None
+    loop = ValueError("b")
+    loop.__context__ = ValueError("c")
+    loop.__context__.__context__ = loop
+    assert interrupts.behind(loop) is None

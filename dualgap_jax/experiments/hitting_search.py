@@ -78,6 +78,9 @@ class HittingSearchSpec:
         require(self.refined >= 1, f"refined={self.refined} must be at least 1.")
         for name in ("screen_seeds", "held_out_seeds"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        for teachers in (self.teachers, self.held_out):
+            if teachers:
+                dataclasses.replace(self.table, teachers=teachers)  # which refuses those that there are not
         both = sorted(set(self.teachers) & set(self.held_out))
         require(not both, f"teachers {both} are both searched and held out; held-out ones must be others.")
         named = [width for width in self.screen_widths if width in PAPER_HITS]

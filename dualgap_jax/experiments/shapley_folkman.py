@@ -63,8 +63,8 @@ class ShapleyFolkmanSpec:
         require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must lie between 0 and 1.")
 
     def validate(self, tables: Tables) -> None:
-        """Raises UnknownNameError when the set is not in the table, or does not take one of the settings."""
-        tables.sets.check(self.set.name, **self.set.settings)
+        """Raises UnknownNameError or SettingError for a set that is not in the table, or settings that it refuses."""
+        tables.sets.build(self.set.name, **self.set.settings)
 
 
 def shapley_folkman(spec: ShapleyFolkmanSpec, workdir: Workdir, tables: Tables) -> Report:
