@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from dualgap_jax import figures
-from dualgap_jax.figures import page, surfaces
+from dualgap_jax.figures import page, panels
 from dualgap_jax.files import load_json, save_json, save_npz
 from dualgap_jax.registry import Table, UnknownNameError
 
@@ -338,8 +338,8 @@ def test_a_lone_spike_neither_hides_the_surface_nor_goes_unsaid(tmp_path: Path, 
 def test_the_3d_surface_stands_at_the_recorded_losses(ny: int, nx: int, rng: np.random.Generator) -> None:
     xs, ys, loss = np.sort(rng.random(nx)), np.sort(rng.random(ny)), rng.random((ny, nx))
     loss[2, 3] = np.nan
-    surface = surfaces._Surface(xs, ys, loss, np.zeros((3, 2)), np.zeros(1), np.zeros((3, 1)))
-    quads = surfaces._quads(surface, 0.9)
+    surface = panels.Surface(xs, ys, loss, np.zeros((3, 2)), np.zeros(1), np.zeros((3, 1)))
+    quads = panels._quads(surface, 0.9)
     heights = {(x, y): min(z, 0.9) for z, (y, x) in zip(loss.ravel(), ((y, x) for y in ys for x in xs), strict=True)}
     assert all(heights[x, y] == z for x, y, z in quads.reshape(-1, 3).tolist())
     assert len(quads) == (ny - 1) * (nx - 1) - 4 if nx < 100 else len(quads) <= (ny - 1) * 100
@@ -353,7 +353,7 @@ def test_levels_cover_every_finite_loss(seed: int, power: float) -> None:
     rng = np.random.default_rng(seed)
     loss = rng.normal() + np.exp(power * rng.normal(size=(9, 8)))
     loss[rng.random(loss.shape) < 0.2] = np.nan
-    scale = surfaces._scale(loss)
+    scale = panels.scale_of(loss)
     finite = loss[np.isfinite(loss)]
     assert np.all(np.diff(scale.levels) > 0)
     assert scale.levels[0] <= finite.min()
