@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say 
     from dualgap_jax import spectral as spectral
     from dualgap_jax import training as training
     from dualgap_jax.convexity import scores as scores
+    from dualgap_jax.evaluation import evaluate as evaluate
     from dualgap_jax.networks import from_functions as from_functions
     from dualgap_jax.networks import from_linen as from_linen
     from dualgap_jax.networks import from_nnx as from_nnx
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say 
     from dualgap_jax.networks import multi_branch as multi_branch
     from dualgap_jax.training import train as train
     from dualgap_jax.types import Network as Network
+
+    plane = landscape.plane_through
+    surface = landscape.evaluate
 
 __version__ = "0.1.0"
 
@@ -49,17 +53,20 @@ _MODULES = (
     "spectral",
     "training",
 )
-# Where the other names live.
+# Where the other names live, and what they are called there.
 _HOMES = {
-    "Network": "types",
-    "from_functions": "networks",
-    "from_linen": "networks",
-    "from_nnx": "networks",
-    "mixture": "networks",
-    "mlp": "networks",
-    "multi_branch": "networks",
-    "scores": "convexity",
-    "train": "training",
+    "Network": "types.Network",
+    "evaluate": "evaluation.evaluate",
+    "from_functions": "networks.from_functions",
+    "from_linen": "networks.from_linen",
+    "from_nnx": "networks.from_nnx",
+    "mixture": "networks.mixture",
+    "mlp": "networks.mlp",
+    "multi_branch": "networks.multi_branch",
+    "plane": "landscape.plane_through",
+    "scores": "convexity.scores",
+    "surface": "landscape.evaluate",
+    "train": "training.train",
 }
 
 __all__ = sorted(["__version__", *_MODULES, *_HOMES])
@@ -70,7 +77,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}. It has: {', '.join(__all__)}.")
-    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module, _, attribute = _HOMES[name].partition(".")
+    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
     return value
 
 

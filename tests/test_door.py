@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -51,7 +52,8 @@ def test_every_name_is_there_and_no_other() -> None:
     assert 15 <= len(dg.__all__) <= 30
     for name in dg.__all__:
         assert getattr(dg, name) is not None
-    assert {"train", "mlp", "multi_branch", "losses", "data", "spectral", "duality", "linen", "nnx"} <= set(dg.__all__)
+    wanted = "train evaluate plane surface scores mlp multi_branch mixture losses data spectral duality linen nnx"
+    assert {*wanted.split(), "landscape", "training", "networks", "__version__"} <= set(dg.__all__)
     namespace: dict[str, Any] = {}
     exec("from dualgap_jax import *", namespace)
     assert set(dg.__all__) <= set(namespace)
@@ -63,8 +65,14 @@ def test_every_name_is_there_and_no_other() -> None:
 
 def test_type_checkers_see_the_names_that_are_there() -> None:
     source = (ROOT / "dualgap_jax" / "__init__.py").read_text()
-    seen = set(re.findall(r"import (\w+) as \1$", source, flags=re.MULTILINE))
-    assert seen | {"__version__"} == set(dg.__all__)
+    block = source.partition("if TYPE_CHECKING")[2].partition("__version__")[0]
+    imports = re.findall(r"from dualgap_jax(?:\.(\w+))? import (\w+) as \2$", block, flags=re.MULTILINE)
+    renamed = re.findall(r"(\w+) = (\w+)\.(\w+)$", block, flags=re.MULTILINE)
+    seen = [*((name, module, name) for module, name in imports), *renamed]
+    assert {name for name, _, _ in seen} | {"__version__"} == set(dg.__all__)
+    for name, module, attribute in seen:
+        home = importlib.import_module(f"dualgap_jax.{module or name}")
+        assert getattr(dg, name) is (getattr(home, attribute) if module else home)
     assert (ROOT / "dualgap_jax" / "py.typed").is_file()
     setup = (ROOT / "setup.cfg").read_text()
     assert re.search(r"\[options.package_data\]\ndualgap_jax =\n    py.typed\n", setup)
