@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,21 +28,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dualgap_jax import experiments
 from dualgap_jax.checkpoints import (
     Checkpointer,
     CheckpointMismatchError,
     DamagedCheckpointError,
     Pieces,
     Stored,
-    files,
     leaves,
     like_template,
     load,
     open_branches,
     open_slices,
+    rows,
 )
+from dualgap_jax.config import Component, Config
+from dualgap_jax.data import synthetic_relu
+from dualgap_jax.experiments import linear_dual
+from dualgap_jax.files import load_json, save_json
+from dualgap_jax.losses import binary_hinge
+from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.training import TrainingSpec, train
 
 ROOT = Path(__file__).resolve().parents[1]
 Struct = jax.ShapeDtypeStruct
@@ -109,9 +119,9 @@ def donated_in_place(array: jax.Array) -> bool:
 
 
 @pytest.fixture
-def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Blocks of at most 256 bytes."""
-    monkeypatch.setattr(files, "BLOCK_BYTES", 256)
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Chunks of at most 256 bytes."""
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 256)
     return 256
 
 
@@ -197,8 +207,27 @@ def test_a_state_without_any_stored_array(tmp_path: Path) -> None:
     assert_same(restored.state, state)
 
 
-def test_names_that_differ_only_in_separators_do_not_mix(tmp_path: Path) -> None:
-    state = {"a.b": np.ones(3), "a": {"b": np.full(3, 2.0)}, "": np.full(3, 3.0), "a b/": np.full(3, 4.0)}
+@pytest.mark.parametrize(
+    "keys",
+    [("a.b", ("a", "b")), ("", "w"), ("/tmp/w",), ("../w",), ("a//b",), (".",), ("a/../../b",), ("w\0",), ("w/",)],
+)
+def test_names_that_would_mix_or_leave_the_folder_are_refused(tmp_path: Path, keys: tuple[Any, ...]) -> None:
+    state: dict[str, Any] = {}
+    for key in keys:
+        if isinstance(key, tuple):
+            state[key[0]] = {key[1]: np.ones(3)}
+        else:
+            state[key] = np.ones(3)
+    with Checkpointer(tmp_path / "c") as checkpointer:
+        with pytest.raises(ValueError, match=r"two leaves .* stored as 'a\.b'|no name of a file; rename"):
+            checkpointer.save(1, state)
+        assert checkpointer.steps() == []
+    assert not list(tmp_path.rglob("zarr.json"))
+
+
+def test_names_with_separators_and_other_characters_do_not_mix(tmp_path: Path) -> None:
+    names = ["a.b", "a b", "a/~/linear_0", "a/~/linear_1", "ä", "A", "a", "%41", "c.0", "w\n", "..w", ".w"]
+    state = {name: np.full(3, float(k)) for k, name in enumerate(names)}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, state)
         restored = checkpointer.restore_latest(state)
@@ -311,8 +340,8 @@ def test_shards_are_stored_one_by_one_and_placed_anew(tmp_path: Path) -> None:
         import jax, numpy as np
         jax.config.update("jax_num_cpu_devices", 4)
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
-        from dualgap_jax.checkpoints import Checkpointer, Pieces, files
-        files.BLOCK_BYTES = 256
+        from dualgap_jax.checkpoints import Checkpointer, Pieces, rows
+        rows.CHUNK_BYTES = 256
         devices = np.array(jax.devices())
         def placed(shape, *spec):
             return NamedSharding(Mesh(devices[: np.prod(shape)].reshape(shape), ("a", "b")), P(*spec))
@@ -344,61 +373,66 @@ def test_shards_are_stored_one_by_one_and_placed_anew(tmp_path: Path) -> None:
                     assert all(leaf.sharding == other for leaf in got.state.values())
                     assert (np.asarray(got.state["p"]) == values).all()
                     assert donated_in_place(got.state["w"]), other
-            back = checkpointer.restore_latest({{"w": values, "p": pieces}}).state["p"]
-            assert isinstance(back, Pieces) and isinstance(back.arrays[1], np.ndarray)
-            assert [a.device for a in (back.arrays[0], back.arrays[2])] == [devices[1], devices[2]]
-            assert (np.concatenate(back.arrays) == values).all()
+            assert (checkpointer.restore_latest({{"w": values, "p": values}}).state["p"] == values).all()
             print("same")
     """
     done = run_python(script)
     assert done.stdout == "same\n", done.stderr
 
 
-def test_two_processes_one_saves_and_both_load(tmp_path: Path) -> None:
-    script = f"""
-        import sys
-        import jax, numpy as np
-        jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=30)
-        from jax.experimental import multihost_utils
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from dualgap_jax.checkpoints import Checkpointer, files, load, open_slices
-        files.BLOCK_BYTES = 256
-        values = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
-        keys = jax.random.split(jax.random.key(3), 50)
-        if jax.process_index() == 0:
-            with Checkpointer({str(tmp_path / "c")!r}) as checkpointer:  # the other process takes no part
-                for step in range(4):
-                    checkpointer.save(step, {{"w": values + step, "k": keys}})
-                checkpointer.save(3, {{"w": values, "k": keys}})
-                assert checkpointer.restore_latest({{"w": values, "k": keys}}).step == 3
-        else:
-            try:
-                Checkpointer({str(tmp_path / "c")!r})
-            except ValueError as error:
-                assert "process 1 makes a Checkpointer" in str(error)
-        multihost_utils.sync_global_devices("saved")
-        sharding = NamedSharding(Mesh(np.array(jax.devices()), ("branch",)), P("branch"))
-        template = {{
-            "w": jax.ShapeDtypeStruct((50, 8), np.float32, sharding=sharding),
-            "k": jax.ShapeDtypeStruct((50,), keys.dtype, sharding=sharding),
-        }}
-        got = load({str(tmp_path / "c")!r}, template)
-        assert got.step == 3 and got.state["w"].sharding == sharding
-        mine = slice(25 * jax.process_index(), 25 * jax.process_index() + 25)
-        assert (np.asarray(got.state["w"].addressable_data(0)) == values[mine]).all()
-        got_keys = jax.random.key_data(got.state["k"].addressable_data(0))
-        assert (got_keys == jax.random.key_data(keys)[mine]).all()
-        assert (open_slices({str(tmp_path / "c")!r}).read(24, 3)["w"] == values[24:27]).all()
-        multihost_utils.sync_global_devices("loaded")
-        print("same")
-    """
+TWO_PROCESSES = """
+    import logging, pathlib, sys
+    import jax, numpy as np
+    jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=30)
+    me = jax.process_index()
+    from jax.experimental import multihost_utils
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    from dualgap_jax.checkpoints import Checkpointer, Pieces, like_template, load, open_slices, rows
+    rows.CHUNK_BYTES = 256
+    folder = pathlib.Path(sys.argv[3])
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("branch",)), P("branch"))
+    values = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    odd = np.random.default_rng(1).normal(size=(51, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(3), 50)
+    def spread(array):
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    def state(step):
+        part = [odd[:26], odd[26:]][me] + step  # a chunk of 21 rows ends in the other's
+        return {
+            "w": spread(values + step),
+            "k": spread(keys),
+            "odd": Pieces([part], firsts=[26 * me], num_rows=51),
+            "host": odd + step,
+            "same": jax.device_put(odd + step, NamedSharding(sharding.mesh, P())),
+            "local": jax.numpy.float32(step),
+        }
+    template = {
+        "w": jax.ShapeDtypeStruct((50, 8), np.float32, sharding=sharding),
+        "k": jax.ShapeDtypeStruct((50,), keys.dtype, sharding=sharding),
+        "odd": odd, "host": odd, "same": odd, "local": np.float32(0),
+    }
+    def check(got, step):
+        assert got.step == step, (got.step, step)
+        mine = slice(25 * me, 25 * me + 25)
+        assert (np.asarray(got.state["w"].addressable_data(0)) == values[mine] + np.float32(step)).all()
+        assert (jax.random.key_data(got.state["k"].addressable_data(0)) == jax.random.key_data(keys)[mine]).all()
+        for name in ("odd", "host", "same"):
+            assert (got.state[name] == odd + step).all(), name
+        assert got.state["local"] == step
+"""
+
+
+def run_two_processes(script: str, folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(script), port]
+    code = textwrap.dedent(TWO_PROCESSES) + textwrap.dedent(script) + "\nprint('done')\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*command, str(i)], env=environment, **pipes) for i in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, port, str(i), str(folder)], env=environment, **pipes)
+        for i in range(2)
+    ]
     try:
         ended = [process.communicate(timeout=90) for process in both]
     finally:
@@ -407,7 +441,136 @@ def test_two_processes_one_saves_and_both_load(tmp_path: Path) -> None:
             process.wait()
     for process, (out, err) in zip(both, ended, strict=True):
         assert process.returncode == 0, err
-        assert out.endswith("same\n")
+        assert out.endswith("done\n")
+
+
+def test_two_processes_write_and_read_their_own_parts(tmp_path: Path) -> None:
+    script = """
+        wrote = set()
+        with Checkpointer(folder, together=True) as checkpointer:
+            for step in (0, 1, 2, 3, 3):
+                checkpointer.save(step, state(step))
+                wrote |= {path for path in checkpointer._leaves.digests if "/w/" in path}
+            assert checkpointer.steps() == [2, 3]
+            check(checkpointer.restore_latest(template), 3)
+        assert len(wrote) == 3, wrote  # of seven chunks, of which one has rows of both
+        check(load(folder, template), 3)
+        assert (open_slices(folder, {"w": template["w"]}).read(24, 3)["w"] == values[24:27] + np.float32(3)).all()
+    """
+    run_two_processes(script, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    alone = load(tmp_path)  # in one process
+    assert alone.step == 3
+    assert alone.state["odd"].shape == (51, 3)
+
+
+def test_the_first_process_may_save_alone(tmp_path: Path) -> None:
+    script = """
+        if me == 0:
+            with Checkpointer(folder) as checkpointer:  # the other process takes no part
+                for step in (0, 1, 2, 2):
+                    checkpointer.save(step, {"host": odd + step})
+                assert checkpointer.restore_latest({"host": odd}).step == 2
+        else:
+            try:
+                Checkpointer(folder)
+            except ValueError as error:
+                assert "process 1 makes a Checkpointer alone" in str(error)
+        multihost_utils.sync_global_devices("saved")
+        assert (load(folder).state["host"] == odd + 2).all()
+    """
+    run_two_processes(script, tmp_path)
+
+
+def test_damage_that_one_process_sees_turns_both_to_the_step_before(tmp_path: Path) -> None:
+    script = """
+        logging.basicConfig(level="WARNING")
+        with Checkpointer(folder, together=True) as checkpointer:
+            checkpointer.save(1, state(1))
+            checkpointer.save(2, state(2))
+            if me == 0:
+                path = folder / "2" / "state" / "w" / "c.6.0"  # rows of the other process
+                content = bytearray(path.read_bytes())
+                content[9] ^= 1
+                path.write_bytes(content)
+            check(checkpointer.restore_latest(template), 1)
+            assert checkpointer.steps() == [1]
+            checkpointer.save(2, state(2))
+            check(checkpointer.restore_latest(template), 2)
+    """
+    run_two_processes(script, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "damaged-2"]
+
+
+# --- Orbax alone ------------------------------------------------------------------------------------------------------
+
+
+def restored_by_orbax_alone(folder: Path) -> dict[str, Any]:
+    """path -> dtype, shape and bytes, from a process that imports nothing of this package."""
+    script = """
+        import json, pathlib, sys
+        import jax
+        import orbax.checkpoint as ocp
+        with ocp.CheckpointManager(pathlib.Path(sys.argv[1])) as manager:
+            step = manager.latest_step()
+            items = manager.restore(step)
+        again = ocp.StandardCheckpointer().restore(pathlib.Path(sys.argv[1]) / str(step) / "state")
+        assert jax.tree.structure(again) == jax.tree.structure(items["state"])
+        leaves, _ = jax.tree_util.tree_flatten_with_path(items["state"])
+        named = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): [str(a.dtype), a.shape, a.tobytes().hex()]
+            for path, a in leaves
+        }
+        assert not [name for name in sys.modules if name.startswith("dualgap_jax")]
+        print(json.dumps([step, items["meta"], named]))
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-I", "-c", textwrap.dedent(script), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    step, meta, named = json.loads(done.stdout)
+    ours = load(folder)
+    assert (step, meta) == (ours.step, ours.meta)
+    return {name: (dtype, tuple(shape), bytes.fromhex(content)) for name, (dtype, shape, content) in named.items()}
+
+
+def named_raw(tree: Any) -> dict[str, Any]:
+    leaves_of, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): raw(leaf) for path, leaf in leaves_of}
+
+
+def test_orbax_alone_restores_every_kind_of_leaf(tmp_path: Path) -> None:
+    state = make_state(5)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, state, {"a": [1, None]})
+    assert restored_by_orbax_alone(tmp_path) == named_raw(state._replace(key=jax.random.key_data(state.key)))
+
+
+@pytest.mark.parametrize("streaming", ["off", "on"])
+def test_orbax_alone_restores_a_trained_network(tmp_path: Path, streaming: str) -> None:
+    net = multi_branch(mlp((4,), 1), 6)
+    spec = TrainingSpec(batch_size=16, max_steps=10, check_every=5, momentum=0.9, streaming=streaming)
+    (solution,) = train(net, binary_hinge(), synthetic_relu(n=64, seed=1), spec, num_solutions=1, checkpoints=tmp_path)
+    params = solution.params if solution.source is None else solution.source.read(0, 6)[0]
+    found = restored_by_orbax_alone(tmp_path / "solution_0")
+    assert {n: v for n, v in found.items() if n.startswith("carry/params/")} == {
+        f"carry/params/{name}": value for name, value in named_raw(params).items()
+    }
+    assert any(name.startswith("carry/opt_state/") for name in found)
+
+
+def test_orbax_alone_restores_a_solution_of_theorem_2(tmp_path: Path) -> None:
+    spec = linear_dual.LinearDualSpec(
+        data=Component("random", {"d_0": 6, "d_H": 4, "n": 40, "condition": 2.0}),
+        width=3,
+        gamma=0.1,
+        sgd=linear_dual.DescentSpec(depths=()),
+    )
+    _, workdir, _ = experiments.run(Config("linear_dual", spec), workdir=tmp_path / "w")
+    solution = linear_dual.load_solution(workdir.path)
+    found = restored_by_orbax_alone(workdir.checkpoints / "solution")
+    assert found == named_raw(solution._asdict())
+    assert [found[f"weights/{k}"][1] for k in range(3)] == [(3, 6), (3, 3), (4, 3)]
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
@@ -429,7 +592,7 @@ def test_a_large_state_is_not_held_twice(tmp_path: Path) -> None:
             return resident("VmHWM") - before, kept
         make = jax.jit(lambda: {{"w": jnp.ones((3000, 8, 3072)), "b": jnp.ones((30_000, 140))}})
         blank = jax.eval_shape(make)
-        with Checkpointer(folder) as checkpointer:
+        with Checkpointer(folder, together=True) as checkpointer:
             checkpointer.save(0, {{"w": jnp.ones(3)}})
             state = jax.block_until_ready(make())
             saved, _ = grown(lambda: checkpointer.save(1, state))
@@ -452,17 +615,21 @@ def test_a_large_state_is_not_held_twice(tmp_path: Path) -> None:
     assert host < state + 200
 
 
+def tensorstore_of(folder: Path) -> Any:
+    return ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}).result()
+
+
 def run_python(script: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-# --- Blocks -----------------------------------------------------------------------------------------------------------
+# --- Chunks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_blocks_pieces_and_slices_agree_with_the_whole(tmp_path: Path, tiny_blocks: int, seed: int) -> None:
+def test_chunks_pieces_and_slices_agree_with_the_whole(tmp_path: Path, tiny_chunks: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(20, 90))
     dtypes = [np.float32, jnp.bfloat16, np.int8, np.bool_]
@@ -490,19 +657,18 @@ def test_blocks_pieces_and_slices_agree_with_the_whole(tmp_path: Path, tiny_bloc
     for name in want:
         assert raw(restored[name]) == raw(want[name])
     assert raw(restored["keys"]) == raw(keys)
-    # Every block is a file of its own, no larger than allowed, that others can read and check.
-    record = json.loads((tmp_path / "1" / "state" / "record.json").read_text())
+    # Every chunk is a file of its own of whole rows, that TensorStore reads and sha256sum checks.
+    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
     for name, values in want.items():
-        leaf = record["leaves"][name]
-        first = 0
-        for number, (count, digest) in enumerate(leaf["blocks"]):
-            file = tmp_path / "1" / "state" / f"{leaf['file']}-{number:05d}.npy"
-            block = np.load(file)
-            assert block.nbytes <= max(tiny_blocks, values[:1].nbytes)
-            assert block.tobytes() == values[first : first + count].tobytes()
-            assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
-            first += count
-        assert first == rows
+        leaf = manifest["leaves"][name]
+        store = tensorstore_of(tmp_path / "1" / "state" / name)
+        assert raw(store.read().result()) == raw(values)
+        assert store.chunk_layout.read_chunk.shape[1:] == values.shape[1:]
+        assert store.chunk_layout.read_chunk.shape[0] * values[:1].nbytes <= max(tiny_chunks, values[:1].nbytes)
+        assert len(leaf["chunks"]) == -(-rows // store.chunk_layout.read_chunk.shape[0])
+        for path in leaf["chunks"]:
+            content = (tmp_path / "1" / path).read_bytes()
+            assert manifest["files"][path] == [len(content), hashlib.sha256(content).hexdigest()]
     # Slices, in any order, of a part of the tree.
     part = {name: template[name] for name in ("w0", "w3", "keys")}
     slices = open_slices(tmp_path, part)
@@ -521,8 +687,8 @@ def test_blocks_pieces_and_slices_agree_with_the_whole(tmp_path: Path, tiny_bloc
             slices.read(first, count)
 
 
-@pytest.mark.usefixtures("tiny_blocks")
-def test_a_restored_leaf_of_many_blocks_can_be_donated(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_chunks")
+def test_a_restored_leaf_of_many_chunks_can_be_donated(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(100, 30)).astype(np.float32)
     state = {"many": jnp.asarray(values) + 0, "one": jnp.asarray(values[:2]) + 0}
     with Checkpointer(tmp_path) as checkpointer:
@@ -535,8 +701,8 @@ def test_a_restored_leaf_of_many_blocks_can_be_donated(tmp_path: Path) -> None:
             assert donated_in_place(restored[name])
 
 
-@pytest.mark.usefixtures("tiny_blocks", "x64")
-def test_rows_of_an_accelerator_are_fetched_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("tiny_chunks", "x64")
+def test_rows_of_an_accelerator_are_fetched_chunk_by_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaves, "_IN_HOST_MEMORY", set())  # as if NumPy could not view what is on this device
     fetched: list[int] = []
     take = leaves._take_rows
@@ -554,59 +720,66 @@ def test_rows_of_an_accelerator_are_fetched_block_by_block(tmp_path: Path, monke
     assert sorted(fetched) == [2, 2] + [8] * 6  # the last two rows, the key's data, and blocks of 8 rows
 
 
-@pytest.mark.usefixtures("tiny_blocks")
-def test_blocks_do_not_straddle_pieces_and_a_row_may_be_larger_than_a_block(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_chunks")
+def test_pieces_may_end_within_a_chunk_and_a_row_may_be_larger_than_a_chunk(tmp_path: Path) -> None:
     values = np.arange(7 * 100, dtype=np.float32).reshape(7, 100)
     narrow = np.arange(100, dtype=np.float32)
+    state = {
+        "wide": values,
+        "p": Pieces([narrow[:70], narrow[70:70], narrow[70:]]),
+        "turned": Pieces([narrow[70:], narrow[:70]], firsts=[70, 0], num_rows=100),
+    }
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"wide": values, "p": Pieces([narrow[:70], narrow[70:70], narrow[70:]])})
-    record = json.loads((tmp_path / "1" / "state" / "record.json").read_text())["leaves"]
-    assert [count for count, _ in record["wide"]["blocks"]] == [1] * 7
-    assert [count for count, _ in record["p"]["blocks"]] == [64, 6, 30]
-    assert record["p"]["shape"] == [100]
-    assert raw(load(tmp_path).state["wide"]) == raw(values)
+        checkpointer.save(1, state)
+    leaves = json.loads((tmp_path / "1" / "manifest.json").read_text())["leaves"]
+    assert [leaves[name]["rows_in_chunk"] for name in ("wide", "p")] == [1, 50]
+    assert [len(leaves[name]["chunks"]) for name in ("wide", "p")] == [7, 2]
+    assert leaves["p"]["shape"] == [100]
+    loaded = load(tmp_path).state
+    assert raw(loaded["wide"]) == raw(values)
+    assert raw(loaded["p"]) == raw(narrow) == raw(loaded["turned"])
 
 
-@pytest.mark.usefixtures("tiny_blocks")
-def test_only_the_blocks_asked_for_are_read_and_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("tiny_chunks")
+def test_only_the_chunks_asked_for_are_read_and_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"a": np.arange(640, dtype=np.float32).reshape(160, 4), "b": np.arange(160, dtype=np.float32)}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, values)
     opened: list[str] = []
-    load_block = Stored._load
+    load_chunk = Stored._load
 
-    def counted(self: Stored, block: Any, out: np.ndarray | None = None) -> np.ndarray:
-        opened.append(block.path.name)
-        return load_block(self, block, out)
+    def counted(self: Stored, chunk: int, out: np.ndarray) -> np.ndarray:
+        opened.append(f"{self.name}{chunk}")
+        return load_chunk(self, chunk, out)
 
     monkeypatch.setattr(Stored, "_load", counted)
     slices = open_slices(tmp_path)
     assert opened == []
-    slices.read(33, 10)  # blocks of 16 and 64 rows
-    assert sorted(opened) == ["0000-00002.npy", "0001-00000.npy"]
+    slices.read(33, 10)  # chunks of 16 and 54 rows
+    assert sorted(opened) == ["a2", "b0"]
     opened.clear()
     slices = open_slices(tmp_path)
     for first in range(0, 160, 11):
         got = slices.read(first, min(11, 160 - first))
         np.testing.assert_array_equal(got["a"], values["a"][first : first + 11])
         np.testing.assert_array_equal(got["b"], values["b"][first : first + 11])
-    assert sorted(opened) == [f"0000-{k:05d}.npy" for k in range(10)] + [f"0001-{k:05d}.npy" for k in range(3)]
+    assert sorted(opened) == [f"a{k}" for k in range(10)] + [f"b{k}" for k in range(3)]
 
 
-@pytest.mark.usefixtures("tiny_blocks")
-def test_a_damaged_block_shows_where_it_is_read_and_nowhere_else(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny_chunks")
+def test_a_damaged_chunk_shows_where_it_is_read_and_nowhere_else(tmp_path: Path) -> None:
     values = [np.arange(160, dtype=np.float32) + k for k in range(3)]
     with Checkpointer(tmp_path, keep=3) as checkpointer:
         for step, w in enumerate(values):
             checkpointer.save(step, {"w": w})
         for step in (1, 2):
-            flip_byte(tmp_path / str(step) / "state" / "0000-00001.npy")
+            flip_byte(tmp_path / str(step) / "state" / "w" / "c.1")
         slices = open_slices(tmp_path)
         assert slices.step == 2
-        np.testing.assert_array_equal(slices.read(0, 64)["w"], values[2][:64])
-        np.testing.assert_array_equal(slices.read(128, 32)["w"], values[2][128:])
-        for first, count in ((63, 2), (64, 64), (0, 160), (127, 1)):
-            with pytest.raises(DamagedCheckpointError, match=r"'w': 0000-00001\.npy does not agree with its digest"):
+        np.testing.assert_array_equal(slices.read(0, 54)["w"], values[2][:54])
+        np.testing.assert_array_equal(slices.read(108, 52)["w"], values[2][108:])
+        for first, count in ((53, 2), (54, 54), (0, 160), (107, 1)):
+            with pytest.raises(DamagedCheckpointError, match=r"'w': c\.1 does not agree with its digest"):
                 slices.read(first, count)
 
         def place(leaf: Any, stored: Stored) -> Any:
@@ -622,19 +795,19 @@ def test_a_damaged_block_shows_where_it_is_read_and_nowhere_else(tmp_path: Path)
         np.testing.assert_array_equal(np.concatenate(parts), values[0])
         assert checkpointer.steps() == [0]
         assert [p.name for p in sorted(tmp_path.glob("damaged*"))] == ["damaged-1", "damaged-2"]
-        (tmp_path / "0" / "state" / "0000-00002.npy").unlink()
+        (tmp_path / "0" / "state" / "w" / "c.2").unlink()
         with pytest.raises(FileNotFoundError, match="no sound checkpoint"):
             open_slices(tmp_path)
 
 
-@pytest.mark.usefixtures("tiny_blocks")
+@pytest.mark.usefixtures("tiny_chunks")
 @pytest.mark.parametrize("leaf", [Struct((160,), np.float32), np.zeros(160, np.float32)])
 def test_what_was_read_of_a_damaged_step_is_let_go(tmp_path: Path, leaf: Any) -> None:
     values = np.arange(160, dtype=np.float32)
     with Checkpointer(tmp_path) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, {"a": values, "b": values})
-    flip_byte(tmp_path / "2" / "state" / "0001-00001.npy")
+    flip_byte(tmp_path / "2" / "state" / "b" / "c.1")
     seen: list[weakref.ref[Stored]] = []
 
     def place(leaf: Any, stored: Stored) -> Any:
@@ -679,7 +852,7 @@ def test_slices_need_one_leading_axis_and_the_same_leaves(tmp_path: Path) -> Non
         open_slices(tmp_path / "missing")
 
 
-@pytest.mark.usefixtures("tiny_blocks")
+@pytest.mark.usefixtures("tiny_chunks")
 def test_the_branches_of_a_training_checkpoint(tmp_path: Path) -> None:
     class Training(NamedTuple):
         params: Any
@@ -706,33 +879,22 @@ def test_the_branches_of_a_training_checkpoint(tmp_path: Path) -> None:
             future.result()
 
 
-def test_another_format_is_refused_and_nothing_moved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_another_format_is_refused_and_nothing_moved(tmp_path: Path, number: int) -> None:
     save_all(tmp_path, 1, 2)
-    path = tmp_path / "2" / "state" / "record.json"
-    record = json.loads(path.read_text())
-
-    def signed(document: dict[str, Any]) -> str:
-        text = json.dumps(document, sort_keys=True).encode()
-        return json.dumps(document | {"digest": hashlib.blake2b(text, digest_size=16).hexdigest()})
-
-    def refused(number: int) -> None:
-        for read in (lambda: load(tmp_path), lambda: load(tmp_path, small(0)), lambda: open_slices(tmp_path)):
-            with pytest.raises(CheckpointMismatchError, match=f"format {number}, and this version reads format 2"):
-                read()
-        with Checkpointer(tmp_path) as checkpointer:
-            with pytest.raises(CheckpointMismatchError, match=f"format {number}"):
-                checkpointer.restore_latest(small(0))
-            assert checkpointer.steps() == [1, 2]
-
-    path.write_text(signed({"format": 3, "meta": record["meta"], "leaves": {"other": "things"}}))
-    refused(3)
-    # Format 1 kept its record in another place, and the values where this one does not look.
-    path.unlink()
-    (tmp_path / "2" / "meta").mkdir()
-    (tmp_path / "2" / "meta" / "metadata").write_text(signed({"meta": record["meta"], "leaves": {"w": {}}}))
-    refused(1)
-    flip_byte(tmp_path / "2" / "meta" / "metadata")
-    assert load(tmp_path).step == 1
+    manifest = tmp_path / "2" / "manifest.json"
+    if number == 4:
+        save_json(manifest, load_json(manifest) | {"format": 4})
+    else:  # they kept a signed record elsewhere, and no manifest
+        manifest.unlink()
+        record = tmp_path / "2" / ("meta/metadata" if number == 1 else "state/record.json")
+        record.write_text(json.dumps({"meta": {}, "leaves": {"w": {}}, "digest": "0123"}))
+    for read in (lambda: load(tmp_path), lambda: load(tmp_path, small(0)), lambda: open_slices(tmp_path)):
+        with pytest.raises(CheckpointMismatchError, match=f"format {number}, and this version reads format 3; read"):
+            read()
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(CheckpointMismatchError, match=f"format {number}"):
+        checkpointer.restore_latest(small(0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
 # --- Damage -----------------------------------------------------------------------------------------------------------
@@ -762,19 +924,101 @@ def test_a_flipped_byte_is_noticed_and_the_step_before_used(tmp_path: Path, capl
     np.testing.assert_array_equal(again.state["w"], noise[2])
 
 
-def test_values_changed_behind_sound_containers_are_noticed(tmp_path: Path) -> None:
-    """Step 2 gets the blocks of another checkpoint, with the same shapes: as files they are sound."""
+def test_chunks_of_another_step_are_noticed(tmp_path: Path) -> None:
+    """Each is sound as a file, and TensorStore reads it without a word."""
     save_all(tmp_path / "c", 1, 2)
     save_all(tmp_path / "other", 77)
-    for block in (tmp_path / "other" / "77" / "state").glob("*.npy"):
-        block.replace(tmp_path / "c" / "2" / "state" / block.name)
+    (tmp_path / "other" / "77" / "state" / "w" / "c.0").replace(tmp_path / "c" / "2" / "state" / "w" / "c.0")
+    assert tensorstore_of(tmp_path / "c" / "2" / "state" / "w").read().result()[0] == 77
     assert load(tmp_path / "c").step == 1
 
 
-@pytest.mark.parametrize("change", [('"step": 2', '"step": 3'), ('"shape": [1000]', '"shape": [100]'), ("{", "")])
-def test_changed_meta_is_noticed(tmp_path: Path, change: tuple[str, str]) -> None:
+def test_a_step_under_another_number_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_all(tmp_path, 1, 2)
-    file = tmp_path / "2" / "state" / "record.json"
+    (tmp_path / "1").rename(tmp_path / "3")
+    assert load(tmp_path).step == 2
+    assert "its files are those of step 1" in caplog.text
+
+
+STEP = [
+    "manifest.json",
+    "_CHECKPOINT_METADATA",
+    "meta/metadata",
+    "state/_METADATA",
+    "state/w/zarr.json",
+    "state/w/c.0",
+    "state/n/zarr.json",
+    "state/n/c",
+]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+DAMAGE: dict[str, Any] = {
+    "flipped": flip_byte,
+    "cut": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "missing": Path.unlink,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "unreadable": lambda path: (path.unlink(), path.symlink_to(path)),
+    "of the step before": lambda path: shutil.copy(str(path).replace("/2/", "/1/"), path),
+    "beside a copy": lambda path: shutil.copy(path, f"{path}.1"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("part", STEP)
+def test_no_damage_to_any_file_gives_wrong_values(
+    tmp_path: Path, part: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_all(tmp_path, 1, 2)
+    assert set(STEP) <= {p.relative_to(tmp_path / "2").as_posix() for p in (tmp_path / "2").rglob("*")}
+    before = (tmp_path / "2" / part).read_bytes()
+    DAMAGE[kind](tmp_path / "2" / part)
+    if kind == "of the step before" and (tmp_path / "2" / part).read_bytes() == before:
+        assert load(tmp_path, small(0)).step == 2
+        return
+    restored = load(tmp_path, small(0))
+    assert (restored.step, restored.meta) == (1, {"step": 1})
+    assert_same(restored.state, small(1))
+    assert f"{tmp_path / '2'} is damaged and not used: " in caplog.text
+    with Checkpointer(tmp_path) as checkpointer:
+        again = checkpointer.restore_latest(small(0))
+        assert again is not None
+        assert_same(again.state, small(1))
+        assert checkpointer.steps() == [1]
+    assert (tmp_path / "damaged-2").is_dir()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_damage_is_noticed_or_harmless(tmp_path: Path, seed: int) -> None:
+    """Any byte of any file of the newest step."""
+    state = make_state(seed)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    rng = np.random.default_rng(seed)
+    files = sorted(p for p in (tmp_path / "1").rglob("*") if p.is_file() and p.stat().st_size)
+    for _ in range(40):
+        path = files[rng.integers(len(files))]
+        before = path.read_bytes()
+        content = bytearray(before)
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        with pytest.raises(FileNotFoundError, match="no sound checkpoint"):
+            load(tmp_path, blank(state))
+        path.write_bytes(before)
+    assert_same(load(tmp_path, blank(state)).state, state)
+
+
+@pytest.mark.parametrize(
+    "change", [('"step": 2', '"step": 3'), ('"rows_in_chunk": 1000', '"rows_in_chunk": 100'), ("{", "")]
+)
+def test_a_changed_manifest_is_noticed(tmp_path: Path, change: tuple[str, str]) -> None:
+    save_all(tmp_path, 1, 2)
+    file = tmp_path / "2" / "manifest.json"
     text = file.read_text()
     assert change[0] in text
     file.write_text(text.replace(*change, 1))
@@ -800,20 +1044,10 @@ def test_an_empty_step_folder_and_foreign_files_are_passed_over(tmp_path: Path) 
     assert (tmp_path / "old").is_dir()
 
 
-@pytest.mark.parametrize("part", ["state", "state/record.json", "state/0000-00000.npy", "_CHECKPOINT_METADATA"])
-def test_a_missing_part_never_gives_wrong_values(tmp_path: Path, part: str) -> None:
-    save_all(tmp_path, 1, 2)
-    (tmp_path / "2" / part).rename(tmp_path / "elsewhere")
-    restored = load(tmp_path, small(0))
-    assert_same(restored.state, small(restored.step))
-    if part != "_CHECKPOINT_METADATA":
-        assert restored.step == 1
-
-
 def test_when_all_are_damaged_there_is_nothing_to_restore(tmp_path: Path) -> None:
     save_all(tmp_path, 1, 2)
     for step in (1, 2):
-        (tmp_path / str(step) / "state" / "record.json").write_text("{}")
+        (tmp_path / str(step) / "manifest.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"no sound checkpoint .*step 2: .*; step 1: "):
         load(tmp_path)
     with Checkpointer(tmp_path) as checkpointer:
@@ -821,33 +1055,64 @@ def test_when_all_are_damaged_there_is_nothing_to_restore(tmp_path: Path) -> Non
         assert checkpointer.steps() == []
 
 
-def test_sigkill_in_mid_save_leaves_the_step_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["2.*tmp/**/c.1", "no manifest", "2/manifest.json"])
+def test_sigkill_in_mid_save_leaves_the_step_before(tmp_path: Path, moment: str) -> None:
+    """Killed when a file is there within Orbax's save, between its end and the manifest, and after that."""
     script = f"""
         import os, pathlib, signal, threading
         import numpy as np
-        from dualgap_jax.checkpoints import Checkpointer
-        checkpointer = Checkpointer({str(tmp_path)!r})
-        checkpointer.save(1, {{"w": np.full(10, 1.0)}})
+        from dualgap_jax.checkpoints import Checkpointer, manifest
+        checkpointer = Checkpointer({str(tmp_path)!r}, keep=1)
+        checkpointer.save(1, {{"w": np.full(4_000_000, 1.0)}})
+        if {moment!r} == "no manifest":
+            manifest.save_json = lambda path, obj: os.kill(os.getpid(), signal.SIGKILL)
         def kill():
-            while not list(pathlib.Path({str(tmp_path)!r}).glob("2*tmp*/**/*-00001.npy")):
+            while not list(pathlib.Path({str(tmp_path)!r}).glob({moment!r})):
                 pass
             os.kill(os.getpid(), signal.SIGKILL)
         threading.Thread(target=kill).start()
-        checkpointer.save(2, {{"w": np.ones(12_000_000)}})
+        checkpointer.save(2, {{"w": np.full(4_000_000, 2.0)}})
+        threading.Event().wait()
     """
     done = run_python(script)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert list(tmp_path.glob("2*tmp")), "the save was over before the kill: make the array bigger"
-    assert load(tmp_path).step == 1
+    assert (found := load(tmp_path)).step == (2 if moment == "2/manifest.json" else 1)
+    assert (found.state["w"] == found.step).all()
     with Checkpointer(tmp_path) as checkpointer:
-        restored = checkpointer.restore_latest({"w": np.zeros(10)})
+        restored = checkpointer.restore_latest({"w": np.zeros(4_000_000)})
         assert restored is not None
-        assert restored.step == 1
-        np.testing.assert_array_equal(restored.state["w"], np.full(10, 1.0))
+        assert restored.step == found.step
+        assert (restored.state["w"] == found.step).all()
         checkpointer.save(3, {"w": np.full(10, 3.0)})
-    # What the killed save left is gone, and nothing was taken for damaged.
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["1", "3"]
+    # What the killed save left is gone, or set aside if only the manifest was to come.
+    aside = ["damaged-2"] if moment == "no manifest" else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [str(found.step), "3", *aside]
     np.testing.assert_array_equal(load(tmp_path).state["w"], np.full(10, 3.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sigkill_at_a_random_moment_leaves_the_newest_complete_step(tmp_path: Path, seed: int) -> None:
+    script = f"""
+        import numpy as np
+        from dualgap_jax.checkpoints import Checkpointer
+        with Checkpointer({str(tmp_path)!r}) as checkpointer:
+            for step in range(1, 10_000):
+                checkpointer.save(step, {{"w": np.full(400_000, float(step)), "n": step}}, {{"step": step}})
+                print(step, flush=True)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"
+        time.sleep(float(np.random.default_rng(seed).uniform(0, 0.3)))
+        process.kill()
+        said = [1, *(int(line) for line in process.stdout if line.endswith("\n"))]
+    for restored in (load(tmp_path), load(tmp_path, {"w": np.zeros(400_000), "n": 0})):
+        assert restored.step in (said[-1], said[-1] + 1)
+        assert restored.meta == {"step": restored.step}
+        assert restored.state["n"] == restored.step
+        assert (restored.state["w"] == restored.step).all()
 
 
 def test_a_write_error_is_raised_and_the_step_can_be_saved_again(tmp_path: Path) -> None:
@@ -921,22 +1186,19 @@ def test_only_the_newest_steps_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["101"]
 
 
-def test_saving_a_step_again_replaces_it_or_changes_nothing(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, small(1), {"a": 1})
-        written = (tmp_path / "1" / "state" / "record.json").stat().st_mtime_ns
-        checkpointer.save(1, small(1), {"a": 1})
-        assert (tmp_path / "1" / "state" / "record.json").stat().st_mtime_ns == written
-        for state, meta in ((small(2), {"a": 1}), (small(2), {"a": 2})):
+        for state, meta in ((small(2), {"a": 1}), (small(2), {"a": 2}), ({"other": np.ones((3, 2))}, {})):
             checkpointer.save(1, state, meta)
-            restored = checkpointer.restore_latest(small(0))
+            restored = checkpointer.restore_latest(blank(state))
             assert restored is not None
             assert (restored.step, restored.meta) == (1, meta)
             assert_same(restored.state, state)
-        for part in ("record.json", "0000-00000.npy"):  # the same values again mend a damaged step
-            flip_byte(tmp_path / "1" / "state" / part)
-            checkpointer.save(1, small(2), {"a": 2})
-            assert checkpointer.restore_latest(small(0)) is not None
+        for part in ("manifest.json", "state/other/c.0.0"):  # which mends a damaged step
+            flip_byte(tmp_path / "1" / part)
+            checkpointer.save(1, state, {"a": 2})
+            assert checkpointer.restore_latest(blank(state)) is not None
             assert checkpointer.steps() == [1]
 
 
@@ -976,8 +1238,9 @@ def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ({"w": np.array([object()])}, {}, TypeError, "leaf 'w' is a ndarray"),
         ({"w": 1 << 70}, {}, TypeError, "leaf 'w' is a int"),
         (jnp.zeros(3), {}, ValueError, "single leaf"),
+        ({"w": None}, {}, ValueError, "no leaves"),
         ({"a": {"b": 1}, "a/b": 2}, {}, ValueError, "two leaves .* 'a/b'"),
-        ({"w": 1}, {"x": [{1, 2}]}, TypeError, "meta holds a set"),
+        ({"w": 1}, {"x": [{1, 2}]}, TypeError, r"meta\.x\[0\] is a set"),
         ({"w": Pieces([np.ones((2, 3)), np.ones((2, 4))])}, {}, ValueError, "'w': pieces .* do not fit together"),
         ({"w": Pieces([np.ones(2), np.ones(2, np.int8)])}, {}, ValueError, "'w': pieces .* do not fit together"),
         ({"w": Pieces([])}, {}, ValueError, "'w': pieces .* do not fit together"),

@@ -217,8 +217,8 @@ def test_what_is_trained_is_checked_on_disk_and_not_held(
     expected = [s.source.read(0, 5) for s in run() if s.source is not None]
     if damaged:
         newest = max((tmp_path / "solution_1").glob("[0-9]*"), key=lambda step: int(step.name))
-        block = max((newest / "state").glob("*.npy"), key=lambda path: path.stat().st_size)
-        block.write_bytes(block.read_bytes()[:-1] + bytes([block.read_bytes()[-1] ^ 1]))
+        chunk = max((newest / "state").rglob("c.*"), key=lambda path: path.stat().st_size)
+        chunk.write_bytes(chunk.read_bytes()[:-1] + bytes([chunk.read_bytes()[-1] ^ 1]))
     placed, steps = [], []
     place, step = StreamedSolver.place, StreamedSolver.step
     monkeypatch.setattr(StreamedSolver, "place", lambda self, *args: (placed.append(args), place(self, *args))[1])

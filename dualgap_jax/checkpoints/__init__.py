@@ -1,34 +1,38 @@
-"""Checkpoints: a tree of arrays on disk, in blocks of rows, checked bit by bit when it is read again.
+"""Checkpoints: a tree of arrays on disk, written by Orbax, checked bit by bit when it is read again.
 
 `Checkpointer` saves and restores, `load` reads a folder, `open_slices` and `open_branches` read some rows of every leaf
 at a time.  A state of gigabytes is never held twice: not while it is saved, not while it is restored.
 
-Orbax makes a step appear as a whole or not at all, and keeps the newest ones.  What a step holds is written here: every
-leaf in blocks with a digest each (see `files`), and a step is restored only when its blocks agree with them; otherwise
-the log says why, and the step before is taken.  Nothing is cast.
+A step is an Orbax checkpoint of zarr3 arrays, which `orbax.checkpoint` or TensorStore alone can restore.  They do not
+notice a flipped byte or a swapped file.  So a step has a manifest with the SHA-256 of every file, and is restored here
+only when its files agree with it; otherwise the log says why, and the step before is taken.  Nothing is cast.
 
 A leaf is named by its path (`params/kernel`).  Containers without leaves (`optax.EmptyState`, None) come from the
-template, so a state may be any tree of NamedTuples, dicts, tuples and lists.  Typed PRNG keys are leaves like others.
+template, so a state may be any tree of NamedTuples, dicts, tuples and lists.  Typed PRNG keys are leaves like others;
+for Orbax alone they are their uint32 data.
 
-In order: `files` (blocks and records), `leaves` (from and to devices), `orbax_item`, and the interface here.
+In order: `manifest`, `rows` (of a leaf on disk), `leaves` (from and to devices), `orbax_item`, and the interface here.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import operator
+import shutil
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import jax
-import numpy as np
 
-from dualgap_jax.checkpoints import files, leaves
-from dualgap_jax.checkpoints.files import CheckpointMismatchError, DamagedCheckpointError, Stored
+from dualgap_jax.checkpoints import leaves, manifest
 from dualgap_jax.checkpoints.leaves import Pieces, Place, like_template, put_rows
+from dualgap_jax.checkpoints.manifest import CheckpointMismatchError, DamagedCheckpointError
+from dualgap_jax.checkpoints.processes import Company
+from dualgap_jax.checkpoints.rows import Stored
+from dualgap_jax.files import jsonable
 from dualgap_jax.types import Params, PyTree, State
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a folder that is not complete
 
 
 class Restored(NamedTuple):
@@ -72,46 +77,49 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves states of one run into a folder, and restores the newest sound one.  A context manager.
 
-    Under `jax.distributed`, process 0 alone makes one; it waits for no other process.  The others read with `load`,
-    `open_slices` and `open_branches`.
+    Under `jax.distributed` process 0 alone makes one, or all processes do, on a folder that all of them see: then each
+    calls `save` and `restore_latest` when the others do, and writes and reads its own parts.  `load`, `open_slices` and
+    `open_branches` wait for no other process.
 
     Args:
       path: the folder; made when missing.
       keep: how many of the newest steps stay on disk.  At least 2 leaves one to fall back on.
+      together: whether all processes of a distributed run make one.
 
     Raises:
-      ValueError: if `keep` is not a positive integer, or in another process than 0.
+      ValueError: if `keep` is not a positive integer, or in another process than 0 that is not together with it.
     """
 
-    def __init__(self, path: str | Path, *, keep: int = 2) -> None:
+    def __init__(self, path: str | Path, *, keep: int = 2, together: bool = False) -> None:
         import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers
+
+        from dualgap_jax.checkpoints import orbax_item
 
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep is {keep!r}; give a positive integer, the number of steps to keep on disk")
-        if jax.process_index() != 0:
-            raise ValueError(f"process {jax.process_index()} makes a Checkpointer; process 0 saves, the others load")
+        if jax.process_index() != 0 and not together:
+            raise ValueError(f"process {jax.process_index()} makes a Checkpointer alone; give together=True in all")
+        self._keep = keep
+        self._company = Company(together)
         self.path = Path(path).expanduser().resolve()
         self.path.mkdir(parents=True, exist_ok=True)
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes={0}, barrier_sync_key_prefix="dualgap_jax"
+        if self._company.is_first:
+            for left in self.path.glob(f"*{_UNFINISHED}"):  # by a process that was killed
+                shutil.rmtree(left)
+        self._leaves = orbax_item.LeafHandler()
+        ways = ocp.options.MultiprocessingOptions(
+            active_processes=None if together else {0}, barrier_sync_key_prefix=None if together else "dualgap_jax"
         )
-        options = ocp.CheckpointManagerOptions(
-            create=False,
-            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
-            preservation_policy=checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
-            multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
-        )
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        items = {manifest.ITEM: orbax_item.tree_handler(self._leaves), "meta": ocp.JsonCheckpointHandler()}
+        options = ocp.CompositeOptions(multiprocessing_options=ways)
+        handler = ocp.CompositeCheckpointHandler(composite_options=options, **items)
+        self._orbax = ocp.Checkpointer(handler, multiprocessing_options=ways)
 
     def save(self, step: SupportsIndex, state: PyTree, meta: Mapping[str, Any] | None = None) -> None:
         """Saves a state; returns when it is on disk, so that the caller may change or donate its buffers.
 
-        The state is not copied: on CPU its blocks are written from where they lie, from other devices they are fetched
-        a few at a time.  Shards of several devices are written one after another.  Saving the same step again replaces
-        what is there; the same values again change nothing.
+        The state is not copied: on CPU its chunks are written from where they lie, from other devices they are fetched
+        a few at a time.  Saving the same step again replaces what is there.
 
         Args:
           step: the step, >= 0.
@@ -120,35 +128,43 @@ class Checkpointer:
 
         Raises:
           TypeError: for a leaf or a meta entry that cannot be saved.
-          ValueError: for a negative step, a bare leaf, paths that read the same, pieces that do not fit together, or
-            parts on other processes' devices.
+          ValueError: for a negative step, a state without leaves, a bare leaf, paths that read the same or are no names
+            of files, or pieces that do not fit together.
           OSError: if a file cannot be written.
         """
         import orbax.checkpoint as ocp
 
-        from dualgap_jax.checkpoints.orbax_item import BlocksSave
+        from dualgap_jax.checkpoints import orbax_item
 
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step is {step}; give 0 or more")
-        named, _ = leaves.flatten(state)
-        head = {name: _describe(name, parts, leaf) for name, (parts, leaf) in named.items()}
-        rows = {name: leaves.as_rows(name, leaf) for name, (_, leaf) in named.items()}
-        plain = _plain_meta(meta or {})
-
-        def record(folder: Path | None) -> dict[str, Any]:
-            data = files.write_leaves(folder, rows)
-            return files.sign(plain, {name: head[name] | data[name] for name in head})
-
+        named, structure = leaves.flatten(state)
+        if not named:
+            raise ValueError("the state has no leaves; there is nothing to save")
+        heads = {name: _describe(name, parts, leaf) for name, (parts, leaf) in named.items()}
+        plain = jsonable(meta or {}, where="meta")
+        items = {name: orbax_item.Leaf(name, *leaves.data_of(leaf)) for name, (_, leaf) in named.items()}
+        folder = self.path / str(step)
         try:
-            if step in self._manager.all_steps():
-                if _holds(self.path / str(step), record(None)):
-                    return
-                self._manager.delete(step)
-            item = BlocksSave(lambda folder: files.write_record(folder, record(folder)))
-            self._manager.save(step, args=ocp.args.Composite(**{files.ITEM: item}), force=True)
+            self._remove([step])
+            args = {manifest.ITEM: ocp.args.PyTreeSave(structure.unflatten(items.values()))}
+            self._orbax.save(folder, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(plain)))
+            digests = self._company.gathered(self._leaves.digests)
+            if self._company.is_first:
+                described = {name: heads[name] | item.on_disk() for name, item in items.items()}
+                manifest.write(folder, described, digests)
         finally:
-            rows.clear()  # whoever still holds `record` must not hold views: XLA copies a donated buffer that has one
+            for item in items.values():
+                item.boxes.clear()  # Orbax may hold the items still, and XLA copies a donated buffer that has a view
+        self._remove(self.steps()[: -self._keep])
+
+    def _remove(self, steps: Sequence[int]) -> None:
+        self._company.meet("steps are removed")
+        for folder in (self.path / str(step) for step in steps if self._company.is_first):
+            if folder.exists():  # at first it is no step any more, for a kill may come while its files are removed
+                shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed{_UNFINISHED}")))
+        self._company.meet("steps have been removed")
 
     def restore_latest(self, template: PyTree, place: Place | None = None) -> Restored | None:
         """The newest sound state, or None when there is none.
@@ -158,8 +174,8 @@ class Checkpointer:
 
         Args:
           template: a tree like the saved one.  Leaves: arrays, numbers, PRNG keys (their values do not matter),
-            `jax.ShapeDtypeStruct`, with `sharding=` to place the leaf there, or `Pieces` of these.  A JAX array gives
-            its own placement.  JAX's weak types come back as plain ones.
+            `jax.ShapeDtypeStruct`, with `sharding=` to place the leaf there.  A JAX array gives its own
+            placement.  JAX's weak types come back as plain ones.
           place: `(template's leaf, stored) -> leaf`, makes each leaf from what `stored.read` gives; None is
             `like_template`.  It lets DamagedCheckpointError through, upon which the step before is tried.
 
@@ -167,33 +183,28 @@ class Checkpointer:
           CheckpointMismatchError: if the newest sound step has other paths, shapes or dtypes than the template, or is
             in another format.  Nothing is cast.
         """
-        moved = False
 
         def set_aside(step: int, reason: str) -> None:
-            nonlocal moved
-            target = self.path / f"damaged-{step}"
-            n = 1
-            while target.exists():
-                n += 1
-                target = self.path / f"damaged-{step}-{n}"
-            (self.path / str(step)).rename(target)
-            moved = True
-            _log.warning("%s is damaged and not used: %s; moved to %s", self.path / str(step), reason, target.name)
+            if self._company.is_first:
+                target = self.path / f"damaged-{step}"
+                n = 1
+                while target.exists():
+                    n += 1
+                    target = self.path / f"damaged-{step}-{n}"
+                (self.path / str(step)).rename(target)
+                _log.warning("%s is damaged and not used: %s; moved to %s", self.path / str(step), reason, target.name)
 
-        self._manager.reload()
-        try:
-            return _newest_sound(self.path, lambda step, record: _restore(step, record, template, place), set_aside)
-        finally:
-            if moved:
-                self._manager.reload()
+        self._company.meet("a step is restored")
+        use = functools.partial(_restore, template=template, place=place)
+        return _newest_sound(self.path, use, set_aside, self._company.all_agree)
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first; whether they are sound shows when they are restored."""
-        return sorted(self._manager.all_steps())
+        return [step for step in _steps_in(self.path) if (self.path / str(step) / manifest.NAME).is_file()]
 
     def close(self) -> None:
         """Frees what Orbax holds."""
-        self._manager.close()
+        self._orbax.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -203,53 +214,41 @@ class Checkpointer:
 
 
 def _describe(name: str, parts: list[str], leaf: Any) -> dict[str, Any]:
-    """What the record keeps of a leaf besides its data."""
+    """What the manifest says of a leaf besides its data."""
     dtype, shape = leaves.kind(name, leaf)
-    head: dict[str, Any] = {"path": parts, "dtype": dtype, "shape": list(shape)}
     one = leaf.arrays[0] if isinstance(leaf, Pieces) else leaf
-    if leaves.is_key(one):
-        head["key"] = {"impl": str(jax.random.key_impl(one))}
-    return head
-
-
-def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`meta` as JSON gives it back; numbers and arrays of NumPy and JAX become numbers and lists."""
-
-    def convert(x: Any) -> Any:
-        if isinstance(x, (np.generic, np.ndarray, jax.Array)) and not leaves.is_key(x):
-            return np.asarray(x).tolist()
-        raise TypeError(
-            f"meta holds a {type(x).__name__} ({x!r:.60}), which JSON cannot hold; arrays go into the state"
-        )
-
-    return json.loads(json.dumps(dict(meta), default=convert))
-
-
-def _holds(step: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the step on disk is sound and has this record."""
-    try:
-        if files.read_record(step)["digest"] != record["digest"]:
-            return False
-        for stored in _stored(step, record).values():
-            stored.verify()
-    except (DamagedCheckpointError, CheckpointMismatchError):
-        return False
-    return True
+    key_impl = str(jax.random.key_impl(one)) if leaves.is_key(one) else None
+    return {"path": parts, "dtype": dtype, "shape": list(shape), "key_impl": key_impl}
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
+def _steps_in(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
 def _newest_sound(
-    folder: Path, use: Callable[[Path, dict[str, Any]], _T], damaged: Callable[[int, str], None]
+    folder: Path,
+    use: Callable[[Path, dict[str, Any]], _T],
+    damaged: Callable[[int, str], None],
+    agree: Callable[[bool], bool] = bool,
 ) -> _T | None:
-    """`use(step's folder, record)` of the newest step that passes; `damaged(step, reason)` for those passed over."""
-    for step in sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True):
+    """`use(step's folder, manifest)` of the newest step that passes; `damaged(step, reason)` for those passed over.
+
+    `agree`: whether all who read say yes.
+    """
+    for step in reversed(_steps_in(folder)):
+        reason, found = "", None
         try:
-            return use(folder / str(step), files.read_record(folder / str(step)))
+            found = use(folder / str(step), manifest.read(folder / str(step)))
         except DamagedCheckpointError as error:
             traceback.clear_frames(error.__traceback__)  # which hold, in a cycle, the leaf that was being made
-            damaged(step, str(error))
+            reason = str(error)
+        if agree(not reason):
+            return found
+        found = None
+        damaged(step, reason or "another process cannot read its part")
     return None
 
 
@@ -271,14 +270,10 @@ def _newest_in(path: str | Path, use: Callable[[Path, dict[str, Any]], _T]) -> _
     return found
 
 
-def _stored(step: Path, record: Mapping[str, Any]) -> dict[str, Stored]:
-    return {name: Stored(step / files.ITEM, name, leaf) for name, leaf in record["leaves"].items()}
-
-
-def _nested(record: Mapping[str, Any], get: Callable[[str], Any]) -> dict[str, Any]:
+def _nested(found: Mapping[str, Any], get: Callable[[str], Any]) -> dict[str, Any]:
     """Nested dicts of `get(name)`."""
     tree: dict[str, Any] = {}
-    for name, leaf in record["leaves"].items():
+    for name, leaf in found["leaves"].items():
         node = tree
         for part in leaf["path"][:-1]:
             node = node.setdefault(part, {})
@@ -286,16 +281,20 @@ def _nested(record: Mapping[str, Any], get: Callable[[str], Any]) -> dict[str, A
     return tree
 
 
-def _restore(step: Path, record: Mapping[str, Any], template: PyTree | None, place: Place | None) -> Restored:
-    stored = _stored(step, record)
+def _restore(step: Path, found: dict[str, Any], template: PyTree | None, place: Place | None) -> Restored:
     if template is None:
-        state = _nested(record, lambda name: place(None, stored[name]) if place else stored[name].whole())
+
+        def whole(name: str) -> Any:
+            stored = Stored(step, name, found)
+            return place(None, stored) if place else stored.whole()
+
+        state = _nested(found, whole)
     else:
         named, structure = leaves.flatten(template)
-        leaves.check_matches(str(step), record["leaves"], named)
-        made = [(place or like_template)(leaf, stored[name]) for name, (_, leaf) in named.items()]
+        leaves.check_matches(str(step), found["leaves"], named)
+        made = [(place or like_template)(leaf, Stored(step, name, found)) for name, (_, leaf) in named.items()]
         state = jax.tree.unflatten(structure, made)
-    return Restored(int(step.name), state, record["meta"])
+    return Restored(int(step.name), state, found["meta"])
 
 
 def load(path: str | Path, template: PyTree | None = None, place: Place | None = None) -> Restored:
@@ -311,13 +310,13 @@ def load(path: str | Path, template: PyTree | None = None, place: Place | None =
       FileNotFoundError: if the folder does not exist or holds no sound checkpoint.
       CheckpointMismatchError: if the newest sound step is not like the template, or in another format.
     """
-    return _newest_in(path, lambda step, record: _restore(step, record, template, place))
+    return _newest_in(path, functools.partial(_restore, template=template, place=place))
 
 
 class Slices:
     """Some rows of every leaf at a time, from a step on disk; made by `open_slices`.  Safe to use from several threads.
 
-    Rows that are not asked for are not read, but for the rest of their blocks.
+    Rows that are not asked for are not read, but for the rest of their chunks.
 
     Attributes:
       step: the step it was saved at.
@@ -325,13 +324,13 @@ class Slices:
       num_rows: the rows that every leaf has.
     """
 
-    def __init__(self, step: Path, record: Mapping[str, Any], template: PyTree | None) -> None:
-        stored = _stored(step, record)
+    def __init__(self, step: Path, found: dict[str, Any], template: PyTree | None) -> None:
+        stored = {name: Stored(step, name, found) for name in found["leaves"]}
         if template is None:
-            template = _nested(record, lambda name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype))
+            template = _nested(found, lambda name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype))
             self._as_keys = False
         else:
-            leaves.check_matches(str(step), record["leaves"], leaves.flatten(template)[0], whole=False)
+            leaves.check_matches(str(step), found["leaves"], leaves.flatten(template)[0], whole=False)
             self._as_keys = True
         named, self._structure = leaves.flatten(template)
         self._stored = [stored[name] for name in named]
@@ -341,7 +340,7 @@ class Slices:
             shown = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:8]) or "nothing"
             raise ValueError(f"slices need leaves that lead with the same axis, and {step} gives {shown}")
         self.step = int(step.name)
-        self.meta: dict[str, Any] = record["meta"]
+        self.meta: dict[str, Any] = found["meta"]
         self.num_rows: int = next(iter(rows))[0]
 
     def read(self, first: int, count: int) -> PyTree:
@@ -349,7 +348,7 @@ class Slices:
 
         Raises:
           ValueError: if there are no such rows.
-          DamagedCheckpointError: if a block is not what was saved, or gone.
+          DamagedCheckpointError: if a chunk is not what was saved, or gone.
         """
         read = [self._slice(stored, first, count) for stored in self._stored]
         return jax.tree.unflatten(self._structure, read)
@@ -364,7 +363,7 @@ class Slices:
 def open_slices(path: str | Path, template: PyTree | None = None) -> Slices:
     """Opens the newest step of a checkpoint folder for reading some rows at a time.
 
-    At opening, the record is verified and every block is there in full size; the values are verified as they are read.
+    At opening, the manifest is verified and every file is there in full size; the values are verified as they are read.
 
     Args:
       path: the folder given to `Checkpointer`.
@@ -376,7 +375,7 @@ def open_slices(path: str | Path, template: PyTree | None = None) -> Slices:
       CheckpointMismatchError: if the newest step does not hold the template's leaves, or is in another format.
       ValueError: if the leaves do not lead with the same axis.
     """
-    return _newest_in(path, lambda step, record: Slices(step, record, template))
+    return _newest_in(path, functools.partial(Slices, template=template))
 
 
 class Branches:
