@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ def check_fits(loss: Loss, dataset: Dataset) -> None:
 
 def evaluate(
     net: Network,
-    loss: Loss,
-    dataset: Dataset,
+    loss: Any,
+    dataset: Any,
     network: BranchSource,
     *,
     batch_size: int = 1024,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -269,7 +270,36 @@ def test_flax_modules_are_branches_as_they_are() -> None:
 
 
 def test_an_int_for_the_hidden_widths_is_told_what_to_write() -> None:
-    import inspect
-
     with pytest.raises(ValueError, match=r"hidden=8 must be a tuple of positive integers, such as \(8,\)"):
         inspect.unwrap(dg.mlp)(hidden=8)
+
+
+def test_surfaces_and_scores_of_arrays_functions_and_batch_norm(rng: np.random.Generator) -> None:
+    """A pair of arrays as data, a plain function as loss, branches with statistics: against plain NumPy."""
+    x, y = rng.standard_normal((12, 4)).astype(np.float32), rng.integers(0, 3, 12)
+
+    class Normalised(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, is_training: bool) -> Any:
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=not is_training)(nn.Dense(4)(x)))
+
+    def loss(outputs: Any, labels: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels.astype(jnp.int32)).mean()
+
+    net = dg.multi_branch(Normalised(), np.int64(2))
+    drawn = [net.init(jax.random.key(k), jnp.asarray(x)) for k in range(3)]
+    networks = [dg.networks.InMemory(*pair) for pair in drawn]
+    for (params, state), network in zip(drawn, networks, strict=True):
+        outputs = np.asarray(net.apply(params, state, jnp.asarray(x))[0], np.float64)
+        exact = np.mean(np.log(np.exp(outputs).sum(1)) - outputs[np.arange(12), y])
+        evaluation = dg.evaluate(net, loss, (x, y), network)
+        np.testing.assert_allclose(evaluation.loss, exact, rtol=1e-5)
+        assert evaluation.accuracy == np.mean(outputs.argmax(1) == y)
+    plane = dg.plane(networks)
+    axis = np.linspace(-1, 1, 5)
+    surface = dg.surface(net, loss, (x, y), plane, axis, axis)
+    assert surface.loss.shape == (5, 5)
+    assert np.isfinite(surface.loss).all()
+    assert np.isfinite(dg.scores(axis, axis, surface.loss).envelope_max)
+    with pytest.raises(TypeError, match=r"write from_linen\(Normalised\("):
+        inspect.unwrap(dg.evaluate)(Normalised(), loss, (x, y), networks[0])

@@ -32,8 +32,8 @@ ACCUMULATOR_BYTES = 3 * 2**30  # of outputs kept for all points while networks a
 
 def evaluate_points(
     net: Network,
-    loss: Loss,
-    dataset: Dataset,
+    loss: Any,
+    dataset: Any,
     plane: Plane,
     points: Float[np.ndarray, "points 2"],
     *,

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dualgap_jax.data import Dataset
 from dualgap_jax.landscape.planes import Plane
 from dualgap_jax.landscape.points import evaluate_points
-from dualgap_jax.losses import Loss
 from dualgap_jax.types import Network
 
 
@@ -62,8 +60,8 @@ def _along_edges(plane: Plane, num_points: int) -> tuple[np.ndarray, np.ndarray]
 
 def evaluate(
     net: Network,
-    loss: Loss,
-    dataset: Dataset,
+    loss: Any,
+    dataset: Any,
     plane: Plane,
     xs: Float[np.ndarray, " nx"],
     ys: Float[np.ndarray, " ny"],
@@ -89,7 +87,7 @@ def evaluate(
 
 
 def edges(
-    net: Network, loss: Loss, dataset: Dataset, plane: Plane, *, num_points: int = 25, **options: Any
+    net: Network, loss: Any, dataset: Any, plane: Plane, *, num_points: int = 25, **options: Any
 ) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, "3 t"]]:
     """The loss along the straight edges between solutions 0-1, 1-2 and 2-0.
 
@@ -110,8 +108,8 @@ def edges(
 
 def survey(
     net: Network,
-    loss: Loss,
-    dataset: Dataset,
+    loss: Any,
+    dataset: Any,
     plane: Plane,
     xs: Float[np.ndarray, " nx"],
     ys: Float[np.ndarray, " ny"],

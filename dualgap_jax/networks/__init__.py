@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dualgap_jax.networks.dense import KERNEL_INITS, mlp, mlp_output_bound
 from dualgap_jax.networks.flax import as_network, from_linen, from_nnx, to_linen, to_nnx
 from dualgap_jax.networks.functions import from_functions
 from dualgap_jax.networks.given import check_network
-from dualgap_jax.networks.mlp import KERNEL_INITS, mlp, mlp_output_bound
 from dualgap_jax.networks.modules import conv, gru, vgg9
 from dualgap_jax.networks.multibranch import branch_keys, draw_branches, mixture, multi_branch, sum_branches, sum_rest
 from dualgap_jax.networks.precision import upcast, with_precision
 from dualgap_jax.networks.settings import ACTIVATIONS
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import Table
 from dualgap_jax.types import Network
 
@@ -29,6 +30,7 @@ __all__ = [
     "ACTIVATIONS",
     "BRANCHES",
     "KERNEL_INITS",
+    "InMemory",
     "as_network",
     "branch_keys",
     "check_network",
