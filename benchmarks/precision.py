@@ -49,9 +49,7 @@ _EVERY = 50  # steps in a segment
 
 def setting(num_branches: int, steps: int, *, smoke: bool) -> LandscapeSpec:
     """The config's landscape, trained for exactly `steps` steps at a constant rate."""
-    config = config_lib.load(CONFIG, f"I={num_branches}" + (",smoke" if smoke else ""))
-    del config.experiment
-    spec = config_lib.to_spec(LandscapeSpec, config)
+    spec: LandscapeSpec = config_lib.load(CONFIG, f"I={num_branches}" + (",smoke" if smoke else "")).spec
     constant = config_lib.component(training.SCHEDULES, "constant")
     changes: dict[str, Any] = {"max_steps": steps, "check_every": min(_EVERY, steps), "tolerance": 0.0}
     return dataclasses.replace(spec, training=dataclasses.replace(spec.training, schedule=constant, **changes))
