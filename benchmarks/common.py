@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from dualgap_jax.data import Dataset, validate
+from dualgap_jax.metrics import table
 
 NOT_MEASURED = "not measured"
 _PAUSE = 0.02  # seconds before each timed call, in which the threads of the call before fall asleep
@@ -204,10 +205,7 @@ def report(results: Mapping[str, Any], columns: Mapping[str, str], notes: Sequen
     where = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{where['device']}, {where['cores']} cores, load {where['load_average']:.2f}, {where['date']}\n{versions}\n")
-    rows = [tuple(columns.values())] + [tuple(text(row[key]) for key in columns) for row in results["rows"]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(table(list(columns.values()), [[text(row[key]) for key in columns] for row in results["rows"]]))
     print("\n" + "\n".join(notes))
     for row in results["rows"]:
         for key, target in row["targets"].items():

@@ -288,7 +288,17 @@ def _read_leaf(key: str, text: str | None, now: Any) -> Any:
         numbers = now and isinstance(now[0], int | float)
         require(bool(numbers), f"{key}={text!r}: expected a tuple, as in {key}={now!r}.")
         return tuple(_read(key, part, now[0]) for part in text.split("/"))
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+    items = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return tuple(_like(f"{key}[{index}]", item, now[0]) for index, item in enumerate(items)) if now else items
+
+
+def _like(key: str, item: Any, like: Any) -> Any:
+    """An entry of a tuple, of the type of another one."""
+    kind = type(like)
+    if kind is float and type(item) is int:
+        item = float(item) if abs(item) <= sys.float_info.max else math.inf
+    require(type(item) is kind, f"{key}={item!r:.60}: expected {kind.__name__}, got {type(item).__name__}.")
+    return item
 
 
 def load(path: str | Path, arg: str | None = None) -> Config:

@@ -1,4 +1,4 @@
-"""Numbers along the way: rows of a JSONL file, event files for TensorBoard, and a line on the terminal."""
+"""Numbers along the way and in the end: rows of a JSONL file, event files, a line on the terminal, a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import math
 import operator
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -183,6 +183,14 @@ class Metrics:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in fixed width: the heads, a line, the rows; every column right-aligned."""
+    cells = [list(columns), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 class Progress:

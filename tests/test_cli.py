@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dualgap_jax import cli, interrupts
-from dualgap_jax.config import ConfigError
+from dualgap_jax.config import ConfigError, as_dict, check_numbers, load, override
 from dualgap_jax.experiments import TABLES
-from dualgap_jax.files import load_json
+from dualgap_jax.files import leaves, load_json
 from dualgap_jax.interrupts import Terminated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +133,49 @@ def test_mistakes_in_the_arguments(arguments: list[str], message: str, monkeypat
         cli.parse(arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+TEXTS = (
+    *("0", "-1", "1", "3", "1e-300", "1e300", "nan", "-inf", "", "()", "(1,)", "(-1,)", "1/2", "1//2", "('x',)", "x"),
+    *(
+        "true",
+        "None",
+        "4294967296",
+        "2147483647",
+        "9" * 30,
+        "1e4",
+        "[1]",
+        "{}",
+        "((1,),)",
+        "(1.5,)",
+        "(True,)",
+        "'",
+        "(1,2",
+    ),
+    *("torch", "sum", "cosine", "mnist", "/", "é", "1_000", "(1,2", "(2147483647,)", "[" * 300),
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_written_for_a_leaf_is_taken_or_refused_in_one_sentence(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    draw = random.Random(seed)
+    configs = {path: load(path) for path in sorted((ROOT / "configs").glob("*.py"))}
+    refused = 0
+    for _ in range(250):
+        path, config = draw.choice(list(configs.items()))
+        names = [name for name, _ in leaves(as_dict(config.spec))]
+        texts = {draw.choice(names): draw.choice(TEXTS) for _ in range(draw.randint(1, 2))}
+        try:
+            spec = override(config, texts).spec
+            check_numbers(spec)
+            spec.validate(TABLES)
+        except (ValueError, LookupError) as error:
+            refused += 1
+            assert type(error).__module__.startswith("dualgap_jax"), (path, texts)  # noqa: PT017
+    assert refused > 50
 
 
 def test_good_arguments_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

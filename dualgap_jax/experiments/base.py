@@ -14,6 +14,7 @@ from dualgap_jax.data import DATASETS
 from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
 from dualgap_jax.identity import arrays_digest
 from dualgap_jax.losses import LOSSES
+from dualgap_jax.metrics import table
 from dualgap_jax.networks import BRANCHES
 from dualgap_jax.registry import Table
 from dualgap_jax.shapley_folkman import SETS
@@ -40,10 +41,8 @@ class Report(NamedTuple):
 
     def text(self) -> str:
         """The table in fixed width."""
-        cells = [list(self.columns), *([_cell(c) for c in row] for row in self.rows)]
-        widths = [max(len(row[k]) for row in cells) for k in range(len(self.columns))]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join([self.title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *self.notes])
+        cells = [[_cell(value) for value in row] for row in self.rows]
+        return "\n".join([self.title, "", table(self.columns, cells), "", *self.notes])
 
 
 NO_REPORT = Report("", (), ())

@@ -24,7 +24,7 @@ from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.networks import multi_branch, with_precision
 from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
-from dualgap_jax.steps import tree_bytes
+from dualgap_jax.steps import example_input, tree_bytes
 from dualgap_jax.training import (
     SCHEDULES,
     Solution,
@@ -199,7 +199,7 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
 
 def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
     """Raises ConfigError for a network whose parameters alone are more than the memory of the devices that share it."""
-    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.asarray(dataset.x[:1]))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), example_input(dataset))
     needed, free = tree_bytes(shapes) // max(spec.mesh.branch, 1), memory_available()
     require(
         needed < free,
