@@ -129,7 +129,8 @@ def check(transformation: optax.GradientTransformation, params: Params, name: st
     given, made = (jax.tree.map(lambda a: a.shape, tree) for tree in (shapes, updates))
     if given != made:
         raise ConfigError(f"{name} cannot train a network here: its updates have shapes {made}, not {given}.")
-    if jax.tree.structure(state) != jax.tree.structure(after):
+    before_and_after: list[Any] = [jax.tree.structure(tree) for tree in (state, after)]
+    if before_and_after[0] != before_and_after[1]:
         raise ConfigError(f"{name} cannot train a network here: its state changes its structure from step to step.")
     leaves = jax.tree_util.tree_leaves_with_path(state)
     if drawn := [jax.tree_util.keystr(path) for path, leaf in leaves if _is_key(path, leaf)]:

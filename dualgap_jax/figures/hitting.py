@@ -209,7 +209,7 @@ def _draw_losses(workdir: Path, record: Mapping[str, Any], arrays: Mapping[str, 
         _loss_axis(right, floor, top, vertical=False)
         right.tick_params(axis="x", rotation=45)
         if finite.size:
-            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
+            place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
             right.legend(title="hidden units", handlelength=1.2, fontsize=8, **place)
         return save(figure, workdir, "final_losses")
 
