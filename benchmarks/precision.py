@@ -35,6 +35,9 @@ from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.landscape import LandscapeSpec, PrecisionSpec, build
 from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Metrics, read_metrics
+from dualgap_jax.schedules import SCHEDULES
+from dualgap_jax.training.engine import Carry
+from dualgap_jax.training.together import step
 from dualgap_jax.types import Network
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "mnist_1layer.py"
@@ -50,18 +53,22 @@ _EVERY = 50  # steps in a segment
 def setting(num_branches: int, steps: int, *, smoke: bool) -> LandscapeSpec:
     """The config's landscape, trained for exactly `steps` steps at a constant rate."""
     spec: LandscapeSpec = config_lib.load(CONFIG, f"I={num_branches}" + (",smoke" if smoke else "")).spec
-    constant = config_lib.component(training.SCHEDULES, "constant")
+    constant = config_lib.component(SCHEDULES, "constant")
     changes: dict[str, Any] = {"max_steps": steps, "check_every": min(_EVERY, steps), "tolerance": 0.0}
     return dataclasses.replace(spec, training=dataclasses.replace(spec.training, schedule=constant, **changes))
 
 
 def lost_updates(net: Network, loss: Loss, dataset: Dataset, solution: training.Solution, rate: float) -> float:
     """Share of the weights with a gradient that a step at this rate does not change; its batch is the first 128."""
-    keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
+
+    def keep_gradient(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(jnp.negative, updates), updates
+
+    keep = optax.GradientTransformationExtraArgs(lambda params: params, keep_gradient)
     count = min(128, len(dataset.y))
     x = standardise(dataset.x[:count], dataset.mean, dataset.std)
-    before = training.Carry(solution.params, solution.state, solution.params)
-    after, _ = jax.jit(functools.partial(training.step, net, loss, keep))(
+    before = Carry(solution.params, solution.state, solution.params)
+    after, _ = jax.jit(functools.partial(step, net, loss, keep))(
         before, x, jnp.asarray(dataset.y[:count]), jnp.float32(rate), jax.random.key(0)
     )
     parts = zip(*map(jax.tree.leaves, (after.opt_state, before.params, after.params)), strict=True)
@@ -75,15 +82,14 @@ def lost_updates(net: Network, loss: Loss, dataset: Dataset, solution: training.
 def measure(spec: LandscapeSpec, precision: PrecisionSpec, num_solutions: int) -> dict[str, Any]:
     """One row of results; `course` is `[solutions, segments]`."""
     dataset, net, training_net, loss = build(dataclasses.replace(spec, precision=precision), TABLES)
-    rate = training.scaled_learning_rate(spec.training, spec.num_branches)
+    arguments = spec.training.arguments(spec.num_branches)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
         began = time.perf_counter()
         with Metrics(path) as metrics:
             solutions = training.train(
-                training_net, loss, dataset, spec.training, learning_rate=rate, seed=spec.seed,
-                num_solutions=num_solutions, metrics=metrics,
-            )  # fmt: skip
+                training_net, loss, dataset, **arguments, seed=spec.seed, num_solutions=num_solutions, metrics=metrics
+            )
         seconds = time.perf_counter() - began
         lines = read_metrics(path)
     rows = [evaluate(net, loss, dataset, s.network) for s in solutions]
@@ -95,7 +101,7 @@ def measure(spec: LandscapeSpec, precision: PrecisionSpec, num_solutions: int) -
         "loss": common.spread(np.asarray([r.loss for r in rows])),
         "accuracy": common.spread(np.asarray([r.accuracy for r in rows])),
         "lost_updates": common.spread(
-            np.asarray([lost_updates(training_net, loss, dataset, s, rate) for s in solutions])
+            np.asarray([lost_updates(training_net, loss, dataset, s, arguments["schedule"].base) for s in solutions])
         ),
         "step_ms": common.spread(1e3 / speeds[1:] if len(speeds) > 1 else 1e3 / speeds),
         "seconds": seconds,

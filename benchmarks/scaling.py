@@ -25,6 +25,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import training_step
 
 from dualgap_jax import training
@@ -32,8 +33,9 @@ from dualgap_jax.data import Dataset
 from dualgap_jax.losses import multi_margin
 from dualgap_jax.machine import peak_memory
 from dualgap_jax.networks import mlp, multi_branch
-from dualgap_jax.steps import tree_bytes
-from dualgap_jax.streaming import StreamedSolver
+from dualgap_jax.optimizers import for_network
+from dualgap_jax.training.engine import tree_bytes
+from dualgap_jax.training.streamed import Streamed
 
 _COUNTS = (1, 10, 100, 1000, 8000, 50_000)
 _PLAIN_UP_TO = 8000
@@ -57,10 +59,10 @@ def network(case: training_step.Case) -> Any:
 
 def streamed_call(
     case: training_step.Case, data: Dataset, batch: int, momentum: float
-) -> tuple[StreamedSolver, Callable[[], Any]]:
+) -> tuple[Streamed, Callable[[], Any]]:
     """A solver, and a call that takes one step with it."""
-    transformation = training.optimizer(training.TrainingSpec(momentum=momentum))
-    solver = StreamedSolver(network(case), multi_margin(), transformation, data, batch)
+    net = network(case)
+    solver = Streamed(net, multi_margin(), for_network(net, optax.sgd(1.0, momentum or None)), data, batch)
     carry = solver.start(jax.random.key(0))
     picked, key, now = np.arange(batch), jax.random.key(1), 0
 
@@ -119,7 +121,7 @@ def time_one(case: training_step.Case, batch: int, rounds: int, momentum: float)
         "case": f"I={case.num_branches}",
         "num_branches": case.num_branches,
         "chunk": solver.chunk,
-        "parameter_gb": tree_bytes(solver.template.params) / 1e9,
+        "parameter_gb": tree_bytes(solver.shapes.params) / 1e9,
         "step_ms": common.spread(1e3 * seconds["streamed"]),
         "step_gflops": common.spread(done / seconds["streamed"] / 1e9),
         "limit_gflops": common.spread(limit / 1e9),
@@ -131,18 +133,18 @@ def time_one(case: training_step.Case, batch: int, rounds: int, momentum: float)
 def memory_one(case: training_step.Case, batch: int, folder: Path | None, momentum: float) -> dict[str, Any]:
     """Peak resident memory of this process after two steps of `train`."""
     data = common.random_images(case.image, num_examples=50_000 if case.image == (32, 32, 3) else 64)
-    spec = training.TrainingSpec(
-        batch_size=batch, max_steps=2, streaming="on", checkpoint_seconds=0.0, momentum=momentum
-    )
     start = time.perf_counter()
     training.train(
         network(case),
         multi_margin(),
         data,
-        spec,
-        learning_rate=_RATE * case.num_branches,
+        optax.sgd(_RATE * case.num_branches, momentum or None),
+        batch_size=batch,
+        max_steps=2,
+        streaming="on",
         num_solutions=1,
         checkpoints=folder,
+        checkpoint_seconds=0.0,
         report=lambda line: print(line, file=sys.stderr),
     )
     return {"peak_bytes": peak_memory(), "seconds": time.perf_counter() - start}

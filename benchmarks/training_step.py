@@ -2,11 +2,11 @@
 
     python benchmarks/training_step.py [--json FILE] [--smoke]
 
-Measured is the package's own compiled segment (`training.make_segment`): gather of the mini-batch from uint8 images,
-standardisation, forward and backward pass, update.  A rate is the operations of the step's matrix products (forward and
-weight gradients of all layers, input gradients of all but the first) over its time.  The limit is the rate of two bare
-jitted products, forward and weight gradient of the first layer, of the same shapes; each writes into a donated buffer,
-so that no time goes into fresh memory.  The peer is given standardised batches.
+Measured is the package's own compiled segment (`training.together.make_segment`): gather of the mini-batch from uint8
+images, standardisation, forward and backward pass, update.  A rate is the operations of the step's matrix products
+(forward and weight gradients of all layers, input gradients of all but the first) over its time.  The limit is the rate
+of two bare jitted products, forward and weight gradient of the first layer, of the same shapes; each writes into a
+donated buffer, so that no time goes into fresh memory.  The peer is given standardised batches.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dualgap_jax import training
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import multi_margin
 from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.optimizers import for_network
+from dualgap_jax.schedules import plateau
+from dualgap_jax.training.batches import BatchOrder, example_input, on_device
+from dualgap_jax.training.engine import Carry, begin
+from dualgap_jax.training.together import make_segment
 
 _CLASSES = 10
 _LEARNING_RATE = 0.1  # times I, as in the configs
@@ -70,7 +76,7 @@ def operations(widths: Sequence[int], num_branches: int, batch: int) -> int:
 class Setup(NamedTuple):
     """What the package and the peer start from: initial parameters `[S, I, ...]`, data, batches `[S, T, batch]`."""
 
-    carry: training.Carry
+    carry: Carry
     dataset: Dataset
     indices: np.ndarray
 
@@ -78,24 +84,22 @@ class Setup(NamedTuple):
 def package_segment(case: Case, batch: int, steps: int) -> tuple[Setup, Callable[[], jax.Array]]:
     """The start, and a call that trains on by one segment of `steps` steps and returns the losses `[S, steps]`."""
     dataset = common.random_images(case.image, num_examples=max(4096, batch))
-    data = training.on_device(dataset)
+    data = on_device(dataset)
     net = multi_branch(mlp(case.hidden, _CLASSES), case.num_branches)
-    spec = training.TrainingSpec(batch_size=batch, max_steps=steps)
-    transformation = training.optimizer(spec)
-    schedule = training.SCHEDULES.build(spec.schedule.name, max_steps=spec.max_steps, **spec.schedule.settings)
-    segment = training.make_segment(net, multi_margin(), transformation, schedule)
+    transformation, schedule = for_network(net, optax.sgd(1.0)), plateau(steps)
+    segment = make_segment(net, multi_margin(), transformation, schedule)
 
     @jax.jit
-    def start(key: jax.Array) -> training.Carry:
-        params, state = net.init(key, training.example_input(data))
-        return training.Carry(params, state, transformation.init(params))
+    def start(key: jax.Array) -> Carry:
+        params, state = net.init(key, example_input(data))
+        return begin(transformation, params, state)
 
     def stack(trees: Sequence[Any]) -> Any:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     keys = jnp.stack([training.solution_key(0, i) for i in range(case.num_solutions)])
     schedules = stack([schedule.init()] * case.num_solutions)
-    orders = [training.BatchOrder(key, len(dataset.y), batch) for key in keys]
+    orders = [BatchOrder(key, len(dataset.y), batch) for key in keys]
     indices = np.stack([order.indices(0, steps) for order in orders])
     carry = stack([start(key) for key in keys])
     setup = Setup(jax.tree.map(np.array, carry), dataset, indices)

@@ -14,7 +14,8 @@ from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.networks import BRANCHES
-from dualgap_jax.training import SCHEDULES, TrainingSpec
+from dualgap_jax.schedules import SCHEDULES
+from dualgap_jax.training import TrainingSpec
 
 
 def get_config(arg=None):

@@ -21,7 +21,7 @@ from dualgap_jax.config import Component, Config, component, parse_arg, require
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.hitting_rate import HittingRateSpec
 from dualgap_jax.losses import LOSSES
-from dualgap_jax.training import SCHEDULES
+from dualgap_jax.schedules import SCHEDULES
 
 LOSS = {  # argument -> entry of LOSSES, labels, learning rate, schedule, stop_below
     "hinge": ("binary_hinge", "sign", 0.02, "cosine", -1.0),

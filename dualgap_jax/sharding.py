@@ -151,7 +151,7 @@ def over_devices(
     """`function` with its lanes shared out evenly over devices; under `jax.jit` each one runs the program of its part.
 
     The function must treat its lanes independently, as one made by `jax.vmap` does.  On one device it is returned as it
-    is.  The devices must divide the number of lanes (`filled`); `place` brings the arguments where they are needed.
+    is.  The devices must divide the number of lanes (`filled`); `share_out` brings the arguments where they are needed.
 
     Args:
       function: of as many positional arguments as `in_axes` has entries.
@@ -176,7 +176,7 @@ def _specs(axes: Any) -> Any:
     return jax.tree.map(one, axes, is_leaf=lambda axis: axis is None)
 
 
-def place(tree: PyTree, devices: Sequence[jax.Device], axes: Any) -> PyTree:
+def share_out(tree: PyTree, devices: Sequence[jax.Device], axes: Any) -> PyTree:
     """Arrays as `over_devices` wants them: in equal parts along the axis of the lanes, or (None) whole on each device.
 
     On one device they go where `jnp.asarray` puts them.

@@ -95,8 +95,7 @@ spec = training.TrainingSpec(
 
 def solve(num_branches):
     net = dg.multi_branch(dg.networks.mlp(hidden=(1,), out=1), num_branches)
-    rate = training.scaled_learning_rate(spec, num_branches)
-    return net, training.train(net, loss, dataset, spec, learning_rate=rate)
+    return net, training.train(net, loss, dataset, **spec.arguments(num_branches))
 
 
 net, solutions = solve(30)

@@ -14,10 +14,15 @@ import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from dualgap_jax import hitting, losses, sharding, training  # noqa: E402
+from training_by_spec import sgd, transformation_of  # noqa: E402
+
+from dualgap_jax import hitting, losses, schedules, sharding, training  # noqa: E402
 from dualgap_jax.config import Component, ConfigError  # noqa: E402
 from dualgap_jax.data import synthetic_relu  # noqa: E402
 from dualgap_jax.networks import mlp, multi_branch  # noqa: E402
+from dualgap_jax.training.batches import BatchOrder, example_input, on_device  # noqa: E402
+from dualgap_jax.training.engine import Carry, begin  # noqa: E402
+from dualgap_jax.training.together import make_segment  # noqa: E402
 
 COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[-a-z]*\(")
 
@@ -73,23 +78,23 @@ def study() -> dict[str, Any]:
 def solutions() -> dict[str, Any]:
     """One segment of three solutions of a small network: on one device, on three, and, filled up to four, on two."""
     dataset = synthetic_relu(n=40, d=4, seed=3)
-    data = training.on_device(dataset)
+    data = on_device(dataset)
     net = multi_branch(mlp((3,), 1), 5)
-    spec = training.TrainingSpec(batch_size=10, max_steps=30, momentum=0.5)
-    transformation = training.optimizer(spec)
-    schedule = training.SCHEDULES.build("cosine", max_steps=30)
-    segment = training.make_segment(net, losses.binary_hinge(), transformation, schedule)
+    spec = training.TrainingSpec(batch_size=10, max_steps=30, optimizer=sgd(0.5))
+    transformation = transformation_of(net, spec)
+    schedule = schedules.SCHEDULES.build("cosine", max_steps=30)
+    segment = make_segment(net, losses.binary_hinge(), transformation, schedule)
 
-    def start(key: Any) -> training.Carry:
-        params, state = net.init(key, training.example_input(data))
-        return training.Carry(params, state, transformation.init(params))
+    def start(key: Any) -> Carry:
+        params, state = net.init(key, example_input(data))
+        return begin(transformation, params, state)
 
     def stack(trees: Any) -> Any:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
     keys = [training.solution_key(0, i) for i in range(3)]
     carries = [jax.tree.map(np.asarray, start(key)) for key in keys]
-    orders = [training.BatchOrder(key, 40, 10).indices(0, 30) for key in keys]
+    orders = [BatchOrder(key, 40, 10).indices(0, 30) for key in keys]
 
     def run(devices: tuple[jax.Device, ...]) -> tuple[Any, Any]:
         lanes = sharding.filled(3, devices)
@@ -99,9 +104,9 @@ def solutions() -> dict[str, Any]:
 
         words = np.asarray([jax.random.key_data(keys[i]) for i in lanes])
         arguments = [
-            sharding.place(part, devices, 0)
+            sharding.share_out(part, devices, 0)
             for part in (stack([carries[i] for i in lanes]), (), words, np.stack([orders[i] for i in lanes]))
-        ] + [sharding.place(jax.tree.map(np.asarray, data), devices, None)]
+        ] + [sharding.share_out(jax.tree.map(np.asarray, data), devices, None)]
         program = jax.jit(sharding.over_devices(whole, devices, (0, 0, 0, 0, None), 0))
         carry, values = program(*arguments)
         parts = len(carry.params[0]["kernel"].sharding.device_set)

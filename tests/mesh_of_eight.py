@@ -19,12 +19,14 @@ import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+from training_by_spec import sgd, train_as, transformation_of  # noqa: E402
+
 from dualgap_jax.data import Dataset, validate  # noqa: E402
 from dualgap_jax.losses import multi_margin  # noqa: E402
 from dualgap_jax.networks import conv, mlp, multi_branch  # noqa: E402
 from dualgap_jax.sharding import MeshSpec  # noqa: E402
-from dualgap_jax.streaming import StreamedSolver  # noqa: E402
-from dualgap_jax.training import Solution, TrainingSpec, optimizer, train  # noqa: E402
+from dualgap_jax.training import Solution, TrainingSpec  # noqa: E402
+from dualgap_jax.training.streamed import Streamed  # noqa: E402
 
 _BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "bf16": 2}
 _OPERATION = re.compile(
@@ -35,7 +37,7 @@ SPEC = TrainingSpec(
     max_steps=10,
     learning_rate=0.1,
     lr_scaling="branches",
-    momentum=0.9,
+    optimizer=sgd(0.9),
     check_every=5,
     streaming="on",
     branch_chunk=2,
@@ -53,7 +55,7 @@ def images(seed: int) -> Dataset:
 def collectives(branches: int, mesh: MeshSpec, chunk: int) -> list[tuple[str, int]]:
     """The collective operations in the compiled step and the bytes of each, from the optimised HLO."""
     net = multi_branch(mlp((4, 4), 3), branches)
-    solver = StreamedSolver(net, multi_margin(), optimizer(SPEC), images(0), 16, mesh=mesh, chunk=chunk)
+    solver = Streamed(net, multi_margin(), transformation_of(net, SPEC), images(0), 16, mesh=mesh, chunk=chunk)
     found = []
     for shapes, operation in _OPERATION.findall(solver.compiled.as_text()):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
@@ -63,7 +65,7 @@ def collectives(branches: int, mesh: MeshSpec, chunk: int) -> list[tuple[str, in
 
 def losses_and_weights(net: Any, data: Dataset, mesh: MeshSpec) -> tuple[np.ndarray, Any]:
     """The loss of each step, and where they end."""
-    solver = StreamedSolver(net, multi_margin(), optimizer(SPEC), data, 16, mesh=mesh, chunk=SPEC.branch_chunk)
+    solver = Streamed(net, multi_margin(), transformation_of(net, SPEC), data, 16, mesh=mesh, chunk=SPEC.branch_chunk)
     carry, values = solver.start(jax.random.key(3)), []
     rate = 0.1 * net.stacked.num_branches
     for now in range(10):
@@ -105,10 +107,10 @@ def across_meshes(folder: Path) -> dict[str, Any]:
     spec = dataclasses.replace(SPEC, max_steps=15, checkpoint_seconds=0.0)
 
     def run(name: str, mesh: MeshSpec) -> list[Solution]:
-        return train(net, multi_margin(), data, spec, num_solutions=2, mesh=mesh, checkpoints=folder / name)
+        return train_as(net, multi_margin(), data, spec, num_solutions=2, mesh=mesh, checkpoints=folder / name)
 
     expected = run("stays", MeshSpec())
-    calls, original = 0, StreamedSolver.step
+    calls, original = 0, Streamed.step
 
     def dying(self: Any, *args: Any) -> Any:
         nonlocal calls
@@ -119,12 +121,12 @@ def across_meshes(folder: Path) -> dict[str, Any]:
 
     for mesh in (MeshSpec(4, 2), MeshSpec(8, 1), MeshSpec(1, 2), MeshSpec(3, 1)):
         calls = 0
-        StreamedSolver.step = dying  # type: ignore[method-assign]
+        Streamed.step = dying  # type: ignore[method-assign]
         try:
             run("moves", mesh)
         except InterruptedError:
             continue
-    StreamedSolver.step = original  # type: ignore[method-assign]
+    Streamed.step = original  # type: ignore[method-assign]
     got = run("moves", MeshSpec())
     return {
         "steps": [s.steps for s in got],

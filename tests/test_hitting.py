@@ -14,7 +14,7 @@ import optax
 import pytest
 from scipy import stats
 
-from dualgap_jax import hitting, losses, training
+from dualgap_jax import hitting, losses, schedules
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, synthetic_relu
 from dualgap_jax.evaluation import evaluate
@@ -23,6 +23,9 @@ from dualgap_jax.identity import IdentityError
 from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import mlp
 from dualgap_jax.networks.sources import InMemory
+from dualgap_jax.optimizers import for_network
+from dualgap_jax.training.engine import Carry, begin
+from dualgap_jax.training.together import step as training_step
 from dualgap_jax.types import Network
 
 
@@ -127,7 +130,7 @@ def test_independent_draws_are_uniform(rng: np.random.Generator) -> None:
 
 
 def one_by_one(dataset: Dataset, loss: losses.Loss, runs: Runs, k: int, spec: SgdSpec) -> tuple[Network, Any]:
-    """The k-th run by `training.step`, one step after another on its own mini-batches."""
+    """The k-th run by `together.step`, one step after another on its own mini-batches."""
     net = mlp(
         hidden=(int(runs.width[k]),),
         out=1,
@@ -135,19 +138,20 @@ def one_by_one(dataset: Dataset, loss: losses.Loss, runs: Runs, k: int, spec: Sg
         init=spec.init,
         init_scale=float(runs.init_scale[k]),
     )
-    schedule = training.SCHEDULES.build(spec.schedule.name, max_steps=spec.steps, **spec.schedule.settings)
+    schedule = schedules.SCHEDULES.build(spec.schedule.name, max_steps=spec.steps, **spec.schedule.settings)
     key = jax.random.fold_in(jax.random.key(int(runs.seed[k])), int(runs.width[k]))
     init_key, order_key = jax.random.split(key)
     x, y = jnp.asarray(dataset.x, float), jnp.asarray(dataset.y, float)
     words = jnp.asarray(jax.random.key_data(order_key))[:, None]
-    carry = training.Carry(*net.init(init_key, x[:1]), optax.identity().init(()))
+    sgd = for_network(net, optax.sgd(1.0))
+    carry = begin(sgd, *net.init(init_key, x[:1]))
     size = spec.batch_size or len(y)
 
     @jax.jit
-    def step(carry: training.Carry, state: Any, now: Any) -> tuple[training.Carry, Any]:
+    def step(carry: Carry, state: Any, now: Any) -> tuple[Carry, Any]:
         index = hitting.random.draw(now, words, n=len(y), batch_size=size, order=spec.order, count=size)[:, 0]
         rate = float(runs.learning_rate[k]) * schedule.rate(state, now)
-        return training.step(net, loss, optax.identity(), carry, x[index], y[index], rate, key)
+        return training_step(net, loss, sgd, carry, x[index], y[index], rate, key)
 
     state, seen = schedule.init(), []
     for now in np.arange(spec.steps, dtype=np.int32):

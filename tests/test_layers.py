@@ -36,6 +36,7 @@ GROUPS = {
         "spectral",
         "shapley_folkman",
         "optimizers",
+        "schedules",
     },
     "host": {
         "data",
@@ -45,8 +46,7 @@ GROUPS = {
     },
     "work": {
         "sharding",
-        "steps",
-        "streaming",
+        "evaluation",
         "training",
         "evaluation",
         "landscape",

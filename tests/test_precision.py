@@ -30,6 +30,10 @@ from dualgap_jax.experiments.landscape import (
 )
 from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.networks import multi_branch, upcast, with_precision
+from dualgap_jax.optimizers import for_network
+from dualgap_jax.schedules import SCHEDULES
+from dualgap_jax.training.engine import Carry
+from dualgap_jax.training.together import step
 from dualgap_jax.types import Network
 from dualgap_jax.workdir import Workdir
 
@@ -239,16 +243,17 @@ def linear_step(w: Array, slope: Array, rate: Array) -> Array:
     """The weights after one step on the loss `slope . w`, whose gradient is `slope` in the dtype of w."""
     net = networks.from_functions(lambda key, x: w, lambda params, x: x @ upcast(params)[:, None])
     loss = losses.squared()._replace(per_example=lambda outputs, y: outputs[:, 0])
-    carry = training.Carry(w, (), optax.identity().init(w))
+    sgd = for_network(net, optax.sgd(1.0))
+    carry = Carry(w, (), sgd.init(w))
     x = slope.astype(jnp.float32)[None]
-    return training.step(net, loss, optax.identity(), carry, x, jnp.ones(1), rate, jax.random.key(0))[0].params
+    return step(net, loss, sgd, carry, x, jnp.ones(1), rate, jax.random.key(0))[0].params
 
 
-@pytest.mark.parametrize("name", list(training.SCHEDULES))
+@pytest.mark.parametrize("name", list(SCHEDULES))
 def test_the_new_weight_is_computed_in_float32_and_rounded_once(name: str, rng: np.random.Generator) -> None:
     """Under each schedule, whose rates are float32; in bfloat16 throughout other weights would come out."""
     w, slope = (jnp.asarray(rng.standard_normal(4000), jnp.bfloat16) for _ in range(2))
-    schedule = training.SCHEDULES.build(name, max_steps=100)
+    schedule = SCHEDULES.build(name, max_steps=100)
     rate = jax.jit(lambda base, t: base * schedule.rate(schedule.init(), t))(0.0137, jnp.int32(30))
     assert rate.dtype == jnp.float32
     assert not rate.weak_type
@@ -294,8 +299,7 @@ def test_a_landscape_is_trained_at_its_precision_and_drawn_in_float32(tmp_path: 
     assert any(record["regime"] in note for note in report.notes)
     # The same training by hand; the same losses by the plain branch, one after another, in float64.
     dataset, _, training_net, loss = build(spec, TABLES)
-    rate = training.scaled_learning_rate(spec.training, 6)
-    solutions = training.train(training_net, loss, dataset, spec.training, learning_rate=rate)
+    solutions = training.train(training_net, loss, dataset, **spec.training.arguments(6))
     for solution, row in zip(solutions, record["solutions"], strict=True):
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(solution.params)} == {BF16}
         first, last = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), solution.params)
@@ -323,7 +327,7 @@ def test_training_resumes_bit_for_bit_with_bfloat16_parameters(tmp_path: Path) -
 
     def run(steps: int, folder: Path) -> list[training.Solution]:
         short = dataclasses.replace(spec.training, max_steps=steps, checkpoint_seconds=0.0)
-        return training.train(net, loss, dataset, short, checkpoints=folder, num_solutions=2)
+        return training.train(net, loss, dataset, **short.arguments(6), checkpoints=folder, num_solutions=2)
 
     whole = run(40, tmp_path / "whole")
     run(20, tmp_path / "parts")

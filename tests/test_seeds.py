@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import dualgap_jax
@@ -56,7 +57,9 @@ ENTRIES: dict[str, Callable[[int], Any]] = {
         dualgap_jax.multi_branch(branches.mlp(hidden=(2,), out=1), 2),
         losses.binary_hinge(),
         data.synthetic_relu(n=8, seed=1),
-        training.TrainingSpec(batch_size=4, max_steps=1),
+        optax.sgd(0.1),
+        batch_size=4,
+        max_steps=1,
         seed=seed,
     ),
     "data": lambda seed: data.synthetic_relu(n=8, seed=seed),

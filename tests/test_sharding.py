@@ -74,7 +74,7 @@ def test_one_device_changes_nothing() -> None:
 
     (device,) = sharding.local_devices(1)
     assert sharding.over_devices(function, [device], (0,), 0) is function
-    assert not sharding.place({"a": np.ones(3)}, [device], 0)["a"].committed
+    assert not sharding.share_out({"a": np.ones(3)}, [device], 0)["a"].committed
     np.testing.assert_array_equal(sharding.filled(3, [device]), [0, 1, 2])
 
 

@@ -17,17 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training_by_spec import sgd, train_as
 
-from dualgap_jax import training
 from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, validate
 from dualgap_jax.losses import binary_hinge, crammer_singer, logistic, multi_margin, squared
 from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branch
+from dualgap_jax.optimizers import for_network
 from dualgap_jax.sharding import Layout, MeshSpec
-from dualgap_jax.steps import Carry, Place, acts_branch_by_branch, branch_step, step
-from dualgap_jax.streaming import StreamedSolver
-from dualgap_jax.training import Solution, TrainingSpec, train
+from dualgap_jax.training import Solution, TrainingSpec, plan
+from dualgap_jax.training.branch_step import Shard, branch_step
+from dualgap_jax.training.engine import Carry
+from dualgap_jax.training.placement import Placement
+from dualgap_jax.training.streamed import Streamed
+from dualgap_jax.training.together import step
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,9 +44,10 @@ BRANCHES: dict[str, Callable[[], Any]] = {
     "batch norm and dropout": lambda: conv((2,), 3, batch_norm=True, dropout=0.3),
 }
 CHAINS: dict[str, Callable[[], Any]] = {
-    "sgd": optax.identity,
-    "momentum": lambda: optax.trace(0.9, nesterov=True),
-    "adam and decay": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_adam()),
+    "sgd": lambda: optax.sgd(1.0),
+    "momentum": lambda: optax.sgd(1.0, 0.9, nesterov=True),
+    "adam and decay": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.adam(1.0)),
+    "clipped by the norm": lambda: optax.chain(optax.clip_by_global_norm(1e-2), optax.sgd(1.0, 0.5)),
 }
 
 
@@ -79,7 +84,7 @@ def test_the_streamed_step_is_the_plain_one(
     name: str, chain: str, chunk: int, x64: None, rng: np.random.Generator
 ) -> None:
     net = multi_branch(BRANCHES[name](), 7, reduce=str(rng.choice(["mean", "sum"])))
-    transformation = CHAINS[chain]()
+    transformation = for_network(net, CHAINS[chain]())
     x = jnp.asarray(rng.normal(size=(6, 4, 4, 2)))
     y = jnp.asarray(rng.integers(0, 3, 6))
     params, state = net.init(jax.random.key(int(rng.integers(1 << 30))), x)
@@ -88,7 +93,7 @@ def test_the_streamed_step_is_the_plain_one(
 
     plain = jax.jit(lambda c, k: step(net, loss, transformation, c, x, y, rate, k))
     streamed = jax.jit(
-        lambda c, k: branch_step(net.stacked, loss, transformation, c, x, y, rate, k, chunk=chunk, place=Place(0, 7))
+        lambda c, k: branch_step(net.stacked, loss, transformation, c, x, y, rate, k, chunk=chunk, shard=Shard(0, 7))
     )
     expected, got = carry, carry
     for now in range(3):
@@ -97,25 +102,6 @@ def test_the_streamed_step_is_the_plain_one(
         assert float(other) == pytest.approx(float(value), rel=1e-12)
     assert worst(got, expected) < 1e-9  # Adam divides by roots of tiny second moments
     assert worst(got.params, carry.params) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("chain", "alone"),
-    [
-        (optax.identity(), True),
-        (optax.trace(0.9), True),
-        (optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_adam()), True),
-        (optax.clip(1e-3), True),
-        (optax.scale_by_rms(), True),
-        (optax.clip_by_global_norm(1e-6), False),
-        (optax.clip_by_global_norm(1e3), False),
-        (optax.normalize_by_update_norm(), False),
-        (optax.scale_by_trust_ratio(), False),
-        (optax.chain(optax.scale_by_adam(), optax.centralize()), True),
-    ],
-)
-def test_optimisers_that_mix_branches_are_found(chain: optax.GradientTransformation, alone: bool) -> None:
-    assert acts_branch_by_branch(chain) == alone
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -128,16 +114,18 @@ def test_the_compiled_step_keeps_pre_activations_no_gradient_and_copies_nothing(
     dataset = images(rng, n=64, side=8)
     branch = {"mlp": mlp((4, 5), 3), "conv": conv((4,), 3)}[name]
 
-    def compiled(num_branches: int) -> StreamedSolver:
-        return StreamedSolver(
-            multi_branch(branch, num_branches), multi_margin(), CHAINS[chain](), dataset, 16, chunk=chunk
-        )
+    def compiled(num_branches: int) -> Streamed:
+        net = multi_branch(branch, num_branches)
+        return Streamed(net, multi_margin(), for_network(net, CHAINS[chain]()), dataset, 16, chunk=chunk)
+
+    def temporaries(solver: Streamed) -> int:
+        return int(solver.compiled.memory_analysis().temp_size_in_bytes)
 
     small, large = compiled(403), compiled(2 * 403)
     x = jax.ShapeDtypeStruct((16, 8, 8, 2), np.float32)
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), small.template.params)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), small.shapes.params)
     kept = jax.eval_shape(branch.stem.preactivation, one, x).size if branch.stem is not None else 0
-    grown = large._temporary_bytes() - small._temporary_bytes()
+    grown = temporaries(large) - temporaries(small)
     smallest = min(leaf.size for leaf in jax.tree.leaves(one))  # a whole copy of any leaf would show
     assert abs(grown - 4 * 403 * kept) < 4 * 403 * smallest
     copies = [line for line in large.compiled.as_text().splitlines() if " copy(" in line]
@@ -152,11 +140,11 @@ def test_the_compiled_step_keeps_pre_activations_no_gradient_and_copies_nothing(
 @pytest.mark.parametrize("batch_size", [8, 0])
 def test_streamed_training_is_plain_training(batch_size: int, tmp_path: Path, rng: np.random.Generator) -> None:
     net, dataset = multi_branch(mlp((3,), 3), 5), images(rng)
-    spec = spec_with(batch_size=batch_size, momentum=0.9, schedule=Component("cosine", {}))
-    plain = train(net, multi_margin(), dataset, spec, num_solutions=2, group_size=1)
+    spec = spec_with(batch_size=batch_size, optimizer=sgd(0.9), schedule=Component("cosine", {}))
+    plain = train_as(net, multi_margin(), dataset, spec, num_solutions=2, group_size=1)
     on = dataclasses.replace(spec, streaming="on", branch_chunk=2)
-    in_memory = train(net, multi_margin(), dataset, on, num_solutions=2)
-    on_disk = train(net, multi_margin(), dataset, on, num_solutions=2, checkpoints=tmp_path)
+    in_memory = train_as(net, multi_margin(), dataset, on, num_solutions=2)
+    on_disk = train_as(net, multi_margin(), dataset, on, num_solutions=2, checkpoints=tmp_path)
     for one, other, stored in zip(plain, in_memory, on_disk, strict=True):
         assert worst((other.params, other.batch_loss), (one.params, one.batch_loss)) < 1e-5
         assert stored.source is not None
@@ -180,10 +168,10 @@ def test_a_kill_in_mid_segment_is_made_good_bit_for_bit(
     spec = spec_with(streaming="on", chain=("scale_by_adam()",), checkpoint_seconds=0.0, learning_rate=0.01)
 
     def run(folder: Path) -> list[Solution]:
-        return train(net, multi_margin(), dataset, spec, num_solutions=2, checkpoints=folder)
+        return train_as(net, multi_margin(), dataset, spec, num_solutions=2, checkpoints=folder)
 
     expected = run(tmp_path / "whole")
-    calls, original = 0, StreamedSolver.step
+    calls, original = 0, Streamed.step
 
     def dying(self: Any, *args: Any) -> Any:
         nonlocal calls
@@ -192,10 +180,10 @@ def test_a_kill_in_mid_segment_is_made_good_bit_for_bit(
             raise Killed
         return original(self, *args)
 
-    monkeypatch.setattr(StreamedSolver, "step", dying)
+    monkeypatch.setattr(Streamed, "step", dying)
     with pytest.raises(Killed):
         run(tmp_path / "parts")
-    monkeypatch.setattr(StreamedSolver, "step", original)
+    monkeypatch.setattr(Streamed, "step", original)
     for got, wanted in zip(run(tmp_path / "parts"), expected, strict=True):
         assert got.source is not None
         assert wanted.source is not None
@@ -212,7 +200,7 @@ def test_what_is_trained_is_checked_on_disk_and_not_held(
     spec = spec_with(streaming="on", checkpoint_seconds=0.0)
 
     def run() -> list[Solution]:
-        return train(net, multi_margin(), dataset, spec, num_solutions=2, checkpoints=tmp_path)
+        return train_as(net, multi_margin(), dataset, spec, num_solutions=2, checkpoints=tmp_path)
 
     expected = [s.source.read(0, 5) for s in run() if s.source is not None]
     if damaged:
@@ -220,9 +208,9 @@ def test_what_is_trained_is_checked_on_disk_and_not_held(
         chunk = max((newest / "state").rglob("c.*"), key=lambda path: path.stat().st_size)
         chunk.write_bytes(chunk.read_bytes()[:-1] + bytes([chunk.read_bytes()[-1] ^ 1]))
     placed, steps = [], []
-    place, step = StreamedSolver.place, StreamedSolver.step
-    monkeypatch.setattr(StreamedSolver, "place", lambda self, *args: (placed.append(args), place(self, *args))[1])
-    monkeypatch.setattr(StreamedSolver, "step", lambda self, *args: (steps.append(args), step(self, *args))[1])
+    place, step = Placement.read_leaf, Streamed.step
+    monkeypatch.setattr(Placement, "read_leaf", lambda self, *args: (placed.append(args), place(self, *args))[1])
+    monkeypatch.setattr(Streamed, "step", lambda self, *args: (steps.append(args), step(self, *args))[1])
     found = run()  # says nothing of what training takes either: that would take steps
     assert bool(placed) == bool(steps) == damaged
     for solution, wanted in zip(found, expected, strict=True):
@@ -240,14 +228,15 @@ def spoilt_steps(loss: Any, outputs: int, batch: int) -> list[Callable[..., Any]
     y = labels if outputs > 1 else jnp.where(labels == 0, -1.0, 1.0)
     x = jnp.ones((batch, 2 + outputs))
     params, state = net.init(jax.random.key(1), x)
-    carry, rate, key = Carry(params, state, optax.identity().init(params)), jnp.asarray(0.1), jax.random.key(0)
+    transformation = for_network(net, optax.sgd(1.0))
+    carry, rate, key = Carry(params, state, transformation.init(params)), jnp.asarray(0.1), jax.random.key(0)
 
     def plain(added: Any) -> Any:
-        return step(net, loss, optax.identity(), carry, x.at[:, 2:].set(added), y, rate, key)[1]
+        return step(net, loss, transformation, carry, x.at[:, 2:].set(added), y, rate, key)[1]
 
     def streamed(added: Any) -> Any:
-        spoilt, where = x.at[:, 2:].set(added), Place(0, 5)
-        return branch_step(net.stacked, loss, optax.identity(), carry, spoilt, y, rate, key, chunk=2, place=where)[1]
+        spoilt, where = x.at[:, 2:].set(added), Shard(0, 5)
+        return branch_step(net.stacked, loss, transformation, carry, spoilt, y, rate, key, chunk=2, shard=where)[1]
 
     def lanes(added: Any) -> Any:
         return jax.vmap(plain)(jnp.stack([jnp.zeros_like(added), added, jnp.zeros_like(added)]))[1]
@@ -274,12 +263,12 @@ def test_memory_decides_and_the_choice_is_kept(
     free: int, way: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, dataset = multi_branch(mlp((3,), 3), 20), images(rng)  # 111 numbers a branch: 8.9 kB, and four times that
-    monkeypatch.setattr(training, "memory_available", lambda: free)
+    monkeypatch.setattr(plan, "memory_available", lambda: free)
     said: list[str] = []
 
     def run(**settings: Any) -> list[Solution]:
         spec = spec_with(max_steps=3, **settings)
-        return train(net, multi_margin(), dataset, spec, checkpoints=tmp_path, report=said.append)
+        return train_as(net, multi_margin(), dataset, spec, checkpoints=tmp_path, report=said.append)
 
     found = run()
     begun = load(tmp_path / "solution_0").meta
@@ -287,13 +276,13 @@ def test_memory_decides_and_the_choice_is_kept(
     assert (begun["group_size"], begun["streamed"]) == expected
     assert all((s.source is not None) == (way == "streamed") for s in found)
     if way == "streamed":
-        (plan,) = said
-        assert "20 branches" in plan
-        assert "memory (estimate)" in plan
-        assert "s a step" in plan
-        assert "disk" in plan
-        assert "WARNING: that is more memory" in plan
-        monkeypatch.setattr(training, "memory_available", lambda: 10**9)
+        (text,) = said
+        assert "20 branches" in text
+        assert "memory (estimate)" in text
+        assert "s a step" in text
+        assert "disk" in text
+        assert "WARNING: that is more memory" in text
+        monkeypatch.setattr(plan, "memory_available", lambda: 10**9)
         assert all(s.source is not None for s in run())  # goes on as it was begun
     assert bool(said) == (way == "streamed")
 
@@ -302,13 +291,13 @@ def test_memory_decides_and_the_choice_is_kept(
 def test_a_large_run_in_memory_says_beforehand_what_it_takes(
     batch_size: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_WORTH_SAYING", 0)
-    monkeypatch.setattr(training, "_PROBE_BYTES", 2000)  # four of the branches
+    monkeypatch.setattr(plan, "WORTH_SAYING", 0)
+    monkeypatch.setattr(plan, "PROBE_BYTES", 2000)  # four of the branches
     said: list[str] = []
     spec, dataset = spec_with(max_steps=4, batch_size=batch_size), images(rng)
     branch = mlp((3,), 3)
     for net in (multi_branch(branch, 20), mixture([multi_branch(branch, 3), branch])):
-        train(net, multi_margin(), dataset, spec, num_solutions=3, group_size=2, report=said.append)
+        train_as(net, multi_margin(), dataset, spec, num_solutions=3, group_size=2, report=said.append)
     whole, without_time = said
     assert whole.startswith("training: 3 solutions, 2 at a time\n  memory (estimate): 0.0 MB a solution = 0.1 MB")
     assert re.search(r"time \(estimate\): .* s a step of one solution; at most 4 steps x 3 solutions = 0 s", whole)
@@ -318,7 +307,7 @@ def test_a_large_run_in_memory_says_beforehand_what_it_takes(
 
 def test_a_loss_that_is_not_a_number_ends_the_run_at_once(rng: np.random.Generator) -> None:
     spec = spec_with(streaming="on", learning_rate=1e30, check_every=100, max_steps=1000)
-    found = train(multi_branch(mlp((3,), 3), 2), multi_margin(), images(rng), spec, num_solutions=1)
+    found = train_as(multi_branch(mlp((3,), 3), 2), multi_margin(), images(rng), spec, num_solutions=1)
     assert found[0].status == "diverged"
     assert found[0].steps < 20
 
@@ -330,7 +319,6 @@ def test_what_cannot_be_streamed_is_refused_in_words(rng: np.random.Generator) -
     cases: list[tuple[Any, TrainingSpec, MeshSpec, str]] = [
         (mixed, on, MeshSpec(), "made by multi_branch"),
         (mlp((3,), 3), on, MeshSpec(), "made by multi_branch"),
-        (stacked, spec_with(streaming="on", chain=("clip_by_global_norm(1.0)",)), MeshSpec(), "mixes branches"),
         (stacked, on, MeshSpec(data=3), "cannot be shared evenly"),
         (multi_branch(conv((2,), 3, batch_norm=True), 4), on, MeshSpec(data=2), "batch statistics"),
         (stacked, on, MeshSpec(branch=64), "64 devices, but there are"),
@@ -338,7 +326,7 @@ def test_what_cannot_be_streamed_is_refused_in_words(rng: np.random.Generator) -
     ]
     for net, spec, mesh, message in cases:
         with pytest.raises(ConfigError, match=message):
-            train(net, multi_margin(), dataset, spec, mesh=mesh)
+            train_as(net, multi_margin(), dataset, spec, mesh=mesh)
     with pytest.raises(ConfigError, match=r"mesh\.branch=0"):
         MeshSpec(branch=0)
     unknown = object.__new__(TrainingSpec)
@@ -351,9 +339,9 @@ def test_what_cannot_be_streamed_is_refused_in_words(rng: np.random.Generator) -
 def test_networks_that_cannot_be_streamed_are_trained_plainly_whatever_the_memory(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "memory_available", lambda: 1)
+    monkeypatch.setattr(plan, "memory_available", lambda: 1)
     net = mixture([multi_branch(mlp((3,), 3), 2), multi_branch(mlp((2,), 3), 2)])
-    assert train(net, multi_margin(), images(rng), spec_with(max_steps=2), num_solutions=1)[0].steps == 2
+    assert train_as(net, multi_margin(), images(rng), spec_with(max_steps=2), num_solutions=1)[0].steps == 2
 
 
 def test_functions_without_a_stem_are_streamed_too(rng: np.random.Generator) -> None:
@@ -363,7 +351,7 @@ def test_functions_without_a_stem_are_streamed_too(rng: np.random.Generator) -> 
     branch = from_functions(init, lambda p, x: jnp.tanh(x.reshape(len(x), -1) @ p["w"]))
     net, dataset = multi_branch(branch, 6), images(rng)
     one, other = (
-        train(net, multi_margin(), dataset, spec_with(streaming=s, branch_chunk=4), num_solutions=1)[0]
+        train_as(net, multi_margin(), dataset, spec_with(streaming=s, branch_chunk=4), num_solutions=1)[0]
         for s in ("off", "on")
     )
     assert worst(other.params, one.params) < 1e-5
@@ -404,7 +392,8 @@ _MEMORY = """
 
     def run(count, folder):
         spec = TrainingSpec(batch_size=32, max_steps=3, streaming="on", branch_chunk=50, checkpoint_seconds=0.0)
-        train(multi_branch(mlp((8, 8, 8), 10), count), multi_margin(), data, spec, num_solutions=2, checkpoints=folder)
+        net = multi_branch(mlp((8, 8, 8), 10), count)
+        train(net, multi_margin(), data, **spec.arguments(count), num_solutions=2, checkpoints=folder)
 
     import pathlib, sys
     folder = pathlib.Path(sys.argv[1])

@@ -24,16 +24,10 @@ from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.networks import multi_branch, with_precision
 from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
-from dualgap_jax.steps import example_input, tree_bytes
-from dualgap_jax.training import (
-    SCHEDULES,
-    Solution,
-    TrainingSpec,
-    memory_available,
-    optimizer,
-    scaled_learning_rate,
-    train,
-)
+from dualgap_jax.training import Solution, TrainingSpec, scaled_learning_rate, train
+from dualgap_jax.training.batches import example_input
+from dualgap_jax.training.engine import tree_bytes
+from dualgap_jax.training.plan import memory_available
 from dualgap_jax.types import BranchSource, Network
 from dualgap_jax.workdir import Workdir
 
@@ -145,10 +139,7 @@ class LandscapeSpec:
         tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
         tables.datasets.check(self.data.name, **self.data.settings)
         seeds.check(self.data.settings.get("seed", 0), "data.seed")
-        SCHEDULES.build(
-            self.training.schedule.name, max_steps=self.training.max_steps, **self.training.schedule.settings
-        )
-        optimizer(self.training)
+        self.training.arguments(self.num_branches)
 
 
 def smoke(spec: LandscapeSpec, **data: Any) -> LandscapeSpec:
@@ -218,7 +209,8 @@ def regime(spec: LandscapeSpec) -> str:
         if spec.precision != PrecisionSpec()
         else ""
     )
-    rate = f"learning rate {spec.training.learning_rate:g}{scaling}"
+    optimizer = f"{spec.training.optimizer.name}, " if spec.training.optimizer.name != "sgd" else ""
+    rate = f"{optimizer}learning rate {spec.training.learning_rate:g}{scaling}"
     return f"{spec.reduce} over branches, {settings or spec.branch.name}, {rate}{numbers}"
 
 
@@ -232,8 +224,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             training_net,
             loss,
             dataset,
-            spec.training,
-            learning_rate=scaled_learning_rate(spec.training, spec.num_branches),
+            **spec.training.arguments(spec.num_branches),
             seed=spec.seed,
             mesh=spec.mesh,
             checkpoints=workdir.checkpoints,

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from dualgap_jax.hitting.random import draw
 from dualgap_jax.hitting.runs import Order
 from dualgap_jax.losses import Loss
+from dualgap_jax.schedules import SCHEDULES, Schedule
 from dualgap_jax.sharding import over_devices
-from dualgap_jax.training import SCHEDULES, Schedule
 from dualgap_jax.types import PyTree
 
 _CHUNK = 20  # examples at a time: their features, activations and the weights of a block stay in the first caches

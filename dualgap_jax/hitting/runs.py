@@ -10,7 +10,7 @@ import numpy as np
 
 from dualgap_jax import seeds
 from dualgap_jax.config import Component, require
-from dualgap_jax.training import SCHEDULES
+from dualgap_jax.schedules import SCHEDULES
 
 Order = Literal["epochs", "independent"]
 

@@ -39,7 +39,7 @@ from dualgap_jax.hitting.weights import examples_table, full_loss, initial_weigh
 from dualgap_jax.identity import arrays_digest, function_digest, require_same, versions
 from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Metrics, Progress
-from dualgap_jax.sharding import local_devices, place
+from dualgap_jax.sharding import local_devices, share_out
 from dualgap_jax.types import PyTree
 
 _HEIGHTS = 3  # block heights are multiples of this, so that few programs are compiled
@@ -97,7 +97,7 @@ class Study:
         m, lanes, put = (
             len(chosen),
             np.resize(chosen, self.lanes),
-            functools.partial(place, devices=self.program.devices),
+            functools.partial(share_out, devices=self.program.devices),
         )
         block = put(self._load(lanes, self.height(chosen)), axes=LANES)
         states = put(jax.tree.map(lambda leaf: leaf[lanes], self.states), axes=0)
@@ -181,7 +181,7 @@ def prepare(datasets: Sequence[Dataset], loss: Loss, runs: Runs, spec: SgdSpec) 
         runs=runs,
         spec=spec,
         program=program,
-        table=place(table, devices, None),
+        table=share_out(table, devices, None),
         order_keys=run_keys(runs)[1],
         weights=initial_weights(runs, d, spec),
         states=jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], count, axis=0), program.schedule.init()),

@@ -1,0 +1,250 @@
+"""`train`: solutions of a network from independent initialisations, in memory or streamed, resumed where they stand."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+
+from dualgap_jax import optimizers, seeds
+from dualgap_jax.checkpoints import Checkpointer, Restored
+from dualgap_jax.config import require
+from dualgap_jax.data import as_dataset
+from dualgap_jax.evaluation import check_fits
+from dualgap_jax.losses import Loss, as_loss
+from dualgap_jax.metrics import Metrics
+from dualgap_jax.networks.sources import InMemory
+from dualgap_jax.registry import unknown
+from dualgap_jax.schedules import Schedule, constant
+from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, local_devices, meet
+from dualgap_jax.training import plan
+from dualgap_jax.training.engine import Engine, tree_bytes
+from dualgap_jax.training.loop import Loop
+from dualgap_jax.training.resume import begin_run, identity_of, is_over, newest
+from dualgap_jax.training.spec import Streaming
+from dualgap_jax.training.streamed import Streamed
+from dualgap_jax.training.together import Together, draw
+from dualgap_jax.types import BranchSource, KeyArray, Network, Params, State
+
+
+class Solution(NamedTuple):
+    """Where one run of SGD ended.
+
+    Attributes:
+      params, state: of the network; None when it lies on disk.
+      steps: number of steps done.
+      status: 'converged' (segment loss below the tolerance), 'plateau' (the schedule gave up), 'max_steps', or
+        'diverged' (a loss, an output in training, or in the end a parameter that is not finite).
+      batch_loss: mean mini-batch loss over the last segment (NaN when no step was done).
+      source: the network on disk, read a few branches at a time; None when it is in memory.
+    """
+
+    params: Params
+    state: State
+    steps: int
+    status: str
+    batch_loss: float
+    source: BranchSource | None = None
+
+    @property
+    def network(self) -> BranchSource:
+        """The trained network, wherever it is."""
+        return self.source if self.source is not None else InMemory(self.params, self.state)
+
+
+def solution_key(seed: int, index: int) -> KeyArray:
+    """The root key of solution `index` of an experiment with this seed.  Raises as `seeds.check` does."""
+    return jax.random.fold_in(seeds.key(seed), index)
+
+
+def train(
+    net: Network,
+    loss: Loss | Callable[..., Any],
+    data: Any,
+    optimizer: Any,
+    *,
+    schedule: Schedule | None = None,
+    batch_size: int = 128,
+    max_steps: int = 10_000,
+    check_every: int = 100,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+    num_solutions: int = 3,
+    group_size: int | None = None,
+    streaming: Streaming = "auto",
+    branch_chunk: int = 0,
+    mesh: MeshSpec | None = None,
+    checkpoints: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    metrics: Metrics | None = None,
+    report: Callable[[str], object] | None = None,
+) -> list[Solution]:
+    """Trains `num_solutions` networks from independent initialisations with any optax optimiser.
+
+    There are three ways, and size and free memory decide (`streaming` and `group_size` override).  Solutions are
+    trained together in one vmapped program when four copies of each fit in half of the memory; else one after another;
+    and a network that is too large for that too, or larger than 256 MB with its optimiser, by the streamed step
+    (`branch_step`), which needs little more than the parameters.  On a mesh of several devices the step is always the
+    streamed one.
+
+    With `checkpoints`, progress is saved under `solution_K/`, and a second call goes on from there, in the same way, so
+    that its numbers are those of an uninterrupted run bit for bit.  A network trained by the streamed step is then left
+    on disk: `Solution.source` reads it.  A mesh may change between calls; results then agree to rounding.  Network,
+    loss, data, optimiser, rate, schedule and seed are compared with those that the checkpoints were written with;
+    `max_steps` may be longer than it was, unless the schedule depends on it.
+
+    Args:
+      net: the network; see `multi_branch`.
+      loss: a loss that fits the task of the data, or a function `(outputs [batch, out], labels [batch]) -> [batch]`.
+      data: the training set, a `Dataset` or a pair of arrays `(x, y)`; see `data.from_arrays`.
+      optimizer: an `optax.GradientTransformation` with its own rate, sign and schedule, such as `optax.adamw(1e-3)`.
+        It acts on each branch alone; see `optimizers.for_network`.
+      schedule: what the optimiser's updates are multiplied by, from a look at the mean loss every `check_every` steps,
+        and when to stop; None leaves them as they are.
+      batch_size: examples a step, drawn without replacement within an epoch; 0 is the full data set.
+      max_steps: a run that has not converged by then stops with status 'max_steps'.
+      check_every: steps in a segment, between two looks of the schedule and two lines of metrics.
+      tolerance: a mean loss over a segment below this is status 'converged'.
+      seed: a whole number from 0 to 2**32 - 1, of initialisations, orders and dropout.
+      num_solutions: number of solutions, at least 1.
+      group_size: number of solutions in one program; results depend on it through rounding only.
+      streaming: 'on' takes the streamed step, 'off' never does, 'auto' decides as said above.
+      branch_chunk: branches at a time in the streamed step; 0 chooses.  Results depend on it through rounding only.
+      mesh: devices that share the branches and the batches, or the solutions; None: the solutions that are trained
+        together share the devices of this process.
+      checkpoints: folder, or None.  With several processes only the first one writes there, and all must see it.
+      checkpoint_seconds: least time between two checkpoints; one is always written at the end.
+      metrics: writer of one line a segment and solution, or None.
+      report: called with lines that say how training will go, before it starts.
+
+    Raises:
+      ConfigError: if the loss does not fit the data set, the batch is larger than it, a number is out of its range, the
+        optimiser is none or needs what a step does not have, or streamed training is asked for and cannot be (see
+        `Streamed`).
+      IdentityError: if `checkpoints` holds solutions of another run; the message names what differs.
+    """
+    loss, dataset, mesh = as_loss(loss), as_dataset(data), mesh or MeshSpec()
+    folder = Path(checkpoints) if checkpoints is not None else None
+    seeds.check(seed)
+    for name, value, least in (
+        ("batch_size", batch_size, 0),
+        ("max_steps", max_steps, 0),
+        ("check_every", check_every, 1),
+        ("num_solutions", num_solutions, 1),
+        ("group_size", 1 if group_size is None else group_size, 1),
+        ("branch_chunk", branch_chunk, 0),
+    ):
+        require(value >= least, f"{name}={value} must be at least {least}.")
+    for name, number in (("tolerance", tolerance), ("checkpoint_seconds", checkpoint_seconds)):
+        require(0 <= number < math.inf, f"{name}={number} must be at least 0 and finite.")
+    require(streaming in get_args(Streaming), unknown("value of streaming:", streaming, get_args(Streaming)))
+    check_fits(loss, dataset)
+    require(
+        batch_size <= len(dataset.y),
+        f"batch_size={batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
+    )
+    several = mesh.size > 1 or jax.process_count() > 1
+    require(
+        jax.process_count() == 1 or folder is not None,
+        "several processes hand a network on through its checkpoints; give a folder that all of them see.",
+    )
+    require(
+        not (several and streaming == "off"),
+        "training.streaming='off' trains on one device; use 'auto' with a mesh of several.",
+    )
+    transformation = optimizers.for_network(net, optimizer)
+    schedule = schedule or constant(max_steps)
+    require(0 < schedule.base < math.inf, f"learning_rate={schedule.base} must be positive and finite.")
+    marks: list[dict[str, Any]] = [{}] * num_solutions
+    found: list[Restored | None] = [None] * num_solutions
+    if folder is not None:
+        run = identity_of(
+            net,
+            loss,
+            dataset,
+            transformation,
+            schedule,
+            seed,
+            tolerance=tolerance,
+            **{"batch size": batch_size, "interval of the schedule's looks": check_every},
+        )
+        marks = [{**run, "solution": i} for i in range(num_solutions)]
+        found = [newest(folder / f"solution_{i}", mark, max_steps) for i, mark in enumerate(marks)]
+    if streaming == "on" or several:
+        choice = plan.Choice(1, True)
+    else:
+        shapes = jax.eval_shape(functools.partial(draw, net, dataset, transformation), jax.random.key(0))
+        may_stream = streaming == "auto" and net.stacked is not None
+        begun = [plan.Choice(f.meta["group_size"], f.meta["streamed"]) for f in found if f is not None]
+        choice = plan.choose(tree_bytes(shapes), num_solutions, group_size, may_stream, begun)
+    engine: Engine
+    if choice.streamed:
+        engine = Streamed(
+            net,
+            loss,
+            transformation,
+            dataset,
+            batch_size,
+            schedule=schedule,
+            mesh=mesh,
+            chunk=branch_chunk,
+            on_disk=folder is not None,
+        )
+    else:
+        devices = local_devices(min(choice.group_size, num_solutions, mesh.seed or jax.local_device_count()))
+        engine = Together(net, loss, transformation, schedule, dataset, batch_size, devices, choice.group_size)
+    loop = Loop(
+        engine=engine,
+        schedule=schedule,
+        num_examples=len(dataset.y),
+        batch_size=batch_size,
+        max_steps=max_steps,
+        check_every=check_every,
+        tolerance=tolerance,
+        checkpoint_seconds=checkpoint_seconds,
+        saves=folder is not None,
+        record=choice._asdict(),
+        metrics=metrics,
+    )
+    # Before any parameters are there: compiling what is measured takes memory that is given back.
+    all_over = all(is_over(f, max_steps) for f in found)
+    if not agreed(all_over) and (said := engine.plan(max_steps, num_solutions, folder)) and report is not None:
+        report(said)
+    solutions: list[Solution] = []
+    for first in range(0, num_solutions, choice.group_size):
+        group = range(first, min(first + choice.group_size, num_solutions))
+        folders = {i: folder / f"solution_{i}" if folder is not None else None for i in group}
+        with contextlib.ExitStack() as stack:
+            savers = {
+                i: stack.enter_context(Checkpointer(path))
+                for i, path in folders.items()
+                if path is not None and is_first_process()
+            }
+            runs = {
+                i: begin_run(
+                    i,
+                    jax.random.split(solution_key(seed, i), 3),
+                    engine,
+                    schedule,
+                    folders[i],
+                    savers.get(i),
+                    metrics,
+                    max_steps,
+                    found[i],
+                    marks[i],
+                )
+                for i in group
+            }
+            loop.run(runs, savers)
+        if folder is not None:
+            meet("the checkpoints are written")
+        for i, r in runs.items():
+            params, state, source = engine.network(r.carry, folders[i])
+            status = "max_steps" if r.status == "running" else r.status
+            solutions.append(Solution(params, state, r.steps, status, r.batch_loss, source))
+    return solutions

@@ -1,0 +1,236 @@
+"""What training will take, before it starts: memory, time, disk, and the way of training that follows from them.
+
+All numbers are estimates.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from dualgap_jax.machine import memory_field
+from dualgap_jax.networks import sum_branches
+from dualgap_jax.sharding import Layout, is_first_process
+from dualgap_jax.training.engine import tree_bytes
+from dualgap_jax.types import Network, Params, State
+
+# What a chunk of branches may take, parameters and activations: on CPU a gradient that stays in the cache is used from
+# there, and more than this is slower; on accelerators larger products are faster.
+_CHUNK_BYTES = {"cpu": 12 * 2**20}
+_CHUNK_BYTES_ACCELERATOR = 256 * 2**20
+
+COPIES = 4  # of parameters, state and optimiser that the plain step needs
+STREAM_FROM = 2**28  # bytes of these from which on the streamed step is the faster and the smaller way
+WORTH_SAYING = 10**8  # bytes of a network from which on a run says beforehand what it will take
+PROBE_BYTES = 2**25  # of parameters and optimiser, on which the time of a step is measured
+
+
+def memory_available() -> int:
+    """Bytes that this process may still take on its first device (host memory on CPU, within its control group)."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    try:
+        free = memory_field("/proc/meminfo", "MemAvailable")
+    except (OSError, KeyError, ValueError):
+        free = 8 * 2**30
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return free
+
+
+class Choice(NamedTuple):
+    """How many solutions in one program, and whether by the streamed step."""
+
+    group_size: int
+    streamed: bool
+
+
+def choose(carry: int, num_solutions: int, group_size: int | None, may_stream: bool, begun: Sequence[Choice]) -> Choice:
+    """How to train, by size and free memory; training that goes on keeps to what it was begun with, if that fits.
+
+    Args:
+      carry: bytes of parameters, state and optimiser of one solution.
+      num_solutions: number of solutions.
+      group_size: asked for, or None.
+      may_stream: whether the streamed step may be used.
+      begun: the choices that checkpoints keep.
+    """
+    if group_size is not None:
+        return Choice(group_size, False)
+    one, free = COPIES * carry, memory_available()
+    for choice in begun:
+        fits = choice.group_size == 1 or one * choice.group_size < free
+        if may_stream if choice.streamed else fits:
+            return choice
+    if may_stream and (one > free / 2 or carry >= STREAM_FROM):
+        return Choice(1, True)
+    return Choice(num_solutions if one * num_solutions < free / 2 else 1, False)
+
+
+def activation_bytes(branch: Network, params: Params, state: State, x: Any) -> int:
+    """Bytes of all that a further branch computes on a batch, an upper bound of what its gradient keeps.
+
+    Args:
+      branch: the one-branch network.
+      params, state: shapes of its own.
+      x: shape of a batch.
+    """
+
+    def total(jaxpr: Any) -> int:
+        inner = [p for eqn in jaxpr.eqns for p in jax.tree.leaves(list(eqn.params.values()))]
+        nested = sum(total(getattr(p, "jaxpr", p)) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns"))
+        own = [v.aval for eqn in jaxpr.eqns for v in eqn.outvars]
+        return nested + sum(a.size * a.dtype.itemsize for a in own if hasattr(a.dtype, "itemsize"))
+
+    def of(count: int) -> int:
+        stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), (params, state))
+        keys = jax.random.split(jax.random.key(0), count)
+
+        def run(params: Params, state: State, x: Array) -> Array:
+            return sum_branches(branch, params, state, x, keys=keys, train=True)[0]
+
+        return total(jax.make_jaxpr(run)(*stacked, x).jaxpr)
+
+    return of(2) - of(1)
+
+
+class Estimate(NamedTuple):
+    """What a run will take, before it starts.  All numbers are estimates, in bytes on one device and in seconds.
+
+    Attributes:
+      parameters: of the branches on one device, as stored.
+      optimizer: its state.
+      temporaries: what the compiled step needs besides, as the compiler says: kept pre-activations, one chunk.
+      data: the data set on the host, or one batch on a device.
+      seconds_per_step: measured on a network of two chunks and scaled to all of them.
+    """
+
+    parameters: int
+    optimizer: int
+    temporaries: int
+    data: int
+    seconds_per_step: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes in all."""
+        return self.parameters + self.optimizer + self.temporaries + self.data
+
+
+def in_memory(one: int, together: int, seconds: float | None, max_steps: int, num_solutions: int, devices: int) -> str:
+    """What a run in memory will take, as text.
+
+    Args:
+      one: bytes of parameters, state and optimiser of one solution.
+      together: solutions in one program.
+      seconds: a step of one solution, or None where that is not known.
+      max_steps, num_solutions: of the run.
+      devices: that share the solutions.
+    """
+    how = {1: "one after another", num_solutions: "together"}.get(together, f"{together} at a time")
+    each, free = COPIES * one, f"available: {_size(memory_available())}"
+    lines = [
+        f"training: {num_solutions} solutions, {how}",
+        f"  memory (estimate): {_size(each)} a solution = {_size(each * together)}; {free}",
+    ]
+    if seconds is not None:
+        lines.append(_time_line(seconds, max_steps, num_solutions, devices))
+    return "\n".join(lines)
+
+
+def streamed(
+    e: Estimate, layout: Layout, chunk: int, max_steps: int, num_solutions: int, checkpoints: Path | None
+) -> str:
+    """What a streamed run will take, as text.
+
+    Args:
+      e: memory and time of one solution on one device.
+      layout: which branches lie where.
+      chunk: branches at a time.
+      max_steps, num_solutions: of the run.
+      checkpoints: where they will be written, or None.
+    """
+    parts = {
+        "parameters": e.parameters,
+        "optimiser": e.optimizer,
+        "kept pre-activations and one chunk": e.temporaries,
+        "data": e.data,
+    }
+    memory = " + ".join(f"{_size(size)} {name}" for name, size in parts.items() if size)
+    where = "" if layout.shards == 1 else f" on each of {layout.shards} devices along 'branch'"
+    lines = [
+        f"training: streamed, {layout.num_branches:,} branches{where}, {chunk} at a time, one solution after another",
+        f"  memory (estimate): {memory} = {_size(e.memory)}; available: {_size(memory_available())}",
+        _time_line(e.seconds_per_step, max_steps, num_solutions),
+    ]
+    if e.memory > memory_available():
+        lines.append(
+            "  WARNING: that is more memory than is available; share the branches with --config.mesh.branch, or store"
+            " the parameters with --config.precision.params=bfloat16"
+        )
+    if checkpoints is not None and is_first_process():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        disk = 2 * (e.parameters + e.optimizer) * layout.shards * num_solutions
+        free = shutil.disk_usage(checkpoints).free
+        lines.append(f"  disk (estimate): {_size(disk)}, two checkpoints of each solution; available: {_size(free)}")
+        if disk > free:
+            lines.append("  WARNING: that is more than is available; give a folder on another disk with --workdir")
+    return "\n".join(lines)
+
+
+def branch_chunk(branch: Network, one: tuple[Params, State], x: Any, slots: int) -> int:
+    """As many branches at a time as the cache, or a share of an accelerator's memory, holds with their activations.
+
+    Args:
+      branch: the one-branch network.
+      one: shapes of the parameters and state of one branch.
+      x: shape of a batch.
+      slots: branches on a device.
+    """
+    each = tree_bytes(one) + activation_bytes(branch, *one, x)
+    budget = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ACCELERATOR)
+    return int(np.clip(budget // each, 1, slots))
+
+
+def seconds_of(step: Callable[[int], Any]) -> float:
+    """Seconds that `step(now)` takes, the median of three calls after a first one, which compiles or touches memory."""
+    times = []
+    for now in range(4):
+        began = time.perf_counter()
+        jax.block_until_ready(step(now))
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
+
+
+def _time_line(seconds: float, max_steps: int, num_solutions: int, devices: int = 1) -> str:
+    """What the steps will take, where solutions are shared out over some devices."""
+    total = seconds * max_steps * -(-num_solutions // devices)
+    steps = f"at most {max_steps:,} steps x {num_solutions} solutions"
+    shared = f" on {devices} devices" if devices > 1 else ""
+    return f"  time (estimate): {seconds:.3g} s a step of one solution; {steps}{shared} = {_duration(total)}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 5400
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 90
+        else f"{seconds:.0f} s"
+    )

@@ -1,0 +1,237 @@
+"""Solutions that fit in memory, several in one vmapped program, by automatic differentiation of the whole network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dualgap_jax.data import Dataset, standardise
+from dualgap_jax.losses import Loss, mean_loss
+from dualgap_jax.networks import multi_branch
+from dualgap_jax.schedules import Schedule
+from dualgap_jax.sharding import filled, over_devices, share_out
+from dualgap_jax.training import plan
+from dualgap_jax.training.batches import Batch, example_input, on_device
+from dualgap_jax.training.engine import (
+    Carry,
+    LeafReader,
+    Transformation,
+    all_finite,
+    begin,
+    item,
+    stack,
+    tree_bytes,
+    updated,
+)
+from dualgap_jax.types import BranchSource, KeyArray, Network, Params, PyTree, State
+
+
+def step(
+    net: Network,
+    loss: Loss,
+    transformation: Transformation,
+    carry: Carry,
+    x: Array,
+    y: Array,
+    rate: Array,
+    key: KeyArray,
+) -> tuple[Carry, Array]:
+    """One step on the mean loss of a standardised batch: `w + rate * update` of the transformation's update.
+
+    Returns:
+      The new carry, and the mean loss before the step: not finite if any output of the network is not.
+    """
+
+    def objective(params: Params) -> tuple[Array, State]:
+        outputs, state = net.apply(params, carry.state, x, key=key, train=True)
+        return mean_loss(loss, outputs, y), state
+
+    (value, state), gradient = jax.value_and_grad(objective, has_aux=True)(carry.params)
+    params, opt_state = updated(transformation, gradient, carry.opt_state, carry.params, rate, value)
+    return Carry(params, state, opt_state), value
+
+
+def make_segment(
+    net: Network, loss: Loss, transformation: Transformation, schedule: Schedule
+) -> Callable[..., tuple[Carry, Array]]:
+    """The compiled loop over a segment, vmapped over solutions.
+
+    Returns:
+      A function of `(carry, schedule_state, keys [S], base_rate, data, indices [S, T, batch] or None, first step, T)`
+      whose carry leaves lead with `[S, ...]`; gives the new carry and the losses `[S, T]`.  `indices=None` is the full
+      batch.
+    """
+
+    def one(
+        carry: Carry,
+        schedule_state: PyTree,
+        key: KeyArray,
+        indices: Array | None,
+        base_rate: Array,
+        data: Batch,
+        first: Array,
+        length: int,
+    ) -> tuple[Carry, Array]:
+        whole = standardise(data.x, data.mean, data.std) if indices is None else None
+
+        def body(carry: Carry, at: tuple[Array, Array | None]) -> tuple[Carry, Array]:
+            now, picked = at
+            x = standardise(data.x[picked], data.mean, data.std) if whole is None else whole
+            y = data.y if picked is None else data.y[picked]
+            rate = base_rate * schedule.rate(schedule_state, now)
+            return step(net, loss, transformation, carry, x, y, rate, jax.random.fold_in(key, now))
+
+        return lax.scan(body, carry, (first + jnp.arange(length), indices), length=length)
+
+    @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
+    def segment(
+        carry: Carry,
+        schedule_state: PyTree,
+        keys: Array,
+        base_rate: Array,
+        data: Batch,
+        indices: Array | None,
+        first: Array,
+        length: int,
+    ) -> tuple[Carry, Array]:
+        return jax.vmap(lambda c, s, k, i: one(c, s, k, i, base_rate, data, first, length))(
+            carry, schedule_state, keys, indices
+        )
+
+    return segment
+
+
+def draw(net: Network, dataset: Dataset, transformation: Transformation, key: KeyArray) -> Carry:
+    """The carry of a solution at step 0, drawn with its key."""
+    return begin(transformation, *net.init(key, example_input(dataset)))
+
+
+class Together:
+    """Several solutions in one vmapped program, a segment a call."""
+
+    stride: int | None = None
+
+    def __init__(
+        self,
+        net: Network,
+        loss: Loss,
+        transformation: Transformation,
+        schedule: Schedule,
+        dataset: Dataset,
+        batch_size: int,
+        devices: Sequence[jax.Device],
+        group_size: int,
+    ) -> None:
+        self.start = jax.jit(functools.partial(draw, net, dataset, transformation))
+        self._segment = make_segment(net, loss, transformation, schedule)
+        self._seconds = functools.partial(_seconds_per_step, net, loss, transformation, schedule, dataset, batch_size)
+        self._devices, self._group_size = devices, group_size
+        self._data = share_out(on_device(dataset), devices, None)
+        self._programs: dict[int, Callable[..., tuple[Carry, Array]]] = {}  # by the length of a segment
+
+    def template(self, key: KeyArray) -> Carry:
+        return jax.eval_shape(self.start, key)
+
+    def reader(self, is_over: bool) -> LeafReader | None:
+        del is_over
+        return None
+
+    def plan(self, max_steps: int, num_solutions: int, checkpoints: Path | None) -> str:
+        del checkpoints
+        one = tree_bytes(self.template(jax.random.key(0)))
+        if one < plan.WORTH_SAYING:
+            return ""
+        together = min(num_solutions, self._group_size)
+        return plan.in_memory(one, together, self._seconds(), max_steps, num_solutions, len(self._devices))
+
+    def join(self, carries: Sequence[Carry]) -> Carry:
+        lanes = filled(len(carries), self._devices)
+        return share_out(stack([carries[i] for i in lanes]), self._devices, 0)
+
+    def part(self, carry: Carry, lane: int) -> Carry:
+        if len(self._devices) == 1:
+            return item(carry, lane)
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf[lane])), carry)  # where everything else is
+
+    def stored(self, carry: Carry, lane: int) -> Carry:
+        return self.part(carry, lane)
+
+    def network(self, carry: Carry | None, folder: Path | None) -> tuple[Params, State, BranchSource | None]:
+        del folder
+        return (carry.params, carry.state, None) if carry is not None else (None, None, None)
+
+    def is_finite(self, carry: Carry, lane: int) -> bool:
+        return bool(all_finite(item((carry.params, carry.state), lane)))
+
+    def advance(
+        self,
+        carry: Carry,
+        schedule_state: PyTree,
+        keys: Array,
+        base_rate: float,
+        indices: np.ndarray | None,
+        first: int,
+        length: int,
+    ) -> tuple[Carry, np.ndarray]:
+        picked = jnp.asarray(indices) if indices is not None else None
+        if len(self._devices) == 1:
+            carry, losses = self._segment(carry, schedule_state, keys, base_rate, self._data, picked, first, length)
+            return carry, np.asarray(losses, np.float64)
+        count = len(keys)
+        lanes = filled(count, self._devices)
+        words = jax.random.key_data(keys)
+        mine = jax.tree.map(lambda a: np.asarray(a)[lanes], (schedule_state, words, picked))
+        carry, losses = self._program(length)(
+            carry, *share_out(mine, self._devices, 0), jnp.asarray(base_rate, float), self._data, jnp.asarray(first)
+        )
+        return carry, np.asarray(losses, np.float64)[:count]
+
+    def _program(self, length: int) -> Callable[..., tuple[Carry, Array]]:
+        """The segment with its lanes shared out over the devices."""
+        if length not in self._programs:
+
+            def segment(
+                carry: Carry, states: PyTree, words: Array, picked: PyTree, rate: Array, data: Batch, first: Array
+            ) -> tuple[Carry, Array]:
+                keys = jax.random.wrap_key_data(words)
+                return self._segment(carry, states, keys, rate, data, picked, first, length)
+
+            shared = over_devices(segment, self._devices, (0, 0, 0, 0, None, None, None), 0)
+            self._programs[length] = jax.jit(shared, donate_argnums=0)
+        return self._programs[length]
+
+
+def _seconds_per_step(
+    net: Network,
+    loss: Loss,
+    transformation: Transformation,
+    schedule: Schedule,
+    dataset: Dataset,
+    batch_size: int,
+) -> float | None:
+    """Measured on a network of a few of the branches, and scaled; None for a network that is no sum of branches."""
+    if net.stacked is None:
+        return None
+    start = functools.partial(draw, net, dataset, transformation)
+    one = tree_bytes(jax.eval_shape(start, jax.random.key(0))) / net.stacked.num_branches
+    count = int(min(max(plan.PROBE_BYTES // one, 1), net.stacked.num_branches))
+    few = multi_branch(net.stacked.branch, count)
+    segment = make_segment(few, loss, transformation, schedule)
+    key = jax.random.key(0)
+    carry, state = stack([draw(few, dataset, transformation, key)]), stack([schedule.init()])
+    batch = batch_size or len(dataset.y)
+    data = Batch(*map(jnp.asarray, (dataset.x[:batch], dataset.y[:batch], dataset.mean, dataset.std)))
+    picked = jnp.arange(batch)[None, None] if batch_size else None
+
+    def step(now: int) -> Carry:
+        nonlocal carry
+        carry, _ = segment(carry, state, key[None], 1e-3, data, picked, now, 1)
+        return carry
+
+    return plan.seconds_of(step) * net.stacked.num_branches / count
