@@ -16,7 +16,9 @@ from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, smoke
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.networks import BRANCHES
-from dualgap_jax.training import SCHEDULES, TrainingSpec
+from dualgap_jax.optimizers import OPTIMIZERS
+from dualgap_jax.schedules import SCHEDULES
+from dualgap_jax.training import TrainingSpec
 
 
 def get_config(arg=None):
@@ -32,8 +34,7 @@ def get_config(arg=None):
             batch_size=128,
             max_steps=100_000,
             learning_rate=0.01,
-            momentum=0.9,
-            nesterov=True,
+            optimizer=component(OPTIMIZERS, "sgd", momentum=0.9, nesterov=True),
             check_every=400,
             schedule=component(SCHEDULES, "plateau", patience=3),
         ),

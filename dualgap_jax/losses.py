@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Num
 
-from dualgap_jax.config import ConfigError
 from dualgap_jax.registry import Table
 
 Outputs = Float[Array, "batch out"]
@@ -35,22 +34,6 @@ class Loss(NamedTuple):
     margin: Callable[[Array, Array], Array] | None
     tau: float | None
     tasks: tuple[str, ...]
-
-
-def as_loss(given: Loss | Callable[..., Array]) -> Loss:
-    """A loss as it is, or a plain function `(outputs [batch, out], labels [batch]) -> [batch]` as one for every task.
-
-    Raises:
-      ConfigError: for anything else.
-    """
-    if isinstance(given, Loss):
-        return given
-    if not callable(given):
-        raise ConfigError(
-            f"loss={given!r} must be a Loss, such as losses.logistic(), or a function (outputs [batch, out], labels"
-            " [batch]) -> [batch]."
-        )
-    return Loss(given, None, None, ("binary", "multiclass", "regression"))
 
 
 def marked(values: Array, outputs: Array) -> Array:

@@ -27,7 +27,7 @@ class SgdSpec:
       batch_size: examples a step; 0 is the full data set.
       order: 'epochs' draws without replacement, a fresh permutation each epoch (a rest that fills no batch is left
         out); 'independent' draws every index anew.
-      schedule: an entry of `training.SCHEDULES`, per run.
+      schedule: an entry of `schedules.SCHEDULES`, per run.
       init, use_bias: as in `networks.mlp`.
       check_every: steps in a segment, between two looks at the loss on the full data and two updates of the schedule.
       stop_below: a run whose loss on the full data is at most this at a look stops there; -1 never stops so.

@@ -43,7 +43,7 @@ def with_precision(branch: Network, *, param_dtype: Any = "float32", compute_dty
     therefore trained with this wrapper, and evaluated and drawn in float32 by the plain branch, with the parameters
     `upcast`.
 
-    With bfloat16 parameters `training.step` computes the new weight in float32 and rounds it to nearest once: a change
+    With bfloat16 parameters a training step computes the new weight in float32 and rounds it to nearest once: a change
     smaller than 2^-9 of the weight is lost, and one larger than 2^-8 never is.
 
     Args:

@@ -16,8 +16,9 @@ from dualgap_jax.checkpoints import Checkpointer, Restored
 from dualgap_jax.config import require
 from dualgap_jax.data import as_dataset
 from dualgap_jax.evaluation import check_fits
-from dualgap_jax.losses import Loss, as_loss
+from dualgap_jax.losses import as_loss
 from dualgap_jax.metrics import Metrics
+from dualgap_jax.networks import as_network
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import unknown
 from dualgap_jax.schedules import Schedule, constant
@@ -29,7 +30,7 @@ from dualgap_jax.training.resume import begin_run, identity_of, is_over, newest
 from dualgap_jax.training.spec import Streaming
 from dualgap_jax.training.streamed import Streamed
 from dualgap_jax.training.together import Together, draw
-from dualgap_jax.types import BranchSource, KeyArray, Network, Params, State
+from dualgap_jax.types import BranchSource, KeyArray, Params, State
 
 
 class Solution(NamedTuple):
@@ -63,8 +64,8 @@ def solution_key(seed: int, index: int) -> KeyArray:
 
 
 def train(
-    net: Network,
-    loss: Loss | Callable[..., Any],
+    net: Any,
+    loss: Any,
     data: Any,
     optimizer: Any,
     *,
@@ -99,8 +100,8 @@ def train(
     `max_steps` may be longer than it was, unless the schedule depends on it.
 
     Args:
-      net: the network; see `multi_branch`.
-      loss: a loss that fits the task of the data, or a function `(outputs [batch, out], labels [batch]) -> [batch]`.
+      net: the network, as `multi_branch` makes it, or a Linen module or a constructor of NNX modules.
+      loss: a loss that fits the task of the data, or a plain function; see `losses.as_loss`.
       data: the training set, a `Dataset` or a pair of arrays `(x, y)`; see `data.from_arrays`.
       optimizer: an `optax.GradientTransformation` with its own rate, sign and schedule, such as `optax.adamw(1e-3)`.
         It acts on each branch alone; see `optimizers.for_network`.
@@ -123,12 +124,13 @@ def train(
       report: called with lines that say how training will go, before it starts.
 
     Raises:
+      TypeError: for what is no network, loss or data set.
       ConfigError: if the loss does not fit the data set, the batch is larger than it, a number is out of its range, the
         optimiser is none or needs what a step does not have, or streamed training is asked for and cannot be (see
         `Streamed`).
       IdentityError: if `checkpoints` holds solutions of another run; the message names what differs.
     """
-    loss, dataset, mesh = as_loss(loss), as_dataset(data), mesh or MeshSpec()
+    net, loss, dataset, mesh = as_network(net, "train"), as_loss(loss), as_dataset(data), mesh or MeshSpec()
     folder = Path(checkpoints) if checkpoints is not None else None
     seeds.check(seed)
     for name, value, least in (

@@ -1,0 +1,146 @@
+"""`train` with optimisers, losses and data as JAX users have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dualgap_jax import losses
+from dualgap_jax.config import ConfigError
+from dualgap_jax.data import Dataset
+from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.optimizers import for_network
+from dualgap_jax.training import TrainingSpec, plan, solution_key, train
+from dualgap_jax.training.engine import begin
+from dualgap_jax.training.together import step
+
+OPTIMIZERS = {
+    "adamw under a schedule": lambda: optax.adamw(optax.cosine_decay_schedule(0.05, 12), weight_decay=0.3),
+    "clipped by the norm": lambda: optax.chain(optax.clip_by_global_norm(1e-2), optax.sgd(0.5, 0.9)),
+    "muon": lambda: optax.contrib.muon(0.02),
+    "adafactor": lambda: optax.adafactor(0.02, min_dim_size_to_factor=2),
+    "a rate that follows the loss": lambda: optax.chain(
+        optax.sgd(0.3), optax.contrib.reduce_on_plateau(patience=1, factor=0.5, accumulation_size=2)
+    ),
+}
+
+
+def arrays(rng: np.random.Generator, n: int = 20, d: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Features, and three classes of a random linear rule."""
+    x = rng.normal(size=(n, d)).astype(np.float32)
+    return x, (x @ rng.normal(size=(d, 3))).argmax(1).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.usefixtures("x64")
+def test_each_branch_follows_optax_as_written_by_hand(name: str, rng: np.random.Generator) -> None:
+    (x, y), count = arrays(rng), 3
+    data = Dataset(
+        "drawn", x.astype(np.float64), y, np.zeros(4, np.float32), np.ones(4, np.float32), 3, "multiclass", {}
+    )
+    loss, optimizer = losses.logistic(), OPTIMIZERS[name]()
+    net = multi_branch(mlp((5,), 3), count)
+    (got,) = train(net, loss, data, optimizer, batch_size=0, max_steps=12, tolerance=0.0, num_solutions=1)
+    (streamed,) = train(
+        net, loss, data, optimizer, batch_size=0, max_steps=12, tolerance=0.0, num_solutions=1,
+        streaming="on", branch_chunk=2,
+    )  # fmt: skip
+
+    params, state = net.init(jax.random.split(solution_key(0, 0), 3)[0], jnp.asarray(data.x[:1]))
+
+    @jax.jit
+    def value_and_grad(params: Any) -> Any:
+        return jax.value_and_grad(
+            lambda p: jnp.mean(loss.per_example(net.apply(p, state, jnp.asarray(data.x))[0], jnp.asarray(y)))
+        )(params)
+
+    def one(tree: Any, i: int) -> Any:
+        return jax.tree.map(lambda a: a[i], tree)
+
+    states = [optimizer.init(one(params, i)) for i in range(count)]
+    update = jax.jit(optax.with_extra_args_support(optimizer).update)
+    for _ in range(12):
+        value, gradient = value_and_grad(params)
+        moved = []
+        for i in range(count):
+            updates, states[i] = update(one(gradient, i), states[i], one(params, i), value=value)
+            moved.append(optax.apply_updates(one(params, i), updates))
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
+    for found in (got, streamed):
+        assert (found.steps, found.status) == (12, "max_steps")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found.params, params)
+
+
+def test_the_optimiser_is_given_the_loss(rng: np.random.Generator) -> None:
+    def update(gradient: Any, state: Any, params: Any = None, *, value: Any) -> Any:
+        return jax.tree.map(lambda g: -value * g, gradient), state
+
+    x, y = arrays(rng)
+    net, loss = multi_branch(mlp((2,), 3), 2), losses.logistic()
+    by_loss = for_network(net, optax.GradientTransformationExtraArgs(lambda params: (), update))
+    plain = for_network(net, optax.sgd(1.0))
+    params, state = net.init(jax.random.key(0), jnp.asarray(x[:1]))
+    arguments = (jnp.asarray(x), jnp.asarray(y), jnp.asarray(1.0), jax.random.key(0))
+    scaled, value = step(net, loss, by_loss, begin(by_loss, params, state), *arguments)
+    once, _ = step(net, loss, plain, begin(plain, params, state), *arguments)
+    jax.tree.map(
+        lambda w, a, b: np.testing.assert_allclose(a - w, value * (b - w), rtol=1e-4, atol=1e-6),
+        params,
+        scaled.params,
+        once.params,
+    )
+
+
+def test_a_function_is_a_loss_and_a_pair_of_arrays_is_data(rng: np.random.Generator) -> None:
+    x, y = arrays(rng)
+    net, settings = multi_branch(mlp((3,), 3), 2), {"batch_size": 5, "max_steps": 6, "num_solutions": 1}
+    (got,) = train(net, optax.softmax_cross_entropy_with_integer_labels, (x, y), optax.adam(1e-2), **settings)
+    (expected,) = train(net, losses.logistic(), (x, y), optax.adam(1e-2), **settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (0.1, r"Write optax\.sgd\(rate\)"),
+        (optax.cosine_decay_schedule(0.1, 10), r"goes into an optimizer"),
+        (TrainingSpec(), r"is no optax\.GradientTransformation"),
+        (optax.lbfgs(), "a training step does not have"),
+    ],
+)
+def test_what_is_no_optimiser_is_refused_in_words(given: Any, words: str, rng: np.random.Generator) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(multi_branch(mlp((3,), 3), 2), losses.logistic(), arrays(rng), given, batch_size=5, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"check_every": 0}, "check_every=0 must be at least 1"),
+        ({"max_steps": -1}, "max_steps=-1 must be at least 0"),
+        ({"tolerance": float("nan")}, "tolerance=nan must be at least 0 and finite"),
+        ({"batch_size": 21}, "batch_size=21 exceeds the 20 examples"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: Any, words: str, rng: np.random.Generator) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(multi_branch(mlp((3,), 3), 2), losses.logistic(), arrays(rng), optax.sgd(0.1), **settings)
+
+
+def test_large_networks_are_streamed_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "memory_available", lambda: 2**50)
+    below, at = plan.STREAM_FROM - 1, plan.STREAM_FROM
+    assert plan.choose(below, 3, None, True, []) == plan.Choice(3, False)
+    assert plan.choose(at, 3, None, True, []) == plan.Choice(1, True)
+    assert plan.choose(at, 3, None, False, []) == plan.Choice(3, False)
+    assert plan.choose(at, 3, 2, True, []) == plan.Choice(2, False)
+    assert plan.choose(at, 3, None, True, [plan.Choice(3, False)]) == plan.Choice(3, False)  # as it was begun
+    monkeypatch.setattr(plan, "memory_available", lambda: 8 * below)
+    assert plan.choose(below, 3, None, True, []) == plan.Choice(1, False)
+    monkeypatch.setattr(plan, "memory_available", lambda: 7 * below)
+    assert plan.choose(below, 3, None, True, []) == plan.Choice(1, True)
