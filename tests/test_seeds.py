@@ -11,12 +11,13 @@ import optax
 import pytest
 
 import dualgap_jax
-from dualgap_jax import branches, data, losses, seeds, shapley_folkman, training
+from dualgap_jax import data, losses, networks, seeds, training
 from dualgap_jax.config import ConfigError
 from dualgap_jax.duality import problem, search
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.linear_dual import LinearDualSpec, random_matrices
+from dualgap_jax.shapley_folkman.sets import random_discs
 
 REFUSED = [-1, 2**32, 2**40, 2**64, 10**30, -(2**31), 0.0, 1.5, float("nan"), True, None, "1", np.float64(3)]
 
@@ -48,13 +49,13 @@ def test_numpy_integers_are_seeds(kind: Any) -> None:
 def one_branch_problem(seed: int) -> Any:
     sample = data.synthetic_relu(n=8, d=2, seed=1)
     return problem.branch_problem(
-        branches.mlp(hidden=(1,), out=1, use_bias=False), sample, tau=1.0, radius=1.0, seed=seed
+        networks.mlp(hidden=(1,), out=1, use_bias=False), sample, tau=1.0, radius=1.0, seed=seed
     )
 
 
 ENTRIES: dict[str, Callable[[int], Any]] = {
     "train": lambda seed: training.train(
-        dualgap_jax.multi_branch(branches.mlp(hidden=(2,), out=1), 2),
+        dualgap_jax.multi_branch(networks.mlp(hidden=(2,), out=1), 2),
         losses.binary_hinge(),
         data.synthetic_relu(n=8, seed=1),
         optax.sgd(0.1),
@@ -64,7 +65,7 @@ ENTRIES: dict[str, Callable[[int], Any]] = {
     ),
     "data": lambda seed: data.synthetic_relu(n=8, seed=seed),
     "teacher": lambda seed: data.relu_teacher(seed=seed),
-    "discs": lambda seed: shapley_folkman.random_discs(seed=seed),
+    "discs": lambda seed: random_discs(seed=seed),
     "matrices": lambda seed: random_matrices(seed=seed),
     "problem": one_branch_problem,
     "search": lambda seed: search.search(one_branch_problem(0), np.linspace(0, 1, 5), search.SearchSpec(), seed=seed),
