@@ -48,7 +48,6 @@ GROUPS = {
         "sharding",
         "evaluation",
         "training",
-        "evaluation",
         "landscape",
         "hitting",
         "duality",
