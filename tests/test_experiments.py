@@ -26,7 +26,6 @@ from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
 from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.files import load_json, load_npz
-from dualgap_jax.identity import IdentityError
 from dualgap_jax.metrics import read_metrics
 from dualgap_jax.networks import BRANCHES, from_functions
 from dualgap_jax.networks.sources import InMemory
@@ -512,7 +511,7 @@ def test_a_run_does_not_go_on_with_other_images(
         with pytest.raises(KeyboardInterrupt):
             run(spec, tmp_path / "w")
     moved = dataclasses.replace(spec, data=Component("mnist", {"num_examples": 20, "data_dir": str(other)}))
-    with pytest.raises(IdentityError, match="solution_0 holds another run: the data differs"):
+    with pytest.raises(WorkdirError, match=r"the data are not those that the run in .* was begun with"):
         run(moved, tmp_path / "w")
     run(spec, tmp_path / "w")
 
