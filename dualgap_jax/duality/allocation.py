@@ -206,7 +206,7 @@ METHODS = ("auto", "group", "dynamic program", "squaring", "vertices")
 def allocate(
     budgets: Sequence[np.ndarray],
     values: Sequence[np.ndarray],
-    budget: int | float,
+    budget: Any,
     counts: Sequence[int],
     *,
     method: str = "auto",

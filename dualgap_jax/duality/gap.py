@@ -69,8 +69,8 @@ def gap_from_value_function(budgets: Any, values: Any, budget: Any, num_branches
     (0.633333, 0.5, 0.133333)
     """
     b, v, counts = as_classes(budgets, values, num_branches)
-    allocation = allocate(b, v, budget, counts, method=method)
     limit = number("budget K", budget, infinite=True)
+    allocation = allocate(b, v, limit, counts, method=method)
     dual = dual_by_envelope(b, v, limit, counts)
     problem = in_units(b, v, limit, counts)
     # Between the points of the grid v is at least its value at the next one.

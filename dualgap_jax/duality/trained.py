@@ -116,6 +116,7 @@ def train_constrained(
     net = multi_branch(problem.branch, num_branches)
     x, y = jnp.asarray(problem.x, jnp.float32), jnp.asarray(dataset.y)
     rate = spec.learning_rate * num_branches * problem.tau
+    rate = rate if rate < float(np.finfo(np.float32).max) else math.inf
     batch = min(spec.batch_size, len(y))
     inner, radius = budget * (1 - 1e-6), problem.radius * (1 - 1e-6)
 

@@ -240,6 +240,10 @@ def verdicts(
     rows = []
     for row in counts:
         branches = as_counts(row)
+        if len(branches) != len(instance.functions):
+            raise ValueError(
+                f"counts {branches} for {len(instance.functions)} classes of branches; give each class its number."
+            )
         total = sum(branches)
         upper = instance.allocation(branches)
         dual = instance.dual_lower(branches)
