@@ -23,7 +23,17 @@ from scipy.optimize import minimize
 from dualgap_jax import config, experiments, figures
 from dualgap_jax.config import Component, Config, ConfigError
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality import branch_and_bound, closed_forms, deltas, gap, intervals, problem, search, trained
+from dualgap_jax.duality import (
+    branch_and_bound,
+    closed_forms,
+    deltas,
+    gap,
+    intervals,
+    problem,
+    search,
+    theorem,
+    trained,
+)
 from dualgap_jax.duality.allocation import METHODS, allocate
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.envelope import dual_by_envelope, envelope, lagrangian
@@ -945,7 +955,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
         fresh_samples=0,
         trained=TrainedSpec(num_branches=(1, 2), steps=3, seeds=2),
     )
-    searched, trained, real_search, real_trained = [], [], module.search, module._trained
+    searched, trained, real_search, real_trained = [], [], theorem.search, module._trained
 
     def counted_search(*args: Any, **settings: Any) -> Any:
         searched.append(1)
@@ -957,7 +967,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return real_trained(*args)
 
-    monkeypatch.setattr(module, "search", counted_search)
+    monkeypatch.setattr(theorem, "search", counted_search)
     monkeypatch.setattr(module, "_trained", counted_training)
     chosen = Config("duality_gap", spec)
     with pytest.raises(KeyboardInterrupt):

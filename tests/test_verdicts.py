@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dualgap_jax.config import Component, Config
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import (
     BoundSpec,
+    Effort,
     SearchSpec,
     ValueFunction,
     Verdict,
@@ -25,10 +27,12 @@ from dualgap_jax.duality import (
     closed_forms,
     deltas,
     search,
+    theorem1,
     verdicts,
 )  # fmt: skip
 from dualgap_jax.duality.margins import margin_bound
 from dualgap_jax.duality.problem import Problem, subject_of
+from dualgap_jax.duality.theorem import _dual_effort
 from dualgap_jax.duality.trained import TrainedSpec, train_constrained
 from dualgap_jax.duality.values import proven
 from dualgap_jax.duality.verdict import Instance
@@ -319,6 +323,48 @@ def test_points_outside_w_by_a_rounding_are_moved_inside(rng: np.random.Generato
             deltas.combination(solved.problem, solved.function, w[None], weights)
 
 
+# --- in one call ------------------------------------------------------------------------------------------------------
+
+
+def test_one_call_takes_the_best_route(rng: np.random.Generator) -> None:
+    """The cells of a ReLU unit; branch and bound; a search; each with the status that it deserves."""
+    plane, line = points(rng, 12, 2), points(rng, 5, 1)
+    small = Effort(search=TINY, bound=BoundSpec(5e-2, 3000), dual=BoundSpec(1e-1, 3000))
+    for branch, sample, method, status in (
+        (mlp((1, 1), 1, use_bias=False), plane, "ReLU cells", "certified"),
+        (mlp((3, 2), 1, activation="identity", use_bias=False), plane, "singular value", "certified"),
+        (mlp((1, 1), 1, activation="tanh", use_bias=False), line, "branch and bound", "certified"),
+        (mlp((2, 2), 1, use_bias=False), plane, "search", "estimated"),
+        (mlp((2,), 1), plane, "search", "estimated"),
+    ):
+        longest = float(np.linalg.norm(sample.x, axis=1).max())
+        one = branch_problem(branch, sample, tau=1.01 * mlp_output_bound(3, 1.5, longest), radius=1.5)
+        found = theorem1(one, 0.9, (1, 4), points=33, effort=small)
+        assert method in found.function.method
+        assert [row.status for row in found.rows] == [status] * 2
+        assert [row.num_branches for row in found.rows] == [1, 4]
+        unbiased = all(leaf.ndim == 2 for leaf in jax.tree.leaves(one.template))
+        assert {row.objective for row in found.rows} == {"hinge" if unbiased else "unclipped hinge"}
+        assert all(row.verdict in (("verified", "undecided") if status == "certified" else ("undecided",))
+                   for row in found.rows)  # fmt: skip
+    with pytest.raises(ValueError, match="closed_form"):
+        theorem1(one, 0.9, 1, effort=Effort("closed_form"))
+    with pytest.raises(ValueError, match="route"):
+        theorem1(one, 0.9, 1, effort=Effort("magic"))
+
+
+def test_sup_d_is_as_sharp_as_the_largest_number_of_branches_needs(rng: np.random.Generator) -> None:
+    sample = points(rng, 4, 1)
+    one = branch_problem(
+        mlp((1,), 1, activation="tanh", use_bias=False), sample, tau=1.01 * mlp_output_bound(2, 2.0, 3.0), radius=2.0
+    )
+    function = search.search(one, one.grid(33), TINY, dtype=np.float64)
+    loose = BoundSpec(0.5, 100)
+    needed = [_dual_effort(loose, one, function, count).tolerance for count in (1, 10, 1000)]
+    best = deltas.best_lower_bound(one, function).delta
+    assert needed == pytest.approx([min(0.5, 0.2 / count * best) for count in (1, 10, 1000)])
+
+
 # --- the checker ------------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +434,7 @@ def test_the_checker_knows_where_the_middle_of_a_combination_lies(power: float, 
 def spec(**change: Any) -> DualityGapSpec:
     small: dict[str, Any] = {
         "data": Component("synthetic_relu", {"n": 20, "d": 2}), "num_branches": (1, 10), "grid": 33, "search": TINY,
-        "trained": TrainedSpec(num_branches=(1, 2), steps=5, seeds=3),
+        "trained": TrainedSpec(num_branches=()),
     }  # fmt: skip
     return DualityGapSpec(**{**small, **change})
 
@@ -432,7 +478,7 @@ def test_a_run_that_diverged_is_never_the_best(rng: np.random.Generator) -> None
 
 def test_linear_branches_have_neither_gap_nor_delta(tmp_path: Any) -> None:
     branch = Component("mlp", {"hidden": (), "use_bias": False, "activation": "identity"})
-    chosen = spec(branch=branch, fresh_samples=2, trained=TrainedSpec(num_branches=()))
+    chosen = spec(branch=branch, fresh_samples=2)
     report, folder, _ = experiments.run(Config("duality_gap", chosen), workdir=tmp_path / "w")
     record = load_json(folder.results / "duality_gap.json")
     assert all(row["normalized_gap"] is None or row["normalized_gap"] < 1e9 for row in record["rows"])

@@ -1,15 +1,17 @@
 """Theorem 1, computed and certified: value functions of one branch, and the duality gap for any number of branches.
 
     problem = duality.branch_problem(branch, dataset, tau=5.0, radius=2.0)         # g, h and W of one branch
+    found = duality.theorem1(problem, budget, [1, 10, 1000])                       # all of what follows
+
     function = duality.search.search(problem, problem.grid(1025))                  # v on a grid: estimated
     function = duality.certify(problem, function)                                  # and proven, for few parameters
     delta = duality.deltas.best_lower_bound(problem, function)                     # a convex combination of weights
-    rows = duality.verdicts([function], budget, [1, 10, 1000], delta_lower=delta)
-    duality.verify_gap.check(function, rows[0], ...)                               # in rational numbers
+    rows = duality.verdicts(function, budget, [1, 10, 1000], delta_lower=delta)    # certified, estimated
 
 `gap` and `verdict` compute from value functions alone (over `units`, `envelope`, `allocation` and `min_plus`);
-`problem`, `search`, `branch_and_bound` (over `intervals`) and `closed_forms` find them; `deltas` bounds Delta,
-`margins` decides Assumption 1; `trained` and `population` compare with SGD and with fresh samples.
+`problem`, `search`, `branch_and_bound` (over `intervals`) and `closed_forms` find them; `deltas` bounds Delta, and
+`margins` decides Assumption 1; `verify_gap` proves the numbers of a record again, in rational numbers; `trained` and
+`population` compare with SGD and with fresh samples.
 """
 
 from dualgap_jax.duality.allocation import Allocation, allocate
@@ -18,15 +20,18 @@ from dualgap_jax.duality.gap import Gap, branch_weights, gap_from_value_function
 from dualgap_jax.duality.problem import Problem, branch_problem
 from dualgap_jax.duality.risk import primal_risk
 from dualgap_jax.duality.search import SearchSpec
+from dualgap_jax.duality.theorem import Effort, Theorem, theorem1
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Verdict, verdicts
 
 __all__ = [
     "Allocation",
     "BoundSpec",
+    "Effort",
     "Gap",
     "Problem",
     "SearchSpec",
+    "Theorem",
     "ValueFunction",
     "Verdict",
     "allocate",
@@ -35,5 +40,6 @@ __all__ = [
     "certify",
     "gap_from_value_function",
     "primal_risk",
+    "theorem1",
     "verdicts",
 ]

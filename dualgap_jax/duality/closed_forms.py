@@ -90,11 +90,11 @@ def homogeneous_value_function(
         raise ValueError(f"degree={degree}, but kappa is that of {kappa.degree} weight matrices.")
     most = radius**power
     budgets = frozen("budgets", budgets)
-    if budgets[0] != 0 or abs(budgets[-1] - most) > 1e-12 * most:
+    if budgets[0] != 0 or abs(budgets[-1] - most) > 4 * _EPS * most:
         raise ValueError(f"the grid must run from 0 to {most:.6g}, it runs from {budgets[0]:.6g} to {budgets[-1]:.6g}.")
     exponent = degree / power
     shape = budgets**exponent
-    margin = 8 * _EPS * (abs(offset) + kappa.upper * most**exponent)
+    margin = 8 * _EPS * (abs(offset) + (1 + exponent) * kappa.upper * most**exponent)
 
     def lagrangian(lam: float) -> float:
         # Concave for exponent >= 1: the least value is at an end.  Else convex with one stationary point.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ import numpy as np
 from jaxtyping import Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.duality.problem import Problem, program_of
+from dualgap_jax.duality.problem import Problem
+from dualgap_jax.identity import function_digest
 from dualgap_jax.networks import mlp, mlp_output_bound
 
 CONTRACTIONS = ("relu", "leaky_relu", "identity", "tanh")  # |psi(a)| <= |a|
 
 
 def mlp_problem(
-    x: Float64[np.ndarray, "n d"],
+    x: Float64[np.ndarray, "n ..."],
     c: Float64[np.ndarray, "n out"],
     *,
     tau: int | float,
@@ -53,20 +55,33 @@ def mlp_margin(x: np.ndarray, c: np.ndarray, layers: int, radius: int | float) -
     return scale * mlp_output_bound(layers, radius, largest) * (1 + 1e-12)
 
 
-def margin_bound(problem: Problem) -> float | None:
-    """A proven bound on the margins over W, where the branch is a bias-free mlp with a known activation; else None.
+class Recognised(NamedTuple):
+    """What a branch is: a bias-free mlp with hidden layers of these widths, and the name of its activation."""
 
-    The branch is recognised by its program, not by what it is called.
+    widths: tuple[int, ...]
+    activation: str
+
+
+def recognise(problem: Problem) -> Recognised | None:
+    """What the branch is, if it is a bias-free mlp whose activation is a contraction; else None.
+
+    It is known by the program of its outputs, not by what it is called.
     """
     leaves = jax.tree.leaves(problem.template)
-    if not leaves or any(leaf.ndim != 2 for leaf in leaves) or problem.x.ndim != 2:
+    if not leaves or any(leaf.ndim != 2 for leaf in leaves) or leaves[-1].shape[0] != problem.c.shape[1]:
         return None
     widths = tuple(int(leaf.shape[0]) for leaf in leaves[:-1])
-    if leaves[-1].shape[0] != problem.c.shape[1]:
-        return None
-    program = program_of(problem)
-    for activation in CONTRACTIONS:
-        like = mlp_problem(problem.x, problem.c, tau=problem.tau, widths=widths, activation=activation)
-        if like.size == problem.size and program_of(like) == program:
-            return mlp_margin(problem.x, problem.c, len(leaves), problem.radius)
+    arguments = [jax.ShapeDtypeStruct((problem.size,), jnp.float64), jax.ShapeDtypeStruct(problem.x.shape, jnp.float64)]
+    with jax.enable_x64(True):
+        program = function_digest(problem.outputs, *arguments)
+        for activation in CONTRACTIONS:
+            like = mlp_problem(problem.x, problem.c, tau=problem.tau, widths=widths, activation=activation)
+            if like.size == problem.size and function_digest(like.outputs, *arguments) == program:
+                return Recognised(widths, activation)
     return None
+
+
+def margin_bound(problem: Problem) -> float | None:
+    """A proven bound on the margins over W, where the branch is a bias-free mlp with a known activation; else None."""
+    known = recognise(problem)
+    return None if known is None else mlp_margin(problem.x, problem.c, len(known.widths) + 1, problem.radius)

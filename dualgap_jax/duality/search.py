@@ -25,6 +25,7 @@ from jaxtyping import Array, Float64
 from dualgap_jax import seeds
 from dualgap_jax.config import require
 from dualgap_jax.duality.closed_forms import Kappa
+from dualgap_jax.duality.margins import margin_bound
 from dualgap_jax.duality.problem import ByIdentity, Problem, rounding, values_at
 from dualgap_jax.duality.values import ValueFunction, frozen
 from dualgap_jax.metrics import Progress
@@ -214,7 +215,9 @@ def search(
     upper, points = values[np.arange(m), chosen], fine[np.arange(m), chosen]
     upper, points = monotone(upper, points)
     upper = upper + rounding(problem) * float(top + 1) * (1 + float(np.abs(upper).max()))
-    return ValueFunction(budgets, upper, upper, f"search, {count} x {spec.starts} starts", points)
+    margin = margin_bound(problem)
+    share = None if margin is None else margin / problem.tau
+    return ValueFunction(budgets, upper, upper, f"search, {count} x {spec.starts} starts", points, margin=share)
 
 
 def local_minima(
@@ -248,10 +251,12 @@ def kappa_by_search(
     *,
     seed: int = 0,
     dtype: Any = np.float32,
+    degree: int | None = None,
 ) -> Kappa:
     """kappa of a positively homogeneous branch from the best of `budgets * starts` particles on the unit ball.
 
-    The lower bound is the value of a point; that it is the largest is not proven: the status is 'estimated'.
+    The lower bound is the value of a point; that it is the largest is not proven: the status is 'estimated'.  `degree`
+    is L, where it is known.
     """
     rng = seeds.generator(seed)
     starts = rng.standard_normal((1, spec.budgets * spec.starts, problem.size))
@@ -266,4 +271,6 @@ def kappa_by_search(
     kappa = max(0.0, problem.offset - float(values_at(problem, best[None])[0]) - margin)
     if not math.isfinite(kappa):
         raise ValueError("the branch's outputs are not finite on the unit ball; its value function is undefined.")
-    return Kappa(kappa, kappa, best, f"search, {spec.budgets * spec.starts} starts")
+    largest = margin_bound(problem._replace(radius=1.0))
+    share = None if largest is None else largest / problem.tau
+    return Kappa(kappa, kappa, best, f"search, {spec.budgets * spec.starts} starts", degree, share)

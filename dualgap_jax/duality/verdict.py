@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.duality.allocation import Allocation, Path, solve
+from dualgap_jax.duality.allocation import METHODS, Allocation, Path, solve
 from dualgap_jax.duality.deltas import Combination, belongs
 from dualgap_jax.duality.envelope import dual_on_edges, multipliers
 from dualgap_jax.duality.units import Spread, as_counts, in_units, spread_of, whole_units
 from dualgap_jax.duality.values import BUDGET_SLACK, Status, ValueFunction, number
+from dualgap_jax.registry import unknown
 
 Outcome = Literal["verified", "refuted", "undecided"]
 Objective = Literal["hinge", "unclipped hinge"]
@@ -41,8 +42,9 @@ class Verdict(NamedTuple):
       delta_lower, delta_upper: bounds on the worst Delta_i.
       normalized_gap: `gap_upper / delta_lower`; None where delta_lower is 0.
       bound: 2 / I.
-      objective: 'hinge' where Assumption 1 is proven, so that the numbers are those of problem (2) with the tau-hinge;
-        else 'unclipped hinge', `E(1 - y f / tau)`, which may be negative where a hinge is not.
+      objective: 'hinge' where a bound on the margins lies below tau (Assumption 1; proven if the status is), so that
+        the numbers are those of problem (2) with the tau-hinge; else 'unclipped hinge', `E(1 - y f / tau)`, which may
+        be negative where a hinge is not.
       status: 'certified' if every bound is proven, for the objective named; 'estimated' if one rests on a search or on
         a number that was given.
       verdict: 'verified' if the bounds are certified for the hinge and `gap_upper <= (2 / I) delta_lower`, a proof for
@@ -140,6 +142,8 @@ class Instance:
             functions = [functions]
         if not functions or not all(isinstance(f, ValueFunction) for f in functions):
             raise ValueError("give the value functions of the classes of branches, one `ValueFunction` each.")
+        if method not in METHODS:
+            raise ValueError(unknown("method", method, METHODS))
         self.functions, self.budget, self.method = list(functions), number("budget K", budget, infinite=True), method
         self.grids = [f.budgets for f in functions]
         self.uppers = [f.upper for f in functions]
@@ -211,7 +215,7 @@ def _delta(functions: Sequence[ValueFunction], given: Any) -> tuple[float, float
 def verdicts(
     functions: Sequence[ValueFunction] | ValueFunction,
     budget: Any,
-    counts: Sequence[Any],
+    counts: Any,
     *,
     delta_lower: Any,
     method: str = "auto",
@@ -236,9 +240,9 @@ def verdicts(
     low, high, proven_delta = _delta(instance.functions, delta_lower)
     certified = instance.certified and proven_delta
     margins = [f.margin for f in instance.functions]
-    hinge = instance.certified and all(margin is not None and margin < 1 for margin in margins)
+    hinge = all(margin is not None and margin < 1 for margin in margins)
     rows = []
-    for row in counts:
+    for row in [counts] if isinstance(counts, int | np.integer) else counts:
         branches = as_counts(row)
         if len(branches) != len(instance.functions):
             raise ValueError(

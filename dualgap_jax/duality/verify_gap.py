@@ -115,7 +115,9 @@ class Checker:
         """What the combination proves."""
         points, weights = (np.asarray(a, np.float64).tolist() for a in (self._of.points, self._of.weights))
         shares = [Fraction(a) for a in weights]
-        if not self._bounded or min(shares, default=Fraction(-1)) < 0 or _sum(shares) <= 0:
+        if not self._bounded:
+            raise NotProvenError("a lower bound on v is infinite, so that nothing follows about Delta.")
+        if min(shares, default=Fraction(-1)) < 0 or _sum(shares) <= 0:
             raise NotProvenError("the combination has negative weights, or none.")
         shares = [a / _sum(shares) for a in shares]
         exact = [[Fraction(x) for x in row] for row in points]

@@ -7,20 +7,21 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dualgap_jax import figures, seeds
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality import closed_forms, deltas, population, verify_gap
+from dualgap_jax.duality import deltas, population, verify_gap
 from dualgap_jax.duality.allocation import Allocation
-from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, certify
+from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.margins import CONTRACTIONS
 from dualgap_jax.duality.problem import Problem, branch_problem
 from dualgap_jax.duality.risk import Risk, primal_risk
-from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
+from dualgap_jax.duality.search import SearchSpec
+from dualgap_jax.duality.theorem import HOMOGENEOUS, Effort, Route, find_delta, value_function
 from dualgap_jax.duality.trained import TrainedSpec, train_constrained
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
@@ -31,8 +32,6 @@ from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import mlp_output_bound
 from dualgap_jax.workdir import Workdir
-
-HOMOGENEOUS = ("relu", "leaky_relu", "identity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ class DualityGapSpec:
     budget_share: float = 0.381966
     num_branches: tuple[int, ...] = (1, 2, 3, 5, 10, 30, 100, 1000, 10_000, 100_000)
     grid: int = 4097
-    route: Literal["auto", "closed_form", "bound", "search"] = "auto"
+    route: Route = "auto"
     search: SearchSpec = SearchSpec()
     bound: BoundSpec = BoundSpec(1e-3, 300_000)
     dual_bound: BoundSpec = BoundSpec(1e-8, 300_000)
@@ -141,54 +140,11 @@ def _setup(spec: DualityGapSpec, tables: Tables, dataset: Dataset, tau: float | 
     return _Setup(problem, loss, bound)
 
 
-def value_function(spec: DualityGapSpec, problem: Problem, *, quick: bool = False) -> ValueFunction:
-    """The value function by the route of the spec.
-
-    Args:
-      spec: the settings.
-      problem: the one-branch problem.
-      quick: without branch and bound, a quarter of the starts; for repetitions on fresh samples.
-    """
-    route = spec.route
-    if route == "auto":
-        route = "closed_form" if is_homogeneous(spec.branch) else ("bound" if problem.size <= 4 else "search")
-    budgets = problem.grid(spec.grid)
-    if route == "closed_form":
-        hidden = _hidden(spec.branch)
-        kappa = _kappa(spec, problem, hidden)
-        return closed_forms.homogeneous_value_function(
-            kappa,
-            degree=len(hidden) + 1,
-            power=spec.power,
-            radius=spec.radius,
-            budgets=budgets,
-            offset=problem.offset,
-        )
-    effort = dataclasses.replace(spec.search, starts=max(1, spec.search.starts // 4)) if quick else spec.search
-    small = problem.size <= MAX_PARAMETERS
-    dtype = np.float64 if small else np.float32
-    found = search(problem, budgets, effort, seed=spec.seed, dtype=dtype, label="search")
-    if route == "search" or quick:
-        return found
-    return certify(problem, found, spec.bound, dual=_dual_effort(spec, problem, found), label="branch and bound")
-
-
-def _dual_effort(spec: DualityGapSpec, problem: Problem, found: ValueFunction) -> BoundSpec:
-    """How sharp sup(D) has to be: at most a tenth of `(2 / I) Delta` at the largest I, where it is least."""
-    needed = 0.2 / max(spec.num_branches) * deltas.best_lower_bound(problem, found).delta
-    tolerance = min(spec.dual_bound.tolerance, needed) if needed > 0 else spec.dual_bound.tolerance
-    return dataclasses.replace(spec.dual_bound, tolerance=max(tolerance, 1e-14))
-
-
-def _kappa(spec: DualityGapSpec, problem: Problem, hidden: tuple[int, ...]) -> closed_forms.Kappa:
-    x = problem.x.reshape(len(problem.x), -1)
-    activation = spec.branch.settings.get("activation", "relu")
-    if activation == "identity":
-        return closed_forms.kappa_linear(x, problem.c, tau=problem.tau, widths=hidden)
-    narrow = len(hidden) == 1 or (hidden and max(hidden) == 1)
-    if activation == "relu" and problem.c.shape[1] == 1 and x.shape[1] <= 3 and narrow:
-        return closed_forms.kappa_relu_chain(x, problem.c[:, 0], tau=problem.tau, widths=hidden)
-    return kappa_by_search(problem, spec.search, seed=spec.seed)
+def _value_function(spec: DualityGapSpec, problem: Problem, *, quick: bool = False) -> ValueFunction:
+    """The value function by the route of the spec."""
+    effort = Effort(spec.route, spec.search, spec.bound, spec.dual_bound)
+    most = max(spec.num_branches)
+    return value_function(problem, spec.grid, effort, num_branches=most, seed=spec.seed, quick=quick, label="")
 
 
 def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Tables) -> Report:
@@ -197,10 +153,9 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     confirm_data(workdir, [(d.x, d.y, d.mean, d.std) for d in (dataset, *fresh)], info=dataset.info)
     setup = _setup(spec, tables, dataset)
     problem = setup.problem
-    function = _remembered(workdir, lambda: value_function(spec, problem))
+    function = _remembered(workdir, lambda: _value_function(spec, problem))
     budget = float(function.budgets[max(1, round(spec.budget_share * (spec.grid - 1)))])
-    cloud = local_minima(problem, spec.search, seed=spec.seed) if problem.size <= 64 else None
-    delta = deltas.best_lower_bound(problem, function, cloud)
+    delta = find_delta(problem, function, spec.search, seed=spec.seed)
     found = verdicts(function, budget, spec.num_branches, delta_lower=delta)
     instance = Instance([function], budget)
     allocations = [instance.allocation([n]) for n in spec.num_branches]
@@ -392,7 +347,7 @@ def _population(
     with Progress(len(fresh), "fresh samples") as line:
         for k, sample in enumerate(fresh):
             one = _setup(spec, tables, sample, tau=setup.problem.tau).problem
-            f = value_function(spec, one, quick=True)
+            f = _value_function(spec, one, quick=True)
             delta = max(deltas.on_segment(one, f).delta, deltas.from_envelope(one, f).delta)
             gaps.append([row.gap_upper for row in verdicts(f, budget, spec.num_branches, delta_lower=0.0)])
             lowers.append(delta)

@@ -1,0 +1,168 @@
+"""Theorem 1 in one call: the value function by the best route there is, Delta, and the verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dualgap_jax.duality import closed_forms, deltas
+from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, certify
+from dualgap_jax.duality.margins import recognise
+from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
+from dualgap_jax.duality.units import as_counts
+from dualgap_jax.duality.values import ValueFunction
+from dualgap_jax.duality.verdict import Verdict, verdicts
+from dualgap_jax.registry import unknown
+
+Route = Literal["auto", "closed_form", "bound", "search"]
+ROUTES = ("auto", "closed_form", "bound", "search")
+HOMOGENEOUS = ("relu", "leaky_relu", "identity")
+_BOUND_UP_TO = 4  # parameters for which 'auto' chooses branch and bound
+_CLOUD_UP_TO = 64  # parameters for which local minima are looked for, for Delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How a value function is found.
+
+    Attributes:
+      route: 'closed_form' (a bias-free mlp with a positively homogeneous activation), 'bound' (branch and bound),
+        'search', or 'auto': the first of them that applies, 'bound' up to 4 parameters.
+      search: how hard to search.
+      bound: how far branch and bound goes for the value function.
+      dual: how far for Q at the multiplier; its tolerance is lowered where the largest I needs it.
+
+    Raises:
+      ValueError: for an unknown route.
+    """
+
+    route: str = "auto"
+    search: SearchSpec = SearchSpec()
+    bound: BoundSpec = BoundSpec(1e-3, 300_000)
+    dual: BoundSpec = BoundSpec(1e-8, 300_000)
+
+    def __post_init__(self) -> None:
+        if self.route not in ROUTES:
+            raise ValueError(unknown("route", self.route, ROUTES))
+
+
+class Theorem(NamedTuple):
+    """What `theorem1` found: the value function, the combination behind Delta, and a verdict a number of branches."""
+
+    function: ValueFunction
+    delta: deltas.Combination
+    rows: list[Verdict]
+
+
+def _kappa(problem: Problem, spec: SearchSpec, seed: int) -> closed_forms.Kappa | None:
+    """kappa of a positively homogeneous branch; None for every other."""
+    known = recognise(problem)
+    if known is None or known.activation not in HOMOGENEOUS:
+        return None
+    x, widths = problem.x.reshape(len(problem.x), -1), known.widths
+    if known.activation == "identity":
+        return closed_forms.kappa_linear(x, problem.c, tau=problem.tau, widths=widths)
+    narrow = len(widths) == 1 or (widths and max(widths) == 1)
+    if known.activation == "relu" and problem.c.shape[1] == 1 and x.shape[1] <= 3 and narrow:
+        return closed_forms.kappa_relu_chain(x, problem.c[:, 0], tau=problem.tau, widths=widths)
+    return kappa_by_search(problem, spec, seed=seed, degree=len(widths) + 1)
+
+
+def _dual_effort(spec: BoundSpec, problem: Problem, found: ValueFunction, num_branches: int) -> BoundSpec:
+    """How sharp sup(D) has to be: at most a tenth of `(2 / I) Delta` at the largest I, where it is least."""
+    needed = 0.2 / num_branches * deltas.best_lower_bound(problem, found).delta
+    tolerance = min(spec.tolerance, needed) if needed > 0 else spec.tolerance
+    return dataclasses.replace(spec, tolerance=max(tolerance, 1e-14))
+
+
+def value_function(
+    problem: Problem,
+    points: int,
+    effort: Effort = Effort(),
+    *,
+    num_branches: int = 1,
+    seed: int = 0,
+    quick: bool = False,
+    label: str | None = None,
+) -> ValueFunction:
+    """The value function of a branch, certified where a route proves it.
+
+    Args:
+      problem: the one-branch problem.
+      points: of the grid of budgets.
+      effort: the route, and how hard to try.
+      num_branches: the largest I that verdicts are wanted for.
+      seed: of the search.
+      quick: no branch and bound, and a quarter of the starts; for repetitions on fresh samples.
+      label: shows progress under this name; None is silent.
+
+    Raises:
+      ValueError: for a route that does not apply.
+    """
+    budgets = problem.grid(points)
+    kappa = _kappa(problem, effort.search, seed) if effort.route in ("auto", "closed_form") else None
+    if kappa is not None and kappa.degree is not None:
+        return closed_forms.homogeneous_value_function(
+            kappa,
+            degree=kappa.degree,
+            power=problem.power,
+            radius=problem.radius,
+            budgets=budgets,
+            offset=problem.offset,
+        )
+    if effort.route == "closed_form":
+        raise ValueError("route='closed_form' needs a bias-free mlp with relu, leaky_relu or identity.")
+    spec = effort.search
+    if quick:
+        spec = dataclasses.replace(spec, starts=max(1, spec.starts // 4))
+    small = problem.size <= MAX_PARAMETERS
+    name = None if label is None else f"{label}search"
+    found = search(problem, budgets, spec, seed=seed, dtype=np.float64 if small else np.float32, label=name)
+    if quick or effort.route == "search" or (effort.route == "auto" and problem.size > _BOUND_UP_TO):
+        return found
+    dual = _dual_effort(effort.dual, problem, found, num_branches)
+    return certify(problem, found, effort.bound, dual=dual, label=None if label is None else f"{label}branch and bound")
+
+
+def find_delta(problem: Problem, function: ValueFunction, spec: SearchSpec, *, seed: int = 0) -> deltas.Combination:
+    """The best lower bound on Delta, with the local minima of g among the points where the branch is small."""
+    cloud = local_minima(problem, spec, seed=seed) if problem.size <= _CLOUD_UP_TO else None
+    return deltas.best_lower_bound(problem, function, cloud)
+
+
+def theorem1(
+    problem: Problem,
+    budget: Any,
+    num_branches: Sequence[int] | int,
+    *,
+    points: int = 1025,
+    effort: Effort = Effort(),
+    seed: int = 0,
+    label: str | None = None,
+) -> Theorem:
+    """Theorem 1 on one instance: value function, Delta and verdicts, with the effort that the largest I needs.
+
+    Args:
+      problem: the one-branch problem, from `branch_problem`.
+      budget: K, the bound on the mean h of the branches; bounds are sharpest where it is a point of
+        `problem.grid(points)`.  inf drops the constraint.
+      num_branches: the values of I.
+      points: of the grid of budgets.
+      effort: the route to the value function, and how hard to try.
+      seed: of the searches.
+      label: shows progress under names that begin with it, such as ''; None is silent.
+
+    Returns:
+      The rows in the order of `num_branches`; `status` and `verdict` say what is proven.
+
+    Raises:
+      ValueError: for numbers out of range, or a branch whose outputs are not finite on W.
+    """
+    counts = as_counts(num_branches)
+    function = value_function(problem, points, effort, num_branches=max(counts), seed=seed, label=label)
+    delta = find_delta(problem, function, effort.search, seed=seed)
+    return Theorem(function, delta, verdicts(function, budget, counts, delta_lower=delta))
