@@ -52,7 +52,8 @@ _EVERY = 50  # steps in a segment
 
 def setting(num_branches: int, steps: int, *, smoke: bool) -> LandscapeSpec:
     """The config's landscape, trained for exactly `steps` steps at a constant rate."""
-    spec: LandscapeSpec = config_lib.load(CONFIG, f"I={num_branches}" + (",smoke" if smoke else "")).spec
+    config = config_lib.load(CONFIG, f"I={num_branches}" + (",smoke" if smoke else ""))
+    spec = config_lib.spec_of(config, LandscapeSpec)
     constant = config_lib.component(SCHEDULES, "constant")
     changes: dict[str, Any] = {"max_steps": steps, "check_every": min(_EVERY, steps), "tolerance": 0.0}
     return dataclasses.replace(spec, training=dataclasses.replace(spec.training, schedule=constant, **changes))

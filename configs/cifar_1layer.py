@@ -9,15 +9,16 @@ largest envelope distance near 0.47 in loss.
 import dataclasses
 from pathlib import Path
 
-from dualgap_jax.config import load
+from dualgap_jax.config import experiment_config, load, spec_of
+from dualgap_jax.experiments.landscape import LandscapeSpec
 
 
 def get_config(arg=None):
-    config = load(Path(__file__).with_name("mnist_1layer.py"), arg or "")
+    mnist = spec_of(load(Path(__file__).with_name("mnist_1layer.py"), arg or ""), LandscapeSpec)
     spec = dataclasses.replace(
-        config.spec,
+        mnist,
         title="CIFAR-10, one hidden layer, I = {I}",
-        data=dataclasses.replace(config.spec.data, name="cifar10"),
-        training=dataclasses.replace(config.spec.training, learning_rate=0.5),
+        data=dataclasses.replace(mnist.data, name="cifar10"),
+        training=dataclasses.replace(mnist.training, learning_rate=0.5),
     )
-    return config._replace(spec=spec)
+    return experiment_config("landscape", spec)

@@ -16,16 +16,17 @@ what it will take.  On two cores that is five seconds a step: `--config.training
 import dataclasses
 from pathlib import Path
 
-from dualgap_jax.config import load
+from dualgap_jax.config import experiment_config, load, spec_of
+from dualgap_jax.experiments.landscape import LandscapeSpec
 
 
 def get_config(arg=None):
-    config = load(Path(__file__).with_name("cifar_1layer.py"), arg or "")
-    branch, training = config.spec.branch, config.spec.training
+    one_layer = spec_of(load(Path(__file__).with_name("cifar_1layer.py"), arg or ""), LandscapeSpec)
+    branch, training = one_layer.branch, one_layer.training
     spec = dataclasses.replace(
-        config.spec,
+        one_layer,
         title="CIFAR-10, three hidden layers, I = {I}",
         branch=dataclasses.replace(branch, settings={**branch.settings, "hidden": (8, 8, 8)}),
-        training=dataclasses.replace(training, learning_rate=0.2 if config.spec.num_branches <= 100 else 0.02),
+        training=dataclasses.replace(training, learning_rate=0.2 if one_layer.num_branches <= 100 else 0.02),
     )
-    return config._replace(spec=spec)
+    return experiment_config("landscape", spec)

@@ -11,7 +11,7 @@ step of 128 images takes about two seconds at I = 4 and width 8 on two cores, so
 
 import dataclasses
 
-from dualgap_jax.config import Config, component, parse_arg
+from dualgap_jax.config import component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, smoke
 from dualgap_jax.losses import LOSSES
@@ -47,4 +47,4 @@ def get_config(arg=None):
             branch=component(BRANCHES, "vgg9", width=min(args.width, 2)),
             training=dataclasses.replace(spec.training, batch_size=16, max_steps=4, check_every=2),
         )
-    return Config("landscape", spec)
+    return experiment_config("landscape", spec)

@@ -10,7 +10,8 @@ range the wide landscape is not more convex.  A minute and a half on two CPU cor
 
 from pathlib import Path
 
-from dualgap_jax.config import Config, load, parse_arg
+from dualgap_jax.config import experiment_config, load, parse_arg, spec_of
+from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.row import RowSpec
 
 
@@ -22,6 +23,6 @@ def get_config(arg=None):
         title="Loss landscapes on synthetic ReLU data",
         paper_item="Figure 1",
         num_branches=args.I[:2] if args.smoke else args.I,
-        cell=cell.spec,
+        cell=spec_of(cell, LandscapeSpec),
     )
-    return Config("landscape_row", row)
+    return experiment_config("landscape_row", row)

@@ -12,7 +12,7 @@ Expect 1, 2 and 10 copies as in the paper; for the l_p balls n times the distanc
 and Starr's bound is 2 sqrt(2) times too large from n = 2; for sets with rounded corners it falls like 1/n^2.
 """
 
-from dualgap_jax.config import Absent, Config, component, parse_arg, require
+from dualgap_jax.config import Absent, component, experiment_config, parse_arg, require
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec
 from dualgap_jax.shapley_folkman import SETS
 
@@ -37,4 +37,4 @@ def get_config(arg=None):
         set=chosen,
         copies=copies[:3] if args.smoke else copies,
     )
-    return Config("shapley_folkman", spec)
+    return experiment_config("shapley_folkman", spec)

@@ -11,7 +11,8 @@ Expect the envelope distance to fall with I on MNIST in units of loss, and not t
 
 from pathlib import Path
 
-from dualgap_jax.config import Absent, Config, ConfigError, load, parse_arg
+from dualgap_jax.config import Absent, ConfigError, experiment_config, load, parse_arg, spec_of
+from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.registry import unknown
 
@@ -34,6 +35,6 @@ def get_config(arg=None):
         title=f"Loss landscapes on {title}",
         paper_item=f"Figure 4, {item}",
         num_branches=counts[:2] if args.smoke else counts,
-        cell=cell.spec,
+        cell=spec_of(cell, LandscapeSpec),
     )
-    return Config("landscape_row", row)
+    return experiment_config("landscape_row", row)

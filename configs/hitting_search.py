@@ -18,7 +18,7 @@ of the table depends on teacher and rate, its rise with width much less.  A quar
 
 import dataclasses
 
-from dualgap_jax.config import Config, parse_arg
+from dualgap_jax.config import experiment_config, parse_arg
 from dualgap_jax.experiments.hitting_search import HittingSearchSpec
 
 
@@ -54,4 +54,4 @@ def get_config(arg=None):
                 table, widths=(12,), seeds=2, data=dataclasses.replace(table.data, settings={"n": 40}), sgd=sgd
             ),
         )
-    return Config("hitting_search", spec)
+    return experiment_config("hitting_search", spec)

@@ -9,7 +9,7 @@ longer falls at a thousandth of the rate).  Expect, at I = 100, training loss be
 near 0.075 in loss, a low hill at the mean of the three solutions; at I = 1, 0.022 and 0.42.
 """
 
-from dualgap_jax.config import Config, component, parse_arg
+from dualgap_jax.config import component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 from dualgap_jax.losses import LOSSES
@@ -35,4 +35,4 @@ def get_config(arg=None):
             schedule=component(SCHEDULES, "plateau", patience=3),
         ),
     )
-    return Config("landscape", smoke(spec, num_examples=256) if args.smoke else spec)
+    return experiment_config("landscape", smoke(spec, num_examples=256) if args.smoke else spec)

@@ -8,14 +8,15 @@ Each cell is synthetic_relu.py in another regime, repeated with other teachers, 
 
 from pathlib import Path
 
-from dualgap_jax.config import Config, load, parse_arg
+from dualgap_jax.config import experiment_config, load, parse_arg, spec_of
+from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.regimes import RegimesSpec
 
 
 def get_config(arg=None):
     args = parse_arg(arg, I=(10, 30, 70, 1000), repeats=3, seed=0, smoke=False)
     cell = load(Path(__file__).with_name("synthetic_relu.py"), f"seed={args.seed},smoke={args.smoke}")
-    spec = RegimesSpec(num_branches=args.I, repeats=args.repeats, cell=cell.spec)
+    spec = RegimesSpec(num_branches=args.I, repeats=args.repeats, cell=spec_of(cell, LandscapeSpec))
     if args.smoke:
         spec = RegimesSpec(inits=("torch",), reduces=("mean",), num_branches=args.I[:2], repeats=1, cell=spec.cell)
-    return Config("regimes", spec)
+    return experiment_config("regimes", spec)

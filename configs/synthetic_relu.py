@@ -11,7 +11,7 @@ reach loss 0 (mean over 100 steps below 1e-5) within 40,000 steps.  Expect, at I
 0.85 in loss and a largest barrier near 0.75; seeds matter.  20 seconds on two CPU cores.
 """
 
-from dualgap_jax.config import Config, component, parse_arg
+from dualgap_jax.config import component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 from dualgap_jax.losses import LOSSES
@@ -36,4 +36,4 @@ def get_config(arg=None):
             schedule=component(SCHEDULES, "plateau", patience=20),
         ),
     )
-    return Config("landscape", smoke(spec, n=64) if args.smoke else spec)
+    return experiment_config("landscape", smoke(spec, n=64) if args.smoke else spec)

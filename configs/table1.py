@@ -17,7 +17,7 @@ loss=hinge: labels are the teacher's sign.  loss=squared: its real output, at ra
 
 import dataclasses
 
-from dualgap_jax.config import Component, Config, component, parse_arg, require
+from dualgap_jax.config import Component, component, experiment_config, parse_arg, require
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.hitting_rate import HittingRateSpec
 from dualgap_jax.losses import LOSSES
@@ -65,4 +65,4 @@ def get_config(arg=None):
         sgd = dataclasses.replace(sgd, steps=60, check_every=20, lanes=16)
         data["n"] = 60
         spec = dataclasses.replace(spec, widths=(12, 15), seeds=4, data=Component("synthetic_relu", data))
-    return Config("hitting_rate", dataclasses.replace(spec, sgd=sgd))
+    return experiment_config("hitting_rate", dataclasses.replace(spec, sgd=sgd))

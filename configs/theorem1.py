@@ -15,7 +15,7 @@ Expect `verified` in every certified row, a gap that falls like 1/I far below 2/
 lower bound on inf(P).  The default run takes half a minute on two CPU cores, tanh about two, conv some ten.
 """
 
-from dualgap_jax.config import Config, ConfigError, component, parse_arg
+from dualgap_jax.config import ConfigError, component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.search import SearchSpec
@@ -81,4 +81,4 @@ def get_config(arg=None):
         ),
         seed=args.seed,
     )
-    return Config("duality_gap", spec)
+    return experiment_config("duality_gap", spec)

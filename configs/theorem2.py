@@ -11,7 +11,7 @@ rank deficient; SGD with H = 2 and 3 reaches the optimum on random data, H = 5 d
 5,000 steps.
 """
 
-from dualgap_jax.config import Absent, Config, ConfigError, component, parse_arg
+from dualgap_jax.config import Absent, ConfigError, component, experiment_config, parse_arg
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.linear_dual import MATRICES, DescentSpec, LinearDualSpec, smoke
 from dualgap_jax.registry import unknown
@@ -34,4 +34,4 @@ def get_config(arg=None):
         seed=args.seed,
         sgd=DescentSpec(),
     )
-    return Config("linear_dual", smoke(spec) if args.smoke else spec)
+    return experiment_config("linear_dual", smoke(spec) if args.smoke else spec)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+from ml_collections import ConfigDict
 
 from dualgap_jax import experiments, interrupts, sharding
-from dualgap_jax.config import Config, ConfigError, load, override, require
+from dualgap_jax.config import ConfigError, load, override, require
 from dualgap_jax.experiments import TABLES, Tables
 from dualgap_jax.registry import Table
 
@@ -84,7 +85,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> argparse.Names
       description: what `--help` prints above the flags.
 
     Returns:
-      The flags; `config` is a `Config` or None, `name` the name of its file.
+      The flags; `config` is a ConfigDict or None, `name` the name of its file.
 
     Raises:
       ConfigError: for an argument that is unknown, given twice or without its dashes, a missing file, a bad argument
@@ -182,7 +183,9 @@ def join(
         sharding.join(*given)
 
 
-def run(config: Config | None, name: str | None, workdir: str | None, tables: Tables, command: Sequence[str]) -> None:
+def run(
+    config: ConfigDict | None, name: str | None, workdir: str | None, tables: Tables, command: Sequence[str]
+) -> None:
     """Runs a config and prints its table and where everything is."""
     if config is None:
         raise ConfigError("no config given: use --config=configs/NAME.py:KEY=VALUE; --list prints the configs.")

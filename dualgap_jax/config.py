@@ -1,9 +1,9 @@
-"""Configs: the typed argument string of a config file, the frozen spec of an experiment, and overrides of its leaves.
+"""Configs: the typed argument string of a config file, the ConfigDict that it returns, and the spec made of that.
 
-A config file defines `get_config(arg)`, reads `arg` ("I=100,seed=3,smoke") with `parse_arg`, and returns a `Config`:
-the name of an experiment and its spec, a frozen dataclass.  `override` changes leaves by their dotted names, and
-`to_spec` builds a spec from nested mappings; both reject whatever does not fit, naming the key, what was given and what
-is allowed.
+A config file defines `get_config(arg)`, reads `arg` ("I=100,seed=3,smoke") with `parse_arg`, and returns a locked
+`ml_collections.ConfigDict`: the name of an experiment and the leaves of its spec (`experiment_config`).  `override`
+changes leaves by their dotted names, and `to_spec` fills the spec, a frozen dataclass, once; both reject whatever does
+not fit, naming the key, what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+from ml_collections import ConfigDict
 
 from dualgap_jax.registry import Table, unknown
 
@@ -44,18 +46,6 @@ class Component:
     def _asdict(self) -> dict[str, Any]:
         """Name and settings side by side, as configs have them."""
         return {"name": self.name, **self.settings}
-
-
-class Config(NamedTuple):
-    """What a config file returns.
-
-    Attributes:
-      experiment: its name in the table of experiments.
-      spec: a frozen dataclass, the spec of that experiment.
-    """
-
-    experiment: str
-    spec: Any
 
 
 def component(table: Table[Any], name: str, /, **settings: Any) -> Component:
@@ -239,7 +229,18 @@ def to_spec(cls: type[T], config: Mapping[str, Any], *, where: str = "config") -
     return cls(**converted)
 
 
-def override(config: Config, texts: Mapping[str, str | None]) -> Config:
+def experiment_config(experiment: str, spec: Any) -> ConfigDict:
+    """What a config file returns: the name of an experiment beside the leaves of its spec, locked."""
+    return ConfigDict({"experiment": experiment, **as_dict(spec)}).lock()
+
+
+def spec_of(config: Mapping[str, Any] | ConfigDict, cls: type[T]) -> T:
+    """The spec of a config, filled by `to_spec`; the name of its experiment is left out."""
+    tree = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return to_spec(cls, {key: value for key, value in tree.items() if key != "experiment"})
+
+
+def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
     """The config with leaves changed, as `--config.a.b=TEXT` gives them.
 
     Args:
@@ -248,11 +249,9 @@ def override(config: Config, texts: Mapping[str, str | None]) -> Config:
         `a.b[0]`; a whole one is written `(1, 2)`, and one of numbers also `1/2`.
 
     Raises:
-      ConfigError: for a name that is not there, a text that does not fit, and whatever the spec rejects.
+      ConfigError: for a name that is not there, or a text that does not fit.
     """
-    if not texts:
-        return config
-    tree = as_dict(config.spec)
+    tree = config.to_dict()
     for name, text in texts.items():
         group: Any = tree
         keys = re.findall(r"[^.\[\]]+|\[\d+\]", name)
@@ -272,7 +271,7 @@ def override(config: Config, texts: Mapping[str, str | None]) -> Config:
                 raise ConfigError(f"config.{name} is a group; set one of its keys: {', '.join(group[at])}.")
             else:
                 group[at] = _read_leaf(f"--config.{name}", text, group[at])
-    return config._replace(spec=to_spec(type(config.spec), tree))
+    return ConfigDict(as_dict(tree)).lock()
 
 
 def _read_leaf(key: str, text: str | None, now: Any) -> Any:
@@ -301,15 +300,16 @@ def _like(key: str, item: Any, like: Any) -> Any:
     return item
 
 
-def load(path: str | Path, arg: str | None = None) -> Config:
-    """What a config file gives, as `--config=PATH:ARG` gives it.
+def load(path: str | Path, arg: str | None = None) -> ConfigDict:
+    """The ConfigDict of a config file, as `--config=PATH:ARG` gives it.
 
     Args:
       path: the file; "FILE:ARG" works too.
       arg: what `get_config` is called with.
 
     Raises:
-      ConfigError: if there is no such file, or it defines no `get_config(arg)` that returns a `Config`.
+      ConfigError: if there is no such file, or it defines no `get_config(arg)` that returns a
+        ConfigDict with the name of an experiment.
     """
     if arg is None:
         text, _, rest = str(path).partition(":")
@@ -329,7 +329,8 @@ def load(path: str | Path, arg: str | None = None) -> Config:
         raise ConfigError(f"{path} defines no get_config(arg).")
     config = module.get_config(arg)
     require(
-        isinstance(config, Config), f"{path}: get_config(arg) must return Config(experiment, spec), got {config!r:.60}."
+        isinstance(config, ConfigDict) and "experiment" in config,
+        f"{path}: get_config(arg) must return experiment_config(experiment, spec), got {config!r:.60}.",
     )
     return config
 

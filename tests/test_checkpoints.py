@@ -45,7 +45,7 @@ from dualgap_jax.checkpoints import (
     open_slices,
     rows,
 )
-from dualgap_jax.config import Component, Config
+from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.data import synthetic_relu
 from dualgap_jax.experiments import linear_dual
 from dualgap_jax.files import load_json, save_json
@@ -566,7 +566,7 @@ def test_orbax_alone_restores_a_solution_of_theorem_2(tmp_path: Path) -> None:
         gamma=0.1,
         sgd=linear_dual.DescentSpec(depths=()),
     )
-    _, workdir, _ = experiments.run(Config("linear_dual", spec), workdir=tmp_path / "w")
+    _, workdir, _ = experiments.run(experiment_config("linear_dual", spec), workdir=tmp_path / "w")
     solution = linear_dual.load_solution(workdir.path)
     found = restored_by_orbax_alone(workdir.checkpoints / "solution")
     assert found == named_raw(solution._asdict())

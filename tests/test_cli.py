@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from dualgap_jax import cli, interrupts
-from dualgap_jax.config import ConfigError, as_dict, check_numbers, load, override
+from dualgap_jax.config import ConfigError, check_numbers, load, override, spec_of
 from dualgap_jax.experiments import TABLES
+from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.files import leaves, load_json
 from dualgap_jax.interrupts import Terminated
 
@@ -55,21 +56,21 @@ def extend(tables):
     return tables.with_experiments(Experiment("sums", Sums, sums), Experiment("drawn_sums", Sums, sums, drawn))
 """
 OWN_CONFIG = """
-from dualgap_jax.config import Config, parse_arg
+from dualgap_jax.config import experiment_config, parse_arg
 from own import Sums
 
 def get_config(arg=None):
     args = parse_arg(arg, name="sums")
-    return Config(args.name, Sums((3, 4)))
+    return experiment_config(args.name, Sums((3, 4)))
 """
 CONFIG = """
-from dualgap_jax.config import Component, Config
+from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.experiments.landscape import LandscapeSpec, smoke
 
 def get_config(arg=None):
     data = Component("synthetic_relu", {"seed": 1})
     spec = LandscapeSpec(num_branches=2, branch=Component("wide", {"width": 4}), data=data)
-    return Config("landscape", smoke(spec, n=40))
+    return experiment_config("landscape", smoke(spec, n=40))
 """
 
 
@@ -166,10 +167,10 @@ def test_whatever_is_written_for_a_leaf_is_taken_or_refused_in_one_sentence(
     refused = 0
     for _ in range(250):
         path, config = draw.choice(list(configs.items()))
-        names = [name for name, _ in leaves(as_dict(config.spec))]
+        names = [name for name, _ in leaves(config.to_dict()) if name != "experiment"]
         texts = {draw.choice(names): draw.choice(TEXTS) for _ in range(draw.randint(1, 2))}
         try:
-            spec = override(config, texts).spec
+            spec = spec_of(override(config, texts), TABLES.experiments[config.experiment].spec)
             check_numbers(spec)
             spec.validate(TABLES)
         except (ValueError, LookupError) as error:
@@ -195,7 +196,7 @@ def test_good_arguments_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
     )
     assert (flags.name, flags.workdir, flags.extend) == ("synthetic_relu", "x", ["a", "b"])
-    spec = flags.config.spec
+    spec = spec_of(flags.config, LandscapeSpec)
     assert (spec.num_branches, spec.training.max_steps, spec.training.learning_rate) == (3, 3, 0.5)
     assert spec.tensorboard
     assert spec.branch.settings["hidden"] == (16,)

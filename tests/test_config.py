@@ -12,14 +12,15 @@ import pytest
 from dualgap_jax.config import (
     Absent,
     Component,
-    Config,
     ConfigError,
     as_dict,
     component,
+    experiment_config,
     load,
     override,
     parse_arg,
     require,
+    spec_of,
     to_spec,
 )
 from dualgap_jax.files import jsonable
@@ -258,7 +259,8 @@ def test_dicts_and_specs_are_inverse(spec: Spec) -> None:
 
 def changed(**texts: str | None) -> Spec:
     """The spec after overrides, with `__` for the dots of their names."""
-    return override(Config("mine", Spec(count=1)), {k.replace("__", "."): v for k, v in texts.items()}).spec
+    named = {k.replace("__", "."): v for k, v in texts.items()}
+    return spec_of(override(experiment_config("mine", Spec(count=1)), named), Spec)
 
 
 def test_overrides_of_leaves_reach_the_spec_and_keep_their_type() -> None:
@@ -276,7 +278,7 @@ def test_overrides_of_leaves_reach_the_spec_and_keep_their_type() -> None:
         branch=Component("mlp", {"hidden": (3, 3), "scale": 0.5}),
     )
     assert type(spec.rate) is type(spec.widths[0]) is float
-    assert override(Config("mine", spec), {}).spec is spec
+    assert spec_of(override(experiment_config("mine", spec), {}), Spec) == spec
     assert changed(**{"branch__hidden[0]": "16", "sizes[1]": "7"}) == dataclasses.replace(
         Spec(count=1), sizes=(1, 7), branch=Component("mlp", {"hidden": (16,), "scale": 0.5})
     )
@@ -288,10 +290,10 @@ def test_overrides_of_leaves_reach_the_spec_and_keep_their_type() -> None:
 
 def test_overrides_are_applied_together() -> None:
     """Where a spec holds for both values and for neither alone."""
-    config = Config("mine", Pair())
-    assert override(config, {"low": "5", "high": "6"}).spec == Pair(5, 6)
+    config = experiment_config("mine", Pair())
+    assert spec_of(override(config, {"low": "5", "high": "6"}), Pair) == Pair(5, 6)
     with pytest.raises(ConfigError, match="low=5 must be below high=2"):
-        override(config, {"low": "5"})
+        spec_of(override(config, {"low": "5"}), Pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +334,7 @@ class Pair:
 )
 def test_overrides_that_do_not_fit_are_named(texts: dict[str, str | None], words: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
-        override(Config("mine", Spec(count=1)), texts)
+        spec_of(override(experiment_config("mine", Spec(count=1)), texts), Spec)
     for word in words:
         assert word in str(raised.value)
 
@@ -415,9 +417,9 @@ def test_component_refuses_an_entry_whose_parameter_would_replace_its_name() -> 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "mnist.py").write_text(
-        "from dualgap_jax.config import Config, parse_arg\n"
+        "from dualgap_jax.config import experiment_config, parse_arg\n"
         "def get_config(arg=None):\n"
-        "    return Config('mine', parse_arg(arg, I=10, smoke=False))\n"
+        "    return experiment_config('mine', vars(parse_arg(arg, I=10, smoke=False)))\n"
     )
     (tmp_path / "empty.py").write_text("I = 3\n")
     (tmp_path / "notes.txt").write_text("no code\n")
@@ -426,10 +428,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_load_calls_get_config_with_the_text_after_the_colon(folder: Path) -> None:
-    assert vars(load(folder / "mnist.py").spec) == {"I": 10, "smoke": False}
-    assert vars(load(f"{folder}/mnist.py:I=3,smoke").spec) == {"I": 3, "smoke": True}
-    assert load(folder / "mnist.py", "I=4").spec.I == 4
-    assert load(f"{folder}/mnist.py:").spec.I == 10
+    assert load(folder / "mnist.py").to_dict() == {"experiment": "mine", "I": 10, "smoke": False}
+    assert load(f"{folder}/mnist.py:I=3,smoke").to_dict() == {"experiment": "mine", "I": 3, "smoke": True}
+    assert load(folder / "mnist.py", "I=4").I == 4
+    assert load(f"{folder}/mnist.py:").I == 10
+    with pytest.raises(AttributeError):  # a config is locked
+        load(folder / "mnist.py").J = 1
 
 
 @pytest.mark.parametrize(
@@ -443,7 +447,7 @@ def test_load_calls_get_config_with_the_text_after_the_colon(folder: Path) -> No
         ("nowhere/mnist.py", ["nowhere", "'mnist.py'", "Allowed: none."]),
         ("", ["config file in"]),
         ("empty.py", ["empty.py defines no get_config(arg)"]),
-        ("other.py", ["other.py: get_config(arg) must return Config(experiment, spec), got {'I': 3}"]),
+        ("other.py", ["other.py: get_config(arg) must return experiment_config(experiment, spec), got {'I': 3}"]),
         ("notes.txt", ["notes.txt is not a Python file"]),
         ("mnist.py:J=3", ["config argument 'J'", "Allowed: I, smoke."]),
     ],
@@ -459,21 +463,22 @@ def test_a_config_file_may_define_its_own_spec(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from __future__ import annotations\n"
         "import dataclasses\n"
-        "from dualgap_jax.config import Config\n"
+        "from dualgap_jax.config import experiment_config\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Own:\n"
         "    number: int = 3\n"
         "def get_config(arg=None):\n"
-        "    return Config('own', Own(5))\n"
+        "    return experiment_config('own', Own(5))\n"
     )
     config = load(tmp_path / "own.py")
-    assert (config.experiment, config.spec.number) == ("own", 5)
+    assert (config.experiment, config.number) == ("own", 5)
 
 
 def test_two_config_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
     for k in (1, 2):
         (tmp_path / str(k)).mkdir()
         (tmp_path / str(k) / "same.py").write_text(
-            f"from dualgap_jax.config import Config\ndef get_config(arg=None):\n    return Config('k', {k})\n"
+            "from dualgap_jax.config import experiment_config\n"
+            f"def get_config(arg=None):\n    return experiment_config('k', {{'k': {k}}})\n"
         )
-    assert [load(tmp_path / str(k) / "same.py").spec for k in (1, 2, 1)] == [1, 2, 1]
+    assert [load(tmp_path / str(k) / "same.py").k for k in (1, 2, 1)] == [1, 2, 1]

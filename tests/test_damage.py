@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tfds_files import random_split, write_tfds
 
 from dualgap_jax import experiments
-from dualgap_jax.config import Component, Config
+from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.experiments import Report
 from dualgap_jax.experiments.hitting_rate import HittingRateSpec
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec
@@ -35,9 +36,9 @@ CELL = LandscapeSpec(
     plane=PlaneSpec(points=5, edge_points=4),
 )
 CONFIGS = {
-    "shapley_folkman": Config("shapley_folkman", ShapleyFolkmanSpec(panels=(1, 2), copies=(1, 2, 3))),
-    "landscape_row": Config("landscape_row", RowSpec(num_branches=(2, 3), cell=CELL)),
-    "linear_dual": Config(
+    "shapley_folkman": experiment_config("shapley_folkman", ShapleyFolkmanSpec(panels=(1, 2), copies=(1, 2, 3))),
+    "landscape_row": experiment_config("landscape_row", RowSpec(num_branches=(2, 3), cell=CELL)),
+    "linear_dual": experiment_config(
         "linear_dual",
         LinearDualSpec(
             data=Component("random", {"d_0": 5, "d_H": 3, "n": 20}),
@@ -45,7 +46,7 @@ CONFIGS = {
             sgd=DescentSpec(depths=(2,), seeds=2, steps=20, record_every=10, batch_size=8),
         ),
     ),
-    "hitting_rate": Config(
+    "hitting_rate": experiment_config(
         "hitting_rate",
         HittingRateSpec(
             widths=(12, 13),
@@ -57,7 +58,7 @@ CONFIGS = {
 }
 
 
-def run(config: Config, path: Path) -> tuple[Report, Workdir, bool]:
+def run(config: ConfigDict, path: Path) -> tuple[Report, Workdir, bool]:
     return experiments.run(config, workdir=path)
 
 
@@ -240,9 +241,9 @@ def test_an_interrupted_run_is_refused_another_set_of_the_same_name(
         write_tfds(tmp_path / folder, "mnist", {s: random_split(rng, "mnist", 60) for s in ("train", "test")})
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
 
-    def config(folder: str) -> Config:
+    def config(folder: str) -> ConfigDict:
         data = Component("mnist", {"num_examples": 30, "data_dir": str(tmp_path / folder)})
-        return Config("landscape", dataclasses.replace(CELL, data=data, loss=Component("multi_margin", {})))
+        return experiment_config("landscape", dataclasses.replace(CELL, data=data, loss=Component("multi_margin", {})))
 
     write = Metrics.write
 

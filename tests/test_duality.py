@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
 from dualgap_jax import config, experiments, figures
-from dualgap_jax.config import Component, Config, ConfigError
+from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import (
     branch_and_bound,
@@ -969,7 +969,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(theorem, "search", counted_search)
     monkeypatch.setattr(module, "_trained", counted_training)
-    chosen = Config("duality_gap", spec)
+    chosen = experiment_config("duality_gap", spec)
     with pytest.raises(KeyboardInterrupt):
         experiments.run(chosen, workdir=tmp_path / "w")
     experiments.run(chosen, workdir=tmp_path / "w")

@@ -18,7 +18,7 @@ from tfds_files import random_split, write_tfds
 from dualgap_jax import config as config_lib
 from dualgap_jax import convexity, experiments, figures, losses
 from dualgap_jax.checkpoints import load
-from dualgap_jax.config import Component, Config, ConfigError, to_spec
+from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
 from dualgap_jax.data import DATASETS, Dataset
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
@@ -60,7 +60,7 @@ def tiny(**changes: Any) -> LandscapeSpec:
 
 
 def run(spec: Any, workdir: Path, experiment: str = "landscape", **options: Any) -> tuple[Report, Workdir, bool]:
-    return experiments.run(Config(experiment, spec), workdir=workdir, **options)
+    return experiments.run(experiment_config(experiment, spec), workdir=workdir, **options)
 
 
 # --- conformance ------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_every_config_runs_at_smoke_size(path: Path, tfds_dir: Path, tmp_path: P
 
 
 def spec_of(config: Any) -> Any:
-    return config.spec
+    return config_lib.spec_of(config, EXPERIMENTS[config.experiment].spec)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -399,7 +399,7 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
     )
     spec = tiny(branch=Component("quadratic", {"scale": 2.0}), data=Component("ring", {"n": 12}))
     workdir = tmp_path / "w"
-    config = Config("probe", spec)
+    config = experiment_config("probe", spec)
     with pytest.raises(UnknownNameError, match="unknown experiment 'probe'"):
         experiments.run(config, workdir=workdir)
     assert not workdir.exists()

@@ -12,7 +12,7 @@ from hitting_records import write_hitting_rate
 from scipy import integrate, stats
 
 from dualgap_jax import experiments, figures, hitting
-from dualgap_jax.config import Component, Config, ConfigError
+from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.experiments import TABLES, Report
 from dualgap_jax.experiments.hitting_rate import (
     PAPER_HITS,
@@ -46,7 +46,7 @@ def tiny(**changes: Any) -> HittingRateSpec:
 
 
 def run(spec: Any, folder: Path, experiment: str = "hitting_rate") -> tuple[Report, Workdir]:
-    report, workdir, _ = experiments.run(Config(experiment, spec), workdir=folder)
+    report, workdir, _ = experiments.run(experiment_config(experiment, spec), workdir=folder)
     return report, workdir
 
 

@@ -16,7 +16,7 @@ from tfds_files import random_split, write_tfds
 
 from dualgap_jax import config as config_lib
 from dualgap_jax import experiments, figures, spectral
-from dualgap_jax.config import Component, Config, ConfigError
+from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments import TABLES, linear_dual
 from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec
@@ -32,7 +32,7 @@ SPEC = LinearDualSpec(
 
 
 def run(spec: LinearDualSpec, path: Path) -> Workdir:
-    return experiments.run(Config("linear_dual", spec), workdir=path)[1]
+    return experiments.run(experiment_config("linear_dual", spec), workdir=path)[1]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from scipy.spatial import ConvexHull, Voronoi, cKDTree
 from dualgap_jax import config as config_lib
 from dualgap_jax import experiments, figures
 from dualgap_jax import shapley_folkman as sf
-from dualgap_jax.config import Component, Config, ConfigError
+from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec, decay_exponent
 from dualgap_jax.files import load_json, load_npz, save_npz
@@ -465,7 +465,7 @@ def spec(name: str = "lp_ball", copies: tuple[int, ...] = (1, 2, 4), **settings:
 
 
 def run(a_spec: ShapleyFolkmanSpec, workdir: Path, **options: Any) -> Any:
-    return experiments.run(Config("shapley_folkman", a_spec), workdir=workdir, **options)
+    return experiments.run(experiment_config("shapley_folkman", a_spec), workdir=workdir, **options)
 
 
 @pytest.mark.parametrize("name", ["lp_ball", "union"])

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from dualgap_jax.config import Config, ConfigError, check_numbers, require, to_spec
+from dualgap_jax.config import ConfigError, check_numbers, require, spec_of
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute, identity
 from dualgap_jax.experiments.duality_gap import DUALITY_GAP
 from dualgap_jax.experiments.hitting_rate import HITTING_RATE
@@ -41,7 +42,7 @@ TABLES = Tables(EXPERIMENTS)
 
 
 def run(
-    config: Config | Mapping[str, Any],
+    config: ConfigDict | Mapping[str, Any],
     *,
     tables: Tables = TABLES,
     name: str | None = None,
@@ -52,7 +53,7 @@ def run(
     """Runs the experiment that a config names, or reads its report if it is complete already.
 
     Args:
-      config: a `Config`, or a nested mapping with a key `experiment` beside those of the spec.
+      config: a ConfigDict, or any nested mapping, with a key `experiment` beside those of the spec.
       tables: the registry.
       name: of the folder below `root` when `workdir` is None; the experiment's name by default.
       workdir: the folder to work in.  None: `root/NAME-HASH`, the hash of the configuration.
@@ -66,7 +67,7 @@ def run(
       ConfigError, UnknownNameError: for a config that does not fit; before anything is written.
       WorkdirError: see `Workdir.open` and `Workdir.session`; and whatever the experiment raises, after recording it.
     """
-    chosen = config.experiment if isinstance(config, Config) else config.get("experiment")
+    chosen = config.get("experiment")
     if not isinstance(chosen, str):
         raise ConfigError("the config names no experiment: give it a key `experiment`.")
     experiment = tables.experiments[chosen]
@@ -76,14 +77,7 @@ def run(
         jax.process_count() == 1 or experiment.distributed,
         f"experiment {chosen!r} runs in one process; several processes run {' and '.join(several)}.",
     )
-    if isinstance(config, Config):
-        spec = config.spec
-        require(
-            isinstance(spec, experiment.spec),
-            f"experiment {chosen!r} takes a {experiment.spec.__name__}, the config gives a {type(spec).__name__}.",
-        )
-    else:
-        spec = to_spec(experiment.spec, {key: value for key, value in config.items() if key != "experiment"})
+    spec: Any = spec_of(config, experiment.spec)
     check_numbers(spec)
     if workdir is None:
         workdir = default_workdir(root, name or chosen, identity(experiment, spec))
