@@ -58,17 +58,19 @@ def dual_rounding(fit: Float[Array, "d_H d_0"], x_squared: ArrayLike, half_norm:
 
 
 def primal_rounding(
-    weights: Sequence[Float[Array, "_ _"]], x_squared: ArrayLike, misfit: ArrayLike, gamma: ArrayLike
+    weights: Sequence[Float[Array, "_ _"]], x_squared: ArrayLike, misfit: ArrayLike, half_norm: Real, gamma: ArrayLike
 ) -> Real:
     """An estimate of the rounding of the float64 sums in problem (4).
 
     `W_H ... W_1 X` is off by `eps || |W_H| ... |W_1| ||_F ||X||_F`, and the derivative of the misfit in it is the
-    residual; likewise for the singular values of `W_1 X`.
+    residual; likewise for the singular values of `W_1 X`.  What any sum has, up to `64 eps` of `1/2 ||Y||_F^2`, is left
+    out: 1e-14 of it.
 
     Args:
       weights: `W_1, ..., W_H`.
       x_squared: `||X||_F^2`.
       misfit: `1/2 ||Y - W_H ... W_1 X||_F^2`.
+      half_norm: `1/2 ||Y||_F^2`.
       gamma: the regularisation.
     """
     depth = len(weights)
@@ -76,4 +78,5 @@ def primal_rounding(
     first = jnp.linalg.norm(weights[0])
     # at balanced weights the singular values of W_1 X are those of W_H
     slopes = jnp.sum(jnp.linalg.svd(weights[-1], compute_uv=False) ** (2 * (depth - 1))) ** 0.5
-    return jnp.finfo(jnp.float64).eps * jnp.sqrt(x_squared) * (through + gamma * first * slopes)
+    found = jnp.sqrt(x_squared) * (through + gamma * first * slopes)
+    return jnp.finfo(jnp.float64).eps * jnp.maximum(found - 64 * half_norm, 0)

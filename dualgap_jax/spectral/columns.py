@@ -124,27 +124,25 @@ def certify(
             return certify(data, fit, gamma_given, widths, np.float64)
         raise out_of_range()
     whole = functools.reduce(lambda done, layer: layer @ done, exact)
-    # The rows of A X in the order of their norms: small ones are then not drowned by the rounding of large ones.
+    # The rows of A X again, turned so that small ones are not drowned by the rounding of large ones.
     turn = jnp.linalg.qr(fit.left, mode="complete")[0]
-    fitted = turn.T @ fit.fit
-    maps = jnp.concatenate([whole, exact[0][:r], fitted])
+    maps = jnp.concatenate([whole, exact[0][:r], turn.T @ fit.fit, fit.fit])
     products, gradient, x_squared = data.total(lambda part: data.kernels.sums(part, maps, fit.fit), "certificate")
-    at = np.cumsum([0, d_H, r, d_H, d_H]).tolist()
+    at = np.cumsum([0, d_H, r, d_H, d_H, d_H]).tolist()
     spans = [slice(low, high) for low, high in itertools.pairwise(at)]
     part = [[products[rows, cols] for cols in spans] for rows in spans]
-    half_norm = 0.5 * jnp.trace(part[3][3])
-    misfit = half_norm - jnp.trace(part[0][3]) + 0.5 * jnp.trace(part[0][0])
+    half_norm = 0.5 * jnp.trace(part[4][4])
+    misfit = half_norm - jnp.trace(part[0][4]) + 0.5 * jnp.trace(part[0][0])
     first = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(part[1][1]), 0))
     powers = [first, *(jnp.linalg.svd(w, compute_uv=False) for w in exact[1:])]
     primal = misfit + gamma / depth * sum(jnp.sum(p**depth) for p in powers)
-    primal += primal_rounding(exact, x_squared, misfit, gamma)
-    clip = _clip(part[2][2], gamma)
+    primal += primal_rounding(exact, x_squared, misfit, half_norm, gamma)
+    clip = _clip(part[3][3], part[2][2], turn, gamma)
     # E E^T, and (Yt - Lambda)(Yt - Lambda)^T but for the part of E in the row space of X.
-    crossed = part[2][3] @ turn
-    misfits = turn.T @ part[3][3] @ turn - crossed - crossed.T + part[2][2]
+    misfits = part[4][4] - part[3][4] - part[4][3] + part[3][3]
     left_over = jnp.eye(d_H) - clip
-    cross = left_over @ fitted @ gradient.T @ turn
-    resolved = left_over @ part[2][2] @ left_over.T + cross + cross.T
+    cross = left_over @ fit.fit @ gradient.T
+    resolved = left_over @ part[3][3] @ left_over.T + cross + cross.T
     blur = 4 * jnp.finfo(jnp.float64).eps * jnp.linalg.norm(fit.whiten(jnp.eye(d_0)))
     error = SAFETY * (jnp.sum(fit.whiten(gradient) ** 2) + jnp.maximum(jnp.trace(misfits), 0) * blur**2)
     dual = lower_bound(
@@ -152,7 +150,7 @@ def certify(
     )
     found = finish(
         tuple(jnp.asarray(w) for w in given),
-        turn @ clip @ fitted,
+        clip @ fit.fit,
         fit.sigma,
         jnp.sum(kept > default_rtol(d_0, n, data.dtype) * jnp.sqrt(2 * half_norm)),
         jnp.asarray(gamma, jnp.float64),
@@ -167,17 +165,19 @@ def certify(
     return found.restored(data.powers, float(half_norm)), float(np.ldexp(float(jnp.sqrt(error)), unit))
 
 
-def _clip(square: Array, gamma: float) -> Array:
+def _clip(square: Array, turned: Array, turn: Array, gamma: float) -> Array:
     """The map that clips the singular values of A X at gamma, from `(A X)(A X)^T` in float64.
 
     To clip those of the factor would miss the ceiling by the factor's rounding, and that costs the dual value as much.
-    By how much rounding misses the ceiling here is measured, and Lambda shrunk.
+    By how much this misses the ceiling is measured, on the turned rows, and Lambda shrunk if it is more than 64 eps.
     """
     squares, basis = jnp.linalg.eigh(square)
     norms = jnp.sqrt(jnp.maximum(squares, 0))
     clip = (basis * jnp.where(norms > gamma, gamma / jnp.where(norms > 0, norms, 1), 1)[None, :]) @ basis.T
-    norm = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(clip @ square @ clip.T)[-1], 0))
-    return clip * jnp.where(norm > gamma, gamma / jnp.where(norm > 0, norm, 1), 1)
+    seen = turn.T @ clip @ turn
+    norm = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(seen @ turned @ seen.T)[-1], 0))
+    over = norm > gamma * (1 + 64 * jnp.finfo(jnp.float64).eps)
+    return clip * jnp.where(over, gamma / jnp.where(norm > 0, norm, 1), 1)
 
 
 # --- the front door -------------------------------------------------------------------------------------------------

@@ -201,6 +201,7 @@ def _from_decomposition(corner: Array, targets: Array, data: Data, rtol: float) 
     if hidden > 0:
         directions = np.where(data.nonzero, np.asarray(back)[~np.asarray(visible)], 0.0)
         dependencies = find_dependencies(data.blocks, directions)
+        dependencies = dependencies._replace(powers=dependencies.powers + data.powers.rows[dependencies.rows])
         hidden = max(min(int(data.nonzero.sum()) - dependencies.number, data.n) - int(visible.sum()), 0)
     return Fit(
         (turned.T * inverse[None, :]) @ back,

@@ -36,7 +36,8 @@ class SpectralSolution(NamedTuple):
 
     `primal` is the objective at `weights` and `dual` a lower bound of the value of (5) at `dual_variable`, each
     evaluated from its definition and not from the formula that gave the solution.  So
-    `dual <= optimum of (4) <= primal`, up to the rounding of the float64 evaluation, for the data as they were given:
+    `dual <= optimum of (4) <= primal`, up to 1e-14 of `1/2 ||Y||_F^2`, for the data as they were given (rounding of
+    the evaluation beyond that is charged by an estimate of it; `verify` proves it):
     what the solution cuts from X stays in the bound, and where float64 cannot tell whether X has a direction, the
     bound is charged with the most that Y may have in it.
 

@@ -216,7 +216,7 @@ def _certified(
     kept = jnp.linalg.svd(product(exact) @ problem.reduced.inputs, compute_uv=False)
     floor = default_rtol(sizes[0], sizes[2], problem.dtype) * jnp.sqrt(2 * half_norm)
     misfit = 0.5 * jnp.sum((y - product(exact) @ x) ** 2)
-    primal = objective(exact, x, y, gamma) + primal_rounding(exact, jnp.sum(x**2), misfit, gamma)
+    primal = objective(exact, x, y, gamma) + primal_rounding(exact, jnp.sum(x**2), misfit, half_norm, gamma)
     if iterative:
         floor = jnp.maximum(floor, jnp.sqrt(2 * jnp.maximum(primal - dual, 0)))
     found = finish(
