@@ -22,6 +22,7 @@ from dualgap_jax.experiments import TABLES, linear_dual
 from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec
 from dualgap_jax.files import load_json, load_npz, save_json, save_npz
 from dualgap_jax.registry import UnknownNameError
+from dualgap_jax.spectral import descent
 from dualgap_jax.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ def test_the_objective_from_moments_is_problem_4(depth: int, x64: None, rng: np.
     for gamma in (0.0, 0.7):
         weights, x, y = random_problem(rng, depth)
         expected = float(spectral.objective([jnp.asarray(w) for w in weights], jnp.asarray(x), jnp.asarray(y), gamma))
-        found = linear_dual.objective(weights, linear_dual.moments(x, y, block=7), gamma)
+        found = descent.objective_from_moments(weights, descent.moments(x, y, block=7), gamma)
         assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -67,7 +68,7 @@ def test_the_penalty_gradients_are_those_of_the_schatten_norms(depth: int, x64: 
         first = spectral.schatten_power(weights[0] @ jnp.asarray(x), depth)
         return (first + sum(spectral.schatten_power(w, depth) for w in weights[1:])) / depth
 
-    found = linear_dual._penalty_gradients(given, jnp.asarray(x @ x.T))
+    found = descent._penalty_gradients(given, jnp.asarray(x @ x.T))
     for one, other in zip(found, jax.grad(penalty)(given), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
@@ -123,6 +124,10 @@ def test_the_record_holds_what_it_promises(finished: Workdir) -> None:
     assert record["rank"] == (kept > 0).sum()
     assert record["sigma_min"] == pytest.approx(sigma[-1])
     assert record["theorem_applies"] is True
+    proven = record["verified"]
+    assert proven["lower"] <= record["primal"] <= proven["upper"]
+    assert proven["lower"] <= record["dual"] <= proven["upper"]
+    assert 0 <= proven["relative_gap"] < 1e-9
     assert set(linear_dual.DEFINITIONS) <= record.keys() | record["sgd"][0].keys()
 
 
@@ -145,18 +150,32 @@ def test_long_runs_reach_the_optimum(tmp_path: Path) -> None:
     assert 0 <= min(gaps) <= max(gaps) < 2e-3
 
 
+def test_a_claim_that_contradicts_the_proof_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = linear_dual.solve_columns
+
+    for change in ({"dual": 1e6}, {"primal": -1.0}):
+
+        def wrong(*args: Any, change: Any = change, **named: Any) -> Any:
+            found = solve(*args, **named)
+            return found._replace(solution=found.solution._replace(**{k: np.float64(v) for k, v in change.items()}))
+
+        monkeypatch.setattr(linear_dual, "solve_columns", wrong)
+        with pytest.raises(spectral.CertificateError, match="one of them is wrong"):
+            run(SPEC, tmp_path / next(iter(change)))
+
+
 def test_a_depth_that_was_finished_is_not_trained_again(
     finished: Workdir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    descend, asked = linear_dual.descend, []
+    plain, asked = linear_dual.stochastic_descent, []
 
-    def counted(*args: Any) -> Any:
-        asked.append(args[3])
+    def counted(*args: Any, **named: Any) -> Any:
+        asked.append(named["depth"])
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return descend(*args)
+        return plain(*args, **named)
 
-    monkeypatch.setattr(linear_dual, "descend", counted)
+    monkeypatch.setattr(linear_dual, "stochastic_descent", counted)
     with pytest.raises(KeyboardInterrupt):
         run(SPEC, tmp_path / "w")
     again = run(SPEC, tmp_path / "w")
@@ -175,7 +194,7 @@ def test_the_solution_is_restored_from_the_path_alone(finished: Workdir) -> None
         assert float(solution.primal) == record["primal"]
         assert bool(solution.theorem_applies) is True
         x, y, _ = linear_dual.matrices(SPEC, TABLES)
-        value = linear_dual.objective(list(solution.weights), linear_dual.moments(x, y), SPEC.gamma)
+        value = descent.objective_from_moments(list(solution.weights), descent.moments(x, y), SPEC.gamma)
         assert value == pytest.approx(record["primal"], rel=1e-12)
         dual = solution.dual_variable.materialise(jnp.asarray(x, jnp.float32))
         assert float(jnp.linalg.norm(dual, 2)) == pytest.approx(SPEC.gamma, rel=1e-4)
@@ -202,6 +221,8 @@ def test_real_image_files_work_end_to_end(
     assert [a["accepted"] for a in record["attempts"]] == [False, True]
     assert record["factorization"] == "qr"
     assert record["relative_gap"] < 1e-6
+    assert record["verified"]["unresolved"] == 0
+    assert record["verified"]["relative_gap"] < 1e-6
     assert (record["gamma"], record["sizes"]["widths"]) == (0.5, [9, 9, 9])
 
 

@@ -19,7 +19,7 @@ from spectral_oracles import conditioned, dual_value, in_row_space, primal_value
 
 from dualgap_jax import spectral
 from dualgap_jax.registry import UnknownNameError
-from dualgap_jax.spectral import SpectralError, scaling, solvers
+from dualgap_jax.spectral import SpectralError, reduction, scaling, solvers
 
 TOLERANCE = {np.float64: 1e-10, np.float32: 1e-5}
 
@@ -281,9 +281,9 @@ def scaled_problem(x, y, gamma, widths):
     """The problem that the methods work on, in a unit of its own, and the power of two of its values."""
     powers = scaling.powers_of(x, y, len(widths) + 1)
     x, y = scaling.shift(x, -powers.rows[:, None]), scaling.shift(y, -powers.targets)
-    reduced = solvers.reduce_rows(jnp.asarray(x), jnp.asarray(y))
+    reduced = reduction.reduce_rows(jnp.asarray(x), jnp.asarray(y))
     gamma = jnp.asarray(scaling.shift(float(gamma), -powers.targets))
-    return solvers.Problem(jnp.asarray(x), jnp.asarray(y), gamma, widths, reduced, powers, "float64")
+    return reduction.Problem(jnp.asarray(x), jnp.asarray(y), gamma, widths, reduced, powers, "float64")
 
 
 def test_a_dual_variable_that_is_too_large_is_shrunk_to_a_feasible_one(rng, x64):
@@ -421,7 +421,7 @@ def test_every_iterate_of_douglas_rachford_is_a_lower_bound(rng, x64, case):
     for _ in range(3):
         x, y = data_of(case, rng, np.float64)
         half = 0.5 * np.sum(y**2)
-        reduced = solvers.reduce_rows(jnp.asarray(x), jnp.asarray(y))
+        reduced = reduction.reduce_rows(jnp.asarray(x), jnp.asarray(y))
         for gamma in scaled_gammas(y, x, 1e-12):
             found = run(reduced.targets, gamma, r=r, half_norm=half, iterations=300)
             exact = spectral.solve(x, y, gamma=gamma, widths=case.widths)

@@ -28,6 +28,7 @@ from dualgap_jax.spectral import (
     columns,
     factorizations,
     in_blocks,
+    kernels,
     solve_columns,
 )
 
@@ -131,13 +132,13 @@ def test_the_edges_agree_too(rng, x64, edge):
 
 
 def test_a_second_solve_compiles_no_kernel(rng):
-    kernels = blocks.kernels_for(None)
+    one = kernels.kernels_for(None)
     before = None
     for gamma in (0.1, 0.7):
         x, y = conditioned(rng, D_0, D_H, N, 30, np.float32)
         for factorization in ("gram", "qr"):
             solve_columns(in_blocks(x, y, 250), gamma=gamma, widths=WIDTHS, factorization=factorization)
-        compiled = [k._cache_size() for k in (kernels.gram, kernels.normal, kernels.sums, kernels.triangle)]
+        compiled = [k._cache_size() for k in (one.gram, one.normal, one.sums, one.triangle)]
         assert before in (None, compiled)
         before = compiled
 
@@ -238,6 +239,35 @@ def test_what_cannot_be_certified_is_refused_with_reasons(rng):
         solve_columns(in_blocks(x, y, 250), gamma=0.5, widths=WIDTHS, tolerance=1e-9)
     with pytest.raises(CertificateError, match=r"factorisation in float64: X is all but rank deficient in float32"):
         solve_columns(in_blocks(x, y, 250), gamma=0.5, widths=WIDTHS, tolerance=1e-9)
+
+
+def test_a_refusal_carries_what_was_tried_and_the_best_of_it(rng):
+    x, y = conditioned(rng, D_0, D_H, N, 1e4, np.float32)
+    cases = {
+        "auto": (["gram", "qr"], ["float64 data", "larger tolerance"], ["factorization="]),
+        "qr": (["qr"], ["float64 data", "larger tolerance"], ["factorization="]),
+        "gram": (["gram"], ["float64 data", "factorization='qr'"], ["'auto'"]),
+    }
+    for factorization, (tried, advised, not_advised) in cases.items():
+        with pytest.raises(CertificateError) as caught:
+            solve_columns(in_blocks(x, y, 250), gamma=0.5, widths=WIDTHS, tolerance=1e-15, factorization=factorization)
+        error = caught.value
+        assert [a.factorization for a in error.attempts] == tried
+        assert not any(a.accepted for a in error.attempts)
+        advice = str(error).rsplit("Give", 1)[1]
+        assert all(word in advice for word in advised)
+        assert not any(word in advice for word in not_advised)
+        gaps = [a.relative_gap for a in error.attempts if a.relative_gap is not None]
+        if gaps:
+            assert abs(float(error.best.solution.relative_gap)) == min(abs(g) for g in gaps)
+            check_claim(error.best, x, y, 0.5)
+        else:
+            assert error.best is None
+    low = rng.normal(size=(6, 2)) @ rng.normal(size=(2, 90)), rng.normal(size=(4, 90))
+    with pytest.raises(CertificateError, match="leave out the rows of X that depend on others") as caught:
+        solve_columns(in_blocks(*low), gamma=0.5, widths=WIDTHS)
+    assert "float64 data" not in str(caught.value)
+    assert int(caught.value.best.solution.unresolved) == 4
 
 
 def test_float64_data_are_factorised_in_float64_in_32_bit_mode(rng):
@@ -434,15 +464,12 @@ def test_blocks_are_not_kept(rng):
 
 def test_progress_is_reported_after_every_block(rng):
     x, y = conditioned(rng, D_0, D_H, N, 30, np.float32)
-    lines: list[str] = []
+    told: list[tuple[str, int]] = []
     found = solve_columns(
-        in_blocks(x, y, 250), gamma=0.5, widths=WIDTHS, factorization="qr", report=lambda line: lines.append(line)
+        in_blocks(x, y, 250), gamma=0.5, widths=WIDTHS, factorization="qr", report=lambda *line: told.append(line)
     )
-    assert lines == [
-        f"{what}, pass {number}: {n} examples"
-        for number, what in ((1, "size of the data"), (2, "QR factorisation"), (3, "certificate"))
-        for n in (250, 500, 600)
-    ]
+    passes = enumerate(("size of the data", "QR factorisation", "certificate"), 1)
+    assert told == [(f"{what}, pass {number}", n) for number, what in passes for n in (0, 250, 500, 600)]
     assert found.attempts[0].passes == 2
 
 

@@ -9,11 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import scipy.sparse.linalg
-from jax import Array, lax
 
 from dualgap_jax import figures, seeds
 from dualgap_jax.checkpoints import Checkpointer
@@ -23,8 +19,8 @@ from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_dat
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.metrics import Progress
 from dualgap_jax.registry import Table, unknown
-from dualgap_jax.spectral import DualVariable, SpectralSolution, in_blocks, random_weights, solve_columns
-from dualgap_jax.types import KeyArray
+from dualgap_jax.spectral import CertificateError, DualVariable, SpectralSolution, in_blocks, solve_columns, verify
+from dualgap_jax.spectral.descent import Descent, DescentSpec, moments, stochastic_descent
 from dualgap_jax.workdir import Workdir
 
 DEFINITIONS = {
@@ -32,52 +28,14 @@ DEFINITIONS = {
     "dual": "problem (5) at the dual variable, in float64, less an allowance for the error of the projection of Y onto"
     " the row space of X: a lower bound of the optimum (certified up to rounding and that allowance)",
     "relative_gap": "(primal - dual) / (1/2 ||Y||_F^2), the objective at zero weights",
+    "verified": "lower and upper bound of the optimum proven again by an independent program, with an allowance for"
+    " every rounding; relative_gap as above; unresolved directions of X are charged to the lower bound",
     "rank": "number of singular values that the optimal network keeps",
     "sigma_min": "smallest singular value of Y X^+ X that is not numerically zero",
     "theorem_applies": "0 <= gamma < sigma_min and d_min <= min(d_0, d_H, n); the certificate holds either way",
     "precision": "of the data and the factorisation; the certificate is evaluated in float64",
     "gap": "(objective of (4) at the weights of SGD - dual) / (1/2 ||Y||_F^2)",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DescentSpec:
-    """SGD with heavy-ball momentum and a cosine schedule on problem (4).
-
-    The misfit is estimated from a mini-batch, scaled to all columns; the regulariser is exact.  X is divided by its
-    largest singular value first, which changes W_1 by that factor and nothing else.
-
-    Attributes:
-      depths: the H that are trained; the optimum is the same for all of them.
-      seeds: runs for each depth.
-      steps: of each run.
-      batch_size: columns a step, drawn with replacement.
-      learning_rate: in units of the inverse of the curvature at the optimum, `H sigma_1(Yt)^{2 (H - 1) / H}`, times
-        `1 + n max ||x_i||^2 / (batch_size sigma_1(X)^2)`, by how much a mini-batch may exceed it.
-      momentum: in [0, 1).
-      record_every: steps between two evaluations of the objective.
-    """
-
-    depths: tuple[int, ...] = (2, 3, 5)
-    seeds: int = 5
-    steps: int = 5000
-    batch_size: int = 256
-    learning_rate: float = 0.5
-    momentum: float = 0.9
-    record_every: int = 50
-
-    def __post_init__(self) -> None:
-        require(
-            all(2 <= h <= 1000 for h in self.depths),
-            f"sgd.depths={self.depths}: a depth H must lie between 2 and 1,000.",
-        )
-        require(len(set(self.depths)) == len(self.depths), f"sgd.depths={self.depths} names a depth twice.")
-        require(self.seeds >= 1, f"sgd.seeds={self.seeds} must be at least 1.")
-        require(self.batch_size >= 1, f"sgd.batch_size={self.batch_size} must be at least 1.")
-        require(1 <= self.record_every <= self.steps, "sgd.record_every must lie between 1 and sgd.steps.")
-        require(self.steps % self.record_every == 0, "sgd.steps must be a multiple of sgd.record_every.")
-        require(0 < self.learning_rate < math.inf, f"sgd.learning_rate={self.learning_rate} must be positive.")
-        require(0 <= self.momentum < 1, f"sgd.momentum={self.momentum} must lie in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,136 +135,6 @@ def matrices(spec: LinearDualSpec, tables: Tables) -> Matrices:
     return Matrices(rows.T, targets.astype(np.float32), found.info)
 
 
-# --- SGD ------------------------------------------------------------------------------------------------------------
-
-
-class Moments(NamedTuple):
-    """What problem (4) needs of the data: `X X^T`, `Y X^T` and `||Y||_F^2`, in float64."""
-
-    xx: np.ndarray
-    yx: np.ndarray
-    yy: float
-
-
-def moments(x: np.ndarray, y: np.ndarray, block: int = 4096) -> Moments:
-    """The second moments, block by block."""
-    xx, yx = np.zeros((len(x), len(x))), np.zeros((len(y), len(x)))
-    for first in range(0, x.shape[1], block):
-        a, b = (m[:, first : first + block].astype(np.float64) for m in (x, y))
-        xx += a @ a.T
-        yx += b @ a.T
-    return Moments(xx, yx, float(np.sum(np.square(y, dtype=np.float64))))
-
-
-def objective(weights: list[np.ndarray], data: Moments, gamma: float) -> float:
-    """Problem (4) in float64 from second moments.
-
-    Equal to `spectral.objective` up to rounding of `||Y||_F^2`.  Singular values of `W_1 X` below 1e-8 of the largest
-    are lost in its Gram matrix; their powers do not count in the sum.  NaN for weights that are not finite.
-    """
-    depth = len(weights)
-    if not all(np.isfinite(w).all() for w in weights):
-        return math.nan
-    exact = [np.asarray(w, np.float64) for w in weights]
-    whole = functools.reduce(lambda done, layer: layer @ done, exact)
-    misfit = 0.5 * data.yy - np.sum(whole * data.yx) + 0.5 * np.sum((whole @ data.xx) * whole)
-    first = np.sqrt(np.maximum(np.linalg.eigvalsh(exact[0] @ data.xx @ exact[0].T), 0))
-    powers = [first, *(np.linalg.svd(w, compute_uv=False) for w in exact[1:])]
-    return float(misfit + gamma / depth * sum(np.sum(p**depth) for p in powers))
-
-
-class Descent(NamedTuple):
-    """SGD on problem (4) for one depth.
-
-    Attributes:
-      steps: `[k]`, where the objective was evaluated.
-      objective: `[seeds, k]`, float64.
-    """
-
-    steps: np.ndarray
-    objective: np.ndarray
-
-
-def _penalty_gradients(weights: tuple[Array, ...], xx: Array) -> tuple[Array, ...]:
-    """Gradients of `1/H (||W_1 X||_{S_H}^H + sum ||W_i||_{S_H}^H)`, through `(M M^T)^{(H-2)/2} M`."""
-    depth = len(weights)
-
-    def one(gram: Array, image: Array) -> Array:
-        if depth == 2:
-            return image
-        values, vectors = jnp.linalg.eigh(gram)
-        power = jnp.maximum(values, 0) ** ((depth - 2) / 2)
-        return (vectors * power[None, :]) @ (vectors.T @ image)
-
-    image = weights[0] @ xx
-    return one(image @ weights[0].T, image), *(one(w @ w.T, w) for w in weights[1:])
-
-
-def descend(
-    data: Matrices, known: Moments, spec: LinearDualSpec, depth: int, curvature: float, progress: Progress, done: int
-) -> Descent:
-    """Trains one depth from every seed in one program; see `DescentSpec`.
-
-    Args:
-      data, known: the data and their moments.
-      spec: of the experiment.
-      depth: H.
-      curvature: `sigma_1(Yt)`, the unit of the learning rate.
-      progress, done: the line on the terminal, and the steps done before.
-    """
-    sgd, n = spec.sgd, data.x.shape[1]
-    start = np.ones(len(known.xx))
-    largest = scipy.sparse.linalg.eigsh(known.xx, 1, v0=start, tol=1e-3, return_eigenvectors=False)
-    scale = math.sqrt(float(largest[0]))
-    sizes = (data.x.shape[0], *([spec.width] * (depth - 1)), data.y.shape[0])
-    x, y = jnp.asarray(data.x.T / scale, jnp.float32), jnp.asarray(data.y.T, jnp.float32)
-    xx = jnp.asarray(known.xx / scale**2, jnp.float32)
-    longest = float(np.max(np.sum(np.square(data.x), axis=0, dtype=np.float64)))
-    excess = 1 + n * longest / (sgd.batch_size * scale**2)
-    rate = sgd.learning_rate / (depth * max(curvature, 1e-30) ** (2 * (depth - 1) / depth) * excess)
-
-    def step(carry: tuple[Any, Any], at: tuple[Array, KeyArray], x: Array, y: Array, xx: Array) -> tuple[Any, None]:
-        weights, velocity = carry
-        now, key = at
-        picked = jax.random.randint(jax.random.fold_in(key, now), (sgd.batch_size,), 0, n)
-        x_batch, y_batch = x[picked], y[picked]
-
-        def misfit(weights: tuple[Array, ...]) -> Array:
-            fitted = functools.reduce(lambda done, layer: done @ layer.T, weights, x_batch)
-            return 0.5 * n / sgd.batch_size * jnp.sum((y_batch - fitted) ** 2)
-
-        gradients = jax.grad(misfit)(weights)
-        penalties = _penalty_gradients(weights, xx)
-        velocity = tuple(
-            sgd.momentum * v + g + spec.gamma * p for v, g, p in zip(velocity, gradients, penalties, strict=True)
-        )
-        factor = rate * 0.5 * (1 + jnp.cos(jnp.pi * now / sgd.steps))
-        return (tuple(w - factor * v for w, v in zip(weights, velocity, strict=True)), velocity), None
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def segment(carry: Any, keys: Array, first: Array, x: Array, y: Array, xx: Array) -> Any:
-        nows = first + jnp.arange(sgd.record_every)
-
-        def one(carry: Any, key: KeyArray) -> Any:
-            return lax.scan(lambda c, now: step(c, (now, key), x, y, xx), carry, nows)[0]
-
-        return jax.vmap(one)(carry, keys)
-
-    root = jax.random.fold_in(seeds.key(spec.seed), depth)
-    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(root, i)))(jnp.arange(sgd.seeds))
-    weights = jax.vmap(lambda key: random_weights(key, sizes, dtype=jnp.float32))(keys[:, 0])
-    carry = (weights, jax.tree.map(jnp.zeros_like, weights))
-    values = []
-    for first in range(0, sgd.steps + 1, sgd.record_every):
-        host = [np.asarray(w, np.float64) for w in carry[0]]
-        host[0] = host[0] / scale
-        values.append([objective([w[i] for w in host], known, spec.gamma) for i in range(sgd.seeds)])
-        progress.update(done + first, f"SGD, H = {depth}: objective {np.median(values[-1]):.6g}")
-        if first < sgd.steps:
-            carry = segment(carry, keys[:, 1], jnp.asarray(first), x, y, xx)
-    return Descent(np.arange(0, sgd.steps + 1, sgd.record_every), np.asarray(values).T)
-
-
 # --- the experiment -------------------------------------------------------------------------------------------------
 
 
@@ -316,17 +144,36 @@ def linear_dual_experiment(spec: LinearDualSpec, workdir: Workdir, tables: Table
     x, y, info = data
     confirm_data(workdir, x, y, info=info)
     widths = (spec.width,) * (spec.depth - 1)
-    found = solve_columns(
-        in_blocks(x, y, spec.block_size or None),
-        gamma=spec.gamma,
-        widths=widths,
-        factorization=spec.factorization,
-        tolerance=spec.tolerance,
-    )
-    solution = found.solution
+    columns = in_blocks(x, y, spec.block_size or None)
+    with Progress(x.shape[1], "Theorem 2, examples") as progress:
+        found = solve_columns(
+            columns,
+            gamma=spec.gamma,
+            widths=widths,
+            factorization=spec.factorization,
+            tolerance=spec.tolerance,
+            report=lambda what, done: progress.update(done, what),
+        )
+        solution = found.solution
+        progress.update(0, "independent proof")
+        proven = verify(
+            columns,
+            gamma=spec.gamma,
+            widths=widths,
+            weights=solution.weights,
+            coefficients=solution.dual_variable.coefficients,
+            dependencies=found.dependencies,
+        )
+    half_norm = 0.5 * float(np.sum(np.square(y, dtype=np.float64)))
+    if not proven.lower - 1e-13 * half_norm <= solution.primal or not solution.dual <= proven.upper + 1e-13 * half_norm:
+        raise CertificateError(
+            f"the solver claims an optimum in [{solution.dual!r}, {solution.primal!r}], and an independent program"
+            f" proves it to lie in [{proven.lower!r}, {proven.upper!r}]: one of them is wrong; please report this.",
+            found.attempts,
+            found,
+        )
     with Checkpointer(workdir.checkpoints / "solution") as saver:
         saver.save(0, solution._asdict(), {"factorization": found.factorization, "widths": list(widths)})
-    half_norm = 0.5 * float(np.sum(np.square(y, dtype=np.float64)))
     record: dict[str, Any] = {
         "title": spec.title,
         "data": info,
@@ -341,6 +188,7 @@ def linear_dual_experiment(spec: LinearDualSpec, workdir: Workdir, tables: Table
         "reasons": list(solution.reasons()),
         "precision": found.precision,
         "factorization": found.factorization,
+        "verified": proven._asdict(),
         "projection_error": found.projection_error,
         "attempts": [a._asdict() for a in found.attempts],
         "half_norm": half_norm,
@@ -375,7 +223,21 @@ def _curves(spec: LinearDualSpec, workdir: Workdir, data: Matrices, curvature: f
         for index, depth in enumerate(spec.sgd.depths):
 
             def trained(depth: int = depth, done: int = index * spec.sgd.steps) -> Descent:
-                return descend(data, known(), spec, depth, curvature, progress, done)
+                def report(step: int, objective: float) -> None:
+                    progress.update(done + step, f"SGD, H = {depth}: objective {objective:.6g}")
+
+                return stochastic_descent(
+                    data.x,
+                    data.y,
+                    known(),
+                    spec.sgd,
+                    depth=depth,
+                    width=spec.width,
+                    gamma=spec.gamma,
+                    curvature=curvature,
+                    seed=spec.seed,
+                    report=report,
+                )
 
             curves[depth] = Descent(**workdir.remember(f"SGD, H = {depth}", trained))
     return curves
@@ -392,7 +254,7 @@ def _report(spec: LinearDualSpec, record: dict[str, Any]) -> Report:
         rows.append([f"SGD, H = {depth}", len(runs), *(_finite(v) for v in (low, high, gap)), None])
     diverged = any(not np.isfinite(r["objective"]) for r in record["sgd"])
     below = [r for r in record["sgd"] if r["lowest"] < record["dual"]]
-    size = record["sizes"]
+    size, verified = record["sizes"], record["verified"]
     tried = ", ".join(f"{a['factorization']}: {a['reason']}" for a in record["attempts"])
     notes = [
         f"X {size['d_0']} x {size['n']}, Y {size['d_H']} x {size['n']}, H = {spec.depth}, widths {size['widths']},"
@@ -401,6 +263,8 @@ def _report(spec: LinearDualSpec, record: dict[str, Any]) -> Report:
         if record["theorem_applies"]
         else f"Theorem 2 does not apply ({'; '.join(record['reasons'])}); the certificate holds all the same.",
         f"Factorisation, {record['precision']}: {tried}. Certificate: float64, up to rounding.",
+        f"Proven independently, all rounding included: {verified['lower']!r} <= optimum <= {verified['upper']!r},"
+        f" relative gap {verified['relative_gap']:.2g}.",
         "Lowest and highest: dual and primal value of the optimum; smallest and largest last objective of SGD.  Gap: to"
         " the dual value, relative to the objective at zero weights (SGD: median over seeds).",
         "A dash: a run of SGD diverged; lower --config.sgd.learning_rate." if diverged else "",

@@ -2,6 +2,7 @@
 
 - `solve`: data in memory, three independent methods, inside `jit` and `vmap`; `regularisation_path` over gamma.
 - `solve_columns`: data in blocks of columns, larger than memory, on one device or several.
+- `verify`: an independent proof of a lower and an upper bound, for any weights and any dual variable.
 - `objective`: problem (4) as written.
 - `with_bias`, `patches`: affine and convolutional first maps as a matrix problem (remark (a) of Section 4).
 """
@@ -14,6 +15,7 @@ from dualgap_jax.spectral.problem import SpectralError, objective, r_norm_square
 from dualgap_jax.spectral.solution import DualVariable, SpectralSolution
 from dualgap_jax.spectral.solvers import METHODS, full_batch_descent
 from dualgap_jax.spectral.splitting import clip_singular_values, douglas_rachford_iterates, prox_r_norm
+from dualgap_jax.spectral.verify import Verification, VerificationError, verify
 
 __all__ = [
     "METHODS",
@@ -24,6 +26,8 @@ __all__ = [
     "DualVariable",
     "SpectralError",
     "SpectralSolution",
+    "Verification",
+    "VerificationError",
     "clip_singular_values",
     "douglas_rachford_iterates",
     "full_batch_descent",
@@ -37,5 +41,6 @@ __all__ = [
     "schatten_power",
     "solve",
     "solve_columns",
+    "verify",
     "with_bias",
 ]

@@ -62,9 +62,10 @@ def primal_rounding(
 ) -> Real:
     """An estimate of the rounding of the float64 sums in problem (4).
 
-    `W_H ... W_1 X` is off by `eps || |W_H| ... |W_1| ||_F ||X||_F`, and the derivative of the misfit in it is the
-    residual; likewise for the singular values of `W_1 X`.  What any sum has, up to `64 eps` of `1/2 ||Y||_F^2`, is left
-    out: 1e-14 of it.
+    With rounding of the terms of a sum as if independent, `W_H ... W_1 X` is off by
+    `eps || |W_H| ... |W_1| ||_F max_j ||x_j||` over rows of X, whose norms are within a factor of 2; the derivative of
+    the misfit in it is the residual.  Likewise for the singular values of `W_1 X`.  What any sum has, up to `64 eps` of
+    `1/2 ||Y||_F^2`, is left out: 1e-14 of it.
 
     Args:
       weights: `W_1, ..., W_H`.
@@ -78,5 +79,6 @@ def primal_rounding(
     first = jnp.linalg.norm(weights[0])
     # at balanced weights the singular values of W_1 X are those of W_H
     slopes = jnp.sum(jnp.linalg.svd(weights[-1], compute_uv=False) ** (2 * (depth - 1))) ** 0.5
-    found = jnp.sqrt(x_squared) * (through + gamma * first * slopes)
+    longest = 2 * jnp.sqrt(x_squared / weights[0].shape[1])
+    found = longest * (through + gamma * first * slopes)
     return jnp.finfo(jnp.float64).eps * jnp.maximum(found - 64 * half_norm, 0)

@@ -27,11 +27,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 from dualgap_jax.registry import unknown
-from dualgap_jax.spectral.blocks import Block, Data
+from dualgap_jax.spectral.blocks import Data
 from dualgap_jax.spectral.certificate import SAFETY, dual_rounding, lower_bound, primal_rounding
 from dualgap_jax.spectral.checks import check_gamma, check_rtol, check_widths
 from dualgap_jax.spectral.dependence import Dependencies
 from dualgap_jax.spectral.factorizations import FACTORIZATIONS, Breakdown, Fit
+from dualgap_jax.spectral.kernels import Block
 from dualgap_jax.spectral.problem import SpectralError, narrowest
 from dualgap_jax.spectral.scaling import shift
 from dualgap_jax.spectral.solution import SpectralSolution, assemble, default_rtol, finish, out_of_range
@@ -192,7 +193,7 @@ def solve_columns(
     factorization: Factorization = "auto",
     tolerance: float = 1e-6,
     mesh: Mesh | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str, int], None] | None = None,
 ) -> ColumnsSolution:
     """Solves problem (4) for data in blocks of columns, in bounded memory, and certifies the result (Theorem 2).
 
@@ -208,7 +209,8 @@ def solve_columns(
       factorization: 'gram' (fast), 'qr' (accurate), or 'auto': fast, and accurate only if that certificate fails.
       tolerance: The relative gap up to which a certificate holds.
       mesh: The devices over which the columns of each block are spread; None is one device.
-      report: A function that is called with a line of progress after each block.
+      report: A function that is called at the start of a pass and after each block, with what is done, as
+        'certificate, pass 3', and the number of examples so far.
 
     Returns:
       The solution, with NumPy arrays, and how it was found.  Lambda is float64.

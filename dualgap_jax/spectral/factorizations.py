@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualgap_jax.spectral.blocks import Data, Rows, merge_triangles
+from dualgap_jax.spectral.blocks import Data
 from dualgap_jax.spectral.certificate import SAFETY
 from dualgap_jax.spectral.dependence import NONE, Dependencies, find_dependencies
+from dualgap_jax.spectral.kernels import Rows, merge_triangles
 from dualgap_jax.spectral.solution import default_rtol
 
 _MAX_ITERATIONS = 40

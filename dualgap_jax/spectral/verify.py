@@ -29,23 +29,18 @@ which are checked in integers.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from dualgap_jax.spectral.evidence import Evidence, VerificationError
+
 _UNIT = 2.0**-53
 _ROOM = 1 + 1e-9  # for the rounding of the bounds themselves
-_SLICE = 2048  # columns at a time
 _TINY = 1e-280  # more than all underflow together, in the scaled problem
-
-
-class VerificationError(ValueError):
-    """A claim that cannot be checked: shapes do not fit, numbers are not finite, a dependency is none."""
 
 
 class Verification(NamedTuple):
@@ -91,14 +86,14 @@ def verify(
     Raises:
       VerificationError: The claim cannot be checked, or the bounds leave the range of the numbers.
     """
-    data = _Scaled(blocks, len(weights))
+    data = Evidence(blocks, len(weights))
     layers, dual, ceiling = data.scaled(weights, coefficients, gamma, widths)
     first = _first_pass(data, layers, dual)
     upper = _upper(first, layers, ceiling, data.terms)
     norm = math.sqrt(_largest(first.dual_square, data.terms, first.dual_size)) + first.dual_error
     dual = dual * (min(1.0, ceiling / (norm * _ROOM)) if norm > 0 else 1.0) * (1 - 4 * _UNIT)
     basis = _rows_as_basis(first, data, dual) or _basis_by_qr(data, dual)
-    rank = min(int(data.present.sum()) - _proven(dependencies, data), data.n)
+    rank = min(int(data.present.sum()) - data.proven(dependencies), data.n)
     hidden = max(rank - len(basis.rows_error), 0)
     r = min(*(int(w) for w in widths), *data.shape, data.n)
     lower = _lower(data, dual, basis, hidden, r)
@@ -113,68 +108,6 @@ def verify(
 def _grow(k: int) -> float:
     """`g(k)`, enlarged."""
     return k * _UNIT / (1 - k * _UNIT) * _ROOM
-
-
-# --- the data ---------------------------------------------------------------------------------------------------------
-
-
-class _Scaled:
-    """The data in slices of float64, rows of X and all of Y divided by powers of two."""
-
-    def __init__(self, blocks: Iterable[tuple[Any, Any]], depth: int) -> None:
-        self._blocks = blocks
-        self.n, count = 0, 0
-        rows, whole = np.zeros(0, int), -(2**15)
-        for x, y in self._raw():
-            if not (np.isfinite(x).all() and np.isfinite(y).all()):
-                raise VerificationError("the data hold values that are not finite.")
-            found = np.where(x.any(axis=1), np.frexp(np.abs(x).max(axis=1))[1], -(2**15))
-            rows = found if count == 0 else np.maximum(rows, found)
-            whole = max(whole, int(np.frexp(np.abs(y).max())[1]) if y.any() else -(2**15))
-            self.shape = (len(x), len(y))
-            self.n += x.shape[1]
-            count += 1
-        if count == 0:
-            raise VerificationError("there are no blocks; give pairs that can be iterated over several times.")
-        self.present = rows > -(2**15)
-        self.rows = np.where(self.present, rows, 0)
-        self.depth = depth
-        self.power = 0 if whole == -(2**15) else round(whole / depth) * depth
-        self.terms = min(_SLICE, self.n) + count + 4  # of a sum over all examples, slice by slice
-
-    def _raw(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for x, y in self._blocks:
-            for start in range(0, np.shape(x)[1], _SLICE):
-                yield tuple(np.asarray(a[:, start : start + _SLICE], np.float64) for a in (x, y))  # type: ignore[misc]
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        n = 0
-        for x, y in self._raw():
-            n += x.shape[1]
-            yield np.ldexp(x, -self.rows[:, None]), np.ldexp(y, -self.power)
-        if n != self.n:
-            raise VerificationError(f"the blocks gave {n} examples and {self.n} before; give what starts afresh.")
-
-    def scaled(
-        self, weights: Sequence[Any], coefficients: Any, gamma: float, widths: Sequence[int]
-    ) -> tuple[list[np.ndarray], np.ndarray, float]:
-        """Weights, M and gamma in the same unit."""
-        d_0, d_H = self.shape
-        sizes = [d_0, *(int(w) for w in widths), d_H]
-        layers = [np.asarray(w, np.float64) for w in weights]
-        dual = np.asarray(coefficients, np.float64)
-        wanted = [(b, a) for a, b in itertools.pairwise(sizes)]
-        if [w.shape for w in layers] != wanted or dual.shape != (d_H, d_0) or len(layers) < 2:
-            raise VerificationError(
-                f"weights of shapes {[w.shape for w in layers]} and coefficients of shape {dual.shape} do not fit the"
-                f" widths: {wanted} and {(d_H, d_0)} are wanted."
-            )
-        step = self.power // self.depth
-        layers = [np.ldexp(layers[0], self.rows[None, :] - step), *(np.ldexp(w, -step) for w in layers[1:])]
-        dual, ceiling = np.ldexp(dual, self.rows[None, :] - self.power), math.ldexp(float(gamma), -self.power)
-        if not (all(np.isfinite(w).all() for w in (*layers, dual)) and 0 <= ceiling < math.inf):
-            raise VerificationError("weights, coefficients or gamma are not finite, or gamma is negative.")
-        return layers, dual, ceiling
 
 
 # --- both bounds need -------------------------------------------------------------------------------------------------
@@ -197,7 +130,7 @@ class _First(NamedTuple):
     residual_error: float
 
 
-def _first_pass(data: _Scaled, layers: list[np.ndarray], dual: np.ndarray) -> _First:
+def _first_pass(data: Evidence, layers: list[np.ndarray], dual: np.ndarray) -> _First:
     (d_0, d_H), hidden = data.shape, len(layers[0])
     gram, cross = np.zeros((d_0, d_0)), np.zeros((d_H, d_0))
     dual_square, first_square = np.zeros((d_H, d_H)), np.zeros((hidden, hidden))
@@ -285,7 +218,7 @@ class _Basis(NamedTuple):
     fit: np.ndarray
 
 
-def _rows_as_basis(first: _First, data: _Scaled, dual: np.ndarray) -> _Basis | None:
+def _rows_as_basis(first: _First, data: Evidence, dual: np.ndarray) -> _Basis | None:
     """Z = X, its rows divided by their norms, if a shifted Cholesky factorisation proves them to be independent.
 
     If the factorisation of `N - s I` succeeds in floating point, the least eigenvalue of N is at least s less
@@ -312,7 +245,7 @@ def _rows_as_basis(first: _First, data: _Scaled, dual: np.ndarray) -> _Basis | N
     return None
 
 
-def _basis_by_qr(data: _Scaled, dual: np.ndarray) -> _Basis:
+def _basis_by_qr(data: Evidence, dual: np.ndarray) -> _Basis:
     """A basis of the directions of X that rounding leaves no doubt about."""
     d_0, _ = data.shape
     triangle = np.zeros((0, d_0))
@@ -325,9 +258,17 @@ def _basis_by_qr(data: _Scaled, dual: np.ndarray) -> _Basis:
     seen = sigma > 4 * _UNIT * sigma.max(initial=0.0)
     turn = right[seen] / sigma[seen][:, None]
     error = _grow(d_0) * (np.abs(turn) @ norms)
-    error = error[np.sqrt(np.cumsum(error**2)) < 1e-2]
-    turn = turn[: len(error)]
+    for most in (1e-2, 1e-4):
+        basis = _independent(data, dual, turn[np.sqrt(np.cumsum(error**2)) < most], error)
+        if basis is not None:
+            return basis
+    return _Basis("qr", turn[:0], error[:0], 1.0, 0.0, np.zeros((len(dual), 0)))  # all of X is charged
+
+
+def _independent(data: Evidence, dual: np.ndarray, turn: np.ndarray, error: np.ndarray) -> _Basis | None:
+    """Z = turn X, if its rows are proven to be independent, and the rounding of each."""
     p = len(turn)
+    error = error[:p]
     gram, cross, size = np.zeros((p, p)), np.zeros((len(dual), p)), 0.0
     for x, y in data:
         z = turn @ x
@@ -338,12 +279,12 @@ def _basis_by_qr(data: _Scaled, dual: np.ndarray) -> _Basis:
     noise = 2 * float(np.linalg.norm(error)) * (math.sqrt(2) + 1) + _grow(data.terms) * size**2
     least = 1 - float(np.linalg.norm(gram - np.eye(p))) * _ROOM - noise if p else 1.0
     if least < 0.1:
-        raise VerificationError("no basis of the row space of X could be proven; X is too ill-conditioned.")
+        return None
     fit = np.linalg.solve(gram, cross.T).T if p else cross
     return _Basis("qr", turn, error, least, size + float(np.linalg.norm(error)), fit)
 
 
-def _lower(data: _Scaled, dual: np.ndarray, basis: _Basis, hidden: int, r: int) -> float:
+def _lower(data: Evidence, dual: np.ndarray, basis: _Basis, hidden: int, r: int) -> float:
     """Problem (5) at `Lambda = dual @ X`, at least."""
     d_0, d_H = data.shape
     p = len(basis.rows_error)
@@ -388,36 +329,3 @@ def _lower(data: _Scaled, dual: np.ndarray, basis: _Basis, hidden: int, r: int) 
     if len(free):
         charge += len(free) * (e_error * (2 * e_size + e_error) + (sums + 16 * d_H * _UNIT) * e_size**2)
     return (0.5 * y_square * (1 - 2 * _grow(terms + d_0))) - 0.5 * (top + projection + charge) * _ROOM_EPS
-
-
-# --- dependencies -----------------------------------------------------------------------------------------------------
-
-
-def _proven(dependencies: tuple[Any, Any, Any] | None, data: _Scaled) -> int:
-    """The number of independent combinations of rows that are zero, checked in exact arithmetic."""
-    if dependencies is None or not len(dependencies[1]):
-        return 0
-    rows, coefficients, powers = (list(part) for part in dependencies)
-    if not data.present[rows].all():
-        raise VerificationError("a dependency names a row that is zero.")
-    columns = np.zeros((len(rows), 0))
-    for x, _ in data:
-        columns = np.unique(np.concatenate([columns, x[rows]], axis=1), axis=1)
-    shift = [Fraction(2) ** (int(data.rows[row]) - int(power)) for row, power in zip(rows, powers, strict=True)]
-    factors = [[Fraction(int(c)) * s for c, s in zip(line, shift, strict=True)] for line in coefficients]
-    for column in columns.T:
-        values = [Fraction(float(v)) for v in column]
-        if any(sum((f * v for f, v in zip(line, values, strict=True)), Fraction(0)) for line in factors):
-            raise VerificationError("a dependency among rows of X is none.")
-    rank = 0
-    lines = [list(line) for line in factors]
-    for index in range(len(rows)):
-        at = next((i for i in range(rank, len(lines)) if lines[i][index]), None)
-        if at is None:
-            continue
-        lines[rank], lines[at] = lines[at], lines[rank]
-        for i in range(rank + 1, len(lines)):
-            share = lines[i][index] / lines[rank][index]
-            lines[i] = [a - share * b for a, b in zip(lines[i], lines[rank], strict=True)]
-        rank += 1
-    return rank
