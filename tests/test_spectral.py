@@ -254,7 +254,9 @@ def test_ill_conditioned_data_in_float64(rng, x64):
         x, y = conditioned(rng, 5, 4, 12, condition, np.float64)
         found = spectral.solve(x, y, gamma=0.1, widths=(3, 4))
         assert abs(float(found.relative_gap)) <= 1e-9
-        np.testing.assert_allclose(found.primal, primal_value(found.weights, x, y, 0.1), 1e-9)
+        # the allowance for rounding grows with the condition number, and only lifts the primal value
+        evaluated = primal_value(found.weights, x, y, 0.1)
+        assert evaluated * (1 - 1e-9) <= found.primal <= evaluated * (1 + 1e-12 + 1e-15 * condition)
 
 
 # --- any weights, any dual variable ---------------------------------------------------------------------------------
