@@ -131,8 +131,7 @@ def across_meshes(folder: Path) -> dict[str, Any]:
     return {
         "steps": [s.steps for s in got],
         "weights": max(
-            relative(a.source.read(0, 11), b.source.read(0, 11))  # type: ignore[union-attr]
-            for a, b in zip(got, expected, strict=True)
+            relative(a.network.read(0, 11), b.network.read(0, 11)) for a, b in zip(got, expected, strict=True)
         ),
         "losses": max(abs(a.batch_loss / b.batch_loss - 1) for a, b in zip(got, expected, strict=True)),
     }

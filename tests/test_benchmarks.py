@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -271,6 +272,8 @@ def test_the_value_by_pinv_is_problem_4_at_the_closed_form(
     assert module.value_of(*module.by_pinv(x, y), x, y) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.realdata
+@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="needs MNIST; set TFDS_DATA_DIR")
 def test_the_precision_benchmark_measures_the_effect_of_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

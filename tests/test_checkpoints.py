@@ -551,7 +551,7 @@ def test_orbax_alone_restores_a_trained_network(tmp_path: Path, streaming: str) 
     net = multi_branch(mlp((4,), 1), 6)
     spec = TrainingSpec(batch_size=16, max_steps=10, check_every=5, momentum=0.9, streaming=streaming)
     (solution,) = train(net, binary_hinge(), synthetic_relu(n=64, seed=1), spec, num_solutions=1, checkpoints=tmp_path)
-    params = solution.params if solution.source is None else solution.source.read(0, 6)[0]
+    params = solution.params
     found = restored_by_orbax_alone(tmp_path / "solution_0")
     assert {n: v for n, v in found.items() if n.startswith("carry/params/")} == {
         f"carry/params/{name}": value for name, value in named_raw(params).items()

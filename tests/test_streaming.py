@@ -24,6 +24,7 @@ from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, validate
 from dualgap_jax.losses import binary_hinge, crammer_singer, logistic, multi_margin, squared
 from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branch
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.optimizers import for_network
 from dualgap_jax.sharding import Layout, MeshSpec
 from dualgap_jax.training import Solution, TrainingSpec, plan
@@ -147,10 +148,9 @@ def test_streamed_training_is_plain_training(batch_size: int, tmp_path: Path, rn
     on_disk = train_as(net, multi_margin(), dataset, on, num_solutions=2, checkpoints=tmp_path)
     for one, other, stored in zip(plain, in_memory, on_disk, strict=True):
         assert worst((other.params, other.batch_loss), (one.params, one.batch_loss)) < 1e-5
-        assert stored.source is not None
-        assert stored.params is None
-        assert stored.source.num_branches == 5
-        for a, b in zip(jax.tree.leaves(stored.source.read(1, 3)[0]), jax.tree.leaves(other.params), strict=True):
+        assert not isinstance(stored.network, InMemory)
+        assert stored.network.num_branches == 5
+        for a, b in zip(jax.tree.leaves(stored.network.read(1, 3)[0]), jax.tree.leaves(other.params), strict=True):
             np.testing.assert_array_equal(a, b[1:4])
         assert (stored.steps, stored.status, stored.batch_loss) == (other.steps, other.status, other.batch_loss)
 
@@ -185,9 +185,8 @@ def test_a_kill_in_mid_segment_is_made_good_bit_for_bit(
         run(tmp_path / "parts")
     monkeypatch.setattr(Streamed, "step", original)
     for got, wanted in zip(run(tmp_path / "parts"), expected, strict=True):
-        assert got.source is not None
-        assert wanted.source is not None
-        jax.tree.map(np.testing.assert_array_equal, got.source.read(0, 5), wanted.source.read(0, 5))
+        assert not isinstance(got.network, InMemory)
+        jax.tree.map(np.testing.assert_array_equal, got.network.read(0, 5), wanted.network.read(0, 5))
         assert (got.steps, got.status, got.batch_loss) == (wanted.steps, wanted.status, wanted.batch_loss)
 
 
@@ -202,7 +201,7 @@ def test_what_is_trained_is_checked_on_disk_and_not_held(
     def run() -> list[Solution]:
         return train_as(net, multi_margin(), dataset, spec, num_solutions=2, checkpoints=tmp_path)
 
-    expected = [s.source.read(0, 5) for s in run() if s.source is not None]
+    expected = [s.network.read(0, 5) for s in run()]
     if damaged:
         newest = max((tmp_path / "solution_1").glob("[0-9]*"), key=lambda step: int(step.name))
         chunk = max((newest / "state").rglob("c.*"), key=lambda path: path.stat().st_size)
@@ -214,9 +213,8 @@ def test_what_is_trained_is_checked_on_disk_and_not_held(
     found = run()  # says nothing of what training takes either: that would take steps
     assert bool(placed) == bool(steps) == damaged
     for solution, wanted in zip(found, expected, strict=True):
-        assert solution.params is None
-        assert solution.source is not None
-        jax.tree.map(np.testing.assert_array_equal, solution.source.read(0, 5), wanted)
+        assert not isinstance(solution.network, InMemory)
+        jax.tree.map(np.testing.assert_array_equal, solution.network.read(0, 5), wanted)
 
 
 def spoilt_steps(loss: Any, outputs: int, batch: int) -> list[Callable[..., Any]]:
@@ -274,7 +272,7 @@ def test_memory_decides_and_the_choice_is_kept(
     begun = load(tmp_path / "solution_0").meta
     expected = {"together": (3, False), "one by one": (1, False), "streamed": (1, True)}[way]
     assert (begun["group_size"], begun["streamed"]) == expected
-    assert all((s.source is not None) == (way == "streamed") for s in found)
+    assert all((not isinstance(s.network, InMemory)) == (way == "streamed") for s in found)
     if way == "streamed":
         (text,) = said
         assert "20 branches" in text
@@ -283,7 +281,7 @@ def test_memory_decides_and_the_choice_is_kept(
         assert "disk" in text
         assert "WARNING: that is more memory" in text
         monkeypatch.setattr(plan, "memory_available", lambda: 10**9)
-        assert all(s.source is not None for s in run())  # goes on as it was begun
+        assert all(not isinstance(s.network, InMemory) for s in run())  # goes on as it was begun
     assert bool(said) == (way == "streamed")
 
 

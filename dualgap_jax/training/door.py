@@ -19,7 +19,6 @@ from dualgap_jax.evaluation import check_fits
 from dualgap_jax.losses import as_loss
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.networks import as_network
-from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import unknown
 from dualgap_jax.schedules import Schedule, constant
 from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, local_devices, meet
@@ -37,25 +36,27 @@ class Solution(NamedTuple):
     """Where one run of SGD ended.
 
     Attributes:
-      params, state: of the network; None when it lies on disk.
+      network: the trained network, in memory (`networks.sources.InMemory`) or on disk, read a few branches at a time.
       steps: number of steps done.
       status: 'converged' (segment loss below the tolerance), 'plateau' (the schedule gave up), 'max_steps', or
         'diverged' (a loss, an output in training, or in the end a parameter that is not finite).
       batch_loss: mean mini-batch loss over the last segment (NaN when no step was done).
-      source: the network on disk, read a few branches at a time; None when it is in memory.
     """
 
-    params: Params
-    state: State
+    network: BranchSource
     steps: int
     status: str
     batch_loss: float
-    source: BranchSource | None = None
 
     @property
-    def network(self) -> BranchSource:
-        """The trained network, wherever it is."""
-        return self.source if self.source is not None else InMemory(self.params, self.state)
+    def params(self) -> Params:
+        """The network's parameters, brought into memory where they lie on disk."""
+        return self.network.read(0, self.network.num_branches)[0]
+
+    @property
+    def state(self) -> State:
+        """The network's state, likewise."""
+        return self.network.read(0, self.network.num_branches)[1]
 
 
 def solution_key(seed: int, index: int) -> KeyArray:
@@ -95,7 +96,7 @@ def train(
 
     With `checkpoints`, progress is saved under `solution_K/`, and a second call goes on from there, in the same way, so
     that its numbers are those of an uninterrupted run bit for bit.  A network trained by the streamed step is then left
-    on disk: `Solution.source` reads it.  A mesh may change between calls; results then agree to rounding.  Network,
+    on disk: `Solution.network` reads it.  A mesh may change between calls; results then agree to rounding.  Network,
     loss, data, optimiser, rate, schedule and seed are compared with those that the checkpoints were written with;
     `max_steps` may be longer than it was, unless the schedule depends on it.
 
@@ -246,7 +247,6 @@ def train(
         if folder is not None:
             meet("the checkpoints are written")
         for i, r in runs.items():
-            params, state, source = engine.network(r.carry, folders[i])
             status = "max_steps" if r.status == "running" else r.status
-            solutions.append(Solution(params, state, r.steps, status, r.batch_loss, source))
+            solutions.append(Solution(engine.network(r.carry, folders[i]), r.steps, status, r.batch_loss))
     return solutions

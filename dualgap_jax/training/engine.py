@@ -102,8 +102,8 @@ class Engine(Protocol):
         """
         ...
 
-    def network(self, carry: Carry | None, folder: Path | None, /) -> tuple[Params, State, BranchSource | None]:
-        """A finished network: parameters and state in memory, or None, None and where they are read on disk."""
+    def network(self, carry: Carry | None, folder: Path | None, /) -> BranchSource:
+        """A finished network, in memory or where it is read on disk."""
         ...
 
     def plan(self, max_steps: int, num_solutions: int, checkpoints: Path | None, /) -> str:

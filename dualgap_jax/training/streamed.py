@@ -21,6 +21,7 @@ from dualgap_jax.config import require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
 from dualgap_jax.networks import draw_branches, multi_branch
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.schedules import Schedule, constant
 from dualgap_jax.sharding import BRANCH, DATA, MeshSpec
 from dualgap_jax.training import plan
@@ -29,7 +30,7 @@ from dualgap_jax.training.branch_step import branch_step
 from dualgap_jax.training.engine import Carry, LeafReader, Transformation, all_finite, begin, item, tree_bytes
 from dualgap_jax.training.placement import Placement, verify_leaf
 from dualgap_jax.training.plan import Estimate
-from dualgap_jax.types import BranchSource, KeyArray, Network, Params, PyTree, Stacked, State
+from dualgap_jax.types import BranchSource, KeyArray, Network, PyTree, Stacked
 
 
 class Streamed:
@@ -231,11 +232,11 @@ class Streamed:
             losses.append(value)
         return lanes, np.asarray([losses], np.float64)
 
-    def network(self, carry: Carry | None, folder: Path | None) -> tuple[Params, State, BranchSource | None]:
+    def network(self, carry: Carry | None, folder: Path | None) -> BranchSource:
         if self._on_disk and folder is not None:
-            return None, None, open_branches(folder, (self.shapes.params, self.shapes.state))
+            return open_branches(folder, (self.shapes.params, self.shapes.state))
         assert carry is not None
-        return *self._placement.whole((carry.params, carry.state)), None
+        return InMemory(*self._placement.whole((carry.params, carry.state)))
 
     # --- before the run ---
 

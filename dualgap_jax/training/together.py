@@ -14,6 +14,7 @@ from jax import Array, lax
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss, mean_loss
 from dualgap_jax.networks import multi_branch
+from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.schedules import Schedule
 from dualgap_jax.sharding import filled, over_devices, share_out
 from dualgap_jax.training import plan
@@ -162,9 +163,11 @@ class Together:
     def stored(self, carry: Carry, lane: int) -> Carry:
         return self.part(carry, lane)
 
-    def network(self, carry: Carry | None, folder: Path | None) -> tuple[Params, State, BranchSource | None]:
+    def network(self, carry: Carry | None, folder: Path | None) -> BranchSource:
         del folder
-        return (carry.params, carry.state, None) if carry is not None else (None, None, None)
+        if carry is None:
+            raise ValueError("a network that is trained in memory has no carry in this process.")
+        return InMemory(carry.params, carry.state)
 
     def is_finite(self, carry: Carry, lane: int) -> bool:
         return bool(all_finite(item((carry.params, carry.state), lane)))
