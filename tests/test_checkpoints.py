@@ -51,7 +51,7 @@ from dualgap_jax.experiments import linear_dual
 from dualgap_jax.files import load_json, save_json
 from dualgap_jax.losses import binary_hinge
 from dualgap_jax.networks import mlp, multi_branch
-from dualgap_jax.training import TrainingSpec, train
+from dualgap_jax.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 Struct = jax.ShapeDtypeStruct
@@ -549,8 +549,18 @@ def test_orbax_alone_restores_every_kind_of_leaf(tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", ["off", "on"])
 def test_orbax_alone_restores_a_trained_network(tmp_path: Path, streaming: str) -> None:
     net = multi_branch(mlp((4,), 1), 6)
-    spec = TrainingSpec(batch_size=16, max_steps=10, check_every=5, momentum=0.9, streaming=streaming)
-    (solution,) = train(net, binary_hinge(), synthetic_relu(n=64, seed=1), spec, num_solutions=1, checkpoints=tmp_path)
+    (solution,) = train(
+        net,
+        binary_hinge(),
+        synthetic_relu(n=64, seed=1),
+        optax.sgd(0.6, momentum=0.9),
+        batch_size=16,
+        max_steps=10,
+        check_every=5,
+        streaming=streaming,
+        num_solutions=1,
+        checkpoints=tmp_path,
+    )
     params = solution.params
     found = restored_by_orbax_alone(tmp_path / "solution_0")
     assert {n: v for n, v in found.items() if n.startswith("carry/params/")} == {
