@@ -554,10 +554,10 @@ def test_the_config_takes_every_set(name: str, tmp_path: Path, drawn: dict[str, 
 
 
 def test_the_config_is_the_paper_s_figure_by_default() -> None:
-    spec = config_lib.load(ROOT / "configs" / "figure3.py").spec
-    assert (spec.set.name, spec.set.settings["p"]) == ("lp_ball", 0.5)
+    spec = config_lib.load(ROOT / "configs" / "figure3.py")
+    assert (spec.set.name, spec.set.p) == ("lp_ball", 0.5)
     assert (spec.panels, spec.paper_item) == ((1, 2, 10), "Figure 3")
-    assert config_lib.load(ROOT / "configs" / "figure3.py", "p=0.3,copies=1/9").spec.copies == (1, 9)
+    assert config_lib.load(ROOT / "configs" / "figure3.py", "p=0.3,copies=1/9").copies == (1, 9)
     for arg, message in (
         ("set=union,p=0.3", "only the set lp_ball"),
         ("seed=2", "only the random sets"),

@@ -18,7 +18,7 @@ from dualgap_jax import sharding
 from dualgap_jax.config import ConfigError
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.base import identity
-from dualgap_jax.experiments.hitting_rate import HittingRateSpec
+from dualgap_jax.experiments.hitting_rate import HITTING_RATE, HittingRateSpec
 from dualgap_jax.hitting import SgdSpec
 
 HERE = Path(__file__).resolve().parent
@@ -92,4 +92,4 @@ def test_a_study_that_wants_more_devices_is_refused_before_it_starts() -> None:
     with pytest.raises(ConfigError, match=r"sgd\.devices=-2"):
         SgdSpec(devices=-2)
     # A workdir may be gone on with on another machine.
-    assert identity(spec) == identity(dataclasses.replace(spec, sgd=SgdSpec(devices=0)))
+    assert identity(HITTING_RATE, spec) == identity(HITTING_RATE, dataclasses.replace(spec, sgd=SgdSpec(devices=0)))
