@@ -14,7 +14,7 @@ import pytest
 from gap_oracles import exact_dual, exact_primal
 
 from dualgap_jax import experiments
-from dualgap_jax.config import Component, Config
+from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import (
     BoundSpec,
@@ -440,7 +440,7 @@ def spec(**change: Any) -> DualityGapSpec:
 
 
 def test_a_record_is_proven_again_from_its_files(tmp_path: Any) -> None:
-    experiments.run(Config("duality_gap", spec()), workdir=tmp_path / "w")
+    experiments.run(experiment_config("duality_gap", spec()), workdir=tmp_path / "w")
     record = load_json(tmp_path / "w" / "results" / "duality_gap.json")
     arrays = load_npz(tmp_path / "w" / "results" / "duality_gap.npz")
     assert check_record(record, arrays) == 2
@@ -451,7 +451,7 @@ def test_a_record_is_proven_again_from_its_files(tmp_path: Any) -> None:
 
 def test_training_that_diverged_is_a_named_state(tmp_path: Any, rng: np.random.Generator) -> None:
     trained = TrainedSpec(num_branches=(1, 2), steps=5, seeds=3, learning_rate=1e40)
-    chosen = Config("duality_gap", spec(trained=trained))
+    chosen = experiment_config("duality_gap", spec(trained=trained))
     report, folder, _ = experiments.run(chosen, workdir=tmp_path / "w")
     assert any("3 of 3 seeds diverged at I = 1" in note for note in report.notes)
     assert report.rows[0][-1] == "diverged"
@@ -479,7 +479,7 @@ def test_a_run_that_diverged_is_never_the_best(rng: np.random.Generator) -> None
 def test_linear_branches_have_neither_gap_nor_delta(tmp_path: Any) -> None:
     branch = Component("mlp", {"hidden": (), "use_bias": False, "activation": "identity"})
     chosen = spec(branch=branch, fresh_samples=2)
-    report, folder, _ = experiments.run(Config("duality_gap", chosen), workdir=tmp_path / "w")
+    report, folder, _ = experiments.run(experiment_config("duality_gap", chosen), workdir=tmp_path / "w")
     record = load_json(folder.results / "duality_gap.json")
     assert all(row["normalized_gap"] is None or row["normalized_gap"] < 1e9 for row in record["rows"])
     ratios = [row["largest_gap_over_bound"] for row in record["population"]["rows"]]
@@ -488,8 +488,8 @@ def test_linear_branches_have_neither_gap_nor_delta(tmp_path: Any) -> None:
 
 
 def test_a_tiny_tau_is_said_and_proves_nothing_for_the_hinge(tmp_path: Any) -> None:
-    report, _, _ = experiments.run(Config("duality_gap", spec(tau=0.01)), workdir=tmp_path / "w")
+    report, _, _ = experiments.run(experiment_config("duality_gap", spec(tau=0.01)), workdir=tmp_path / "w")
     assert {row[report.columns.index("verdict")] for row in report.rows} == {"undecided"}
     assert any("Assumption 1 is not proven" in note for note in report.notes)
     with pytest.raises(ValueError, match="so small"):
-        experiments.run(Config("duality_gap", spec(tau=1e-300)), workdir=tmp_path / "v")
+        experiments.run(experiment_config("duality_gap", spec(tau=1e-300)), workdir=tmp_path / "v")
