@@ -72,7 +72,8 @@ def losses_and_weights(net: Any, data: Dataset, mesh: MeshSpec) -> tuple[np.ndar
         picked = np.random.default_rng(now).choice(48, 16, replace=False)
         carry, value = solver.step(carry, picked, rate, jax.random.key(4), now)
         values.append(value)
-    return np.asarray(values), solver.network(carry, None)[:2]
+    network = solver.network(carry, None)
+    return np.asarray(values), network.read(0, network.num_branches)
 
 
 def relative(a: Any, b: Any) -> float:

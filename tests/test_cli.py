@@ -321,13 +321,17 @@ LONG += ["--config.training.tolerance=0."]
 def test_signals_end_a_run_with_their_exit_status(
     number: signal.Signals, code: int, wait: float | None, times: int, tmp_path: Path
 ) -> None:
+    # Background jobs inherit that an interrupt is ignored, so it is set back first.
+    restored = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     command = [sys.executable, str(ROOT / "scripts" / "run.py"), *LONG, f"--workdir={tmp_path / 'w'}"]
-
-    def default_interrupt() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs inherit that it is ignored
-
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=default_interrupt
+        [sys.executable, "-c", restored, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         if wait is None:
             while not (tmp_path / "w" / "metrics.jsonl").exists():
