@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gap_oracles import brute_force, dual_by_maximisation
-from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
 from dualgap_jax import config, experiments, figures
@@ -28,7 +27,6 @@ from dualgap_jax.duality import (
     closed_forms,
     deltas,
     gap,
-    intervals,
     problem,
     search,
     theorem,
@@ -466,129 +464,6 @@ def test_confidence_intervals_cover_the_population(rng: np.random.Generator) -> 
         truth = 1 - float(np.sum(density * 0.8 * np.tanh(grid) * 2 * grid) * (grid[1] - grid[0])) / 10
         hits += abs(risk.linear - truth) <= risk.half_width
     assert 180 <= hits <= 200
-
-
-# --- intervals --------------------------------------------------------------------------------------------------------
-
-FUNCTIONS: dict[str, Any] = {
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-    "relu": jax.nn.relu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "softplus": jax.nn.softplus,
-    "gelu": jax.nn.gelu,
-    "elu": jax.nn.elu,
-    "abs": jnp.abs,
-    "square": jnp.square,
-    "cube": lambda a: a**3,
-    "inverse": lambda a: 1 / (2.5 + a * a),
-    "division": lambda a: (a + 1) / (3.5 + jnp.exp(a)),
-    "erf": jax.lax.erf,
-    "exp": jnp.exp,
-    "sqrt": lambda a: jnp.sqrt(a * a + 1),
-    "clip": lambda a: jnp.clip(a, -0.5, 0.7),
-}
-
-
-def test_ranges_of_functions_and_their_derivatives(x64: None, rng: np.random.Generator) -> None:
-    def f(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pairs = [jax.value_and_grad(psi)(w[k]) for k, psi in enumerate(FUNCTIONS.values())]
-        return tuple(jnp.stack(a) for a in zip(*pairs, strict=True))
-
-    size = len(FUNCTIONS)
-    bounds = jax.jit(intervals.extension(f, jnp.zeros(size, jnp.float64)))
-    many = jax.jit(jax.vmap(f))
-    for width in (1e-9, 1e-3, 0.2, 1.0, 4.0):
-        for _ in range(5):
-            lo = rng.uniform(-3, 3, size)
-            hi = lo + width * rng.uniform(0, 1, size)
-            points = np.concatenate([rng.uniform(lo, hi, (200, size)), [lo, hi]])
-            below, above = bounds(jnp.asarray(lo), jnp.asarray(hi))
-            for low, high, value in zip(below, above, many(jnp.asarray(points)), strict=True):
-                inside = (np.asarray(low) <= np.asarray(value)) & (np.asarray(value) <= np.asarray(high))
-                assert inside.all(), np.array(list(FUNCTIONS))[~inside.all(axis=0)]
-                if width == 1e-9:  # and not much wider than need be, unless a kink is inside
-                    spread = np.asarray(high) - np.asarray(low)
-                    assert (spread < 1e-7).mean() > 0.9
-
-
-@pytest.mark.parametrize("name", ["tanh", "relu"])
-def test_ranges_of_networks_and_their_gradients(name: str, x64: None, rng: np.random.Generator) -> None:
-    branch = mlp((2, 2), 1, activation=FUNCTIONS[name])
-    x, c = rng.standard_normal((6, 2)), rng.standard_normal((6, 1))
-    template, _ = branch.init(jax.random.key(0), jnp.asarray(x))
-    flat, unravel = ravel_pytree(template)
-
-    def g(w: jax.Array) -> jax.Array:
-        return 1 - jnp.mean(jnp.asarray(c) * branch.apply(unravel(w), (), jnp.asarray(x))[0])
-
-    f = jax.value_and_grad(g)
-    bounds = jax.jit(intervals.extension(f, flat))
-    many = jax.jit(jax.vmap(f))
-    for size in (1e-9, 1e-3, 0.2, 1.0):
-        lo = rng.uniform(-1, 1, len(flat))
-        hi = lo + size * rng.uniform(0, 1, len(flat))
-        below, above = bounds(jnp.asarray(lo), jnp.asarray(hi))
-        corners = np.where(rng.random((200, len(flat))) < 0.5, lo, hi)
-        points = np.concatenate([rng.uniform(lo, hi, (200, len(flat))), corners])
-        for low, high, value in zip(below, above, many(jnp.asarray(points)), strict=True):
-            assert (np.asarray(low) <= np.asarray(value)).all()
-            assert (np.asarray(value) <= np.asarray(high)).all()
-        if size == 1e-9:
-            assert above[0] - below[0] <= 1e-6
-
-
-def test_ranges_of_second_derivatives(x64: None, rng: np.random.Generator) -> None:
-    one = problem.branch_problem(
-        mlp((1, 1), 1, activation="tanh", use_bias=False), binary(rng, 9, 1), tau=2.0, radius=1.0
-    )
-    bounds = jax.jit(intervals.extension(jax.hessian(one.g), jnp.zeros(3, jnp.float64)))
-    many = jax.jit(jax.vmap(jax.hessian(one.g)))
-    for size in (0.01, 0.5):
-        lo = rng.uniform(-1.5, 1.5, 3)
-        below, above = (np.asarray(a) for a in bounds(jnp.asarray(lo), jnp.asarray(lo + size)))
-        values = np.asarray(many(jnp.asarray(rng.uniform(lo, lo + size, (300, 3)))))
-        assert (below <= values).all()
-        assert (values <= above).all()
-
-
-@pytest.mark.parametrize("name", ["exp", "log", "log1p", "expm1", "tanh", "logistic", "erf", "atan", "sqrt"])
-def test_elementary_functions_are_as_accurate_as_the_rounding_assumes(name: str, x64: None) -> None:
-    """Against 80-bit (or wider) long doubles, or SciPy for erf, over many magnitudes."""
-    if np.finfo(np.longdouble).eps > 1e-18:
-        pytest.skip("long double is no wider than double here")
-    from scipy import special
-
-    x = np.concatenate([10.0 ** np.linspace(-12, 2, 4000), np.linspace(0, 30, 4000)[1:]])
-    if name not in ("log", "sqrt"):
-        x = np.concatenate([-x if name != "log1p" else -x[x < 0.99], x])
-    wide = x.astype(np.longdouble)
-    slow = {
-        "logistic": lambda a: 1 / (1 + np.exp(-a)),
-        "atan": np.arctan,
-        "erf": lambda a: special.erf(a.astype(np.float64)),
-    }.get(name) or getattr(np, name)
-    fast = {
-        "logistic": jax.nn.sigmoid, "erf": jax.lax.erf, "atan": jnp.arctan
-    }.get(name) or getattr(jnp, name)  # fmt: skip
-    ulps = np.abs(np.asarray(fast(jnp.asarray(x))) - slow(wide)) / np.maximum(
-        np.spacing(np.abs(slow(wide)).astype(float)), 1e-300
-    )
-    assert float(ulps[np.isfinite(ulps)].max()) < (512 if name == "log1p" else 8)
-
-
-def test_operations_without_a_rule_are_named(x64: None) -> None:
-    def f(w: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(w) + jnp.cumsum(w))
-
-    with pytest.raises(intervals.UnsupportedPrimitiveError, match=r"cumsum, sin; there are rules for abs, add"):
-        intervals.extension(f, jnp.zeros(3, jnp.float64))
-
-
-def test_smoothness_is_read_off_the_operations(x64: None) -> None:
-    assert intervals.is_smooth(lambda w: jnp.sum(jnp.tanh(w)), jnp.zeros(2))
-    assert not intervals.is_smooth(lambda w: jnp.sum(jax.nn.relu(w)), jnp.zeros(2))
-    assert not intervals.is_smooth(jax.jit(lambda w: jnp.sum(jnp.abs(w))), jnp.zeros(2))
 
 
 # --- branch and bound -------------------------------------------------------------------------------------------------

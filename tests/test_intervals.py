@@ -1,0 +1,449 @@
+"""Ranges of values, slopes and second derivatives against dense sampling, extended precision and plain differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from dualgap_jax.duality import elementary, intervals, programs, ranges
+from dualgap_jax.duality.intervals import Interval
+
+Function = Callable[[jax.Array], jax.Array]
+
+
+class Boxes(NamedTuple):
+    """Random boxes `[k, p]`, and points of each: `[k, n, p]`; the first point of each is anywhere in it."""
+
+    width: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    points: np.ndarray
+
+
+def boxes(size: int, rng: np.random.Generator, low: float, high: float) -> Boxes:
+    width = np.repeat([0.0, 1e-9, 1e-3, 0.2, 1.0, 4.0], 4)[:, None]
+    lo = rng.uniform(low, high, (24, size))
+    hi = np.minimum(lo + width * rng.uniform(0, 1, (24, size)), high)
+    snap = (width >= 0.2) & (rng.random((2, 24, size)) < 0.2)  # kinks and jumps are at whole numbers
+    lo = np.where(snap[0], np.round(lo), lo)
+    hi = np.maximum(lo, np.where(snap[1], np.round(hi), hi))
+    share = np.concatenate([rng.random((24, 32, size)), rng.integers(0, 2, (24, 12, size))], axis=1)
+    points = np.clip(lo[:, None] + share * (hi - lo)[:, None], lo[:, None], hi[:, None])
+    return Boxes(width[:, 0], lo, hi, np.where(share == 1, hi[:, None], points))
+
+
+def sampled(
+    functions: dict[str, Function],
+    size: int,
+    rng: np.random.Generator,
+    *,
+    low: float = -3.0,
+    high: float = 3.0,
+    compiled: bool = True,
+) -> dict[str, float]:
+    """Checks the ranges of `f: [size] -> [...]` on random boxes by values at pairs of points; no derivative of JAX.
+
+    `f(b) - f(a)` must lie in `first . (b - a)`, and in `first(a) . (b - a) + second : (b - a)^2 / 2`.
+
+    Returns:
+      For each function how wide the ranges of slopes are on boxes of side 1e-9.
+    """
+
+    def together(w: jax.Array) -> jax.Array:
+        return jnp.concatenate([f(w).reshape(-1) for f in functions.values()])
+
+    width, lo, hi, points = boxes(size, rng, low, high)
+    count, starts = len(lo), points[:, 0]
+    values = np.asarray(jax.jit(jax.vmap(jax.vmap(together)))(points))  # [k, n, out]
+    names = np.repeat(list(functions), [int(np.prod(jax.eval_shape(f, starts[0]).shape)) for f in functions.values()])
+    over = jax.vmap(ranges.extension(together, jnp.zeros(size, jnp.float64), order=2))
+    found = (jax.jit(over) if compiled else over)(np.concatenate([lo, starts]), np.concatenate([hi, starts]))
+    assert np.asarray(found.defined).all()
+
+    def flat(a: Any, leading: int = 0) -> np.ndarray:
+        whole = np.asarray(a).reshape(2 * count, size**leading, -1)
+        assert not np.isnan(whole).any()
+        return whole
+
+    def all_of(true: np.ndarray) -> None:
+        assert true.all(), set(names[~true.all(axis=(0, 1))].tolist())
+
+    lower, upper = flat(found.lower), flat(found.upper)
+    first, second = [flat(d, 1) for d in found.first], [flat(d, 2) for d in found.second]
+    slack = 1e-13 * (1 + np.abs(values).max((0, 1)))
+    all_of(lower[:count] <= values + slack)
+    all_of(values <= upper[:count] + slack)
+
+    def between(change: np.ndarray, *terms: tuple[np.ndarray, list[np.ndarray]]) -> None:
+        """`change [k, n, out]` is in the sum of the products of `[k, n, q]` with ranges `[k, q, out]`."""
+        low, high = np.zeros_like(change), np.zeros_like(change)
+        with np.errstate(invalid="ignore"):
+            for step, ends in terms:
+                parts = [np.where(step[..., None] == 0, 0, step[..., None] * end[:, None]) for end in ends]
+                low, high = low + np.minimum(*parts).sum(2), high + np.maximum(*parts).sum(2)
+        all_of(~(change < low - slack))
+        all_of(~(change > high + slack))
+
+    step, change = points - starts[:, None], values - values[:, :1]
+    pairs = (step[..., :, None] * step[..., None, :]).reshape(*step.shape[:2], -1) / 2
+    between(change, (step, [d[:count] for d in first]))
+    between(change, (step, [d[count:] for d in first]), (pairs, [h[:count] for h in second]))
+    widths = np.median((first[1] - first[0])[:count][width == 1e-9], axis=(0, 1))
+    return {name: float(widths[names == name].max()) for name in functions}
+
+
+# --- elementary functions ---------------------------------------------------------------------------------------------
+
+SCALAR: dict[str, Callable[..., Any]] = {
+    "tanh": jnp.tanh, "relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu, "softplus": jax.nn.softplus,
+    "gelu": jax.nn.gelu, "exact gelu": lambda a: jax.nn.gelu(a, approximate=False), "elu": jax.nn.elu,
+    "selu": jax.nn.selu, "silu": jax.nn.silu, "hard_swish": jax.nn.hard_swish, "hard_tanh": jax.nn.hard_tanh,
+    "mish": jax.nn.mish, "soft_sign": jax.nn.soft_sign, "abs": jnp.abs, "cube": lambda a: a**3,
+    "division": lambda a: (a + 1) / (3.5 + jnp.exp(a)), "sqrt": lambda a: jnp.sqrt(a * a + 1),
+    "clip": lambda a: jnp.clip(a, -0.5, 0.7), "sine": lambda a: jnp.sin(jnp.cos(3 * a) - a),
+    "power": lambda a: (a + 4) ** 2.5, "tower": lambda a: (a + 4) ** (0.3 * a), "base": lambda a: 2.0**a,
+    "inverse cube": lambda a: (a + 4.0) ** -3, "max": lambda a: jnp.maximum(a, a * a),
+    "root of size": lambda a: jnp.sqrt(jnp.abs(a)), "logaddexp": lambda a: jnp.logaddexp(a, 1 - 2 * a),
+}  # fmt: skip
+JUMPS: dict[str, Callable[..., Any]] = {
+    "sign": jnp.sign, "heaviside": lambda a: jnp.heaviside(a, 0.5), "floor": jnp.floor, "ceil": jnp.ceil,
+    "round": jnp.round, "where": lambda a: jnp.where(a > 0, 1.0, a), "two jumps": lambda a: jnp.where(a > 1, 2 * a, -a),
+    "to integers": lambda a: a.astype(jnp.int32).astype(a.dtype) * a, "to truth": lambda a: (a > 0.5).astype(a.dtype),
+    "narrow": lambda a: (a / 3).astype(jnp.float32).astype(a.dtype), "equal": lambda a: jnp.where(a == 1, 5.0, a),
+    "not": lambda a: jnp.where(~((a > -1) & (a < 1)), a, 3.0), "mixed": lambda a: jnp.where(a[::-1] > 0, a, 0.0),
+    "precision": lambda a: jax.lax.reduce_precision(a, 8, 5),
+    "shifted": lambda a: jnp.where(a > 1, a - 0.5, a / 2 + 0.25),
+}  # fmt: skip
+
+
+def test_ranges_of_functions(x64: None, rng: np.random.Generator) -> None:
+    widths = sampled(SCALAR, 2, rng, compiled=False)
+    assert {name for name, width in widths.items() if width > 1e-6} == set()
+
+
+def test_jumps_have_both_sides(x64: None, rng: np.random.Generator) -> None:
+    sampled(JUMPS, 2, rng)
+    for f in JUMPS.values():
+        assert not ranges.is_smooth(f, jnp.zeros(2))
+
+
+def test_a_jump_on_the_face_of_a_box_is_not_inside_it(x64: None) -> None:
+    over = ranges.extension(lambda w: jnp.where(w > 0, 1.0, 2.0), jnp.zeros(1), order=1)
+    r = over(jnp.array([0.0]), jnp.array([1.0]))
+    assert (r.lower, r.upper) == (1.0, 2.0)
+    assert np.isneginf(r.first[0]).all()
+    r = over(jnp.array([0.5]), jnp.array([1.0]))
+    assert (r.lower, r.upper) == (1.0, 1.0)
+    assert (r.first[0] == 0).all()
+
+
+def test_choices_that_meet_are_known_to_be_continuous(x64: None) -> None:
+    """The slopes of leaky ReLU or ELU over a box with the kink inside are finite; those of a jump are not."""
+    lo, hi = jnp.array([-0.5]), jnp.array([0.25])
+    for psi, steepest in ((jax.nn.leaky_relu, 1.0), (jax.nn.elu, 1.3), (jax.nn.selu, 2.3), (jax.nn.hard_tanh, 1.0)):
+        d = ranges.extension(psi, jnp.zeros(1), order=1)(lo, hi).first
+        assert np.isfinite(d[0]).all()
+        assert float(d[1][0, 0]) < steepest + 1e-2
+    for jump in (
+        lambda a: jnp.where(a > 0, a, 1e-9),
+        lambda a: jnp.where(a > 1e-9, a, 0.0),
+        lambda a: jnp.where(a < 0, a + 1, 1 - a * 0.3 + 1e-13),
+    ):
+        assert np.isneginf(ranges.extension(jump, jnp.zeros(1), order=1)(lo, hi).first[0]).all()
+
+
+WIDE: dict[str, Any] = {
+    "exp": np.exp, "exp2": np.exp2, "log": np.log, "log1p": np.log1p, "expm1": np.expm1, "tanh": np.tanh,
+    "sqrt": np.sqrt,
+    "logistic": lambda a: np.where(a > 0, 1 / (1 + np.exp(-np.abs(a))), np.exp(-np.abs(a)) / (1 + np.exp(-np.abs(a)))),
+    "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh, "sin": np.sin, "cos": np.cos,
+    "rsqrt": lambda a: 1 / np.sqrt(a), "cbrt": np.cbrt, "square": lambda a: a * a, "abs": np.abs,
+    "one_minus_square": lambda a: (1 - a) * (1 + a),
+}  # fmt: skip
+SLOPES: dict[str, Any] = {
+    "exp": np.exp, "exp2": lambda a: np.exp2(a) * np.log(np.longdouble(2)), "log": lambda a: 1 / a,
+    "log1p": lambda a: 1 / (1 + a), "expm1": np.exp, "tanh": lambda a: 1 / np.cosh(a) ** 2,
+    "sqrt": lambda a: 0.5 / np.sqrt(a), "logistic": lambda a: 0.25 / np.cosh(a / 2) ** 2,
+    "atan": lambda a: 1 / (1 + a * a), "sinh": np.cosh, "cosh": np.sinh, "asinh": lambda a: 1 / np.sqrt(1 + a * a),
+    "sin": np.cos, "cos": lambda a: -np.sin(a), "rsqrt": lambda a: -0.5 / (a * np.sqrt(a)),
+    "cbrt": lambda a: 1 / (3 * np.cbrt(a) ** 2), "square": lambda a: 2 * a, "abs": np.sign,
+    "one_minus_square": lambda a: -2 * a, "erf": lambda a: 2 / np.sqrt(np.longdouble(np.pi)) * np.exp(-a * a),
+    "erfc": lambda a: -2 / np.sqrt(np.longdouble(np.pi)) * np.exp(-a * a),
+}  # fmt: skip
+CURVATURES: dict[str, Any] = {
+    "exp": np.exp, "log": lambda a: -1 / a**2, "log1p": lambda a: -1 / (1 + a) ** 2, "expm1": np.exp,
+    "tanh": lambda a: -2 * np.tanh(a) / np.cosh(a) ** 2, "sqrt": lambda a: -0.25 / (a * np.sqrt(a)),
+    "logistic": lambda a: -0.25 * np.tanh(a / 2) / np.cosh(a / 2) ** 2, "atan": lambda a: -2 * a / (1 + a * a) ** 2,
+    "sinh": np.sinh, "cosh": np.cosh, "asinh": lambda a: -a / (1 + a * a) ** np.longdouble(1.5),
+    "sin": lambda a: -np.sin(a), "cos": lambda a: -np.cos(a), "rsqrt": lambda a: 0.75 / (a * a * np.sqrt(a)),
+    "square": lambda a: 2 + 0 * a,
+    "erf": lambda a: -4 / np.sqrt(np.longdouble(np.pi)) * a * np.exp(-a * a),
+}  # fmt: skip
+
+
+def magnitudes(name: str) -> np.ndarray:
+    """Arguments of many sizes, of both signs where the function allows it."""
+    top = 2.7 if name in ("exp", "exp2", "expm1", "sinh", "cosh") else 5.5 if name in ("sin", "cos") else 100.0
+    sizes = np.concatenate([10.0 ** np.linspace(-30, top, 6000), np.linspace(0, 12, 6000)[1:]])
+    if name in ("log", "sqrt", "rsqrt"):
+        return sizes
+    if name == "log1p":
+        return np.concatenate([sizes, -(1 - 10.0 ** np.linspace(-12, -1e-3, 500)), -sizes[sizes < 0.99]])
+    return np.concatenate([sizes, -sizes])
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [(n, p) for p, t in (("value", WIDE), ("slope", SLOPES), ("curvature", CURVATURES)) for n in t]
+)
+def test_elementary_functions_hold_the_true_value_at_every_point(name: str, part: str, x64: None) -> None:
+    """Against 80-bit (or wider) long doubles over many magnitudes."""
+    if np.finfo(np.longdouble).eps > 1e-18:
+        pytest.skip("long double is no wider than double here")
+    x = magnitudes(name)
+    with np.errstate(over="ignore", under="ignore"):
+        truth = {"value": WIDE, "slope": SLOPES, "curvature": CURVATURES}[part][name](x.astype(np.longdouble))
+    rule = getattr(elementary.FUNCTIONS[name], part)
+    low, high = (np.asarray(a) for a in jax.jit(lambda a: rule(Interval(a, a))[:2])(jnp.asarray(x)))
+    # Below the normal numbers the two may differ by what a long double still holds.
+    assert (low <= truth + np.longdouble(1e-305)).all()
+    assert (truth <= high + np.longdouble(1e-305)).all()
+
+
+@pytest.mark.parametrize("name", ["erf", "erfc"])
+def test_error_functions_hold_scipys_value_at_every_point(name: str, x64: None) -> None:
+    x = magnitudes(name)
+    truth = getattr(special, name)(x)
+    low, high = (np.asarray(a) for a in elementary.FUNCTIONS[name].value(Interval(jnp.asarray(x), jnp.asarray(x)))[:2])
+    assert (low <= truth).all()
+    assert (truth <= high).all()
+
+
+@pytest.mark.parametrize("exponent", [2.5, 0.5, -1.5, 1 / 3, 7.25, -3.0, 5.0, 4.0])
+def test_powers_hold_the_true_value(exponent: float, x64: None) -> None:
+    x = 10.0 ** np.linspace(-20, 20, 5000)
+    f = elementary.raised(exponent)
+    e = np.longdouble(exponent)
+    wide = x.astype(np.longdouble)
+    truths = (wide**e, e * wide ** (e - 1), e * (e - 1) * wide ** (e - 2))
+    for rule, truth in zip((f.value, f.slope, f.curvature), truths, strict=True):
+        low, high = (np.asarray(a) for a in rule(Interval(jnp.asarray(x), jnp.asarray(x)))[:2])
+        assert (low <= truth).all()
+        assert (truth <= high).all()
+
+
+@pytest.mark.parametrize("name", sorted(elementary.FUNCTIONS))
+def test_ranges_over_intervals_hold_all_points_of_them(name: str, x64: None, rng: np.random.Generator) -> None:
+    f = elementary.FUNCTIONS[name]
+    lo = rng.uniform(0.01, 3, 300) if f.outside is not None else rng.uniform(-4, 4, 300)
+    hi = lo + 10.0 ** rng.uniform(-6, 0.7, 300)
+    points = lo + (hi - lo) * np.linspace(0, 1, 301)[:, None]
+    for rule in (f.value, f.slope, f.curvature):
+        low, high = (np.asarray(a) for a in rule(Interval(jnp.asarray(lo), jnp.asarray(hi)))[:2])
+        inner = [np.asarray(a) for a in rule(Interval(jnp.asarray(points), jnp.asarray(points)))[:2]]
+        assert (low <= inner[1]).all()
+        assert (inner[0] <= high).all()
+        if rule is not f.curvature and name != "cbrt":  # and not much wider than the points' own ranges
+            spread = inner[1].max(0) - inner[0].min(0)
+            assert (high - low <= 1.05 * spread + 1e-9).all()
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def _networks(rng: np.random.Generator) -> dict[str, Function]:
+    x = jnp.asarray(rng.standard_normal((5, 3)))
+    images = jnp.asarray(rng.standard_normal((2, 6, 6, 1)))
+    series = jnp.asarray(rng.standard_normal((7, 4)))
+    mixing = jnp.asarray(rng.standard_normal((3, 3)))
+
+    def conv(w: jax.Array) -> jax.Array:
+        kernel = jnp.concatenate([w, w[::-1], 0.5 * w])[:9].reshape(3, 3, 1, 1)
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def recurrent(w: jax.Array) -> jax.Array:
+        def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h = jnp.tanh(w[0] * h + w[1] * x)
+            return h, h * w[2]
+
+        end, outputs = jax.lax.scan(step, jnp.zeros(4), series)
+        return jnp.concatenate([end, outputs.mean(0)])
+
+    def counted(w: jax.Array) -> jax.Array:
+        def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+            k, h = carry
+            return (k + 1, jnp.sin(h + series[k, 0] * w[0])), h
+
+        return jax.lax.scan(step, (0, w[1]), None, length=5, reverse=True)[1]
+
+    def centred(w: jax.Array) -> jax.Array:
+        return x * w - jnp.mean(x * w, axis=1, keepdims=True)
+
+    return {
+        "unit": lambda w: jnp.tanh(x @ w),
+        "two layers": lambda w: jax.nn.relu(jnp.tanh(x[:, :1] * w[:2]) @ w[1:][:, None]),
+        "product": lambda w: jnp.outer(w, w) @ mixing @ jnp.outer(w[::-1], w),
+        "conv": conv,
+        "max pooling": lambda w: jax.lax.reduce_window(
+            conv(w), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+        ),
+        "padded pooling": lambda w: jax.lax.reduce_window(
+            conv(w), -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME"
+        ),
+        "average pooling": lambda w: jax.lax.reduce_window(
+            jnp.sin(conv(w)), 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"
+        ),
+        "largest": lambda w: jnp.max(x * w, axis=1) - jnp.min(jnp.sin(x * w), axis=(0, 1)),
+        "logsumexp": lambda w: jax.nn.logsumexp(x * w, axis=1),
+        "softmax": lambda w: jax.nn.softmax(x * w, axis=1),
+        "layer norm": lambda w: centred(w) * jax.lax.rsqrt(jnp.mean(centred(w) ** 2, axis=1, keepdims=True) + 0.1),
+        "norm": lambda w: jnp.linalg.norm(w) * w,
+        "mean": lambda w: jnp.mean(x * w) + jnp.var(w),
+        "cumsum": lambda w: jnp.cumsum(jnp.sin(w)),
+        "gather": lambda w: w[jnp.array([2, 0, 0])] * w[-1],
+        "take": lambda w: jnp.take(jnp.sin(w), jnp.array([1, 1, 2]), mode="clip"),
+        "slice": lambda w: jax.lax.dynamic_slice(w, (1,), (2,)) * w[:2],
+        "update": lambda w: jax.lax.dynamic_update_slice(jnp.sin(w), w[:1] ** 2, (1,)),
+        "pad": lambda w: jnp.pad(w, (1, 2), constant_values=0.5) ** 2,
+        "stack": lambda w: jnp.stack([w, w[::-1] ** 3, jnp.ones(3)]).T,
+        "recurrent": recurrent,
+        "counted": counted,
+        "checkpoint": lambda w: jax.checkpoint(lambda v: jnp.sin(v) * v)(w),
+        "vmapped": lambda w: jax.vmap(lambda row: jnp.dot(row, w) ** 2)(x),
+        "einsum": lambda w: jnp.einsum("ij,jk,k->ik", x, mixing, w) * w,
+        "select": lambda w: jnp.where(jnp.array([True, False, True]), w, w**2),
+        "switch": lambda w: jax.lax.select_n(jnp.array([2, 0, 1]), w, 2 * w, w**2),
+        "integers": lambda w: w * jnp.argsort(x[0]) + jnp.arange(3.0),
+        "scalar": lambda w: jnp.maximum(w[0], w) + jnp.minimum(0.3, w) * jnp.clip(w, w[1] - 1, 2.0),
+    }  # fmt: skip
+
+
+def test_ranges_of_arrays(x64: None, rng: np.random.Generator) -> None:
+    with jax.numpy_rank_promotion("allow"):
+        widths = sampled(_networks(rng), 3, rng, low=-1.5, high=1.5)
+    assert {name for name, width in widths.items() if width > 1e-6} == set()
+
+
+def test_long_sums_do_not_lose_digits(x64: None, rng: np.random.Generator) -> None:
+    """A sum of a million numbers of which nothing is left, and its exact value."""
+    import math
+
+    half = rng.standard_normal(2**12) * 10.0 ** rng.uniform(-8, 8, 2**12)
+    x = np.concatenate([half, -half, [1e-9]])
+    r = ranges.extension(lambda w: jnp.sum(jnp.asarray(x) * w), jnp.zeros(1))(jnp.ones(1), jnp.ones(1))
+    assert float(r.lower) <= math.fsum(x) <= float(r.upper)
+    r = ranges.extension(lambda w: jnp.asarray(x)[None] @ jnp.broadcast_to(w, x.shape), jnp.zeros(1))(
+        jnp.ones(1), jnp.ones(1)
+    )
+    assert float(r.lower[0]) <= math.fsum(x) <= float(r.upper[0])
+
+
+# --- what is refused, and what is not believed ------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def liar(a: jax.Array) -> jax.Array:
+    return jnp.sin(5 * a)
+
+
+liar.defjvp(lambda primals, tangents: (liar(*primals), 0.0 * tangents[0]))
+
+
+@jax.custom_vjp
+def other_liar(a: jax.Array) -> jax.Array:
+    return jnp.sin(5 * a)
+
+
+other_liar.defvjp(lambda a: (other_liar(a), None), lambda _, g: (0.0 * g,))
+
+
+LIARS: dict[str, Function] = {
+    "custom_jvp": liar,
+    "custom_vjp": other_liar,
+    "stop_gradient": lambda a: jnp.sin(5 * jax.lax.stop_gradient(a)),
+    "inside": jax.jit(lambda a: liar(a)),
+}
+
+
+def test_a_programs_own_derivative_is_not_believed(x64: None, rng: np.random.Generator) -> None:
+    sampled(LIARS, 1, rng)
+    for f in LIARS.values():
+        low, high = ranges.extension(f, jnp.zeros(1), order=1)(jnp.zeros(1), jnp.full(1, 1e-3)).first
+        assert float(low[0, 0]) <= 5 <= float(high[0, 0]) < 5.001
+
+
+def test_a_function_named_logaddexp_is_not_taken_for_it(x64: None, rng: np.random.Generator) -> None:
+    @jax.custom_jvp
+    def logaddexp(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.maximum(a, b) + jnp.log1p(jnp.exp(-2 * jnp.abs(a - b)))
+
+    logaddexp.defjvp(lambda p, t: (logaddexp(*p), t[0]))
+    sampled({"own": lambda w: logaddexp(w, 0.5 * w)}, 1, rng)
+    assert "logaddexp" in programs.trace(lambda w: jnp.logaddexp(w, 0.0), jnp.zeros(1))[0].primitives()
+    assert "logaddexp" not in programs.trace(lambda w: logaddexp(w, 0.0), jnp.zeros(1))[0].primitives()
+
+
+@pytest.mark.parametrize(
+    ("f", "name"),
+    [
+        (lambda w: jnp.sort(w), "sort"),
+        (lambda w: w * jnp.argmax(w), "argmax"),
+        (lambda w: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: s * 2, w), "while"),
+        (lambda w: jax.lax.cond(w[0] > 0, jnp.sin, jnp.cos, w), "cond"),
+        (lambda w: jax.lax.lgamma(w), "lgamma"),
+        (lambda w: w[w[0].astype(jnp.int32)] * w, "depend on the weights"),
+        (lambda w: (w.astype(jnp.int32) + 1).astype(w.dtype), "add of integers"),
+        (lambda w: jnp.abs(jnp.fft.fft(w)), "fft"),
+        (lambda w: jax.lax.scan(lambda h, _: (h * w, None), w, None, length=1000)[0], "1000 steps"),
+        (lambda w: jax.lax.bitcast_convert_type(w, jnp.int64).astype(w.dtype), "bitcast_convert_type"),
+    ],
+)
+def test_operations_without_a_rule_are_named(f: Function, name: str, x64: None) -> None:
+    with pytest.raises(ranges.UnsupportedPrimitiveError, match=name):
+        ranges.extension(f, jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w: jnp.tanh(jnp.log(w)), lambda w: jnp.maximum(jnp.sqrt(w), 0.0), lambda w: jnp.clip(1 / w, -1, 1),
+        lambda w: jnp.tanh(w**-0.5), lambda w: jnp.where(jax.lax.rsqrt(w) > 0, 1.0, 0.0), lambda w: jnp.sin(w**0.3),
+        lambda w: jax.nn.sigmoid(jnp.log1p(w - 1)), lambda w: jnp.minimum(0.0, w / w), lambda w: jnp.exp(-1.0 / w**2),
+        lambda w: jnp.take(jnp.sin(w), jnp.array([5]), mode="fill"), lambda w: jnp.maximum(w, jnp.array([np.nan])),
+        lambda w: jnp.tanh(jnp.where(w > 0, w, np.nan)), lambda w: jnp.where(jnp.array([np.nan]) > w, 1.0, 0.0),
+        lambda w: jnp.where(jnp.array([True]), jnp.full(1, np.nan), w),
+        lambda w: jnp.concatenate([w, jnp.full(1, np.nan)]),
+    ],
+)  # fmt: skip
+def test_where_a_function_may_not_be_defined_nothing_is_claimed(f: Function, x64: None) -> None:
+    """A bounded function of what is NaN or infinite somewhere on the box has the whole line as range."""
+    r = ranges.extension(f, jnp.zeros(1), order=1)(jnp.full(1, -0.5), jnp.full(1, 0.5))
+    assert not bool(r.defined)
+    assert np.isneginf(r.lower).all()
+    assert np.isposinf(r.upper).all()
+    assert np.isneginf(r.first[0]).all()
+
+
+def test_infinite_ends_are_never_nan(x64: None) -> None:
+    inf = jnp.array([-jnp.inf, 0.0, jnp.inf, 1e308, -1e-310])
+    a, b = Interval(jnp.minimum(inf, 0), jnp.maximum(inf, 0)), Interval(-jnp.abs(inf), jnp.abs(inf))
+    for rule in (intervals.add, intervals.sub, intervals.mul, intervals.divide):
+        for x, y in ((a, b), (b, a), (a, a), (b, b)):
+            low, high, _ = rule(x, y)
+            assert not jnp.isnan(low).any()
+            assert not jnp.isnan(high).any()
+    for f in elementary.FUNCTIONS.values():
+        for rule in (f.value, f.slope, f.curvature):
+            assert not jnp.isnan(jnp.stack(rule(b)[:2])).any()
+
+
+def test_smoothness_is_read_off_the_operations(x64: None) -> None:
+    assert ranges.is_smooth(lambda w: jnp.sum(jnp.tanh(w)), jnp.zeros(2))
+    assert ranges.is_smooth(lambda w: jnp.sum(jnp.where(jnp.array([True, False]), w, 0.0)), jnp.zeros(2))
+    assert not ranges.is_smooth(lambda w: jnp.sum(jax.nn.relu(w)), jnp.zeros(2))
+    assert not ranges.is_smooth(jax.jit(lambda w: jnp.sum(jnp.abs(w))), jnp.zeros(2))
