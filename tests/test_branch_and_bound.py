@@ -202,7 +202,7 @@ def test_nan_and_infinity_in_data_or_weights_are_refused(rng: np.random.Generato
         with pytest.raises(ValueError, match="minimisers"):
             branch_and_bound.certify(one, dataclasses.replace(found, minimisers=bad + found.minimisers))
     held = own(lambda w, x: jnp.maximum(w[0] * x[:, 0], jnp.array([0.0, 1.0, np.nan, 0.0, 1.0])), 1)
-    with pytest.raises(ValueError, match="no finite bound was proven|not a number"):
+    with pytest.raises(ValueError, match=r"no finite bound was proven|not a number"):
         certified(problem.branch_problem(held, binary(rng, 5, 1), tau=2.0, radius=2.0), BoundSpec(1e-2, 100), 9)
 
 

@@ -102,7 +102,7 @@ _EXP, _ERF = _rising(np.exp), _rising(special.erf)
 _THIRD = 3**-0.5
 
 
-def _bound_to(a: Pair, low: float, high: float) -> Pair:
+def _bound_to(a: Pair, low: int | float, high: int | float) -> Pair:
     return np.clip(a[0], low, high), np.clip(a[1], low, high)
 
 
