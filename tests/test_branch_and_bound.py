@@ -162,10 +162,10 @@ def test_what_happens_in_a_narrow_place_is_not_overlooked(name: str, rng: np.ran
 
 def test_an_infinite_slope_leaves_finite_values(rng: np.random.Generator) -> None:
     """sqrt|w| is continuous but has no Lipschitz constant at 0."""
-    one = problem.branch_problem(
-        own(lambda w, x: jnp.sqrt(jnp.abs(w[0])) * x[:, 0], 1), binary(rng, 6, 1), tau=2.0, radius=2.0
-    )
-    proven = certified(one, BoundSpec(1e-3, 4000))
+    root = own(lambda w, x: jnp.sqrt(jnp.abs(w[0])) * x[:, 0], 1)
+    one = problem.branch_problem(root, binary(rng, 6, 1), tau=2.0, radius=2.0)
+    start = ValueFunction(one.grid(33), np.ones(33), np.ones(33), "none", np.zeros((33, 1)))
+    proven = branch_and_bound.certify(one, start, BoundSpec(1e-3, 4000))
     assert np.isfinite(proven.upper).all()
     assert proven.tolerance < 2e-3
     assert proven.slope is None
