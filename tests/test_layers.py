@@ -51,6 +51,7 @@ GROUPS = {
         "landscape",
         "hitting",
         "duality",
+        "certify",
     },
     "top": {
         "experiments",
