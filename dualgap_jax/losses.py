@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Num
 
+from dualgap_jax import conjugates
+from dualgap_jax.conjugates import Conjugate
 from dualgap_jax.registry import Table
 
 Outputs = Float[Array, "batch out"]
@@ -28,12 +31,18 @@ class Loss(NamedTuple):
         smallest `s_y - s_j` for classes; None for losses without one.
       tau: margin scale of a hinge loss, eq. (1); None for losses without one.
       tasks: the kinds of data set that it fits: 'binary', 'multiclass', 'regression'.
+      conjugate: `l*(alpha)` of each example, in float64 on the host, which bounds the loss from below; None for losses
+        without one.
+      slope: `(outputs [batch, out], labels [batch]) -> [batch, out]`, an element of the subdifferential in the outputs,
+        in float64 on the host; None where `conjugate` is.
     """
 
     per_example: Callable[[Array, Array], Array]
     margin: Callable[[Array, Array], Array] | None
     tau: float | None
     tasks: tuple[str, ...]
+    conjugate: Conjugate | None = None
+    slope: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
 def marked(values: Array, outputs: Array) -> Array:
@@ -140,7 +149,8 @@ def binary_hinge(tau: int | float = 1.0) -> Loss:
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         return _positive_part(1 - _signed(outputs, labels) / tau)
 
-    return Loss(per_example, _signed, tau, ("binary",))
+    slope = functools.partial(conjugates.hinge_slope, tau=tau)
+    return Loss(per_example, _signed, tau, ("binary",), conjugates.hinge_conjugate(tau), slope)
 
 
 def multi_margin(tau: int | float = 1.0) -> Loss:
@@ -156,7 +166,8 @@ def multi_margin(tau: int | float = 1.0) -> Loss:
         terms = jnp.where(own, 0, _positive_part(1 - difference / tau))
         return jnp.sum(terms, axis=-1) / outputs.shape[-1]
 
-    return Loss(per_example, _class_margin, tau, ("multiclass",))
+    slope = functools.partial(conjugates.multi_margin_slope, tau=tau)
+    return Loss(per_example, _class_margin, tau, ("multiclass",), conjugates.multi_margin_conjugate(tau), slope)
 
 
 def crammer_singer(tau: int | float = 1.0) -> Loss:
@@ -172,7 +183,8 @@ def crammer_singer(tau: int | float = 1.0) -> Loss:
         least = jnp.min(jnp.where(own, jnp.inf, difference), axis=-1)
         return jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, _positive_part(1 - least / tau))
 
-    return Loss(per_example, _class_margin, tau, ("multiclass",))
+    slope = functools.partial(conjugates.crammer_singer_slope, tau=tau)
+    return Loss(per_example, _class_margin, tau, ("multiclass",), conjugates.crammer_singer_conjugate(tau), slope)
 
 
 def logistic() -> Loss:
@@ -183,7 +195,8 @@ def logistic() -> Loss:
             return jax.nn.softplus(-_signed(outputs, labels))
         return -jnp.sum(jnp.where(_is_label(outputs, labels), jax.nn.log_softmax(outputs), 0), axis=-1)
 
-    return Loss(per_example, None, None, ("binary", "multiclass"))
+    tasks = ("binary", "multiclass")
+    return Loss(per_example, None, None, tasks, conjugates.logistic_conjugate(), conjugates.logistic_slope)
 
 
 def squared() -> Loss:
@@ -198,7 +211,8 @@ def squared() -> Loss:
             return 0.5 * (outputs[:, 0] - labels.astype(outputs.dtype)) ** 2
         return 0.5 * jnp.sum((outputs - _is_label(outputs, labels)) ** 2, axis=-1)
 
-    return Loss(per_example, None, None, ("binary", "multiclass", "regression"))
+    tasks = ("binary", "multiclass", "regression")
+    return Loss(per_example, None, None, tasks, conjugates.squared_conjugate(), conjugates.squared_slope)
 
 
 class AssumptionCheck(NamedTuple):

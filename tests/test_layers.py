@@ -32,6 +32,7 @@ GROUPS = {
         "linen",
         "nnx",
         "losses",
+        "conjugates",
         "convexity",
         "spectral",
         "shapley_folkman",
