@@ -14,7 +14,7 @@ from dualgap_jax.data import Dataset
 from dualgap_jax.duality import boxes, branch_and_bound, numpy_ranges, problem, search, verify
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.problem import ByIdentity, Problem
-from dualgap_jax.duality.ranges import UnsupportedPrimitiveError
+from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.networks import from_functions, mlp

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from dualgap_jax.duality import elementary, intervals, programs, ranges
+from dualgap_jax.duality import elementary, intervals, programs, ranges, rules
 from dualgap_jax.duality.intervals import Interval
 
 Function = Callable[[jax.Array], jax.Array]
@@ -405,7 +405,7 @@ def test_a_function_named_logaddexp_is_not_taken_for_it(x64: None, rng: np.rando
     ],
 )
 def test_operations_without_a_rule_are_named(f: Function, name: str, x64: None) -> None:
-    with pytest.raises(ranges.UnsupportedPrimitiveError, match=name):
+    with pytest.raises(rules.UnsupportedPrimitiveError, match=name):
         ranges.extension(f, jnp.zeros(3))
 
 

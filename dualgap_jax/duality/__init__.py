@@ -9,10 +9,10 @@
     rows = duality.verdicts(function, budget, [1, 10, 1000], delta_lower=delta)    # certified, estimated
 
 `gap` and `verdict` compute from value functions alone (over `units`, `envelope`, `allocation` and `min_plus`);
-`problem`, `search`, `branch_and_bound` (over `boxes`, `ranges`, `jets`, `elementary`, `intervals` and `programs`) and
-`closed_forms` find them; `deltas` bounds Delta, and `margins` decides Assumption 1; `verify` proves what branch and
-bound claims again in NumPy, `verify_gap` the numbers of a record in rational numbers; `trained` and `population`
-compare with SGD and with fresh samples.
+`problem`, `search`, `branch_and_bound` (over `boxes`, `ranges` with its `rules` and `choices`, `jets`, `elementary`,
+`intervals` and `programs`) and `closed_forms` find them; `deltas` bounds Delta, and `margins` decides Assumption 1;
+`verify` proves what branch and bound claims again in NumPy, `verify_gap` the numbers of a record in rational numbers;
+`trained` and `population` compare with SGD and with fresh samples.
 """
 
 from dualgap_jax.duality.allocation import Allocation, allocate

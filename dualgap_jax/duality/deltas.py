@@ -21,7 +21,7 @@ from dualgap_jax.convexity import lower_hull
 from dualgap_jax.duality.branch_and_bound import point_values, upper_values
 from dualgap_jax.duality.envelope import envelope
 from dualgap_jax.duality.problem import Problem, subject_of, values_at
-from dualgap_jax.duality.ranges import UnsupportedPrimitiveError
+from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.values import Provable, ValueFunction, proven
 from dualgap_jax.identity import arrays_digest
 
