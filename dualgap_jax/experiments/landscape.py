@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import humanize
@@ -19,6 +19,7 @@ from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, confirm_data
+from dualgap_jax.experiments.landscape_report import report
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.networks import multi_branch, with_precision
@@ -331,73 +332,6 @@ def _measure(
         inside.pop("definitions")
         measured["scores_paper_window"] = inside
     return measured
-
-
-def _losses_over(records: list[dict[str, Any]]) -> str:
-    """'the full training set', or how many of its examples."""
-    said = [s for r in records if (s := r.get("samples")) is not None and s["used"] < s["of"]]
-    if not said:
-        return "the full training set"
-    return ", ".join(sorted({f"{s['used']:,} of the {s['of']:,} training examples" for s in said}))
-
-
-def _state_note(record: Mapping[str, Any]) -> str:
-    """What the surface has in place of the running statistics of training."""
-    if record["state"]["how"] == "interpolate":
-        return "Running statistics: interpolated between the solutions."
-    return f"Running statistics: estimated anew at every point, over {record['state']['samples']:,} examples."
-
-
-def partial_notes(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """The sentence on surfaces with losses that are not finite, by their names and scores, as far as there are any."""
-    said = [f"{name} ({1 - share:.2%})" for name, s in named if (share := s.get("finite_share", 1.0)) < 1]
-    return (
-        [f"Partial scores, of the finite losses only; share of the grid left out: {', '.join(said)}."] if said else []
-    )
-
-
-def report(records: list[dict[str, Any]]) -> Report:
-    """The table of one landscape, or of a row of them."""
-    columns = [
-        "I",
-        "train loss (3 solutions)",
-        "status",
-        "envelope max",
-        "/zero loss",
-        "/range",
-        "midpoint viol.",
-        "neg. curv.",
-        "barrier",
-        "env. max ±0.6",
-    ]
-    rows = []
-    for r in records:
-        scores, inner = r["scores"], r.get("scores_paper_window", {})
-        rows.append(
-            [
-                r["num_branches"],
-                " ".join(f"{s['loss']:.3g}" for s in r["solutions"]),
-                "/".join(sorted({s["status"] for s in r["solutions"]})),
-                scores["envelope_max"],
-                scores["envelope_max_per_zero_loss"],
-                scores["envelope_max_per_range"],
-                scores["midpoint_violation_rate"],
-                scores["negative_curvature_share"],
-                scores["barrier_max"],
-                inner.get("envelope_max"),
-            ]
-        )
-    first = records[0]
-    notes = [
-        f"Regime: {first['regime']}.",
-        "Scores: estimated from the grid; definitions in results/landscape.json."
-        f" Losses: over {_losses_over(records)}.",
-    ]
-    notes += sorted({_state_note(r) for r in records if r.get("state") is not None})
-    notes += partial_notes([(f"I = {r['num_branches']:,}", r["scores"]) for r in records])
-    if first["data"].get("image_format") == "JPEG":
-        notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")
-    return Report(first["title"] if len(records) == 1 else "", columns, rows, notes)
 
 
 LANDSCAPE = Experiment("landscape", LandscapeSpec, landscape_experiment, figures.landscape, distributed=True)

@@ -19,6 +19,7 @@ from dualgap_jax.convexity import DEFINITIONS
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.experiments.landscape_report import partial_notes
 from dualgap_jax.files import load_json, save_json
 from dualgap_jax.training import LearningRateScaling
 from dualgap_jax.workdir import Workdir
@@ -180,7 +181,7 @@ def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:
         "A repetition that diverged counts as above every number; a dash: at least half of them did.",
     ]
     names = ("init", "lr_scaling", "reduce", "num_branches", "repeat")
-    notes += landscape.partial_notes([(" ".join(str(c[name]) for name in names), c["scores"]) for c in cells])
+    notes += partial_notes([(" ".join(str(c[name]) for name in names), c["scores"]) for c in cells])
     return Report(spec.title, columns, rows, notes)
 
 

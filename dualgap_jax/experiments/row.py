@@ -10,6 +10,7 @@ from dualgap_jax.config import require
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.experiments.landscape_report import report
 from dualgap_jax.files import load_json, save_json
 from dualgap_jax.workdir import Workdir
 
@@ -88,7 +89,7 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
         )
     if not workdir.writes:
         return NO_REPORT
-    return landscape.report(records)._replace(title=f"{spec.title} ({spec.paper_item})")
+    return report(records)._replace(title=f"{spec.title} ({spec.paper_item})")
 
 
 LANDSCAPE_ROW = Experiment("landscape_row", RowSpec, landscape_row, figures.row, distributed=True)
