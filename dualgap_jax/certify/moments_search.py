@@ -1,0 +1,155 @@
+"""Multipliers for the bound of `moments_proof`, from its convex primal in the first two moments of the units.
+
+The least bound over `delta`, `kappa`, `s`, `mu`, `beta` is, by duality, the largest value over a mean `m` and a second
+moment `U >= m m^T` with `tr U <= 1` of
+
+    1/2 g m + 1/2 sum_P |r_i|_U - 1/2 sum_N w_j max(|v_j m|, v_j^T U v_j / |v_j|),    |r|_U = (r^T U r)^(1/2),
+
+g being the sum of the signed points, `r_i` the residuals of the positive points and `w_j = 1 - sum_i |c_ij|` what
+the cover leaves of the negative ones.  With `U = Z Z^T / |Z|^2` of low rank and the mean the first column of `Z /
+|Z|` it is maximised by L-BFGS, corners smoothed less and less, and the multipliers are read off its gradient.
+Nothing here is
+trusted.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+from scipy.optimize import brentq, minimize
+from scipy.sparse import csr_array
+
+from dualgap_jax.certify.moments_proof import Multipliers, Points, norms
+
+_FLAT = 1e-280  # points shorter than this get no quadratic: its coefficient would overflow
+_MARGIN = 2.0**-46  # of mu and beta, relative to the trace
+
+
+class Reduced(NamedTuple):
+    """The problem above in an orthonormal basis of its points.
+
+    Attributes:
+      residual: `[p, r]`.
+      negative: `[m, r]`.
+      weight: `[m]`, w.
+      slope: `[r]`, g / 2.
+      lengths: `[m]`, of the negative points.
+    """
+
+    residual: Float64[np.ndarray, "p r"]
+    negative: Float64[np.ndarray, "m r"]
+    weight: Float64[np.ndarray, " m"]
+    slope: Float64[np.ndarray, " r"]
+    lengths: Float64[np.ndarray, " m"]
+
+
+def in_basis(v: Float64[np.ndarray, "k d"]) -> Float64[np.ndarray, "k r"]:
+    """The points in an orthonormal basis of what they span, where that is smaller than the space."""
+    v = v[:, v.any(axis=0)]
+    if not v.size or len(v) >= v.shape[1]:
+        return v
+    left, sizes, _ = np.linalg.svd(v, full_matrices=False)
+    return left * sizes
+
+
+def multipliers(points: Points, cover: csr_array | None = None, *, rank: int = 10, steps: int = 300) -> Multipliers:
+    """Multipliers of a bound that is close to the best one with that cover.
+
+    Args:
+      points: The scaled points.
+      cover: `[p, m]`, or None for none.
+      rank: The rank of the second moment, at least 2.
+      steps: The most steps of L-BFGS with each of three degrees of smoothing.
+    """
+    positive = points.positive
+    v = in_basis(points.v)
+    vp, vn = v[positive], v[~positive]
+    weight = np.ones(len(vn)) if cover is None else np.maximum(0.0, 1 - abs(cover).sum(axis=0))
+    residual = vp if cover is None else vp - cover @ vn
+    reduced = Reduced(residual, vn, weight, 0.5 * (vp.sum(axis=0) - vn.sum(axis=0)), norms(vn))
+    if not v.size:
+        none = np.zeros(0)
+        return Multipliers(none, none, none, cover, 0.0, 0.0)
+    moment = ascend(reduced, rank, steps)
+    return read_off(reduced, moment, cover)
+
+
+def _smoothed(reduced: Reduced, moment: np.ndarray, width: float) -> tuple[float, np.ndarray, tuple[np.ndarray, ...]]:
+    """The value at `moment [r, k]` scaled to norm 1, its gradient and `(delta, kappa, s)`; `width` rounds corners."""
+    residual, negative, weight, slope, lengths = reduced
+    size = float(np.linalg.norm(moment))
+    yp, yn = residual @ moment, negative @ moment
+    first = yn[:, 0]
+    width = width * size
+    delta = np.sqrt(np.sum(yp**2, axis=1) + width**2)
+    square = np.sum(yn**2, axis=1) / (lengths * size)
+    line = np.sqrt(first**2 + width**2)
+    gap = line - square
+    corner = np.sqrt(gap**2 + width**2)
+    curved = 0.5 * (1 - gap / corner)
+    kappa = (1 - curved) * first / line
+    floor = 0.5 * (line + square + corner)
+    value = slope @ moment[:, 0] + 0.5 * delta.sum() - 0.5 * weight @ floor
+    bent = weight * curved
+    pull = -(bent / (lengths * size))[:, None] * yn
+    pull[:, 0] -= 0.5 * weight * kappa
+    gradient = residual.T @ (0.5 * yp / delta[:, None]) + negative.T @ pull
+    gradient[:, 0] += slope
+    gradient += 0.5 * (bent @ square) * moment / size**2
+    gradient = gradient / size - value * moment / size**3
+    return value / size, gradient, (delta / size, kappa, curved)
+
+
+def ascend(reduced: Reduced, rank: int, steps: int, start: np.ndarray | None = None) -> Float64[np.ndarray, "r k"]:
+    """A moment `Z`, of norm 1, near the largest value."""
+    r = len(reduced.slope)
+    scale = float(np.mean(np.concatenate([norms(reduced.residual), reduced.lengths])))
+    moment = np.random.default_rng(0).standard_normal((r, rank)) if start is None else start
+
+    def objective(flat: np.ndarray, width: float) -> tuple[float, np.ndarray]:
+        value, gradient, _ = _smoothed(reduced, flat.reshape(r, rank), width)
+        return -value / scale, -gradient.ravel() / scale
+
+    for width in (1e-1, 1e-2, 1e-3):
+        flat = (moment / np.linalg.norm(moment)).ravel()
+        options = {"maxiter": steps, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-12}
+        found = minimize(objective, flat, (width * scale,), "L-BFGS-B", jac=True, options=options)
+        moment = found.x.reshape(r, rank)
+    return moment / np.linalg.norm(moment)
+
+
+def read_off(reduced: Reduced, moment: np.ndarray, cover: csr_array | None) -> Multipliers:
+    """The multipliers that belong to a moment, made to satisfy their conditions with a little room."""
+    residual, negative, weight, slope, lengths_n = reduced
+    lengths_p = norms(residual)
+    scale = float(np.mean(np.concatenate([lengths_p, lengths_n])))
+    delta, kappa, curved = _smoothed(reduced, moment, 1e-3 * scale)[2]
+    delta = np.where(lengths_p > _FLAT, delta, 0.0)
+    room = weight * (1 - 1e-12) if cover is None else np.maximum(0.0, weight - 1e-12)
+    kappa, curvature = room * kappa, room * curved * (lengths_n > _FLAT)
+    curvature = np.minimum(curvature, np.maximum(0.0, room - np.abs(kappa)))
+    bend = 0.25 / np.where(delta > 0, delta, np.inf)
+    hollow = curvature / (2 * np.where(lengths_n > _FLAT, lengths_n, 1.0))
+    form = (residual * bend[:, None]).T @ residual - (negative * hollow[:, None]).T @ negative
+    trace = float(bend @ lengths_p**2 + hollow @ lengths_n**2)
+    mu, beta = trust_region(slope - 0.5 * kappa @ negative, form)
+    room_ = _MARGIN * (trace + mu + beta)
+    return Multipliers(delta, kappa, curvature, cover, mu + room_, beta + room_)
+
+
+def trust_region(slope: Float64[np.ndarray, " r"], form: Float64[np.ndarray, "r r"]) -> tuple[float, float]:
+    """`(mu, beta)` of nearly the least sum for which `[[beta, -b/2], [-b/2, mu I - M]]` is positive semidefinite."""
+    values, vectors = np.linalg.eigh(0.5 * (form + form.T))
+    square = (slope @ vectors) ** 2 / 4
+    top, size = max(float(values[-1]), 0.0), float(np.sqrt(square.sum()))
+    if size == 0:
+        return top, 0.0
+
+    def excess(mu: float) -> float:
+        return 1 - float(np.sum(square / (mu - values) ** 2))
+
+    low, high = top + 1e-9 * (top + size), top + 2 * size
+    mu = low if excess(low) >= 0 else float(brentq(excess, low, max(high, low), xtol=1e-12 * (top + size)))
+    return mu, float(np.sum(square / (mu - values)))
