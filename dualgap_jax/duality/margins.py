@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.problem import ByIdentity, Problem
 from dualgap_jax.identity import function_digest
 from dualgap_jax.networks import mlp, mlp_output_bound
 
@@ -67,6 +68,12 @@ def recognise(problem: Problem) -> Recognised | None:
 
     It is known by the program of its outputs, not by what it is called.
     """
+    return _recognised(ByIdentity(problem))
+
+
+@functools.lru_cache(maxsize=32)
+def _recognised(key: ByIdentity) -> Recognised | None:
+    problem = key.problem
     leaves = jax.tree.leaves(problem.template)
     if not leaves or any(leaf.ndim != 2 for leaf in leaves) or leaves[-1].shape[0] != problem.c.shape[1]:
         return None

@@ -167,27 +167,31 @@ class Walker:
         self._smooth = True
         unit = np.eye(p)[None]
         with np.errstate(all="ignore"):
-            (f,) = self._walk(self._closed, [_Jet((lo[:, None], hi[:, None]), (unit, unit))])
-            c = self._problem.c[None, None]
-            jet = self._linear(lambda a: _summed(_mul(a, (c, c)), (2, 3)), f)
-            scale = np.float64(len(self._problem.c)) * self._problem.tau
-
-            def scaled(a: Pair) -> Pair:
-                return _neg(_out(a[0] / scale, a[1] / scale, 4))
-
-            offset = np.asarray(self._problem.offset)
-            lower, upper = (np.broadcast_to(e[:, 0], n) for e in _add((offset, offset), scaled(jet.value)))
-            first = self._full(jet.first, scaled, p, n)
-            flat = self._full(jet.second, scaled, len(self._i), n)
+            jet = self._objective(_Jet((lo[:, None], hi[:, None]), (unit, unit)))
+            lower, upper = (np.broadcast_to(e[:, 0], n) for e in jet.value)
+            first, flat = self._full(jet.first, p, n), self._full(jet.second, len(self._i), n)
         where = np.zeros((p, p), int)
         where[self._i, self._j] = where[self._j, self._i] = np.arange(len(self._i))
         return Ranges(lower, upper, first, (flat[0][:, where], flat[1][:, where]), self._smooth)
 
+    def upper(self, w: np.ndarray) -> np.ndarray:
+        """Upper bounds on g at points `[n, p]`."""
+        with np.errstate(all="ignore"):
+            return np.broadcast_to(self._objective(_Jet((w[:, None], w[:, None]))).value[1][:, 0], len(w))
+
+    def _objective(self, w: _Jet) -> _Jet:
+        (f,) = self._walk(self._closed, [w])
+        c = self._problem.c[None, None]
+        offset, scale = np.asarray(self._problem.offset), np.float64(len(c[0, 0])) * self._problem.tau
+        jet = self._linear(lambda a: _summed(_mul(a, (c, c)), (2, 3)), f)
+        jet = self._linear(lambda a: _neg(_out(a[0] / scale, a[1] / scale, 4)), jet)
+        return jet._replace(value=_add((offset, offset), jet.value))
+
     @staticmethod
-    def _full(part: Pair | None, scaled: Callable[[Pair], Pair], count: int, n: int) -> Pair:
+    def _full(part: Pair | None, count: int, n: int) -> Pair:
         if part is None:
             return np.zeros((n, count)), np.zeros((n, count))
-        lo, hi = (np.broadcast_to(end, (n, count)) for end in scaled(part))
+        lo, hi = (np.broadcast_to(end, (n, count)) for end in part)
         return lo, hi
 
     def _walk(self, closed: Any, args: list[_Jet]) -> list[_Jet]:

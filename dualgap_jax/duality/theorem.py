@@ -64,7 +64,7 @@ def _kappa(problem: Problem, spec: SearchSpec, seed: int) -> closed_forms.Kappa 
     if known is None or known.activation not in HOMOGENEOUS:
         return None
     x, widths = problem.x.reshape(len(problem.x), -1), known.widths
-    if known.activation == "identity":
+    if known.activation == "identity" or not widths:
         return closed_forms.kappa_linear(x, problem.c, tau=problem.tau, widths=widths)
     narrow = len(widths) == 1 or (widths and max(widths) == 1)
     if known.activation == "relu" and problem.c.shape[1] == 1 and x.shape[1] <= 3 and narrow:

@@ -1,13 +1,16 @@
-"""A second opinion on what branch and bound claims: the proof gone through again with arithmetic of its own.
+"""A second opinion on what is claimed of a branch: the proof gone through again with arithmetic of its own.
 
-Nothing here is shared with the solver but the problem's data and the branch's jaxpr.  Ranges are NumPy arrays rounded
-outward by `nextafter` after each operation; derivatives are carried forward to second order; a box whose bound does not
-reach the claim here is halved until it does.  Operations other than those below are refused, and the proof then counts
-as not verified.
+`verify_function` takes a certified value function by whatever route, and the combination behind Delta.  For branch and
+bound (`verify_boxes`) nothing is shared with the solver but the problem's data and the branch's jaxpr.  Ranges are
+NumPy arrays rounded outward by `nextafter` after each operation; derivatives are carried forward to second order; a box
+whose bound does not reach the claim here is halved until it does.  Operations other than those in `numpy_ranges` are
+refused, and the proof then counts as not verified.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +18,11 @@ import numpy as np
 from dualgap_jax.duality.branch_and_bound import Proof, Tree
 from dualgap_jax.duality.numpy_ranges import Unsupported, Walker
 from dualgap_jax.duality.problem import Problem
-from dualgap_jax.duality.values import ValueFunction
+from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction
+from dualgap_jax.duality.verify_closed_forms import verify_closed_form, verify_margin
 
 _BATCH = 256
+_NUMBERS = 2**23  # in one array of values at points
 
 
 class Verified(NamedTuple):
@@ -26,12 +31,14 @@ class Verified(NamedTuple):
     Attributes:
       holds: whether every claim was proven again.
       reason: the first claim that was not, or "" if all were.
-      boxes: how many boxes were looked at.
+      boxes: how many boxes, or cones of directions, were looked at.
+      duals: multiplier -> the bound on `min g + lam h` that was proven again.
     """
 
     holds: bool
     reason: str
     boxes: int
+    duals: Mapping[float, float] = MappingProxyType({})
 
 
 def _down(a: np.ndarray) -> np.ndarray:
@@ -192,20 +199,73 @@ def _children(lo: np.ndarray, hi: np.ndarray, split: np.ndarray) -> tuple[np.nda
     return np.concatenate([lo, lower]), np.concatenate([upper, hi])
 
 
+def _values(walker: Walker, problem: Problem, points: np.ndarray) -> np.ndarray:
+    """Upper bounds on g at points `[k, p]`."""
+    size = max(1, _NUMBERS // (problem.x.size * max(problem.size // problem.x[0].size, 1)))
+    return np.concatenate([walker.upper(points[k : k + size]) for k in range(0, len(points), size)])
+
+
 def _points(walker: Walker, function: ValueFunction, problem: Problem) -> str:
-    """Whether the upper bounds are those of feasible points."""
-    if function.minimisers is None or len(function.minimisers) != len(function.budgets):
+    """Whether the upper bounds are those of feasible points, for budgets that are smaller by `BUDGET_SLACK` too."""
+    points, budgets = function.minimisers, function.budgets
+    if points is None or len(points) != len(budgets):
         return "there is no point for each budget"
-    norms = _norms(function.minimisers, function.minimisers)[1]
-    allowed = function.budgets ** (2 / problem.power) * (1 - 4e-15)
-    outside = np.flatnonzero(~((norms <= allowed) | (function.minimisers == 0).all(1)))
+    norms = _norms(points, points)[1]
+    # Exponent, power and product are good to a few ulps, times the logarithm of the budget.
+    sizes = np.abs(np.log(np.maximum(budgets, 1e-300)))
+    allowed = (budgets * (1 - BUDGET_SLACK)) ** (2 / problem.power) * (1 - 1e-15 - 4e-16 * sizes / problem.power)
+    outside = np.flatnonzero(~((norms <= allowed) | (points == 0).all(1)))
     if len(outside):
-        return f"the point of budget {function.budgets[outside[0]]:.6g} is outside its ball"
-    values = np.concatenate(
-        [walker(part, part).upper for part in np.array_split(function.minimisers, len(norms) // _BATCH + 1)]
-    )
-    above = np.flatnonzero(~(values <= function.upper))
-    return f"the point of budget {function.budgets[above[0]]:.6g} has a larger value than claimed" if len(above) else ""
+        return f"the point of budget {budgets[outside[0]]:.6g} is outside its ball"
+    above = np.flatnonzero(~(_values(walker, problem, points) <= function.upper))
+    return f"the point of budget {budgets[above[0]]:.6g} has a larger value than claimed" if len(above) else ""
+
+
+def verify_function(
+    problem: Problem,
+    function: ValueFunction,
+    *,
+    multipliers: Sequence[float] = (),
+    points: np.ndarray | None = None,
+    values: np.ndarray | None = None,
+    effort: int = 4,
+) -> Verified:
+    """Proves all that verdicts take from a value function again: by boxes, or for homogeneous branches by cones.
+
+    Checked are its upper values at feasible points, its lower values, slope, concavity and margin, the bounds on
+    `min g + lam h` that its `lagrangian` gives, and the values at the points of a combination.
+
+    Args:
+      problem: the one-branch problem.
+      function: its value function.
+      multipliers: what its `lagrangian` is asked for.
+      points: `[k, p]`, those of a `Combination`, and `values [k]`, the upper bounds on g there.
+      effort: see `verify_boxes`.
+
+    Returns:
+      `Verified`, with the bounds at the multipliers.
+    """
+    given = function.lagrangian
+    duals = {lam: given(lam) for lam in multipliers} if given is not None else {}
+    boxed = isinstance(function.proof, Proof)
+    try:
+        walker = Walker(problem)
+        reason = ""
+        if points is not None and not (_values(walker, problem, np.asarray(points)) <= np.asarray(values)).all():
+            reason = "a point of the combination has a larger value than claimed"
+        if not reason and function.margin is not None and not verify_margin(problem, function.margin):
+            reason = f"the bound {function.margin:.6g} tau on the margins does not follow"
+        if boxed and not reason:
+            if function.concave:
+                return Verified(False, "v is called concave, which boxes do not prove", 0)
+            found = verify_boxes(problem, function, effort=effort)
+            return found._replace(duals=duals if found.holds else {})
+        reason, seen = reason or _points(walker, function, problem), 0
+        if not reason:
+            reason, seen = verify_closed_form(problem, function, duals)
+        return Verified(not reason, reason, seen, {} if reason else duals)
+    except Unsupported as error:
+        return Verified(False, str(error), 0)
 
 
 def verify_boxes(problem: Problem, function: ValueFunction, *, effort: int = 4) -> Verified:
@@ -231,7 +291,8 @@ def verify_boxes(problem: Problem, function: ValueFunction, *, effort: int = 4) 
     try:
         walker = Walker(problem)
         reason = _points(walker, function, problem)
-        squares = np.maximum(function.budgets, 0.0) ** (2 / problem.power) * (1 + 1e-14)
+        sizes = np.abs(np.log(np.maximum(function.budgets, 1e-300)))
+        squares = np.maximum(function.budgets, 0.0) ** (2 / problem.power) * (1 + 1e-14 + 1e-15 * sizes)
         claims = [(proof.primal, squares, function.lower, 0.0)]
         claims += [(tree, squares[-1:], np.array([value]), lam) for lam, (tree, value) in proof.dual.items()]
         boxes = 0

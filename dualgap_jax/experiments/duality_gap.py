@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from dualgap_jax import figures, seeds
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality import deltas, population, verify_gap
+from dualgap_jax.duality import deltas, population
 from dualgap_jax.duality.allocation import Allocation
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.margins import CONTRACTIONS
@@ -24,8 +24,10 @@ from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.theorem import HOMOGENEOUS, Effort, Route, find_delta, value_function
 from dualgap_jax.duality.trained import TrainedSpec, train_constrained
 from dualgap_jax.duality.values import ValueFunction
-from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
+from dualgap_jax.duality.verdict import Instance, verdicts
+from dualgap_jax.duality.verify_closed_forms import verify_margin
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
+from dualgap_jax.experiments.duality_proofs import proven_rows
 from dualgap_jax.experiments.duality_report import curve, dual_curve, report
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss
@@ -137,6 +139,8 @@ def _setup(spec: DualityGapSpec, tables: Tables, dataset: Dataset, tau: float | 
     name = "binary_hinge" if dataset.task == "binary" else "multi_margin"
     loss = tables.losses.build(name, tau=tau)
     problem = branch_problem(branch, dataset, tau=tau, radius=spec.radius, power=spec.power, seed=spec.seed)
+    if bound is not None and not verify_margin(problem, bound / tau):
+        bound = None
     return _Setup(problem, loss, bound)
 
 
@@ -156,13 +160,16 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     function = _remembered(workdir, lambda: _value_function(spec, problem))
     budget = float(function.budgets[max(1, round(spec.budget_share * (spec.grid - 1)))])
     delta = find_delta(problem, function, spec.search, seed=spec.seed)
-    found = verdicts(function, budget, spec.num_branches, delta_lower=delta)
+    counts = sorted({*spec.num_branches, *spec.trained.num_branches})
+    found = verdicts(function, budget, counts, delta_lower=delta)
     instance = Instance([function], budget)
-    allocations = [instance.allocation([n]) for n in spec.num_branches]
-    rows, verification = _verified(spec, function, delta, found, allocations)
+    allocations = [instance.allocation([n]) for n in counts]
+    proven = proven_rows(problem, function, delta, found, allocations)
+    known = dict(zip(counts, proven.rows, strict=True))
+    chosen = [allocations[counts.index(n)] for n in spec.num_branches]
     rows = [
-        {**row, **_primal_point(setup, function, dataset, allocation)}
-        for row, allocation in zip(rows, allocations, strict=True)
+        {**known[n], **_primal_point(setup, function, dataset, allocation)}
+        for n, allocation in zip(spec.num_branches, chosen, strict=True)
     ]
     record: dict[str, Any] = {
         "title": spec.title,
@@ -172,7 +179,7 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
         "method": function.method,
         "status": rows[0]["status"],
         "objective": rows[0]["objective"],
-        "verification": verification,
+        "verified": proven.verified,
         "concave": function.concave,
         "slope": function.slope,
         "tolerance": function.tolerance,
@@ -185,27 +192,27 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
         "assumption_1": rows[0]["assumption_1"],
         "delta": {
             "lower": delta.delta,
-            "upper": found[0].delta_upper,
-            "status": delta.status,
+            "upper": rows[0]["delta_upper"],
+            "status": proven.status if delta.status == "certified" else delta.status,
             "points": len(delta.points),
             "restricted": delta.restricted,
             "convexified": delta.convexified,
         },
         "rows": rows,
         "value_function": curve(function),
-        "dual_function": dual_curve(function, budget, found[0].multiplier),
+        "dual_function": dual_curve(function, budget, rows[0]["multiplier"]),
         "trained": [],
         "population": None,
         "population_note": note,
     }
-    _save_points(workdir, function, delta, allocations)
+    _save_points(workdir, function, delta, chosen)
     path = workdir.results / "duality_gap.json"
     if fresh:
-        compute = functools.partial(_population, spec, tables, setup, function, budget, allocations, fresh)
+        compute = functools.partial(_population, spec, tables, setup, function, budget, chosen, fresh)
         record["population"] = workdir.remember("population", compute)
     for count in spec.trained.num_branches:
         save_json(path, record)
-        one = functools.partial(_trained, spec, setup, dataset, function, budget, count)
+        one = functools.partial(_trained, spec, setup, dataset, known[count])
         record["trained"].append(workdir.remember(f"trained, I = {count}", one))
     save_json(path, record)
     return report(record)
@@ -245,42 +252,6 @@ def _samples(spec: DualityGapSpec, tables: Tables) -> tuple[Dataset, list[Datase
     require(size >= 2, f"fresh_samples={wanted} leaves {size} examples a sample; give fewer.")
     cuts = [slice(first + k * size, first + (k + 1) * size) for k in range(wanted)]
     return dataset, [pool._replace(x=pool.x[c], y=pool.y[c]) for c in cuts], source
-
-
-def _verified(
-    spec: DualityGapSpec,
-    function: ValueFunction,
-    delta: deltas.Combination,
-    found: list[Verdict],
-    allocations: list[Allocation],
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows, of which those called certified were proven once more; one that was not is estimated, and said."""
-    premises = verify_gap.Premises(
-        function.budgets, function.lower, function.upper, function.concave, function.slope, spec.radius, spec.power,
-        delta.points, delta.weights, delta.values,
-    )  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    failures: list[str] = []
-    checker = None
-    for verdict, allocation in zip(found, allocations, strict=True):
-        row: dict[str, Any] = {**verdict._asdict(), "proven_by": None}
-        if verdict.status == "certified":
-            try:
-                checker = checker or verify_gap.Checker(premises)
-                row["proven_by"] = checker.check(verify_gap.row_of(verdict._asdict(), allocation.counts[0]))
-            except verify_gap.NotProvenError as error:
-                row |= {"status": "estimated", "verdict": "undecided"}
-                failures.append(str(error))
-        counts = allocation.counts[0]
-        rows.append(
-            {
-                **row,
-                "allocation": [[float(function.budgets[j]), counts[j]] for j in sorted(counts)],
-                "method": allocation.method,
-            }
-        )
-    checked = sum(row["proven_by"] is not None for row in rows)
-    return rows, {"checker": "duality.verify_gap", "rows": checked, "failures": failures}
 
 
 def _primal_point(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: Allocation) -> dict[str, Any]:
@@ -358,14 +329,12 @@ def _population(
     return {"samples": len(fresh), "examples": len(fresh[0].y), **found}
 
 
-def _trained(
-    spec: DualityGapSpec, setup: _Setup, dataset: Dataset, function: ValueFunction, budget: float, count: int
-) -> dict[str, Any]:
+def _trained(spec: DualityGapSpec, setup: _Setup, dataset: Dataset, row: Mapping[str, Any]) -> dict[str, Any]:
     """Projected SGD on problem (2) from several seeds, against the bounds on inf(P) at this I."""
+    count, budget = row["num_branches"], row["budget"]
     run = train_constrained(
         setup.problem, setup.loss, dataset, spec.trained, budget=budget, num_branches=count, seed=spec.seed
     )
-    (verdict,) = verdicts(function, budget, [count], delta_lower=0.0)
     ranked = run.ranked()
     return {
         "num_branches": count,
@@ -376,11 +345,11 @@ def _trained(
         "median": float(np.median(ranked)),
         "largest_budget_used": float(run.used.max()),
         "feasible": bool((run.used <= budget).all()),
-        "primal_lower": verdict.primal_lower,
-        "primal_upper": verdict.primal_upper,
-        "dual_lower": verdict.dual_lower,
-        "below_primal": bool((ranked < verdict.primal_lower).any()),
-        "status": function.status,
+        "primal_lower": row["primal_lower"],
+        "primal_upper": row["primal_upper"],
+        "dual_lower": row["dual_lower"],
+        "below_primal": bool((ranked < row["primal_lower"]).any()),
+        "status": row["status"],
     }
 
 

@@ -65,12 +65,18 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             "Assumption 1 is not proven: the numbers are those of the hinge without its maximum, E(1 - y f / tau), and"
             " the verdict for the hinge is undecided."
         )
+    again = record["verified"]
     if record["status"] == "certified":
-        notes.append(f"Proven once more in rational numbers: {record['verification']['rows']} of {len(rows)} rows.")
+        proven = sum(r["proven_by"] is not None for r in rows)
+        told = f" with {again['boxes']:,} boxes or cones" if again["boxes"] else ""
+        notes.append(
+            f"Proven once more by programs of their own: the value function{told}, and in rational numbers {proven} of"
+            f" {len(rows)} rows."
+        )
     else:
         holds = sum(r["gap_upper"] <= r["bound"] * r["delta_lower"] for r in rows)
         notes.append(f"The estimates satisfy the bound in {holds} of {len(rows)} rows, which proves nothing.")
-    notes += [f"Not proven, and therefore estimated: {failure}" for failure in record["verification"]["failures"]]
+    notes += [f"Not proven, and therefore estimated: {failure}" for failure in again["failures"]]
     if record["population"]:
         ratios = [row["largest_gap_over_bound"] for row in record["population"]["rows"]]
         least = min((ratio for ratio in ratios if ratio is not None), default=None)
