@@ -13,7 +13,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -30,6 +29,7 @@ import optax
 import pytest
 import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from two_processes import run_two_processes
 
 from dualgap_jax import experiments
 from dualgap_jax.checkpoints import (
@@ -381,15 +381,12 @@ def test_shards_are_stored_one_by_one_and_placed_anew(tmp_path: Path) -> None:
 
 
 TWO_PROCESSES = """
-    import logging, pathlib, sys
-    import jax, numpy as np
-    jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=30)
-    me = jax.process_index()
+    import logging
+    import numpy as np
     from jax.experimental import multihost_utils
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     from dualgap_jax.checkpoints import Checkpointer, Pieces, like_template, load, open_slices, rows
     rows.CHUNK_BYTES = 256
-    folder = pathlib.Path(sys.argv[3])
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("branch",)), P("branch"))
     values = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     odd = np.random.default_rng(1).normal(size=(51, 3)).astype(np.float32)
@@ -422,28 +419,6 @@ TWO_PROCESSES = """
 """
 
 
-def run_two_processes(script: str, folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    code = textwrap.dedent(TWO_PROCESSES) + textwrap.dedent(script) + "\nprint('done')\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, port, str(i), str(folder)], env=environment, **pipes)
-        for i in range(2)
-    ]
-    try:
-        ended = [process.communicate(timeout=90) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-            process.wait()
-    for process, (out, err) in zip(both, ended, strict=True):
-        assert process.returncode == 0, err
-        assert out.endswith("done\n")
-
-
 def test_two_processes_write_and_read_their_own_parts(tmp_path: Path) -> None:
     script = """
         wrote = set()
@@ -457,7 +432,7 @@ def test_two_processes_write_and_read_their_own_parts(tmp_path: Path) -> None:
         check(load(folder, template), 3)
         assert (open_slices(folder, {"w": template["w"]}).read(24, 3)["w"] == values[24:27] + np.float32(3)).all()
     """
-    run_two_processes(script, tmp_path)
+    run_two_processes(textwrap.dedent(TWO_PROCESSES) + textwrap.dedent(script), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
     alone = load(tmp_path)  # in one process
     assert alone.step == 3
@@ -479,7 +454,7 @@ def test_the_first_process_may_save_alone(tmp_path: Path) -> None:
         multihost_utils.sync_global_devices("saved")
         assert (load(folder).state["host"] == odd + 2).all()
     """
-    run_two_processes(script, tmp_path)
+    run_two_processes(textwrap.dedent(TWO_PROCESSES) + textwrap.dedent(script), tmp_path)
 
 
 def test_damage_that_one_process_sees_turns_both_to_the_step_before(tmp_path: Path) -> None:
@@ -498,7 +473,7 @@ def test_damage_that_one_process_sees_turns_both_to_the_step_before(tmp_path: Pa
             checkpointer.save(2, state(2))
             check(checkpointer.restore_latest(template), 2)
     """
-    run_two_processes(script, tmp_path)
+    run_two_processes(textwrap.dedent(TWO_PROCESSES) + textwrap.dedent(script), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "damaged-2"]
 
 

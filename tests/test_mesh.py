@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pytest
+from two_processes import free_port, run_two_processes
 
 from dualgap_jax.config import ConfigError
+from dualgap_jax.data import from_arrays
 from dualgap_jax.files import load_json, load_npz
+from dualgap_jax.losses import multi_margin
+from dualgap_jax.networks import mlp, multi_branch
 from dualgap_jax.sharding import join
+from dualgap_jax.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = 16 * 3 * 4  # bytes of a batch of 16 examples times 3 outputs in float32
@@ -73,12 +79,6 @@ def test_a_run_goes_on_on_other_meshes(eight: dict[str, Any]) -> None:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def command(workdir: Path, *flags: str) -> list[str]:
     return [
         sys.executable,
@@ -91,7 +91,7 @@ def command(workdir: Path, *flags: str) -> list[str]:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """The command line in two processes on this machine, beside one; process 0 alone writes."""
+    """The command line in two processes on this machine, beside one."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     run = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     address = f"--coordinator=127.0.0.1:{free_port()}"
@@ -119,6 +119,94 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(surfaces[1], surfaces[0], rtol=1e-4)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("one", "two")]
     assert lines[0] == lines[1] > 0
+
+
+TRAINING = """
+import logging
+import numpy as np
+import optax
+from dualgap_jax.checkpoints import Pieces, reading
+from dualgap_jax.data import from_arrays
+from dualgap_jax.identity import IdentityError
+from dualgap_jax.losses import multi_margin
+from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.sharding import MeshSpec
+from dualgap_jax.training import streamed, train
+
+def data(seed):
+    rng = np.random.default_rng(seed)
+    return from_arrays(rng.normal(size=(48, 6)).astype(np.float32), rng.integers(0, 3, 48))
+
+def run(name, seed=0, steps=15, mesh=MeshSpec(branch=2)):
+    (solution,) = train(
+        multi_branch(mlp((4,), 3), 5), multi_margin(), data(seed), optax.sgd(0.5, momentum=0.9), batch_size=16,
+        max_steps=steps, check_every=5, num_solutions=1, checkpoints=folder / name, checkpoint_seconds=0, mesh=mesh,
+    )
+    return solution
+
+stored, step, steps_in = streamed.Streamed.stored, streamed.Streamed.step, reading.steps_in
+"""
+
+
+def test_two_processes_write_their_own_branches_and_go_on_from_one_step(tmp_path: Path) -> None:
+    """Uneven branches, momentum; a step that one process does not see is passed over by both."""
+    script = """
+        held = []
+        def spy(self, lanes, lane):
+            held.append(stored(self, lanes, lane))
+            return held[-1]
+        streamed.Streamed.stored = spy
+        whole = run("whole")
+        for leaf in jax.tree.leaves(held, is_leaf=lambda x: isinstance(x, Pieces)):
+            assert (leaf.firsts, [len(a) for a in leaf.arrays], leaf.num_rows) == ([(0,), (3,)][me], [[3], [2]][me], 5)
+        held.clear()
+        streamed.Streamed.stored = stored
+
+        for steps in (5, 10):
+            run("resumed", steps=steps)
+        assert steps_in(folder / "resumed" / "solution_0") == [5, 10]
+        run("shorter", steps=10)
+        calls = []
+        if me == 1:  # as where a file system shows the newest step late
+            reading.steps_in = lambda path: [s for s in steps_in(path) if s != 10]
+        streamed.Streamed.step = lambda self, *args: calls.append(args[-1]) or step(self, *args)
+        resumed = run("resumed")
+        assert calls[-10:] == list(range(5, 15)), calls  # after the steps that are timed for the estimate
+        assert len(calls) == 14
+        reading.steps_in = steps_in
+        assert (resumed.steps, resumed.status, resumed.batch_loss) == (whole.steps, whole.status, whole.batch_loss)
+        for a, b in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
+            assert np.array_equal(a, b)
+        calls.clear()
+        assert run("resumed").batch_loss == whole.batch_loss  # which has ended
+        assert calls == []
+
+        run("data", mesh=MeshSpec(data=2))  # where the second process has copies only
+        try:
+            run("other", seed=me)
+            raise AssertionError("different data")
+        except IdentityError as error:
+            assert "process 0 and process 1 were given different runs: the data differs" in str(error), error
+    """
+    run_two_processes(TRAINING + textwrap.dedent(script), tmp_path)
+
+    rng = np.random.default_rng(0)
+    data = from_arrays(rng.normal(size=(48, 6)).astype(np.float32), rng.integers(0, 3, 48))
+
+    def alone(name: str) -> Any:
+        settings: dict[str, Any] = {"batch_size": 16, "max_steps": 15, "check_every": 5, "num_solutions": 1}
+        net, optimizer = multi_branch(mlp((4,), 3), 5), optax.sgd(0.5, momentum=0.9)
+        (solution,) = train(
+            net, multi_margin(), data, optimizer, **settings, checkpoints=tmp_path / name, streaming="on"
+        )
+        return solution
+
+    expected = alone("alone")
+    for name in ("whole", "resumed", "shorter", "data"):
+        found = alone(name)  # reads what two processes wrote, and goes on where they stopped
+        assert found.steps == 15
+        for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,11 @@ class Company:
     def all_agree(self, yes: bool) -> bool:
         """Whether all say yes."""
         return bool(multihost_utils.process_allgather(np.asarray(yes)).all()) if self._several else yes
+
+    def common(self, mine: Iterable[int]) -> list[int]:
+        """The numbers that all have, in order."""
+        said = self.gathered({str(jax.process_index()): list(mine)}).values()
+        return sorted(set.intersection(*map(set, said)))
 
     def gathered(self, mine: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of all their dicts, which JSON can hold."""

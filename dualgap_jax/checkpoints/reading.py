@@ -14,6 +14,7 @@ import jax
 from dualgap_jax.checkpoints import leaves, manifest
 from dualgap_jax.checkpoints.leaves import Place, like_template
 from dualgap_jax.checkpoints.manifest import DamagedCheckpointError
+from dualgap_jax.checkpoints.processes import Company
 from dualgap_jax.checkpoints.rows import Stored
 from dualgap_jax.types import Params, PyTree, State
 
@@ -36,37 +37,39 @@ class Restored(NamedTuple):
 
 
 def steps_in(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
+    """The steps that a folder seems to hold, in order; none where there is no folder."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in there if p.name.isdecimal() and p.is_dir())
 
 
 def newest_sound(
     folder: Path,
     use: Callable[[Path, dict[str, Any]], _T],
     damaged: Callable[[int, str], None],
-    agree: Callable[[bool], bool] = bool,
+    company: Company,
 ) -> _T | None:
     """`use(step's folder, manifest)` of the newest step that passes; `damaged(step, reason)` for those passed over.
 
-    `agree`: whether all who read say yes.
+    With several processes it is the newest that all of them see, and that passes in all of them.
     """
-    for step in reversed(steps_in(folder)):
+    for step in reversed(company.common(steps_in(folder))):
         reason, found = "", None
         try:
             found = use(folder / str(step), manifest.read(folder / str(step)))
         except DamagedCheckpointError as error:
             traceback.clear_frames(error.__traceback__)  # which hold, in a cycle, the leaf that was being made
             reason = str(error)
-        if agree(not reason):
+        if company.all_agree(not reason):
             return found
         found = None
         damaged(step, reason or "another process cannot read its part")
     return None
 
 
-def _newest_in(path: str | Path, use: Callable[[Path, dict[str, Any]], _T]) -> _T:
+def _newest_in(path: str | Path, use: Callable[[Path, dict[str, Any]], _T], together: bool = False) -> _T:
     """The same for a folder that is only read.  Raises FileNotFoundError if no step passes."""
     folder = Path(path).expanduser().resolve()
-    if not folder.is_dir():
+    if not folder.is_dir() and not together:
         raise FileNotFoundError(f"{folder} is not a folder; give the checkpoints folder of a workdir")
     reasons: list[str] = []
 
@@ -74,7 +77,7 @@ def _newest_in(path: str | Path, use: Callable[[Path, dict[str, Any]], _T]) -> _
         reasons.append(f"step {step}: {reason}")
         _log.warning("%s is damaged and not used: %s", folder / str(step), reason)
 
-    found = newest_sound(folder, use, passed_over)
+    found = newest_sound(folder, use, passed_over, Company(together))
     if found is None:
         detail = "; ".join(reasons) or "no step was saved"
         raise FileNotFoundError(f"{folder} holds no sound checkpoint ({detail}); train first, or give another folder")
@@ -108,7 +111,9 @@ def restore(step: Path, found: dict[str, Any], template: PyTree | None, place: P
     return Restored(int(step.name), state, found["meta"])
 
 
-def load(path: str | Path, template: PyTree | None = None, place: Place | None = None) -> Restored:
+def load(
+    path: str | Path, template: PyTree | None = None, place: Place | None = None, *, together: bool = False
+) -> Restored:
     """Reads the newest sound state of a checkpoint folder, and changes nothing there.
 
     Args:
@@ -116,12 +121,13 @@ def load(path: str | Path, template: PyTree | None = None, place: Place | None =
       template: as for `Checkpointer.restore_latest`.  None: nested dicts of NumPy arrays under the names of dict keys,
         fields and positions; PRNG keys come as their raw uint32 data.
       place: as for `Checkpointer.restore_latest`; without a template it gets None for the leaf.
+      together: whether all processes of a distributed run call this, and are to read the same step.
 
     Raises:
       FileNotFoundError: if the folder does not exist or holds no sound checkpoint.
       CheckpointMismatchError: if the newest sound step is not like the template, or in another format.
     """
-    return _newest_in(path, functools.partial(restore, template=template, place=place))
+    return _newest_in(path, functools.partial(restore, template=template, place=place), together)
 
 
 class Slices:

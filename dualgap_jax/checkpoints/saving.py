@@ -51,10 +51,11 @@ class Checkpointer:
         self._keep = keep
         self._company = Company(together)
         self.path = Path(path).expanduser().resolve()
-        self.path.mkdir(parents=True, exist_ok=True)
         if self._company.is_first:
+            self.path.mkdir(parents=True, exist_ok=True)
             for left in self.path.glob(f"*{_UNFINISHED}"):  # by a process that was killed
                 shutil.rmtree(left)
+        self._company.meet("the folder is made")
         self._leaves = orbax_item.LeafHandler()
         ways = ocp.options.MultiprocessingOptions(
             active_processes=None if together else {0}, barrier_sync_key_prefix=None if together else "dualgap_jax"
@@ -145,7 +146,7 @@ class Checkpointer:
 
         self._company.meet("a step is restored")
         use = functools.partial(restore, template=template, place=place)
-        return newest_sound(self.path, use, set_aside, self._company.all_agree)
+        return newest_sound(self.path, use, set_aside, self._company)
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first; whether they are sound shows when they are restored."""

@@ -21,11 +21,11 @@ from dualgap_jax.metrics import Metrics
 from dualgap_jax.networks import as_network
 from dualgap_jax.registry import unknown
 from dualgap_jax.schedules import Schedule, constant
-from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, local_devices, meet
+from dualgap_jax.sharding import MeshSpec, local_devices
 from dualgap_jax.training import plan
 from dualgap_jax.training.engine import Engine, tree_bytes
 from dualgap_jax.training.loop import Loop
-from dualgap_jax.training.resume import begin_run, identity_of, is_over, newest
+from dualgap_jax.training.resume import begin_run, identity_of, is_over, newest, require_alike
 from dualgap_jax.training.spec import Streaming
 from dualgap_jax.training.streamed import Streamed
 from dualgap_jax.training.together import Together, draw
@@ -119,7 +119,7 @@ def train(
       branch_chunk: branches at a time in the streamed step; 0 chooses.  Results depend on it through rounding only.
       mesh: devices that share the branches and the batches, or the solutions; None: the solutions that are trained
         together share the devices of this process.
-      checkpoints: folder, or None.  With several processes only the first one writes there, and all must see it.
+      checkpoints: folder, or None.  With several processes all must see it, and each writes its own branches there.
       checkpoint_seconds: least time between two checkpoints; one is always written at the end.
       metrics: writer of one line a segment and solution, or None.
       report: called with lines that say how training will go, before it starts.
@@ -176,6 +176,7 @@ def train(
             tolerance=tolerance,
             **{"batch size": batch_size, "interval of the schedule's looks": check_every},
         )
+        require_alike(run)
         marks = [{**run, "solution": i} for i in range(num_solutions)]
         found = [newest(folder / f"solution_{i}", mark, max_steps) for i, mark in enumerate(marks)]
     if streaming == "on" or several:
@@ -210,13 +211,12 @@ def train(
         check_every=check_every,
         tolerance=tolerance,
         checkpoint_seconds=checkpoint_seconds,
-        saves=folder is not None,
         record=choice._asdict(),
         metrics=metrics,
     )
     # Before any parameters are there: compiling what is measured takes memory that is given back.
     all_over = all(is_over(f, max_steps) for f in found)
-    if not agreed(all_over) and (said := engine.plan(max_steps, num_solutions, folder)) and report is not None:
+    if not all_over and (said := engine.plan(max_steps, num_solutions, folder)) and report is not None:
         report(said)
     solutions: list[Solution] = []
     for first in range(0, num_solutions, choice.group_size):
@@ -224,9 +224,9 @@ def train(
         folders = {i: folder / f"solution_{i}" if folder is not None else None for i in group}
         with contextlib.ExitStack() as stack:
             savers = {
-                i: stack.enter_context(Checkpointer(path))
+                i: stack.enter_context(Checkpointer(path, together=True))
                 for i, path in folders.items()
-                if path is not None and is_first_process()
+                if path is not None
             }
             runs = {
                 i: begin_run(
@@ -234,7 +234,6 @@ def train(
                     jax.random.split(solution_key(seed, i), 3),
                     engine,
                     schedule,
-                    folders[i],
                     savers.get(i),
                     metrics,
                     max_steps,
@@ -244,8 +243,6 @@ def train(
                 for i in group
             }
             loop.run(runs, savers)
-        if folder is not None:
-            meet("the checkpoints are written")
         for i, r in runs.items():
             status = "max_steps" if r.status == "running" else r.status
             solutions.append(Solution(engine.network(r.carry, folders[i]), r.steps, status, r.batch_loss))

@@ -68,7 +68,7 @@ class Engine(Protocol):
         ...
 
     def stored(self, lanes: Lanes, lane: int, /) -> Carry:
-        """The carry of one lane for a checkpoint.  With several processes all must call."""
+        """The carry of one lane for a checkpoint; with several processes each gives its own part of it."""
         ...
 
     def is_finite(self, lanes: Lanes, lane: int, /) -> bool:

@@ -37,7 +37,6 @@ class Loop:
       schedule: of the learning rate.
       num_examples, batch_size: of the data, and of a step (0: all of them).
       max_steps, check_every, tolerance, checkpoint_seconds: as in `train`.
-      saves: whether there are checkpoints, whoever writes them.
       record: what a checkpoint keeps of the way of training.
       metrics: writer of one line a segment and solution, or None.
     """
@@ -50,7 +49,6 @@ class Loop:
     check_every: int
     tolerance: float
     checkpoint_seconds: float
-    saves: bool
     record: Mapping[str, Any]
     metrics: Metrics | None
 
@@ -93,7 +91,7 @@ class Loop:
           together: the solutions in the program, in order: those that move, and those ahead that ride along.
           limit: the step to stop at.
           orders: one a solution; none for the full batch.
-          savers: one a solution; none without checkpoints, or when another process writes.
+          savers: one a solution; none without checkpoints.
           progress: the line on the terminal.
         """
         first = min(runs[i].steps for i in together)
@@ -175,15 +173,14 @@ class Loop:
         lanes: Lanes,
         schedule_state: PyTree,
     ) -> None:
-        for i, lane in moving.items() if self.saves else ():
-            stored = self.engine.stored(lanes, lane)  # all processes have a part in this
-            if i in savers:
-                state = {"carry": stored, "schedule": item(schedule_state, lane), "keys": runs[i].keys}
-                meta = {
-                    "status": runs[i].status,
-                    "batch_loss": runs[i].batch_loss,
-                    "pending": runs[i].pending,
-                    "identity": runs[i].mark,
-                    **self.record,
-                }
-                savers[i].save(runs[i].steps, state, meta)
+        for i, lane in moving.items() if savers else ():
+            stored = self.engine.stored(lanes, lane)
+            state = {"carry": stored, "schedule": item(schedule_state, lane), "keys": runs[i].keys}
+            meta = {
+                "status": runs[i].status,
+                "batch_loss": runs[i].batch_loss,
+                "pending": runs[i].pending,
+                "identity": runs[i].mark,
+                **self.record,
+            }
+            savers[i].save(runs[i].steps, state, meta)

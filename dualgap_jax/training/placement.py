@@ -5,8 +5,7 @@ Whatever the mesh, what is stored is in the order of the branches.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,10 +18,7 @@ from dualgap_jax import sharding
 from dualgap_jax.checkpoints import Pieces, Stored, like_template, put_rows
 from dualgap_jax.sharding import BRANCH, DATA, Layout, MeshSpec
 from dualgap_jax.training.branch_step import Shard
-from dualgap_jax.training.engine import tree_bytes
 from dualgap_jax.types import PyTree
-
-_BLOCK_BYTES = 32 * 2**20  # of a leaf, when processes send it to the first one
 
 
 class Placement:
@@ -91,14 +87,11 @@ class Placement:
     # --- out ---
 
     def stored(self, tree: PyTree) -> PyTree:
-        """A tree for a checkpoint: leaves in the order of the branches, shard by shard, not copied on CPU.
-
-        With several processes all must call; the first gets everything in its memory, the others nothing of use.
-        """
+        """A tree for a checkpoint: of each leaf the branches that this process has to write, not copied on CPU."""
         return tree if self.mesh is None else jax.tree.map(self._leaf_out, tree)
 
     def whole(self, tree: PyTree) -> PyTree:
-        """A tree in memory, leaves `[I, ...]` in the order of the branches."""
+        """A tree in the memory of one process, leaves `[I, ...]` in the order of the branches."""
         if self.mesh is None:
             return tree
 
@@ -108,35 +101,15 @@ class Placement:
         return jax.tree.map(whole, tree)
 
     def _leaf_out(self, leaf: Array) -> Pieces:
-        layout = self.layout
-        if jax.process_count() > 1:
-            return Pieces(tuple(self._gathered(leaf)))
-        starts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
-        pieces = []
-        for shard in range(layout.shards):
-            here, count = starts[shard * layout.slots], int(layout.count(shard))
-            pieces.append(here if count == layout.slots else np.asarray(here)[:count])
-        return Pieces(tuple(p for p in pieces if len(p)))
-
-    def _gathered(self, leaf: Array) -> Iterator[np.ndarray]:
-        """Blocks of a leaf that lies on several processes, one all-gather each, for the first process."""
-        rows = max(1, _BLOCK_BYTES // max(1, tree_bytes(leaf) // leaf.shape[0]))
-        for shard in range(self.layout.shards):
-            count = int(self.layout.count(shard))
-            for first in range(0, count, rows):
-                block = self._slice(leaf, np.int32(shard * self.layout.slots + first), min(rows, count - first))
-                if sharding.is_first_process():
-                    yield np.array(block.addressable_data(0))
-
-    @functools.cached_property
-    def _slice(self) -> Callable[[Array, Any, int], Array]:
-        everywhere = NamedSharding(self.mesh, PartitionSpec()) if self.mesh is not None else None
-
-        @functools.partial(jax.jit, static_argnums=2, out_shardings=everywhere)
-        def block(leaf: Array, first: Array, count: int) -> Array:
-            return lax.dynamic_slice_in_dim(leaf, first, count, 0)
-
-        return block
+        """The branches of a leaf that lie in this process, each on the first of the devices that hold it."""
+        slots, layout = self.layout.slots, self.layout
+        held = {(s.index[0].start or 0) // slots: s.data for s in leaf.addressable_shards if s.replica_id == 0}
+        pieces = {}
+        for shard, rows in sorted(held.items()):
+            if count := int(layout.count(shard)):
+                pieces[layout.first(shard)] = rows if count == slots else np.asarray(rows)[:count]
+        pieces = pieces or {0: leaf.addressable_shards[0].data[:0]}  # another process writes them all
+        return Pieces(tuple(pieces.values()), tuple(pieces), layout.num_branches)
 
     # --- in ---
 

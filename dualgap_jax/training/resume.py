@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import types
@@ -16,14 +15,14 @@ from jax import Array
 
 from dualgap_jax import identity, seeds
 from dualgap_jax.checkpoints import Checkpointer, Restored, load
+from dualgap_jax.checkpoints.processes import Company
 from dualgap_jax.data import Dataset
 from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.networks import upcast
 from dualgap_jax.schedules import Schedule
-from dualgap_jax.sharding import meet
 from dualgap_jax.training.batches import example_input
-from dualgap_jax.training.engine import Engine, LeafReader, Transformation
+from dualgap_jax.training.engine import Engine, Transformation
 from dualgap_jax.training.together import draw
 from dualgap_jax.types import KeyArray, Network, Params, PyTree, State
 
@@ -99,14 +98,26 @@ def identity_of(
     }
 
 
+def require_alike(run: Mapping[str, Any]) -> None:
+    """Raises IdentityError, in every process, unless all processes of a distributed run were given the same."""
+    said = Company(together=True).gathered({str(jax.process_index()): run})
+    for process, other in said.items():
+        if (found := identity.difference(said["0"], other)) is not None:
+            raise identity.IdentityError(
+                f"process 0 and process {process} were given different runs: {found}; start all with the same."
+            )
+
+
 def newest(folder: Path, mark: Mapping[str, Any], max_steps: int) -> Restored | None:
     """The newest checkpoint without its leaves, which are not read; None where there is none.
+
+    With several processes all must call; they get the same one.
 
     Raises:
       IdentityError: if it is of another run, or of more steps than are wanted.
     """
     try:
-        found = load(folder, place=lambda leaf, stored: None)
+        found = load(folder, place=lambda leaf, stored: None, together=True)
     except FileNotFoundError:
         return None
     identity.require_same(found.meta.get("identity"), mark, f"the folder {folder}")
@@ -136,7 +147,6 @@ def begin_run(
     keys: Array,
     engine: Engine,
     schedule: Schedule,
-    folder: Path | None,
     saver: Checkpointer | None,
     metrics: Metrics | None,
     max_steps: int,
@@ -149,32 +159,19 @@ def begin_run(
       solution: its index.
       keys: `[3]`: of the initialisation, the batch order, the noise.
       engine, schedule: which take its steps.
-      folder: of its checkpoints, or None.
-      saver: of the same; None without checkpoints, or where another process writes.
+      saver: of its checkpoints, or None.
       metrics: whose lines beyond the checkpoint are dropped, or None.
       max_steps: of the run.
       found: the newest checkpoint without its leaves, or None.
       mark: its identity.
     """
     restored = None
-    if folder is not None:
+    if saver is not None:
         template = {"carry": engine.template(keys[0]), "schedule": schedule.init(), "keys": keys[1:]}
-
-        def restore(reader: LeafReader | None) -> Restored | None:
-            if saver is not None:
-                return saver.restore_latest(template, place=reader)
-            with contextlib.suppress(FileNotFoundError):
-                return load(folder, template, place=reader)
-            return None
-
-        if saver is None:
-            meet("the first process has looked at the checkpoints")
         ended = is_over(found, max_steps)
-        restored = restore(engine.reader(ended))
+        restored = saver.restore_latest(template, engine.reader(ended))
         if ended and not is_over(restored, max_steps):  # the last one is damaged, and the one before is taken
-            restored = restore(engine.reader(False))
-        if saver is not None:
-            meet("the first process has looked at the checkpoints")
+            restored = saver.restore_latest(template, engine.reader(False))
     if metrics is not None:
         metrics.truncate_after(-1 if restored is None else restored.step, solution=solution)
     if restored is None:
