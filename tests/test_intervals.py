@@ -38,32 +38,23 @@ def boxes(size: int, rng: np.random.Generator, low: float, high: float) -> Boxes
     return Boxes(width[:, 0], lo, hi, np.where(share == 1, hi[:, None], points))
 
 
-def sampled(
-    functions: dict[str, Function],
-    size: int,
-    rng: np.random.Generator,
-    *,
-    low: float = -3.0,
-    high: float = 3.0,
-    compiled: bool = True,
-) -> dict[str, float]:
+def sampled(f: Function, size: int, rng: np.random.Generator, *, low: float = -3.0, high: float = 3.0) -> float:
     """Checks the ranges of `f: [size] -> [...]` on random boxes by values at pairs of points; no derivative of JAX.
 
     `f(b) - f(a)` must lie in `first . (b - a)`, and in `first(a) . (b - a) + second : (b - a)^2 / 2`.
 
     Returns:
-      For each function how wide the ranges of slopes are on boxes of side 1e-9.
+      How wide the ranges of slopes are on boxes of side 1e-9: the widest of the medians of the outputs.
     """
 
-    def together(w: jax.Array) -> jax.Array:
-        return jnp.concatenate([f(w).reshape(-1) for f in functions.values()])
+    def flattened(w: jax.Array) -> jax.Array:
+        return f(w).reshape(-1)
 
     width, lo, hi, points = boxes(size, rng, low, high)
     count, starts = len(lo), points[:, 0]
-    values = np.asarray(jax.jit(jax.vmap(jax.vmap(together)))(points))  # [k, n, out]
-    names = np.repeat(list(functions), [int(np.prod(jax.eval_shape(f, starts[0]).shape)) for f in functions.values()])
-    over = jax.vmap(ranges.extension(together, jnp.zeros(size, jnp.float64), order=2))
-    found = (jax.jit(over) if compiled else over)(np.concatenate([lo, starts]), np.concatenate([hi, starts]))
+    values = np.asarray(jax.jit(jax.vmap(jax.vmap(flattened)))(points))  # [k, n, out]
+    over = jax.jit(jax.vmap(ranges.extension(flattened, jnp.zeros(size, jnp.float64), order=2)))
+    found = over(np.concatenate([lo, starts]), np.concatenate([hi, starts]))
     assert np.asarray(found.defined).all()
 
     def flat(a: Any, leading: int = 0) -> np.ndarray:
@@ -71,14 +62,11 @@ def sampled(
         assert not np.isnan(whole).any()
         return whole
 
-    def all_of(true: np.ndarray) -> None:
-        assert true.all(), set(names[~true.all(axis=(0, 1))].tolist())
-
     lower, upper = flat(found.lower), flat(found.upper)
     first, second = [flat(d, 1) for d in found.first], [flat(d, 2) for d in found.second]
     slack = 1e-13 * (1 + np.abs(values).max((0, 1)))
-    all_of(lower[:count] <= values + slack)
-    all_of(values <= upper[:count] + slack)
+    assert (lower[:count] <= values + slack).all()
+    assert (values <= upper[:count] + slack).all()
 
     def between(change: np.ndarray, *terms: tuple[np.ndarray, list[np.ndarray]]) -> None:
         """`change [k, n, out]` is in the sum of the products of `[k, n, q]` with ranges `[k, q, out]`."""
@@ -87,15 +75,14 @@ def sampled(
             for step, ends in terms:
                 parts = [np.where(step[..., None] == 0, 0, step[..., None] * end[:, None]) for end in ends]
                 low, high = low + np.minimum(*parts).sum(2), high + np.maximum(*parts).sum(2)
-        all_of(~(change < low - slack))
-        all_of(~(change > high + slack))
+        assert not (change < low - slack).any()
+        assert not (change > high + slack).any()
 
     step, change = points - starts[:, None], values - values[:, :1]
     pairs = (step[..., :, None] * step[..., None, :]).reshape(*step.shape[:2], -1) / 2
     between(change, (step, [d[:count] for d in first]))
     between(change, (step, [d[count:] for d in first]), (pairs, [h[:count] for h in second]))
-    widths = np.median((first[1] - first[0])[:count][width == 1e-9], axis=(0, 1))
-    return {name: float(widths[names == name].max()) for name in functions}
+    return float(np.median((first[1] - first[0])[:count][width == 1e-9], axis=(0, 1)).max())
 
 
 # --- elementary functions ---------------------------------------------------------------------------------------------
@@ -122,15 +109,15 @@ JUMPS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def test_ranges_of_functions(x64: None, rng: np.random.Generator) -> None:
-    widths = sampled(SCALAR, 2, rng, compiled=False)
-    assert {name for name, width in widths.items() if width > 1e-6} == set()
+@pytest.mark.parametrize("name", SCALAR)
+def test_ranges_of_functions(name: str, x64: None, rng: np.random.Generator) -> None:
+    assert sampled(SCALAR[name], 2, rng) < 1e-6
 
 
-def test_jumps_have_both_sides(x64: None, rng: np.random.Generator) -> None:
-    sampled(JUMPS, 2, rng)
-    for f in JUMPS.values():
-        assert not ranges.is_smooth(f, jnp.zeros(2))
+@pytest.mark.parametrize("name", JUMPS)
+def test_jumps_have_both_sides(name: str, x64: None, rng: np.random.Generator) -> None:
+    sampled(JUMPS[name], 2, rng)
+    assert not ranges.is_smooth(JUMPS[name], jnp.zeros(2))
 
 
 def test_a_jump_on_the_face_of_a_box_is_not_inside_it(x64: None) -> None:
@@ -259,7 +246,7 @@ def test_ranges_over_intervals_hold_all_points_of_them(name: str, x64: None, rng
 def _networks(rng: np.random.Generator) -> dict[str, Function]:
     x = jnp.asarray(rng.standard_normal((5, 3)))
     images = jnp.asarray(rng.standard_normal((2, 6, 6, 1)))
-    series = jnp.asarray(rng.standard_normal((7, 4)))
+    series = jnp.asarray(rng.standard_normal((3, 2)))
     mixing = jnp.asarray(rng.standard_normal((3, 3)))
 
     def conv(w: jax.Array) -> jax.Array:
@@ -271,7 +258,7 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
             h = jnp.tanh(w[0] * h + w[1] * x)
             return h, h * w[2]
 
-        end, outputs = jax.lax.scan(step, jnp.zeros(4), series)
+        end, outputs = jax.lax.scan(step, jnp.zeros(2), series)
         return jnp.concatenate([end, outputs.mean(0)])
 
     def counted(w: jax.Array) -> jax.Array:
@@ -279,7 +266,7 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
             k, h = carry
             return (k + 1, jnp.sin(h + series[k, 0] * w[0])), h
 
-        return jax.lax.scan(step, (0, w[1]), None, length=5, reverse=True)[1]
+        return jax.lax.scan(step, (0, w[1]), None, length=3, reverse=True)[1]
 
     def centred(w: jax.Array) -> jax.Array:
         return x * w - jnp.mean(x * w, axis=1, keepdims=True)
@@ -323,11 +310,10 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
     }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=False, reason="compiles for minutes; not yet seen to its end since its last change")
-def test_ranges_of_arrays(x64: None, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("name", _networks(np.random.default_rng(0)))
+def test_ranges_of_arrays(name: str, x64: None, rng: np.random.Generator) -> None:
     with jax.numpy_rank_promotion("allow"):
-        widths = sampled(_networks(rng), 3, rng, low=-1.5, high=1.5)
-    assert {name for name, width in widths.items() if width > 1e-6} == set()
+        assert sampled(_networks(rng)[name], 3, rng, low=-1.5, high=1.5) < 1e-6
 
 
 def test_long_sums_do_not_lose_digits(x64: None, rng: np.random.Generator) -> None:
@@ -372,8 +358,8 @@ LIARS: dict[str, Function] = {
 
 
 def test_a_programs_own_derivative_is_not_believed(x64: None, rng: np.random.Generator) -> None:
-    sampled(LIARS, 1, rng)
     for f in LIARS.values():
+        sampled(f, 1, rng)
         low, high = ranges.extension(f, jnp.zeros(1), order=1)(jnp.zeros(1), jnp.full(1, 1e-3)).first
         assert float(low[0, 0]) <= 5 <= float(high[0, 0]) < 5.001
 
@@ -384,7 +370,7 @@ def test_a_function_named_logaddexp_is_not_taken_for_it(x64: None, rng: np.rando
         return jnp.maximum(a, b) + jnp.log1p(jnp.exp(-2 * jnp.abs(a - b)))
 
     logaddexp.defjvp(lambda p, t: (logaddexp(*p), t[0]))
-    sampled({"own": lambda w: logaddexp(w, 0.5 * w)}, 1, rng)
+    sampled(lambda w: logaddexp(w, 0.5 * w), 1, rng)
     assert "logaddexp" in programs.trace(lambda w: jnp.logaddexp(w, 0.0), jnp.zeros(1))[0].primitives()
     assert "logaddexp" not in programs.trace(lambda w: logaddexp(w, 0.0), jnp.zeros(1))[0].primitives()
 
