@@ -8,8 +8,12 @@ Branches meet only in the sum of their outputs.  So a network of `multi_branch` 
 branches goes through all points, adds to the outputs kept for each point and sample, and is dropped.  The solutions
 may therefore lie on disk, three networks of any size, and are read once for the whole grid; the values are those of
 solutions in memory, bit for bit, because one program does both.
+
+Branches and hidden units may change places without changing what a network computes: `align` takes solutions through
+such permutations as near to one another as they come, so that a plane through them shows one valley.
 """
 
+from dualgap_jax.landscape.alignment import Alignment, align
 from dualgap_jax.landscape.planes import AXES, Block, Plane, at, plane_through, random_plane
 from dualgap_jax.landscape.points import ACCUMULATOR_BYTES, ROUTES, evaluate_points
 from dualgap_jax.landscape.products import DegeneratePlaneError
@@ -21,11 +25,13 @@ __all__ = [
     "AXES",
     "ROUTES",
     "STATES",
+    "Alignment",
     "Block",
     "DegeneratePlaneError",
     "Plane",
     "Surface",
     "Survey",
+    "align",
     "at",
     "edges",
     "evaluate",
