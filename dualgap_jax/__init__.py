@@ -25,12 +25,15 @@ if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say 
     from dualgap_jax import training as training
     from dualgap_jax.convexity import scores as scores
     from dualgap_jax.evaluation import evaluate as evaluate
+    from dualgap_jax.networks import conv as conv
     from dualgap_jax.networks import from_functions as from_functions
     from dualgap_jax.networks import from_linen as from_linen
     from dualgap_jax.networks import from_nnx as from_nnx
+    from dualgap_jax.networks import gru as gru
     from dualgap_jax.networks import mixture as mixture
     from dualgap_jax.networks import mlp as mlp
     from dualgap_jax.networks import multi_branch as multi_branch
+    from dualgap_jax.networks import vgg9 as vgg9
     from dualgap_jax.training import train as train
     from dualgap_jax.types import Network as Network
 
@@ -56,10 +59,12 @@ _MODULES = (
 # Where the other names live, and what they are called there.
 _HOMES = {
     "Network": "types.Network",
+    "conv": "networks.conv",
     "evaluate": "evaluation.evaluate",
     "from_functions": "networks.from_functions",
     "from_linen": "networks.from_linen",
     "from_nnx": "networks.from_nnx",
+    "gru": "networks.gru",
     "mixture": "networks.mixture",
     "mlp": "networks.mlp",
     "multi_branch": "networks.multi_branch",
@@ -67,6 +72,7 @@ _HOMES = {
     "scores": "convexity.scores",
     "surface": "landscape.evaluate",
     "train": "training.train",
+    "vgg9": "networks.vgg9",
 }
 
 __all__ = sorted(["__version__", *_MODULES, *_HOMES])

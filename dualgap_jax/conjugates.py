@@ -14,7 +14,6 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
-from scipy.special import expit, softmax
 
 Rows = np.ndarray  # [n, out]
 Labels = np.ndarray  # [n]
@@ -217,6 +216,8 @@ def logistic_conjugate() -> Conjugate:
 
 def logistic_slope(outputs: Rows, labels: Labels) -> Rows:
     """The gradient: `-y expit(-y z)` with one output, `softmax(z) - e_y` with several."""
+    from scipy.special import expit, softmax  # here, so that losses need JAX alone
+
     if outputs.shape[1] == 1:
         sign = np.asarray(labels, np.float64)[:, None]
         return -sign * expit(-sign * outputs)

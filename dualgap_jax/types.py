@@ -70,6 +70,11 @@ class Network(NamedTuple):
     stem: Stem | None = None
     stacked: Stacked | None = None
 
+    def replaced(self) -> list[str]:
+        """Which of `init` and `apply` are not those of the sum that `stacked` describes, as `_replace` leaves them."""
+        of_sum = self.stacked
+        return [n for n in ("init", "apply") if of_sum is not None and getattr(self, n) is not getattr(of_sum, n)]
+
 
 class Stacked(NamedTuple):
     """The structure `f(w; x) = scale * sum_i branch(w_i; x)`, for whoever streams over branches.
@@ -78,11 +83,14 @@ class Stacked(NamedTuple):
       branch: the one-branch network; every parameter and state leaf of the sum leads with a branch axis `[I, ...]`.
       num_branches: I.
       scale: 1/I for the mean of Section 2, 1 for the plain sum of Section 5.
+      init, apply: the functions of the sum.
     """
 
     branch: Network
     num_branches: int
     scale: float
+    init: InitFn
+    apply: ApplyFn
 
 
 @runtime_checkable

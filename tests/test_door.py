@@ -249,6 +249,57 @@ def test_a_project_of_its_own_trains_with_optax_and_its_checkpoint_opens_with_or
     np.testing.assert_allclose(again, logits, rtol=1e-3, atol=1e-4)
 
 
+def test_a_linen_module_trains_with_an_optax_schedule(rng: np.random.Generator) -> None:
+    """`dg.train` with a module as it is, against a loop of Flax and optax alone from the same initial point."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(3)(nn.tanh(nn.Dense(4)(x)))
+
+    x = rng.standard_normal((40, 5)).astype(np.float32)
+    y = rng.integers(0, 3, 40)
+    loss, model = optax.softmax_cross_entropy_with_integer_labels, Model()
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 30), weight_decay=0.01)
+
+    def trained(steps: int) -> Any:
+        (solution,) = dg.train(
+            model, loss, (x, y), optimizer, batch_size=0, max_steps=steps, num_solutions=1, tolerance=0.0
+        )
+        assert (solution.steps, solution.status) == (steps, "max_steps")
+        return solution.params
+
+    start = params = trained(0)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        gradient = jax.grad(lambda p: loss(model.apply({"params": p}, x), y).mean())(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(12):
+        params, state = step(params, state)
+    got = trained(12)
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    for a, b, c in zip(*map(jax.tree.leaves, (got, params, start)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        assert np.max(np.abs(b - c)) > 0.05
+
+
+def test_the_ready_branches_are_at_the_door() -> None:
+    image = jnp.ones((2, 8, 8, 1))
+    for make, x in (
+        (dg.mlp, image),
+        (dg.conv, image),
+        (dg.vgg9, jnp.ones((2, 32, 32, 3))),
+        (dg.gru, jnp.ones((2, 3, 4))),
+    ):
+        net = dg.multi_branch(make(out=3), 2)
+        shape = jax.eval_shape(lambda key, net=net, x=x: net.apply(*net.init(key, x), x)[0], jax.random.key(0))
+        assert shape.shape == (2, 3)
+
+
 def test_counts_of_any_integer_kind_and_keys_of_the_old_kind() -> None:
     for count in (np.int64(10), np.int32(10), np.uint8(10), jnp.int32(10)):
         net = dg.multi_branch(dg.mlp((np.int64(3),), np.int32(2)), count)

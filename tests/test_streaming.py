@@ -321,6 +321,9 @@ def test_what_cannot_be_streamed_is_refused_in_words(rng: np.random.Generator) -
         (multi_branch(conv((2,), 3, batch_norm=True), 4), on, MeshSpec(data=2), "batch statistics"),
         (stacked, on, MeshSpec(branch=64), "64 devices, but there are"),
         (stacked, spec_with(streaming="off"), MeshSpec(branch=2), "one device"),
+        (stacked._replace(init=mixed.init), on, MeshSpec(), "not use the init given by _replace"),
+        (stacked._replace(init=mixed.init, apply=mixed.apply), on, MeshSpec(), "the init and apply given by"),
+        (stacked._replace(apply=mixed.apply), spec_with(), MeshSpec(branch=64), "not use the apply given by"),
     ]
     for net, spec, mesh, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -340,6 +343,28 @@ def test_networks_that_cannot_be_streamed_are_trained_plainly_whatever_the_memor
     monkeypatch.setattr(plan, "memory_available", lambda: 1)
     net = mixture([multi_branch(mlp((3,), 3), 2), multi_branch(mlp((2,), 3), 2)])
     assert train_as(net, multi_margin(), images(rng), spec_with(max_steps=2), num_solutions=1)[0].steps == 2
+
+
+def test_functions_put_in_place_of_the_sums_own_are_used(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step branch by branch would draw and compute with the old ones, so it is not taken, whatever the memory."""
+    monkeypatch.setattr(plan, "memory_available", lambda: 1)
+    net = multi_branch(mlp((3,), 3), 2)
+    calls = []
+
+    def init(key: Any, x: Any, /) -> Any:
+        params, state = net.init(key, x)
+        return jax.tree.map(lambda w: jnp.full_like(w, 0.25), params), state
+
+    def apply(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return net.apply(*args, **options)
+
+    (drawn,) = train_as(net._replace(init=init), multi_margin(), images(rng), spec_with(max_steps=0), num_solutions=1)
+    assert all((np.asarray(leaf) == 0.25).all() for leaf in jax.tree.leaves(drawn.params))
+    train_as(net._replace(apply=apply), multi_margin(), images(rng), spec_with(max_steps=1), num_solutions=1)
+    assert calls
 
 
 def test_functions_without_a_stem_are_streamed_too(rng: np.random.Generator) -> None:

@@ -147,7 +147,7 @@ def multi_branch(branch: Any, num_branches: SupportsIndex, *, reduce: str = "mea
         y, state = sum_branches(branch, params, state, x, keys=keys, train=train)
         return scale * y, state
 
-    stacked = Stacked(branch, num_branches, scale)
+    stacked = Stacked(branch, num_branches, scale, init, apply)
     if branch.stem is None:
         return Network(init, apply, None, stacked)
     first_layer = branch.stem.preactivation

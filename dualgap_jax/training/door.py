@@ -183,7 +183,7 @@ def train(
         choice = plan.Choice(1, True)
     else:
         shapes = jax.eval_shape(functools.partial(draw, net, dataset, transformation), jax.random.key(0))
-        may_stream = streaming == "auto" and net.stacked is not None
+        may_stream = streaming == "auto" and net.stacked is not None and not net.replaced()
         begun = [plan.Choice(f.meta["group_size"], f.meta["streamed"]) for f in found if f is not None]
         choice = plan.choose(tree_bytes(shapes), num_solutions, group_size, may_stream, begun)
     engine: Engine

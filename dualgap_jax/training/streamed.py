@@ -50,8 +50,8 @@ class Streamed:
       on_disk: whether finished networks stay in their checkpoints.
 
     Raises:
-      ConfigError: if the network is not stacked, the batch cannot be shared evenly by the devices, a branch with state
-        would see only a share of a batch, or there are too few devices.
+      ConfigError: if the network is not stacked or has other functions than the sum, the batch cannot be shared evenly
+        by the devices, a branch with state would see only a share of a batch, or there are too few devices.
     """
 
     stride: int | None = 1
@@ -74,6 +74,12 @@ class Streamed:
             net.stacked is not None,
             "streamed or sharded training needs a network made by multi_branch; a mixture or a single branch is"
             " trained with training.streaming='off' on a mesh of one device.",
+        )
+        require(
+            not (new := net.replaced()),
+            "streamed or sharded training draws and computes branch by branch, so it would not use the"
+            f" {' and '.join(new)} given by _replace; replace those of the branch before multi_branch, or train with"
+            " training.streaming='off' on a mesh of one device.",
         )
         batch = batch_size or len(dataset.y)
         require(
