@@ -11,8 +11,11 @@ import pytest
 from scipy.optimize import minimize
 
 from dualgap_jax.certify.moments import BallBound, ball_bound
+from dualgap_jax.certify.moments_cover import Effort
 from dualgap_jax.certify.moments_verify import verify_ball_bound
 from dualgap_jax.spectral.evidence import VerificationError
+
+QUICK = Effort(first_steps=60, steps=40)
 
 
 def on_arcs(x: np.ndarray, alpha: np.ndarray) -> float:
@@ -72,44 +75,49 @@ NAMES = sorted(cases(np.random.default_rng(0), 2))
 def test_never_below_the_truth_on_a_disc(name: str, rng: np.random.Generator) -> None:
     for _ in range(2):
         x, alpha = cases(rng, 2)[name]
-        found = ball_bound(x, alpha)
+        found = ball_bound(x, alpha, effort=QUICK)
         truth = on_arcs(x, alpha)
         assert found.upper >= truth * (1 - 1e-13)
         assert verify_ball_bound(x, alpha, found) <= found.upper
-        if name != "cancelling":
-            assert found.upper <= 2.5 * truth + 1e-9 * np.sum(np.abs(alpha) * np.linalg.norm(x, axis=1))
+        if name == "cancelling":
+            assert found.upper <= 1e-2 * np.abs(alpha).max()
+        else:
+            assert found.upper <= 1.4 * truth + 1e-9 * np.sum(np.abs(alpha) * np.linalg.norm(x, axis=1))
 
 
 @pytest.mark.parametrize("d", [1, 3])
 def test_never_below_what_is_reached(d: int, rng: np.random.Generator) -> None:
     for name, (x, alpha) in cases(rng, d).items():
-        found = ball_bound(x, alpha)
+        found = ball_bound(x, alpha, effort=QUICK)
         assert found.upper >= by_search(x, alpha, rng) * (1 - 1e-13), name
         assert verify_ball_bound(x, alpha, found) <= found.upper
 
 
 def test_exact_where_all_weights_have_one_sign_and_points_are_alike() -> None:
-    found = ball_bound(np.full((4, 3), 2.0), np.array([1.0, 2.0, 3.0, 4.0]))
+    found = ball_bound(np.full((4, 3), 2.0), np.array([1.0, 2.0, 3.0, 4.0]), effort=QUICK)
     np.testing.assert_allclose(found.upper, 2.5 * math.sqrt(12), rtol=1e-3)
     assert found.sides[0][1].upper <= 1e-3
 
 
 def test_float32_is_taken_as_it_is(rng: np.random.Generator) -> None:
     x, alpha = rng.standard_normal((5, 2)).astype(np.float32), rng.standard_normal(5).astype(np.float32)
-    assert ball_bound(x, alpha).upper == ball_bound(x.astype(np.float64), alpha.astype(np.float64)).upper
+    assert (
+        ball_bound(x, alpha, effort=QUICK).upper
+        == ball_bound(x.astype(np.float64), alpha.astype(np.float64), effort=QUICK).upper
+    )
 
 
 @pytest.mark.parametrize("power", [-500, -300, 300, 450])
 def test_scales_by_powers_of_two_exactly(power: int, rng: np.random.Generator) -> None:
     x, alpha = rng.standard_normal((6, 2)), rng.standard_normal(6)
-    one = ball_bound(x, alpha)
-    other = ball_bound(np.ldexp(x, power), np.ldexp(alpha, power))
+    one = ball_bound(x, alpha, effort=QUICK)
+    other = ball_bound(np.ldexp(x, power), np.ldexp(alpha, power), effort=QUICK)
     np.testing.assert_allclose(other.upper, math.ldexp(one.upper, 2 * power), rtol=1e-15)
 
 
 def test_several_outputs_are_bounded_in_norm(rng: np.random.Generator) -> None:
     x, alpha = rng.standard_normal((12, 2)), rng.standard_normal((12, 3))
-    found = ball_bound(x, alpha)
+    found = ball_bound(x, alpha, effort=QUICK)
     angles = np.linspace(0, 2 * np.pi, 100_001)
     reached = np.maximum(np.stack([np.cos(angles), np.sin(angles)], 1) @ x.T, 0.0) @ alpha / 12
     assert np.linalg.norm(reached, axis=1).max() <= found.upper
@@ -119,7 +127,7 @@ def test_several_outputs_are_bounded_in_norm(rng: np.random.Generator) -> None:
 
 def test_large_problems_go_through_floats(rng: np.random.Generator) -> None:
     x, alpha = rng.standard_normal((300, 40)), rng.standard_normal(300)
-    found = ball_bound(x, alpha)
+    found = ball_bound(x, alpha, effort=QUICK)
     again = verify_ball_bound(x, alpha, found)
     assert found.upper * (1 - 1e-9) <= again <= found.upper
     directions = rng.standard_normal((2000, 40))
@@ -136,12 +144,19 @@ def tampered(found: BallBound, which: int, **changes: Any) -> BallBound:
 @pytest.mark.parametrize("n", [9, 200])
 def test_what_is_claimed_too_low_is_refused(n: int, rng: np.random.Generator) -> None:
     x, alpha = rng.standard_normal((n, 8 if n > 9 else 2)), rng.standard_normal(n)
-    found = ball_bound(x, alpha)
+    found = ball_bound(x, alpha, effort=QUICK)
     for which in (0, 1):
         side = found.sides[0][which]
         low = side.upper * (1 - 1e-6)
+        assert side.cover is not None
+        assert side.cover.nnz > 0
         for changes in (
             {"upper": low},
+            {"cover": None},
+            {"cover": side.cover * 1.05},
+            {"cover": -side.cover},
+            {"cover": side.cover[:-1]},
+            {"cover": side.cover * np.nan},
             {"mu": side.mu * (1 - 1e-3)},
             {"mu": -side.mu},
             {"beta": side.beta - 1e-3 * side.mu},
@@ -167,9 +182,9 @@ def test_what_is_claimed_too_low_is_refused(n: int, rng: np.random.Generator) ->
 def test_other_multipliers_prove_what_they_prove(rng: np.random.Generator) -> None:
     """A bound from multipliers drawn at random is either refused or true, whatever it claims."""
     accepted = 0
-    for _ in range(30):
+    for _ in range(12):
         x, alpha = rng.standard_normal((5, 2)), rng.standard_normal(5)
-        found, truth = ball_bound(x, alpha, steps=30), on_arcs(x, alpha)
+        found, truth = ball_bound(x, alpha, effort=QUICK), on_arcs(x, alpha)
         side = found.sides[0][int(rng.integers(2))]
         changed = side._replace(
             delta=side.delta * rng.uniform(0.5, 2, 5),
@@ -187,7 +202,7 @@ def test_other_multipliers_prove_what_they_prove(rng: np.random.Generator) -> No
         except VerificationError:
             continue
         assert claim.upper >= truth * (1 - 1e-13)
-    assert accepted >= 3
+    assert accepted >= 1
 
 
 @pytest.mark.parametrize(
@@ -206,10 +221,10 @@ def test_other_multipliers_prove_what_they_prove(rng: np.random.Generator) -> No
 )
 def test_refused(x: np.ndarray, alpha: np.ndarray, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ball_bound(x, alpha)
+        ball_bound(x, alpha, effort=QUICK)
 
 
-@pytest.mark.parametrize("options", [{"rank": 1}, {"rank": 2.5}, {"rank": True}, {"steps": 0}, {"steps": 1.0}])
-def test_options_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        ball_bound(np.ones((2, 2)), np.ones(2), **options)
+@pytest.mark.parametrize("changes", [{"rank": 1}, {"first_steps": 0}, {"steps": -1}, {"width": 0}, {"partners": True}])
+def test_effort_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        ball_bound(np.ones((2, 2)), np.ones(2), effort=Effort()._replace(**changes))

@@ -5,7 +5,7 @@
 is what weak duality needs of such a branch: with `f = a (u x)_+`, `h = a^2 + |u|^2` and the penalty `lam h`, the least
 of `(1/n) sum_j alpha_j f(x_j) + lam h` is 0 if `rho <= 2 lam`.  Finding it is NP-hard; the bound here is the value of a
 semidefinite relaxation, proven with all rounding (`moments_proof`) from multipliers that a search finds
-(`moments_search`).
+(`moments_search`, `moments_cover`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.sparse import csr_array
 
+from dualgap_jax.certify.moments_cover import Effort, multipliers
 from dualgap_jax.certify.moments_proof import Multipliers, Points, prove, scaled_points
-from dualgap_jax.certify.moments_search import multipliers
+
+_EFFORT = Effort()
 
 
 class Side(NamedTuple):
@@ -62,7 +64,7 @@ class BallBound(NamedTuple):
     sides: tuple[tuple[Side, Side], ...]
 
 
-def ball_bound(x: Any, alpha: Any, *, rank: Any = 10, steps: Any = 300) -> BallBound:
+def ball_bound(x: Any, alpha: Any, *, effort: Effort = _EFFORT) -> BallBound:
     """Proves an upper bound of `max over |u| <= 1 of |(1/n) sum_j alpha_j (u x_j)_+|`.
 
     The bound holds for these float64 numbers as they are: every rounding between them and it is charged to it, and the
@@ -71,19 +73,15 @@ def ball_bound(x: Any, alpha: Any, *, rank: Any = 10, steps: Any = 300) -> BallB
     Args:
       x: `[n, d]`, float32 or float64, with at least one row and one column.
       alpha: `[n]`, or `[n, C]` for C outputs, where the Euclidean norm of the C sums is bounded.
-      rank: The rank of the second moment in the search, from 2; 8 to 12 are enough on images.
-      steps: The most steps of L-BFGS with each degree of smoothing.
+      effort: What the search for multipliers may cost.
 
     Raises:
       ValueError: The arrays are not finite, not of these types or shapes, or the bound leaves the range of float64.
     """
     x, alpha = checked(x, alpha)
-    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 2:
-        raise ValueError(f"rank={rank!r} must be an integer of at least 2.")
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be a positive integer.")
+    check_effort(effort)
     columns = alpha.reshape(len(alpha), -1).T
-    sides = tuple((_side(x, a, 1, int(rank), int(steps)), _side(x, a, -1, int(rank), int(steps))) for a in columns)
+    sides = tuple((_side(x, a, 1, effort), _side(x, a, -1, effort)) for a in columns)
     return BallBound(combined(sides), sides)
 
 
@@ -129,10 +127,17 @@ def in_range(value: float, exponent: int) -> float:
     return scaled
 
 
-def _side(x: np.ndarray, alpha: np.ndarray, sign: int, rank: int, steps: int) -> Side:
+def check_effort(effort: Effort) -> None:
+    """Raises ValueError unless all are integers in range."""
+    least = Effort(2, 1, 0, 1, 1)
+    for name, value, low in zip(Effort._fields, effort, least, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+            raise ValueError(f"effort.{name}={value!r} must be an integer of at least {low}.")
+
+
+def _side(x: np.ndarray, alpha: np.ndarray, sign: int, effort: Effort) -> Side:
     points = scaled_points(x, sign * alpha)
-    found = multipliers(points, rank=rank, steps=steps)
-    return side_of(points, found, sign)
+    return side_of(points, multipliers(points, effort), sign)
 
 
 def side_of(points: Points, found: Multipliers, sign: int) -> Side:

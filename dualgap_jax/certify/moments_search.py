@@ -14,14 +14,14 @@ trusted.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from scipy.optimize import brentq, minimize
 from scipy.sparse import csr_array
 
-from dualgap_jax.certify.moments_proof import Multipliers, Points, norms
+from dualgap_jax.certify.moments_proof import Multipliers, norms
 
 _FLAT = 1e-280  # points shorter than this get no quadratic: its coefficient would overflow
 _MARGIN = 2.0**-46  # of mu and beta, relative to the trace
@@ -54,26 +54,14 @@ def in_basis(v: Float64[np.ndarray, "k d"]) -> Float64[np.ndarray, "k r"]:
     return left * sizes
 
 
-def multipliers(points: Points, cover: csr_array | None = None, *, rank: int = 10, steps: int = 300) -> Multipliers:
-    """Multipliers of a bound that is close to the best one with that cover.
-
-    Args:
-      points: The scaled points.
-      cover: `[p, m]`, or None for none.
-      rank: The rank of the second moment, at least 2.
-      steps: The most steps of L-BFGS with each of three degrees of smoothing.
-    """
-    positive = points.positive
-    v = in_basis(points.v)
+def reduce(v: Float64[np.ndarray, "k r"], positive: Bool[np.ndarray, " k"], cover: Any = None) -> Reduced:
+    """The problem that a cover leaves."""
     vp, vn = v[positive], v[~positive]
-    weight = np.ones(len(vn)) if cover is None else np.maximum(0.0, 1 - abs(cover).sum(axis=0))
-    residual = vp if cover is None else vp - cover @ vn
-    reduced = Reduced(residual, vn, weight, 0.5 * (vp.sum(axis=0) - vn.sum(axis=0)), norms(vn))
-    if not v.size:
-        none = np.zeros(0)
-        return Multipliers(none, none, none, cover, 0.0, 0.0)
-    moment = ascend(reduced, rank, steps)
-    return read_off(reduced, moment, cover)
+    slope = 0.5 * (vp.sum(axis=0) - vn.sum(axis=0))
+    if cover is None:
+        return Reduced(vp, vn, np.ones(len(vn)), slope, norms(vn))
+    weight = np.maximum(0.0, 1 - abs(cover).sum(axis=0))
+    return Reduced(vp - cover @ vn, vn, weight, slope, norms(vn))
 
 
 def _smoothed(reduced: Reduced, moment: np.ndarray, width: float) -> tuple[float, np.ndarray, tuple[np.ndarray, ...]]:
@@ -102,11 +90,11 @@ def _smoothed(reduced: Reduced, moment: np.ndarray, width: float) -> tuple[float
     return value / size, gradient, (delta / size, kappa, curved)
 
 
-def ascend(reduced: Reduced, rank: int, steps: int, start: np.ndarray | None = None) -> Float64[np.ndarray, "r k"]:
-    """A moment `Z`, of norm 1, near the largest value."""
+def ascend(reduced: Reduced, rank: int, steps: int) -> Float64[np.ndarray, "r k"]:
+    """A moment `Z`, of norm 1 and that rank, near the largest value, by three rounds of at most so many steps."""
     r = len(reduced.slope)
     scale = float(np.mean(np.concatenate([norms(reduced.residual), reduced.lengths])))
-    moment = np.random.default_rng(0).standard_normal((r, rank)) if start is None else start
+    moment = np.random.default_rng(0).standard_normal((r, rank))
 
     def objective(flat: np.ndarray, width: float) -> tuple[float, np.ndarray]:
         value, gradient, _ = _smoothed(reduced, flat.reshape(r, rank), width)
@@ -120,16 +108,28 @@ def ascend(reduced: Reduced, rank: int, steps: int, start: np.ndarray | None = N
     return moment / np.linalg.norm(moment)
 
 
-def read_off(reduced: Reduced, moment: np.ndarray, cover: csr_array | None) -> Multipliers:
-    """The multipliers that belong to a moment, made to satisfy their conditions with a little room."""
+def read_off(reduced: Reduced, moment: np.ndarray) -> Multipliers:
+    """The multipliers that belong to a moment."""
+    scale = float(np.mean(np.concatenate([norms(reduced.residual), reduced.lengths])))
+    delta, kappa, curved = _smoothed(reduced, moment, 1e-3 * scale)[2]
+    weight = reduced.weight
+    return settle(reduced, delta, weight * kappa, weight * curved, None)
+
+
+def settle(
+    reduced: Reduced,
+    delta: Float64[np.ndarray, " p"],
+    kappa: Float64[np.ndarray, " m"],
+    curvature: Float64[np.ndarray, " m"],
+    cover: csr_array | None,
+) -> Multipliers:
+    """These multipliers with a little room in their conditions, and the best mu and beta for them."""
     residual, negative, weight, slope, lengths_n = reduced
     lengths_p = norms(residual)
-    scale = float(np.mean(np.concatenate([lengths_p, lengths_n])))
-    delta, kappa, curved = _smoothed(reduced, moment, 1e-3 * scale)[2]
     delta = np.where(lengths_p > _FLAT, delta, 0.0)
-    room = weight * (1 - 1e-12) if cover is None else np.maximum(0.0, weight - 1e-12)
-    kappa, curvature = room * kappa, room * curved * (lengths_n > _FLAT)
-    curvature = np.minimum(curvature, np.maximum(0.0, room - np.abs(kappa)))
+    room = np.maximum(0.0, weight - 1e-11)
+    kappa = np.clip(kappa, -room, room)
+    curvature = np.clip(curvature, 0.0, np.maximum(0.0, room - np.abs(kappa))) * (lengths_n > _FLAT)
     bend = 0.25 / np.where(delta > 0, delta, np.inf)
     hollow = curvature / (2 * np.where(lengths_n > _FLAT, lengths_n, 1.0))
     form = (residual * bend[:, None]).T @ residual - (negative * hollow[:, None]).T @ negative
@@ -153,3 +153,8 @@ def trust_region(slope: Float64[np.ndarray, " r"], form: Float64[np.ndarray, "r 
     low, high = top + 1e-9 * (top + size), top + 2 * size
     mu = low if excess(low) >= 0 else float(brentq(excess, low, max(high, low), xtol=1e-12 * (top + size)))
     return mu, float(np.sum(square / (mu - values)))
+
+
+def worth(found: Multipliers) -> float:
+    """The bound that multipliers give, but for rounding."""
+    return 0.25 * float(found.delta.sum()) + found.beta + max(0.0, found.mu)

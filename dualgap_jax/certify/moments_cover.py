@@ -1,0 +1,277 @@
+"""The bound of `moments_proof` made tight: covers of positive points by negative ones, found by descent on the dual.
+
+The bound is convex in the cover and in all other multipliers.  It is smoothed by a barrier: with `A = mu I - M`,
+
+    F = 1/4 sum_i delta_i + min over mu of  mu + 1/4 b^T A^-1 b - eps log det A,
+
+whose gradients with respect to b and M are `u = A^-1 b / 2` and `U = u u^T + eps A^-1`.  What a negative point has to
+give away, `sum_i |c_ij| + |kappa_j| + s_j <= 1`, is shared by a softmax; only pairs of points that are alike take
+part.  L-BFGS lowers F while eps falls.  Nothing here is trusted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+from scipy.linalg import lapack
+from scipy.optimize import minimize
+from scipy.sparse import csc_array, csr_array
+
+from dualgap_jax.certify import moments_search
+from dualgap_jax.certify.moments_proof import Multipliers, Points
+
+LEVELS = (1.0, 0.1, 0.02)  # of eps times the dimension, relative to the bound
+_SMALL = 1e-4  # entries of a cover below this are left out
+_DENSE = 1 << 17  # pairs up to which all are candidates
+_GATHER = 1 << 12  # pairs whose products are formed at once
+
+
+class Pairs(NamedTuple):
+    """Candidates of a cover, sorted by negative point: positive and negative point of each, where each column
+    starts."""
+
+    rows: np.ndarray
+    cols: np.ndarray
+    starts: np.ndarray
+    shape: tuple[int, int]
+
+
+def candidates(yp: Float64[np.ndarray, "p k"], yn: Float64[np.ndarray, "m k"], most: int) -> Pairs:
+    """The pairs of points that are most alike, seen through a second moment: `most` of each point.
+
+    Args:
+      yp: `Z^T v_i` of the positive points.
+      yn: The same of the negative ones.
+      most: How many partners each point has at least.
+    """
+    p, m = len(yp), len(yn)
+    if p * m <= _DENSE or most >= min(p, m):
+        cols, rows = np.divmod(np.arange(p * m), p)
+        return Pairs(rows, cols, np.arange(m) * p, (p, m))
+    yp = yp / np.maximum(np.linalg.norm(yp, axis=1, keepdims=True), 1e-300)
+    yn = yn / np.maximum(np.linalg.norm(yn, axis=1, keepdims=True), 1e-300)
+    keys = []
+    for a, b, swapped in ((yp, yn, False), (yn, yp, True)):
+        for start in range(0, len(a), 1024):
+            likeness = np.abs(a[start : start + 1024] @ b.T)
+            partner = np.argpartition(-likeness, most, axis=1)[:, :most]
+            own = np.broadcast_to(start + np.arange(len(partner))[:, None], partner.shape)
+            rows, cols = (partner, own) if swapped else (own, partner)
+            keys.append((cols.astype(np.int64) * p + rows).ravel())
+    cols, rows = np.divmod(np.unique(np.concatenate(keys)), p)
+    return Pairs(rows, cols, np.searchsorted(cols, np.arange(m)), (p, m))
+
+
+class Shares(NamedTuple):
+    """Variables of the descent, or gradients in them: logits of the pairs, of kappa and of s, and log delta."""
+
+    pairs: np.ndarray
+    kappa: np.ndarray
+    curvature: np.ndarray
+    delta: np.ndarray
+
+
+class Value(NamedTuple):
+    """F, its gradients, and the multipliers there."""
+
+    value: float
+    gradient: Shares
+    positive: Float64[np.ndarray, "p r"]
+    negative: Float64[np.ndarray, "m r"]
+    cover: csc_array
+    kappa: np.ndarray
+    curvature: np.ndarray
+    delta: np.ndarray
+    mu: float
+
+
+def first_shares(pairs: Pairs, delta: Float64[np.ndarray, " p"]) -> Shares:
+    """Where a descent starts: hardly any cover, and these deltas."""
+    draw = np.random.default_rng(0).standard_normal
+    m = pairs.shape[1]
+    return Shares(0.01 * draw(len(pairs.rows)), 0.01 * draw(m), np.zeros(m), np.log(delta))
+
+
+def evaluate(
+    vp: Float64[np.ndarray, "p r"],
+    vn: Float64[np.ndarray, "m r"],
+    pairs: Pairs,
+    shares: Shares,
+    eps: float,
+    mu: float,
+) -> Value:
+    """F at some shares; `mu` is where the search for its minimiser starts."""
+    lengths = np.maximum(np.sqrt(np.sum(vn**2, axis=1)), 1e-300)
+    weights, signs, kappa_sign = _softmax(pairs, shares)
+    w_pair, w_kappa, w_curve = weights
+    cover = csc_array((w_pair * signs, pairs.rows, np.append(pairs.starts, len(pairs.rows))), shape=pairs.shape)
+    kappa, delta = w_kappa * kappa_sign, np.exp(shares.delta)
+    residual = vp - cover @ vn
+    slope = 0.5 * vp.sum(axis=0) - 0.5 * (1 + kappa) @ vn
+    form = (residual * (0.25 / delta)[:, None]).T @ residual - (vn * (0.5 * w_curve / lengths)[:, None]).T @ vn
+    barrier = _barrier(slope, form, eps, mu)
+    pull = eps * (residual @ barrier.inverse) + np.outer(residual @ barrier.mean, barrier.mean)
+    drag = eps * (vn @ barrier.inverse) + np.outer(vn @ barrier.mean, barrier.mean)
+    square = np.sum(drag * vn, axis=1)
+    force = 0.5 * pull / delta[:, None]
+    g_delta = 0.25 * delta - 0.25 * np.sum(pull * residual, axis=1) / delta
+    g_pair = -_products(force, vn, pairs)
+    g_kappa, g_curve = -0.5 * (vn @ barrier.mean), -0.5 * square / lengths
+    toward = (g_pair * signs, g_kappa * kappa_sign, g_curve)
+    average = np.add.reduceat(w_pair * toward[0], pairs.starts) + w_kappa * toward[1] + w_curve * toward[2]
+    gradient = Shares(
+        w_pair * ((toward[0] - average[pairs.cols]) * signs + g_pair * (1 - signs**2)),
+        w_kappa * ((toward[1] - average) * kappa_sign + g_kappa * (1 - kappa_sign**2)),
+        w_curve * (toward[2] - average),
+        g_delta,
+    )
+    on_negative = -0.5 * np.outer(1 + kappa, barrier.mean) - cover.T @ force - (w_curve / lengths)[:, None] * drag
+    on_negative += (0.5 * w_curve * square / lengths**3)[:, None] * vn
+    value = 0.25 * float(delta.sum()) + barrier.value
+    return Value(value, gradient, force + 0.5 * barrier.mean, on_negative, cover, kappa, w_curve, delta, barrier.mu)
+
+
+def _softmax(pairs: Pairs, shares: Shares) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+    """The shares of pairs, kappa and s of each negative point, and the signs of the first two, softened."""
+    size, kappa = np.abs(shares.pairs), np.abs(shares.kappa)
+    top = np.maximum(np.maximum.reduceat(size, pairs.starts), np.maximum(kappa, shares.curvature))
+    pair = np.exp(size - top[pairs.cols]) * (1 + np.exp(-2 * size))
+    line, curve = np.exp(kappa - top) * (1 + np.exp(-2 * kappa)), np.exp(shares.curvature - top)
+    total = np.add.reduceat(pair, pairs.starts) + line + curve
+    return (pair / total[pairs.cols], line / total, curve / total), np.tanh(shares.pairs), np.tanh(shares.kappa)
+
+
+def _products(a: np.ndarray, b: np.ndarray, pairs: Pairs) -> np.ndarray:
+    """`a_i b_j` of each pair."""
+    if 16 * len(pairs.rows) > len(a) * len(b):
+        return (b @ a.T)[pairs.cols, pairs.rows]
+    out = np.empty(len(pairs.rows))
+    for start in range(0, len(out), _GATHER):
+        part = slice(start, start + _GATHER)
+        out[part] = np.einsum("er,er->e", a[pairs.rows[part]], b[pairs.cols[part]])
+    return out
+
+
+class _Barrier(NamedTuple):
+    value: float
+    mean: np.ndarray
+    inverse: np.ndarray
+    mu: float
+
+
+def _barrier(slope: np.ndarray, form: np.ndarray, eps: float, mu: float) -> _Barrier:
+    """`min over mu of mu + 1/4 b^T A^-1 b - eps log det A`, by Newton steps."""
+    size = len(slope)
+    form = 0.5 * (form + form.T)
+    safe = None
+    mu = max(mu, float(np.diagonal(form).max()) + eps)
+    for _ in range(60):
+        factor, failed = lapack.dpotrf(mu * np.eye(size) - form, lower=1, clean=0)
+        if failed:
+            mu = 0.5 * (mu + safe) if safe is not None else mu + max(0.3 * abs(mu), eps)
+            continue
+        inverse = lapack.dpotri(factor, lower=1)[0]
+        inverse = np.tril(inverse) + np.tril(inverse, -1).T
+        mean = 0.5 * (inverse @ slope)
+        load = float(mean @ mean + eps * np.trace(inverse))
+        bend = float(2 * mean @ (inverse @ mean) + eps * np.sum(inverse**2))
+        step = 2 * (load**1.5 - load) / bend
+        if abs(load - 1) < 1e-7:
+            break
+        safe = mu
+        mu = mu + step
+    else:
+        raise np.linalg.LinAlgError("no minimiser of the barrier was found")
+    log_det = 2 * float(np.sum(np.log(np.diagonal(factor))))
+    return _Barrier(mu + 0.5 * float(mean @ slope) - eps * log_det, mean, inverse, mu)
+
+
+def descend(
+    vp: Float64[np.ndarray, "p r"],
+    vn: Float64[np.ndarray, "m r"],
+    pairs: Pairs,
+    shares: Shares,
+    *,
+    size: float,
+    steps: int,
+) -> Value:
+    """Multipliers near the least bound for fixed points; `size` is about what the bound is."""
+    layout = np.cumsum([len(part) for part in shares])[:-1]
+    mu = [size]
+
+    def objective(flat: np.ndarray, eps: float) -> tuple[float, np.ndarray]:
+        found = evaluate(vp, vn, pairs, Shares(*np.split(flat, layout)), eps, mu[0])
+        mu[0] = found.mu
+        return found.value / size, np.concatenate(found.gradient) / size
+
+    flat = np.concatenate(shares)
+    for share in LEVELS:
+        eps = share * size / vp.shape[1]
+        flat = minimize(objective, flat, (eps,), "L-BFGS-B", jac=True, options=options(steps)).x
+    return evaluate(vp, vn, pairs, Shares(*np.split(flat, layout)), eps, mu[0])
+
+
+def options(steps: int) -> dict[str, Any]:
+    """Of L-BFGS."""
+    return {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 20, "ftol": 1e-9, "gtol": 1e-12}
+
+
+def principal(v: Float64[np.ndarray, "k r"], width: int) -> Float64[np.ndarray, "r w"]:
+    """The first principal directions of some points."""
+    return np.linalg.eigh(v.T @ v)[1][:, ::-1][:, :width]
+
+
+def kept(cover: csc_array) -> csr_array:
+    """A cover without the entries that hardly matter."""
+    cover = csr_array(cover)
+    cover.data[np.abs(cover.data) < _SMALL] = 0.0
+    cover.eliminate_zeros()
+    return cover
+
+
+class Effort(NamedTuple):
+    """What a search may cost.
+
+    Attributes:
+      rank: Of the second moment in the first search, at least 2; 8 to 12 are enough on images.
+      first_steps: The most steps of L-BFGS there, with each of three degrees of smoothing.
+      steps: The same with a cover; 0 for none.
+      width: How many principal directions of the points the search for a cover looks at; the proof takes all.
+      partners: How many points of the other sign each point can be covered by, at least.
+    """
+
+    rank: int = 10
+    first_steps: int = 300
+    steps: int = 150
+    width: int = 150
+    partners: int = 30
+
+
+def multipliers(points: Points, effort: Effort) -> Multipliers:
+    """Multipliers of a bound near the best: first without a cover, then with one, and the better of the two."""
+    v, positive = moments_search.in_basis(points.v), points.positive
+    if not v.size:
+        return Multipliers(np.zeros(0), np.zeros(0), np.zeros(0), None, 0.0, 0.0)
+    reduced = moments_search.reduce(v, positive)
+    moment = moments_search.ascend(reduced, effort.rank, effort.first_steps)
+    plain = moments_search.read_off(reduced, moment)
+    size = moments_search.worth(plain)
+    if not effort.steps or not positive.any() or positive.all() or not size > 0:
+        return plain
+    axes = principal(v, effort.width)
+    vp, vn = v[positive], v[~positive]
+    with np.errstate(all="ignore"):
+        pairs = candidates(vp @ moment, vn @ moment, effort.partners)
+        shares = first_shares(pairs, np.maximum(plain.delta, 1e-12 * size))
+        try:
+            found = descend(vp @ axes, vn @ axes, pairs, shares, size=size, steps=effort.steps)
+        except np.linalg.LinAlgError:
+            return plain
+        if not all(np.isfinite(part).all() for part in (found.cover.data, found.kappa, found.curvature, found.delta)):
+            return plain
+        cover = kept(found.cover)
+        left = moments_search.reduce(v, positive, cover)
+        covered = moments_search.settle(left, found.delta, found.kappa, found.curvature, cover)
+    return covered if moments_search.worth(covered) < size else plain
