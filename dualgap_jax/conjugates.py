@@ -27,16 +27,20 @@ class Conjugate:
     """The conjugate of a loss.
 
     Attributes:
+      kind: 'hinge', 'multi-margin', 'Crammer-Singer', 'logistic' or 'squared'.
       domain: where it is finite, in words.
       nearest: `(alpha [n, out], labels [n]) -> [n, out]`: rows in the domain exactly; those near it hardly move.
       terms: `(alpha, labels) -> (values [n], errors [n])` for rows in the domain: `|value - l*| <= error`.
       scale: the size of the domain, the unit in which 'near' is meant.
+      lipschitz: a bound on the sum of |alpha_k| over rows of the domain, the loss's slope; infinite for none.
     """
 
+    kind: str
     domain: str
     nearest: Callable[[Rows, Labels], Rows]
     terms: Callable[[Rows, Labels], tuple[np.ndarray, np.ndarray]]
     scale: float
+    lipschitz: float
 
     def __call__(self, alpha: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """`l*` of each row, `[n]`: infinite for a row that is further from the domain than 1e-9 of its size."""
@@ -95,7 +99,7 @@ def hinge_conjugate(tau: float) -> Conjugate:
         q = np.abs(alpha[:, 0]) * tau
         return -q, _EPS * q + 1e-300
 
-    return Conjugate(f"-alpha y in [0, 1/tau] = [0, {1 / tau:.6g}]", nearest, terms, 1 / tau)
+    return Conjugate("hinge", f"-alpha y in [0, 1/tau] = [0, {1 / tau:.6g}]", nearest, terms, 1 / tau, 2 / tau)
 
 
 def hinge_slope(outputs: Rows, labels: Labels, tau: float) -> Rows:
@@ -122,10 +126,12 @@ def multi_margin_conjugate(tau: float) -> Conjugate:
         return total, -_EPS * total + 1e-300
 
     return Conjugate(
+        "multi-margin",
         f"0 <= alpha_k <= 1/(C tau) with tau={tau:.6g} for k != y, alpha_y = -sum of the others",
         nearest,
         terms,
         1 / tau,
+        2 / tau,
     )
 
 
@@ -157,10 +163,12 @@ def crammer_singer_conjugate(tau: float) -> Conjugate:
         return total, -_EPS * total + 1e-300
 
     return Conjugate(
+        "Crammer-Singer",
         f"alpha_k >= 0 for k != y, their sum at most 1/tau = {1 / tau:.6g}, alpha_y minus their sum",
         nearest,
         terms,
         1 / tau,
+        2 / tau,
     )
 
 
@@ -211,7 +219,14 @@ def logistic_conjugate() -> Conjugate:
         values, errors = _entropy(p)
         return values.sum(axis=1), errors.sum(axis=1) + alpha.shape[1] * _EPS * np.abs(values).sum(axis=1)
 
-    return Conjugate("-alpha y in [0, 1] with one output; alpha + e_y in the simplex with several", nearest, terms, 1.0)
+    return Conjugate(
+        "logistic",
+        "-alpha y in [0, 1] with one output; alpha + e_y in the simplex with several",
+        nearest,
+        terms,
+        1.0,
+        2.0,
+    )
 
 
 def logistic_slope(outputs: Rows, labels: Labels) -> Rows:
@@ -236,7 +251,7 @@ def squared_conjugate() -> Conjugate:
         linear = (alpha * _targets(alpha, labels)).sum(axis=1)
         return half + linear, (alpha.shape[1] + 2) * _EPS * (half + np.abs(linear)) + 1e-300
 
-    return Conjugate("all numbers", nearest, terms, 1.0)
+    return Conjugate("squared", "all numbers", nearest, terms, 1.0, math.inf)
 
 
 def squared_slope(outputs: Rows, labels: Labels) -> Rows:

@@ -307,6 +307,55 @@ def certify(
     return proven(made, subject_of(problem))
 
 
+class Minimum(NamedTuple):
+    """Bounds on `min over W of g + lam h`, the point behind the upper one, the tree behind the lower one, its boxes."""
+
+    lower: float
+    upper: float
+    point: np.ndarray
+    tree: Tree
+    boxes: int
+
+
+def penalised_minimum(
+    problem: Problem, lam: float, points: Float64[np.ndarray, "k p"], spec: BoundSpec, *, label: str | None = None
+) -> Minimum:
+    """A proven lower bound on `min over W of g(w) + lam ||w||^2`, for one multiplier alone.
+
+    Args:
+      problem: its branch has at most `MAX_PARAMETERS` parameters, its power is 2.
+      lam: the multiplier, at least 0.
+      points: points of W, of which the best starts the search for the minimum; the better, the fewer boxes.
+      spec: how far to go.
+      label: shows progress under this name; None is silent.
+
+    Raises:
+      ValueError: for too many parameters, another power, a multiplier that is none, or a branch that is not proven to
+        be finite on all of W.
+      UnsupportedPrimitiveError: if the branch uses an operation without an interval rule.
+    """
+    if problem.size > MAX_PARAMETERS or problem.power != 2 or not 1e-100 < problem.radius < 1e100:
+        raise ValueError(
+            f"branch and bound takes up to {MAX_PARAMETERS} parameters, power 2 and radii from 1e-100 to 1e100; the"
+            f" branch has {problem.size}, power {problem.power:g} and radius {problem.radius:g}."
+        )
+    if not 0 <= lam < np.inf:
+        raise ValueError(f"the multiplier lam={lam!r} must be a finite number, at least 0.")
+    norms = np.maximum(np.linalg.norm(points, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    inside = points * np.minimum(1.0, problem.radius * (1 - 1e-14) / norms)
+    costs = point_values(problem, inside) + lam * np.sum(inside**2, axis=1) * (1 + 16 * _EPS)
+    best = slice(int(np.argmin(costs)), int(np.argmin(costs)) + 1)
+    start = costs[best] + _SPARE * (1 + np.abs(costs[best]))
+    squares = np.array([problem.radius**2 * (1 + 1e-13)])
+    grown = _grow(problem, squares, start, inside[best], spec, lam, label)
+    if not np.isfinite(grown.lower[0]):
+        raise ValueError(
+            f"with {grown.boxes:,} boxes no finite bound was proven: the branch may be undefined or infinite somewhere"
+            " on W; give a branch that is defined on all of W, or allow more boxes."
+        )
+    return Minimum(float(grown.lower[0]), float(grown.upper[0]), grown.points[0], grown.tree, grown.boxes)
+
+
 def upper_values(problem: Problem, w: Float64[np.ndarray, "k p"]) -> Float64[np.ndarray, " k"]:
     """Proven upper bounds on g at the rows of w: by interval arithmetic for up to `MAX_PARAMETERS` parameters.
 

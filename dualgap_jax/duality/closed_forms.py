@@ -226,7 +226,7 @@ class ReluUnit(NamedTuple):
     cells: int
 
 
-class _Arcs(NamedTuple):
+class Arcs(NamedTuple):
     """A circle cut at its breakpoints: ends of the arcs `[k]` (angles), and which points' terms are active on each."""
 
     start: np.ndarray
@@ -236,12 +236,12 @@ class _Arcs(NamedTuple):
     active: np.ndarray  # `[n]`, active on the first arc
 
 
-def _arcs(points: np.ndarray) -> _Arcs:
+def cut_circle(points: np.ndarray) -> Arcs:
     """Cuts the circle of directions where `u.p = 0` for one of the points `[n, 2]`; points at 0 never change."""
     real = np.flatnonzero(np.linalg.norm(points, axis=1) > 0)
     angle = np.arctan2(points[real, 1], points[real, 0])
     if not len(real):
-        return _Arcs(np.array([0.0]), np.array([2 * np.pi]), np.array([-1]), np.array([False]), np.zeros(len(points)))
+        return Arcs(np.array([0.0]), np.array([2 * np.pi]), np.array([-1]), np.array([False]), np.zeros(len(points)))
     cuts = np.mod(np.concatenate([angle - np.pi / 2, angle + np.pi / 2]), 2 * np.pi)
     who, joins = np.concatenate([real, real]), np.repeat([True, False], len(real))
     order = np.argsort(cuts, kind="stable")
@@ -253,10 +253,10 @@ def _arcs(points: np.ndarray) -> _Arcs:
     start, end, order = start[turn] + shift, end[turn] + shift, order[turn]
     middle = (start[0] + end[0]) / 2
     active = (points @ np.array([np.cos(middle), np.sin(middle)]) > 0).astype(np.float64)
-    return _Arcs(start, end, who[order], joins[order], active)
+    return Arcs(start, end, who[order], joins[order], active)
 
 
-def _sums(arcs: _Arcs, terms: np.ndarray) -> np.ndarray:
+def arc_sums(arcs: Arcs, terms: np.ndarray) -> np.ndarray:
     """`[k, e]`: the sum of the active rows of `terms [n, e]` on each arc."""
     first = arcs.active @ terms
     if arcs.order[0] < 0:
@@ -266,9 +266,9 @@ def _sums(arcs: _Arcs, terms: np.ndarray) -> np.ndarray:
     return first + np.cumsum(steps, axis=0)
 
 
-def _best_on_circle(points: np.ndarray, c: np.ndarray, arcs: _Arcs) -> tuple[float, float]:
+def _best_on_circle(points: np.ndarray, c: np.ndarray, arcs: Arcs) -> tuple[float, float]:
     """The largest `sum_i c_i max(0, u.p_i)` on the unit circle, and its angle: in each arc the sum is linear in u."""
-    z = _sums(arcs, c[:, None] * points)
+    z = arc_sums(arcs, c[:, None] * points)
     peak = np.arctan2(z[:, 1], z[:, 0])
     peak = arcs.start + np.mod(peak - arcs.start, 2 * np.pi)
     angles = np.stack([arcs.start, arcs.end, np.where(peak <= arcs.end, peak, arcs.start)])
@@ -289,7 +289,7 @@ def _best_direction(x: np.ndarray, c: np.ndarray) -> tuple[float, np.ndarray, in
         values = value(candidates)
         return float(values.max()), candidates[int(np.argmax(values))], 2
     if d == 2:
-        arcs = _arcs(x)
+        arcs = cut_circle(x)
         best, angle = _best_on_circle(x, c, arcs)
         return best, np.array([np.cos(angle), np.sin(angle)]), len(arcs.start)
     # d == 3.  A maximum is inside a cell, where F(u) = u.z with u = z/|z|, or on one of the circles u.x_i = 0.  Every
@@ -305,11 +305,11 @@ def _best_direction(x: np.ndarray, c: np.ndarray) -> tuple[float, np.ndarray, in
         along = x @ normal
         parallel = np.linalg.norm(flat, axis=1) <= 1e-12 * np.abs(along)
         flat[parallel] = 0.0
-        arcs = _arcs(flat)
+        arcs = cut_circle(flat)
         on_circle, angle = _best_on_circle(flat, c, arcs)
         if on_circle > best:
             best, winner = on_circle, np.array([np.cos(angle), np.sin(angle)]) @ basis
-        z = _sums(arcs, c[:, None] * x)
+        z = arc_sums(arcs, c[:, None] * x)
         for side in (1.0, -1.0):
             sums = z + (c * (parallel & (side * along > 0))) @ x
             sizes = np.linalg.norm(sums, axis=1)

@@ -1,0 +1,325 @@
+"""Lower bounds on F* from dual vectors: weak duality over measures of branches.
+
+For any alpha `[n, out]`, multiplier lam >= 0 and `phi(w) = (1/n) sum_j <alpha_j, f(w; x_j)> + lam h(w)`,
+
+    F* >= -(1/n) sum_j l_j*(alpha_j) + min over W of phi - lam K        (with a penalty: lam is that, and no lam K)
+
+by Fenchel's inequality at `z_j = integral of f(w; x_j)`.  So a proven lower bound on a one-branch problem is all that
+is needed.  For a branch that is homogeneous of degree L over a ball of radius R it follows from one number, a bound
+`kappa >= max over ||w|| <= 1 of -(1/n) sum <alpha_j, f(w; x_j)>`: `min phi` is at least the minimum of
+`lam s^q - kappa s^L` over s in [0, R].  Since kappa is homogeneous in alpha, the best multiple of alpha is found by the
+way; for L = q without a ball only multiples with `kappa <= lam` give a bound at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from dualgap_jax.certify.engines import CEILINGS, ceiling
+from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.search import BranchSearch
+from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, Minimum, penalised_minimum
+from dualgap_jax.duality.envelope import dual_by_envelope
+from dualgap_jax.duality.problem import subject_of
+from dualgap_jax.duality.search import SearchSpec, search
+from dualgap_jax.duality.values import Provable, number, proven
+from dualgap_jax.registry import unknown
+
+ENGINES = ("auto", *CEILINGS, "branch and bound")
+_EPS = float(np.finfo(np.float64).eps)
+_AUTO_UP_TO = 4  # parameters for which 'auto' goes through boxes too, where nothing exact is known
+
+
+class Pieces(NamedTuple):
+    """What a bound adds up: `-conjugate + minimum - multiplier K`, each a proven bound on its term."""
+
+    conjugate: float
+    minimum: float
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound(Provable):
+    """A lower bound on F*; its status says whether it is proven.
+
+    Attributes:
+      value: the bound; minus infinity where nothing is known.
+      alpha: `[n, out]`, the dual vectors it holds for, in the domain of the conjugate exactly.
+      multiplier: lam.
+      pieces: its terms.
+      kappa: the bound on kappa(alpha) behind it; None for branch and bound.
+      tree: the boxes behind it; None for the other engines.
+      point: `[p]`, the best branch known for alpha; None where none is known.
+      method: the engine, or the search.
+    """
+
+    value: float
+    alpha: np.ndarray
+    multiplier: float
+    pieces: Pieces
+    kappa: float | None
+    tree: Any
+    point: np.ndarray | None
+    method: str
+
+
+def homogeneous_minimum(kappa: float, degree: int, power: float, radius: float, lam: float) -> float:
+    """A lower bound, rounding included, on `min over 0 <= s <= radius of lam s^power - kappa s^degree`."""
+    if kappa <= 0:
+        return 0.0
+    if degree == power and lam >= kappa:
+        return 0.0
+    if degree < power and lam > 0:
+        log_s = (math.log(kappa) + math.log(degree) - math.log(lam) - math.log(power)) / (power - degree)
+        if log_s < math.log(radius) if math.isfinite(radius) else True:
+            exponent = math.log(kappa) + degree * log_s
+            if exponent > 700:
+                return -math.inf
+            slack = 64 * _EPS * (1 + (power + degree) / (power - degree)) * (1 + abs(exponent) + abs(log_s) * degree)
+            return -math.exp(exponent) * (1 - degree / power) * (1 + slack) - 1e-300
+    if math.isinf(radius):
+        return -math.inf
+    gain, cost = kappa * radius**degree, lam * radius**power
+    return min(0.0, cost - gain - 64 * _EPS * (cost + gain) - 1e-300)
+
+
+def _multiplier(problem: RiskProblem, kappa: float, level: float) -> float:
+    """The best multiplier for a budget: minus a slope of the envelope of `-kappa b^(L/q) - level sqrt(b)`, at K.
+
+    `level` is the norm of the mean dual vector where there is an output bias, else 0.
+    """
+    known, budget, q = problem.structure, problem.budget, problem.power
+    assert known is not None
+    assert budget is not None
+    most, degree = problem.radius**q if math.isfinite(problem.radius) else math.inf, known.degree
+    small = max(budget, 1e-200)
+    bias = level / (2 * math.sqrt(small)) if level > 0 else 0.0
+    if budget >= most:
+        left = level / (2 * math.sqrt(max(budget - most, 1e-200))) if level > 0 else 0.0
+        return min(max(left, 0.0), kappa) if level > 0 else 0.0
+    if degree < q:
+        return kappa * degree / q * small ** (degree / q - 1)
+    return max(kappa if degree == q else kappa * problem.radius ** (degree - q), bias)
+
+
+def _bias_minimum(level: float, lam: float, radius: float) -> float:
+    """A lower bound on `min over c of <mean alpha, c> + lam ||c||^2`."""
+    if level == 0:
+        return 0.0
+    if lam > 0:
+        return -(level * level) / (4 * lam) * (1 + 8 * _EPS) - 1e-300
+    return -level * radius * (1 + 8 * _EPS)
+
+
+def _level(problem: RiskProblem, alpha: np.ndarray) -> float:
+    """An upper bound on the norm of the mean dual vector, for a branch with an output bias; else 0."""
+    if problem.structure is None or not problem.structure.use_bias:
+        return 0.0
+    mean = [math.fsum(column) / len(alpha) for column in alpha.T.tolist()]
+    return math.hypot(*mean) * (1 + (len(mean) + 8) * _EPS)
+
+
+def _assembled(problem: RiskProblem, alpha: np.ndarray, kappa: float, lam: float) -> Pieces:
+    known = problem.structure
+    assert known is not None
+    minimum = homogeneous_minimum(kappa, known.degree, problem.power, problem.radius, lam)
+    minimum += _bias_minimum(_level(problem, alpha), lam, problem.radius)
+    cost = 0.0 if problem.budget is None else math.nextafter(lam * problem.budget, math.inf) if lam > 0 else 0.0
+    return Pieces(problem.conjugate.upper_mean(alpha, problem.y), minimum, cost)
+
+
+def total(pieces: Pieces) -> float:
+    """`-conjugate + minimum - cost`, rounded down."""
+    if not all(math.isfinite(piece) for piece in pieces):
+        return -math.inf
+    value = math.fsum([-pieces.conjugate, pieces.minimum, -pieces.cost])
+    return math.nextafter(value, -math.inf)
+
+
+def _largest_multiple(problem: RiskProblem, alpha: np.ndarray) -> float:
+    """A multiple of alpha that is in the domain of the conjugate, while 2^20 times or a little more of it are not."""
+    low, high = 0.0, 1.0
+    while high < 2.0**20 and not problem.conjugate.outside(alpha * high, problem.y).any():
+        low, high = high, 2 * high
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        inside = not problem.conjugate.outside(alpha * middle, problem.y).any()
+        low, high = (middle, high) if inside else (low, middle)
+    return low
+
+
+def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: bool = True) -> tuple[Any, ...]:
+    """The best bound that `kappa >= kappa(alpha)` gives: alpha, multiplier, pieces, and kappa of the final alpha.
+
+    Args:
+      problem: the risk, of a homogeneous branch.
+      alpha: `[n, out]`, in the domain exactly.
+      kappa: a bound for it.
+      scale: whether multiples of alpha are tried; where alpha itself gives no bound they always are.
+    """
+    known = problem.structure
+    assert known is not None
+    level, lam = _level(problem, alpha), problem.penalty
+
+    def multiplier(theta: float) -> float:
+        return _multiplier(problem, theta * kappa, theta * level) if lam is None else lam
+
+    def dual(theta: float) -> float:
+        at, rows = multiplier(theta), problem.conjugate.nearest(alpha * theta, problem.y)
+        values = problem.conjugate.terms(rows, problem.y)[0]
+        minimum = homogeneous_minimum(theta * kappa, known.degree, problem.power, problem.radius, at)
+        cost = at * problem.budget if problem.budget is not None else 0.0
+        found = -float(np.mean(values)) + minimum + _bias_minimum(theta * level, at, problem.radius) - cost
+        return found if math.isfinite(found) else -1e300
+
+    limit = math.inf
+    if lam is not None and math.isinf(problem.radius) and known.degree == problem.power and kappa > 0:
+        limit = lam / kappa * (1 - 4 * _EPS)
+    theta = min(1.0, limit)
+    if (scale or limit < 1) and np.any(alpha):
+        top = min(_largest_multiple(problem, alpha), limit)
+        found = minimize_scalar(lambda t: -dual(t), bounds=(0.0, top), method="bounded", options={"xatol": 1e-11 * top})
+        theta = max((t for t in (float(found.x), top, theta) if t <= limit), key=dual)
+    x = np.linalg.norm(known.inputs(problem.one.x), axis=1)
+    for _ in range(4):
+        exact = theta * alpha
+        rows = alpha if theta == 1 else problem.conjugate.nearest(exact, problem.y)
+        # kappa is Lipschitz in alpha: what rounding the rows into the domain has changed.
+        moved = np.linalg.norm(rows - exact, axis=1) + (0 if theta == 1 else 2 * _EPS) * np.linalg.norm(exact, axis=1)
+        change = float(np.mean(moved * x)) * known.degree ** (-known.degree / 2) * (1 + (len(x) + 64) * _EPS)
+        there = theta * kappa * (1 + 4 * _EPS) + change if theta != 1 else kappa
+        at = _multiplier(problem, there, _level(problem, rows)) if lam is None else lam
+        pieces = _assembled(problem, rows, there, at)
+        if math.isfinite(pieces.minimum) or theta == 0:
+            break
+        theta *= at / there * (1 - 8 * _EPS)
+    return rows, at, pieces, there
+
+
+def bound_from(problem: RiskProblem, alpha: np.ndarray, kappa: float, point: Any, method: str) -> Bound:
+    """The best bound from a number taken for kappa(alpha); it is not marked as proven."""
+    rows, lam, pieces, there = from_kappa(problem, alpha, kappa)
+    return Bound(total(pieces), rows, lam, pieces, there, None, point, method)
+
+
+def _estimated_multiplier(problem: RiskProblem, alpha: np.ndarray, seed: int) -> float:
+    """A multiplier for a budget: a slope of the envelope of the one-branch problem's estimated value function."""
+    one = problem.branch_problem(alpha)
+    assert problem.budget is not None
+    grid = one.grid(129)
+    found = search(one, grid, SearchSpec(budgets=16, starts=32, steps=100, sweeps=1), seed=seed, dtype=np.float64)
+    return max(0.0, dual_by_envelope([grid], [found.upper], min(problem.budget, float(grid[-1])), [1]).multiplier)
+
+
+def by_boxes(
+    problem: RiskProblem, alpha: np.ndarray, lam: float, spec: BoundSpec, points: np.ndarray, label: str | None = None
+) -> Bound:
+    """The bound for a multiplier by branch and bound over W, for a branch of few parameters."""
+    one = problem.branch_problem(alpha)
+    found: Minimum = penalised_minimum(one, lam, points, spec, label=label)
+    cost = 0.0 if problem.budget is None else math.nextafter(lam * problem.budget, math.inf) if lam > 0 else 0.0
+    pieces = Pieces(problem.conjugate.upper_mean(alpha, problem.y), found.lower, cost)
+    made = Bound(
+        total(pieces), alpha, lam, pieces, None, found.tree, found.point, f"branch and bound, {found.boxes:,} boxes"
+    )
+    return proven(made, subject_of(one._replace(offset=0.0)))
+
+
+def boxes_apply(problem: RiskProblem) -> bool:
+    """Whether branch and bound can be used at all."""
+    return problem.one.size <= MAX_PARAMETERS and math.isfinite(problem.radius) and problem.power == 2
+
+
+def lower_bound(
+    problem: RiskProblem,
+    alpha: Any,
+    *,
+    engine: str = "auto",
+    multiplier: Any = None,
+    scale: bool = True,
+    spec: BoundSpec = BoundSpec(1e-7, 300_000),
+    seed: int = 0,
+    label: str | None = None,
+) -> Bound:
+    """A proven lower bound on F* from dual vectors; F* is at most the least risk of I branches, for every I.
+
+    Args:
+      problem: the risk.
+      alpha: `[n, out]` (or `[n]` with one output) in the domain of the loss's conjugate; what is within 1e-9 of it is
+        moved there.
+      engine: 'linear' and 'cells' (exact), 'spectral' and 'norms' (loose) for homogeneous branches; 'branch and bound'
+        for up to 6 parameters in a ball with power 2; 'auto' for the best that is proven.
+      multiplier: of the budget, for branch and bound; None: estimated, which the proof does not rest on.
+      scale: whether the best multiple of alpha is taken, for homogeneous branches.
+      spec: how far branch and bound goes.
+      seed: of the search that branch and bound starts from.
+      label: shows progress under this name; None is silent.
+
+    Returns:
+      A `Bound` with status 'certified'.  Where no engine applies its value is minus infinity, its status 'estimated',
+      and `method` says why.
+
+    Raises:
+      ValueError: for an alpha of another shape or outside the domain, an unknown engine, or one that does not apply.
+    """
+    rows = problem.checked(alpha)
+    if engine not in ENGINES:
+        raise ValueError(unknown("engine", engine, ENGINES))
+    if multiplier is not None:
+        multiplier = number("multiplier", multiplier)
+        if multiplier < 0:
+            raise ValueError(f"multiplier={multiplier} must be at least 0.")
+    found: list[Bound] = []
+    exact = False
+    if engine != "branch and bound":
+        top = ceiling(problem, rows, engine)
+        if top is not None and math.isfinite(top.upper):
+            at, lam, pieces, kappa = from_kappa(problem, rows, top.upper, scale=scale)
+            made = Bound(total(pieces), at, lam, pieces, kappa, None, top.point, top.method)
+            found.append(proven(made, subject_of(problem.branch_problem(at))))
+            exact = top.method in ("linear", "cells")
+        elif engine != "auto":
+            raise ValueError(f"the engine {engine!r} does not apply to this branch and these data.")
+    small = boxes_apply(problem) and (engine == "branch and bound" or problem.one.size <= _AUTO_UP_TO or not found)
+    if small and not exact:
+        lam = problem.penalty if problem.penalty is not None else multiplier
+        lam = _estimated_multiplier(problem, rows, seed) if lam is None else lam
+        points = BranchSearch(problem, steps=200, seed=seed)(rows, lam, problem.radius)[0][:8]
+        found.append(by_boxes(problem, rows, lam, spec, points, label))
+    elif engine == "branch and bound":
+        raise ValueError(
+            f"branch and bound takes up to {MAX_PARAMETERS} parameters, power 2 and a radius; this problem has"
+            f" {problem.one.size}, {problem.power:g} and {problem.radius:g}."
+        )
+    if not found:
+        nothing = Pieces(math.inf, -math.inf, 0.0)
+        why = f"none: nothing is proven about a branch of {problem.one.size} parameters that is not a homogeneous mlp"
+        return Bound(-math.inf, rows, 0.0, nothing, None, None, None, why)
+    return max(found, key=lambda bound: bound.value)
+
+
+def lower_estimated(
+    problem: RiskProblem, alpha: Any, *, multiplier: Any = None, starts: int = 64, steps: int = 200, seed: int = 0
+) -> Bound:
+    """The same number as `lower_bound` with the least phi that a search finds in the place of a proven bound on it.
+
+    It is at least every proven bound for these dual vectors, but may lie above F*: status 'estimated'.  The arguments
+    are those of `lower_bound`, and the search's random starts and steps.
+    """
+    rows = problem.checked(alpha)
+    look = BranchSearch(problem, starts=starts, steps=steps, seed=seed)
+    name = f"search, {starts} starts"
+    if problem.structure is not None:
+        kappa, point = look.kappa(rows)
+        return bound_from(problem, rows, kappa, point, name)
+    lam = problem.penalty if problem.penalty is not None else multiplier
+    lam = _estimated_multiplier(problem, rows, seed) if lam is None else number("multiplier", lam)
+    ends, values = look(rows, lam, problem.radius)
+    cost = lam * problem.budget if problem.budget is not None else 0.0
+    pieces = Pieces(problem.conjugate.upper_mean(rows, problem.y), float(values[0]), cost)
+    return Bound(total(pieces), rows, lam, pieces, None, None, ends[0], name)

@@ -1,0 +1,173 @@
+"""Proven bounds on `kappa(alpha) = max over ||w|| <= 1 of -(1/n) sum_j <alpha_j, f(w; x_j)>` for homogeneous branches.
+
+By Hoelder's inequality kappa is `rho L^(-L/2)`, where rho is the largest sum that one unit makes of the data:
+
+* linear: rho is the largest singular value of `(1/n) sum_j alpha_j x_j^T` (its norm for L = 1), exact in any dimension;
+* cells: one ReLU or leaky unit in up to three dimensions, exact (`cells`);
+* spectral: `psi(t) = (1+s)/2 t + (1-s)/2 |t|` for the slope s, so for one hidden layer
+  `rho <= (1+s)/2 sigma_1((1/n) alpha^T X) + (1-s)/2 sigma_1(alpha) sigma_1(X) / n`: any size, loose;
+* norms: `rho <= (1/n) sum_j ||alpha_j|| ||x_j||`: any depth, looser still.
+
+Singular values are computed in float64; what is added to them, `(n + d + 64) eps` times the Frobenius norm, is more
+than LAPACK's backward error (Golub and Van Loan, Matrix Computations, section 8.6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dualgap_jax.certify import cells
+from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.structure import Structure
+
+_EPS = float(np.finfo(np.float64).eps)
+_SPARE = 2.0**-38  # share of the sizes that is left to those who prove the bound again with other roundings
+
+
+class Ceiling(NamedTuple):
+    """Bounds on kappa.
+
+    Attributes:
+      upper: proven.
+      lower: the value at `point`, less its rounding; 0 where no point is known.
+      point: `[p]`, of norm 1; None where none is known.
+      method: the engine.
+    """
+
+    upper: float
+    lower: float
+    point: np.ndarray | None
+    method: str
+
+
+def _above(value: float, relative: float) -> float:
+    return value * (1 + relative) + 1e-300
+
+
+def _top(matrix: np.ndarray) -> float:
+    """An upper bound on the largest singular value."""
+    small = matrix.T @ matrix if matrix.shape[0] > 4 * matrix.shape[1] else matrix
+    extra = (sum(matrix.shape) + 64) * _EPS
+    if small is matrix:
+        return float(np.linalg.norm(matrix, 2)) + extra * float(np.linalg.norm(matrix))
+    # Of the Gram matrix, whose own rounding is as large as that of its eigenvalues.
+    return _above(math.sqrt(max(0.0, float(np.linalg.norm(small, 2)) + 2 * extra * float(np.trace(small)))), 4 * _EPS)
+
+
+def moment(x: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """`(1/n) sum_j alpha_j x_j^T [out, d]`."""
+    return alpha.T @ x / len(x)
+
+
+def sizes(x: np.ndarray, alpha: np.ndarray) -> float:
+    """An upper bound on `(1/n) sum_j ||alpha_j|| ||x_j||`."""
+    product = np.linalg.norm(alpha, axis=1) * np.linalg.norm(x, axis=1)
+    return _above(float(product.mean()), (len(x) + x.shape[1] + alpha.shape[1] + 8) * _EPS)
+
+
+def _share(known: Structure) -> float:
+    """`L^(-L/2)`, what kappa is of rho."""
+    return known.degree ** (-known.degree / 2)
+
+
+def _rescaled(x: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    (one, e1), (two, e2) = cells.scaled(x), cells.scaled(alpha)
+    return one, two, e1 + e2
+
+
+def _restored(value: float, exponent: int) -> float:
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.inf
+
+
+def _linear(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
+    if known.activation != "identity":
+        return None
+    points, weights, exponent = _rescaled(x, alpha)
+    matrix = moment(points, weights)
+    left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+    value = float(np.linalg.norm(matrix)) if known.degree == 1 else float(sigma[0])
+    margin = ((len(x) + sum(matrix.shape) + 64) * _EPS + _SPARE) * sizes(points, weights)
+    if known.degree > 1:
+        point = known.unit(right[0], -left[:, 0])
+    else:
+        point = -(matrix / value).reshape(-1) if value > 0 else np.eye(1, matrix.size)[0]
+    share = _share(known)
+    return Ceiling(
+        _above(_restored(value + margin, exponent) * share, 16 * _EPS),
+        max(0.0, _restored(value - margin, exponent) * share * (1 - 16 * _EPS)),
+        point,
+        "linear",
+    )
+
+
+def _cells(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
+    leaky = known.activation == "leaky_relu"
+    narrow = known.degree == 2 or (known.degree > 2 and max(known.widths) == 1 and not leaky)
+    doubled = len(x) * (2 if leaky else 1)
+    if known.activation == "identity" or not narrow or not cells.applies(doubled, x.shape[1], alpha.shape[1]):
+        return None
+    found = cells.best_unit(x, -alpha, slope=known.negative_slope)
+    share = _share(known)
+    return Ceiling(
+        _above(found.upper * share, 16 * _EPS),
+        found.lower * share * (1 - 16 * _EPS),
+        known.unit(found.u, found.a),
+        "cells",
+    )
+
+
+def _spectral(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
+    if known.degree != 2:
+        return None
+    points, weights, exponent = _rescaled(x, alpha)
+    slope, margin = known.negative_slope, (len(x) + 8) * _EPS * sizes(points, weights)
+    straight = (1 + slope) / 2 * (_top(moment(points, weights)) + margin)
+    bent = (1 - slope) / 2 * _top(weights) * _top(points) / len(x)
+    spare = _SPARE * 2 * (straight + bent)
+    return Ceiling(
+        _above(_restored(straight + bent + spare, exponent) * _share(known), 64 * _EPS), 0.0, None, "spectral"
+    )
+
+
+def _norms(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
+    points, weights, exponent = _rescaled(x, alpha)
+    size = sizes(points, weights) * (1 + _SPARE)
+    return Ceiling(_above(_restored(size, exponent) * _share(known), 16 * _EPS), 0.0, None, "norms")
+
+
+# The first two are exact: where one of them applies, no other can be better.
+CEILINGS: dict[str, Callable[[Structure, np.ndarray, np.ndarray], Ceiling | None]] = {
+    "linear": _linear,
+    "cells": _cells,
+    "spectral": _spectral,
+    "norms": _norms,
+}
+EXACT = ("linear", "cells")
+
+
+def ceiling(problem: RiskProblem, alpha: np.ndarray, engine: str = "auto") -> Ceiling | None:
+    """The least proven bound on kappa for `alpha [n, out]`; None if the branch is not homogeneous or no engine applies.
+
+    Args:
+      problem: the risk.
+      alpha: dual vectors.
+      engine: one of `CEILINGS`, or 'auto' for the best of them.
+    """
+    if problem.structure is None:
+        return None
+    known, best = problem.structure, None
+    x = known.inputs(problem.one.x)
+    for name in CEILINGS if engine == "auto" else [engine]:
+        found = CEILINGS[name](known, x, alpha)
+        if found is not None and (best is None or found.upper < best.upper):
+            best = found
+        if found is not None and name in EXACT:
+            break
+    return best

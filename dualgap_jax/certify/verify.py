@@ -1,0 +1,204 @@
+"""Proves a lower bound on F* once more from the arrays in it, with arithmetic of its own.
+
+Nothing of the solver is used but the data of the problem and what kind of branch it has.  Rows of alpha are rational
+numbers: whether they lie in the domain of the conjugate is decided exactly, and so are the conjugates, but for
+logarithms, which carry 40 digits.  The bound on kappa is reached again by another enumeration of cells, or by Cholesky
+factors whose success proves an inequality of matrices (Rump, BIT 46, 2006); boxes are gone through by `duality.verify`.
+"""
+
+from __future__ import annotations
+
+import decimal
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+
+from dualgap_jax.certify.bounds import Bound
+from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.structure import Structure
+from dualgap_jax.certify.verify_cells import largest_sum
+from dualgap_jax.duality.verify import Verified, verify_minimum
+
+_EPS = float(np.finfo(np.float64).eps)
+_DIGITS = decimal.Context(prec=50)
+_LOG_ERROR = Fraction(1, 10**40)
+
+
+def _entropy(p: Fraction) -> Fraction:
+    """An upper bound on `p ln p`."""
+    if p == 0:
+        return Fraction(0)
+    quotient = _DIGITS.divide(Decimal(p.numerator), Decimal(p.denominator))
+    return p * (Fraction(_DIGITS.ln(quotient)) + _LOG_ERROR * (1 + abs(Fraction(_DIGITS.ln(quotient)))))
+
+
+def conjugate(kind: str, tau: float | None, row: list[float], label: float) -> Fraction | None:
+    """An upper bound on l* of one row, exact for all but the logistic loss; None outside the domain."""
+    alpha, scale = [Fraction(a) for a in row], Fraction(1 if tau is None else tau)
+    if kind == "squared":
+        own = alpha[0] * Fraction(label) if len(row) == 1 else alpha[int(label)]
+        return sum((a * a for a in alpha), Fraction(0)) / 2 + own
+    if len(row) == 1:
+        q = -alpha[0] * Fraction(label) * scale
+        if not 0 <= q <= 1:
+            return None
+        return -q if kind == "hinge" else _entropy(q) + _entropy(1 - q)
+    rest = [a for k, a in enumerate(alpha) if k != int(label)]
+    total = sum(rest, Fraction(0))
+    if min(rest) < 0 or alpha[int(label)] != -total:
+        return None
+    if kind == "logistic":
+        return None if total > 1 else sum(map(_entropy, rest), _entropy(1 - total))
+    most = max(rest) * len(row) if kind == "multi-margin" else total
+    return None if most * scale > 1 else -scale * total
+
+
+def psd(matrix: np.ndarray, error: float) -> bool:
+    """Whether a symmetric matrix, known up to `error` in the spectral norm, is proven to be positive semidefinite.
+
+    If Cholesky's algorithm in float64 runs to its end for `A - c I` with `c >= gamma_{k+1} trace(A)`, A has no negative
+    eigenvalue (Rump 2006, Theorem 2.3); the constant here is twice that.
+    """
+    k = len(matrix)
+    trace = float(np.abs(np.diag(matrix)).sum())
+    shift = 2 * (k + 2) * _EPS * trace + error * (1 + 4 * _EPS) + 1e-290
+    try:
+        factor = np.linalg.cholesky(matrix - shift * np.eye(k))
+    except np.linalg.LinAlgError:
+        return False
+    return bool(np.isfinite(factor).all())
+
+
+def top_at_most(matrix: np.ndarray, bound: float, error: float = 0.0) -> bool:
+    """Whether the top singular value of a matrix, known up to `error` (Frobenius), is proven to be at most `bound`."""
+    m = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    gram, size = m.T @ m, float(np.linalg.norm(m)) * (1 + (m.size + 8) * _EPS) + error
+    rounding = (m.shape[0] + 4) * _EPS * size * size + 2 * error * size
+    square = bound * bound * (1 - 4 * _EPS)
+    return psd(square * np.eye(len(gram)) - gram, rounding + 2 * _EPS * square)
+
+
+def _top(matrix: np.ndarray) -> float:
+    """A proven upper bound on the largest singular value, a little above it."""
+    guess = float(np.linalg.norm(matrix, 2))
+    for share in (1e-13, 1e-12, 1e-11, 1e-9, 1e-6):
+        if top_at_most(matrix, guess * (1 + share) + 1e-290):
+            return guess * (1 + share) + 1e-290
+    return math.inf
+
+
+def _power_of_two(array: np.ndarray) -> int:
+    return math.frexp(float(np.abs(array).max(initial=0.0)))[1]
+
+
+def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, claim: float) -> str:
+    """Why `kappa(alpha) <= claim` was not proven again, or ""."""
+    ex, ea = _power_of_two(x), _power_of_two(alpha)
+    points, weights = np.ldexp(x, -ex), np.ldexp(alpha, -ea)
+    rho = math.ldexp(claim, -ex - ea) * known.degree ** (known.degree / 2) * (1 - 16 * _EPS)
+    norms = [math.hypot(*row) for row in weights.tolist()], [math.hypot(*row) for row in points.tolist()]
+    size = math.fsum(a * b for a, b in zip(*norms, strict=True)) / len(x) * (1 + 16 * _EPS)
+    mean = weights.T @ points / len(x)
+    error, slope = (len(x) + 4) * _EPS * size, known.negative_slope
+    holds: Callable[[], bool] = lambda: False  # noqa: E731
+    if method == "norms":
+        holds = lambda: size <= rho  # noqa: E731
+    elif method == "linear" and known.activation == "identity":
+        if known.degree == 1:
+            holds = lambda: float(np.linalg.norm(mean)) * (1 + (mean.size + 8) * _EPS) + error <= rho  # noqa: E731
+        else:
+            holds = lambda: top_at_most(mean, rho, error)  # noqa: E731
+    elif method == "spectral" and known.degree == 2:
+        parts = (1 + slope) / 2 * (_top(mean) + error) + (1 - slope) / 2 * _top(weights) * _top(points) / len(x)
+        holds = lambda: parts * (1 + 16 * _EPS) <= rho  # noqa: E731
+    elif method == "cells":
+        narrow = known.degree == 2 or (max(known.widths) == 1 and known.activation == "relu")
+        if not narrow or known.activation == "identity" or x.shape[1] > 3:
+            return "the cells say nothing about this branch"
+        found = largest_sum(points, weights, slope, rho)
+        return found
+    else:
+        return f"the engine {method!r} is not known for this branch"
+    return "" if holds() else f"kappa <= {claim:.6g} was not reached again by {method}"
+
+
+def _minimum(known: Structure, kappa: float, lam: float, radius: float, power: float, claim: Fraction) -> bool:
+    """Whether `lam s^q - kappa s^L >= claim` for all s in [0, radius]."""
+    if claim > 0:
+        return False
+    if known.degree == power and lam >= kappa:
+        return True
+    with decimal.localcontext(_DIGITS):
+        k, m, q, degree = Decimal(kappa), Decimal(lam), Decimal(power), Decimal(known.degree)
+        limit = Decimal(claim.numerator) / Decimal(claim.denominator)
+        points = [Decimal(radius)] if math.isfinite(radius) else []
+        inner = None
+        if known.degree < power and lam > 0 and kappa > 0:
+            inner = (k * degree / (m * q)) ** (1 / (q - degree))
+            if not points or inner < points[0]:
+                points = [inner]
+        if not points:
+            return kappa <= 0
+        # With 50 digits; what is stationary is even better than that.
+        return all(m * s**q - k * s**degree - Decimal("1e-40") * (m * s**q + k * s**degree) >= limit for s in points)
+
+
+def _bias(alpha: list[list[float]], lam: float, radius: float) -> Fraction | None:
+    """A lower bound on `min over c of <mean alpha, c> + lam ||c||^2`; None for minus infinity."""
+    n = len(alpha)
+    square = (
+        sum((sum(map(Fraction, column), Fraction(0)) ** 2 for column in zip(*alpha, strict=True)), Fraction(0)) / n**2
+    )
+    if square == 0:
+        return Fraction(0)
+    if lam > 0:
+        return -square / (4 * Fraction(lam))
+    if math.isinf(radius):
+        return None
+    root = Fraction(math.sqrt(square) * (1 + 4 * _EPS) + 1e-300)
+    return -root * Fraction(radius)
+
+
+def verify_bound(problem: RiskProblem, bound: Bound) -> Verified:
+    """Proves that F* is at least `bound.value` again, from alpha, the multiplier and the bound on one branch.
+
+    Returns:
+      `Verified`, whose `reason` names the first step that was not proven; what a certificate calls estimated is none.
+    """
+    alpha, claims = np.asarray(bound.alpha, np.float64), bound.pieces
+    if alpha.shape != problem.shape or not np.isfinite(alpha).all():
+        return Verified(False, f"alpha has the shape {alpha.shape}, need finite numbers {problem.shape}", 0)
+    if not all(math.isfinite(v) for v in (bound.value, bound.multiplier, *claims)) or bound.multiplier < 0:
+        return Verified(False, "a number of the bound is not finite, or its multiplier negative", 0)
+    rows = alpha.tolist()
+    terms = [
+        conjugate(problem.conjugate.kind, problem.loss.tau, row, label)
+        for row, label in zip(rows, problem.y.tolist(), strict=True)
+    ]
+    inside = [term for term in terms if term is not None]
+    if len(inside) < len(terms):
+        return Verified(False, f"row {terms.index(None)} of alpha is outside the domain of the conjugate", 0)
+    if sum(inside, Fraction(0)) / len(inside) > Fraction(claims.conjugate):
+        return Verified(False, "the mean of the conjugates is larger than claimed", 0)
+    lam = bound.multiplier
+    if problem.penalty is not None and lam != problem.penalty:
+        return Verified(False, f"the multiplier {lam} is not the penalty {problem.penalty}", 0)
+    cost = Fraction(0) if problem.budget is None else Fraction(lam) * Fraction(problem.budget)
+    if Fraction(claims.cost) < cost:
+        return Verified(False, "the cost of the budget is larger than claimed", 0)
+    if Fraction(claims.minimum) - Fraction(claims.conjugate) - Fraction(claims.cost) < Fraction(bound.value):
+        return Verified(False, "the terms of the bound do not add up to it", 0)
+    if bound.tree is not None:
+        return verify_minimum(problem.branch_problem(alpha), lam, bound.tree, claims.minimum)
+    known = problem.structure
+    if bound.kappa is None or known is None:
+        return Verified(False, "nothing is given that bounds one branch", 0)
+    bias = _bias(rows, lam, problem.radius) if known.use_bias else Fraction(0)
+    rest = None if bias is None else Fraction(claims.minimum) - bias
+    if rest is None or not _minimum(known, bound.kappa, lam, problem.radius, problem.power, rest):
+        return Verified(False, "the minimum over one branch does not follow from the bound on kappa", 0)
+    reason = _kappa(known, known.inputs(problem.one.x), alpha, bound.method, bound.kappa)
+    return Verified(not reason, reason, 0)
