@@ -1,4 +1,28 @@
 """How far a network is from the global optimum: proven lower bounds on the regularised risk of any number of branches.
 
+    problem = certify.risk_problem(branch, dataset, losses.logistic(), penalty=1e-3)
+    found = certify.distance(problem, solution.network)           # of a trained network, by its own dual vectors
+    print(found.as_text())
+    certify.verify_bound(problem, found.bound)                    # proven again, with arithmetic of its own
+
 `F*` is the least regularised risk over all probability measures of branches, so at most that of I branches for every I.
+`bounds` proves lower bounds on it from dual vectors, over what `engines` prove about one branch (`cells`, `moments`,
+branch and bound from `duality`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
 """
+
+from dualgap_jax.certify.bounds import Bound, lower_bound, lower_estimated
+from dualgap_jax.certify.certificate import Certificate
+from dualgap_jax.certify.distance import distance
+from dualgap_jax.certify.problem import RiskProblem, risk_problem
+from dualgap_jax.certify.verify import verify_bound
+
+__all__ = [
+    "Bound",
+    "Certificate",
+    "RiskProblem",
+    "distance",
+    "lower_bound",
+    "lower_estimated",
+    "risk_problem",
+    "verify_bound",
+]

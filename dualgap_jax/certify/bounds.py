@@ -53,7 +53,8 @@ class Bound(Provable):
       multiplier: lam.
       pieces: its terms.
       kappa: the bound on kappa(alpha) behind it; None for branch and bound.
-      tree: the boxes behind it; None for the other engines.
+      evidence: what the bound on one branch was proven with: the `Tree` of branch and bound, `engines.Relaxed` of the
+        moment relaxation; None for engines that can be run again.
       point: `[p]`, the best branch known for alpha; None where none is known.
       method: the engine, or the search.
     """
@@ -63,7 +64,7 @@ class Bound(Provable):
     multiplier: float
     pieces: Pieces
     kappa: float | None
-    tree: Any
+    evidence: Any
     point: np.ndarray | None
     method: str
 
@@ -142,7 +143,7 @@ def total(pieces: Pieces) -> float:
 
 
 def _largest_multiple(problem: RiskProblem, alpha: np.ndarray) -> float:
-    """A multiple of alpha that is in the domain of the conjugate, while 2^20 times or a little more of it are not."""
+    """The largest multiple of alpha, up to 2^20, that is in the domain of the conjugate; at least 1."""
     low, high = 0.0, 1.0
     while high < 2.0**20 and not problem.conjugate.outside(alpha * high, problem.y).any():
         low, high = high, 2 * high
@@ -150,7 +151,7 @@ def _largest_multiple(problem: RiskProblem, alpha: np.ndarray) -> float:
         middle = 0.5 * (low + high)
         inside = not problem.conjugate.outside(alpha * middle, problem.y).any()
         low, high = (middle, high) if inside else (low, middle)
-    return low
+    return max(1.0, low * (1 - 4e-9))  # what counts as inside may be a share of 1e-9 outside
 
 
 def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: bool = True) -> tuple[Any, ...]:
@@ -184,7 +185,7 @@ def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: 
     if (scale or limit < 1) and np.any(alpha):
         top = min(_largest_multiple(problem, alpha), limit)
         found = minimize_scalar(lambda t: -dual(t), bounds=(0.0, top), method="bounded", options={"xatol": 1e-11 * top})
-        theta = max((t for t in (float(found.x), top, theta) if t <= limit), key=dual)
+        theta = max((t for t in (theta, float(found.x), top) if t <= limit), key=dual)
     x = np.linalg.norm(known.inputs(problem.one.x), axis=1)
     for _ in range(4):
         exact = theta * alpha
@@ -197,7 +198,7 @@ def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: 
         pieces = _assembled(problem, rows, there, at)
         if math.isfinite(pieces.minimum) or theta == 0:
             break
-        theta *= at / there * (1 - 8 * _EPS)
+        theta *= max(0.5, 1 - 2 * (there / at - 1)) * (1 - 8 * _EPS)  # below it by as much as it was above
     return rows, at, pieces, there
 
 
@@ -235,6 +236,15 @@ def boxes_apply(problem: RiskProblem) -> bool:
     return problem.one.size <= MAX_PARAMETERS and math.isfinite(problem.radius) and problem.power == 2
 
 
+def _least_losses(problem: RiskProblem) -> Bound:
+    """The bound by alpha = 0: F* is at least the mean of the least losses, whatever the branch."""
+    rows = np.zeros(problem.shape)
+    lam = problem.penalty or 0.0
+    pieces = Pieces(problem.conjugate.upper_mean(rows, problem.y), 0.0, 0.0)
+    made = Bound(total(pieces), rows, lam, pieces, None, None, None, "least losses")
+    return proven(made, subject_of(problem.branch_problem(rows)))
+
+
 def lower_bound(
     problem: RiskProblem,
     alpha: Any,
@@ -252,8 +262,8 @@ def lower_bound(
       problem: the risk.
       alpha: `[n, out]` (or `[n]` with one output) in the domain of the loss's conjugate; what is within 1e-9 of it is
         moved there.
-      engine: 'linear' and 'cells' (exact), 'spectral' and 'norms' (loose) for homogeneous branches; 'branch and bound'
-        for up to 6 parameters in a ball with power 2; 'auto' for the best that is proven.
+      engine: 'linear' and 'cells' (exact), 'moments', 'spectral' and 'norms' (looser, in this order) for homogeneous
+        branches; 'branch and bound' for up to 6 parameters in a ball with power 2; 'auto' for the best that is proven.
       multiplier: of the budget, for branch and bound; None: estimated, which the proof does not rest on.
       scale: whether the best multiple of alpha is taken, for homogeneous branches.
       spec: how far branch and bound goes.
@@ -261,8 +271,8 @@ def lower_bound(
       label: shows progress under this name; None is silent.
 
     Returns:
-      A `Bound` with status 'certified'.  Where no engine applies its value is minus infinity, its status 'estimated',
-      and `method` says why.
+      A `Bound` with status 'certified'.  Where no engine proves more it is that of alpha = 0, method 'least losses':
+      the losses alone are at least that, whatever the branch.
 
     Raises:
       ValueError: for an alpha of another shape or outside the domain, an unknown engine, or one that does not apply.
@@ -280,7 +290,7 @@ def lower_bound(
         top = ceiling(problem, rows, engine)
         if top is not None and math.isfinite(top.upper):
             at, lam, pieces, kappa = from_kappa(problem, rows, top.upper, scale=scale)
-            made = Bound(total(pieces), at, lam, pieces, kappa, None, top.point, top.method)
+            made = Bound(total(pieces), at, lam, pieces, kappa, top.evidence, top.point, top.method)
             found.append(proven(made, subject_of(problem.branch_problem(at))))
             exact = top.method in ("linear", "cells")
         elif engine != "auto":
@@ -296,10 +306,8 @@ def lower_bound(
             f"branch and bound takes up to {MAX_PARAMETERS} parameters, power 2 and a radius; this problem has"
             f" {problem.one.size}, {problem.power:g} and {problem.radius:g}."
         )
-    if not found:
-        nothing = Pieces(math.inf, -math.inf, 0.0)
-        why = f"none: nothing is proven about a branch of {problem.one.size} parameters that is not a homogeneous mlp"
-        return Bound(-math.inf, rows, 0.0, nothing, None, None, None, why)
+    if engine == "auto":
+        found.append(_least_losses(problem))
     return max(found, key=lambda bound: bound.value)
 
 

@@ -46,7 +46,7 @@ class Certificate:
 
     @property
     def lower(self) -> float:
-        """The proven lower bound on F*; minus infinity where there is none."""
+        """The proven lower bound on F*; minus infinity for a bound that is estimated."""
         return self.bound.value if self.bound.status == "certified" else -math.inf
 
     @property
@@ -81,12 +81,9 @@ class Certificate:
 
     def as_text(self) -> str:
         """One line: the risk, and how far it is from the optimum at most."""
-        parts = [f"risk {self.upper:.6g}"]
-        if math.isfinite(self.lower):
-            share = f" ({100 * self.gap / self.upper:.3g} %)" if self.upper > 0 else ""
-            parts.append(f"optimum >= {self.lower:.6g} (certified, {self.method}): within {self.gap:.3g}{share}")
-        else:
-            parts.append(f"nothing is proven ({self.method})")
+        share = f" ({100 * self.gap / self.upper:.3g} %)" if self.upper > 0 else ""
+        how = f"certified, {self.method}" if self.status == "certified" else f"risk in float64, bound by {self.method}"
+        parts = [f"risk {self.upper:.6g}", f"optimum >= {self.lower:.6g} ({how}): within {self.gap:.3g}{share}"]
         if self.lower_estimated is not None:
             parts.append(f"optimum >= {self.lower_estimated:.6g} (estimated)")
         return "; ".join(parts)

@@ -6,6 +6,7 @@ By Hoelder's inequality kappa is `rho L^(-L/2)`, where rho is the largest sum th
 * cells: one ReLU or leaky unit in up to three dimensions, exact (`cells`);
 * spectral: `psi(t) = (1+s)/2 t + (1-s)/2 |t|` for the slope s, so for one hidden layer
   `rho <= (1+s)/2 sigma_1((1/n) alpha^T X) + (1-s)/2 sigma_1(alpha) sigma_1(X) / n`: any size, loose;
+* moments: one hidden layer of ReLU or leaky units, any size, by a semidefinite relaxation (`moments`);
 * norms: `rho <= (1/n) sum_j ||alpha_j|| ||x_j||`: any depth, looser still.
 
 Singular values are computed in float64; what is added to them, `(n + d + 64) eps` times the Frobenius norm, is more
@@ -16,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.certify import cells
+from dualgap_jax.certify import cells, moments
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
 
@@ -36,12 +37,14 @@ class Ceiling(NamedTuple):
       lower: the value at `point`, less its rounding; 0 where no point is known.
       point: `[p]`, of norm 1; None where none is known.
       method: the engine.
+      evidence: what `upper` was proven with, where it is more than alpha; None for engines that can be run again.
     """
 
     upper: float
     lower: float
     point: np.ndarray | None
     method: str
+    evidence: Any = None
 
 
 def _above(value: float, relative: float) -> float:
@@ -136,6 +139,22 @@ def _spectral(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | N
     )
 
 
+class Relaxed(NamedTuple):
+    """The evidence of the moment relaxation: the dual vectors it was made for, and its certificate."""
+
+    alpha: np.ndarray
+    bound: moments.BallBound
+
+
+def _moments(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
+    if known.degree != 2 or known.activation == "identity" or not np.any(alpha):
+        return None
+    points, weights = cells.with_leak(x, alpha, known.negative_slope)
+    found = moments.ball_bound(points, weights)
+    upper = _above(found.upper * (len(points) / len(x)) * _share(known), 16 * _EPS)
+    return Ceiling(upper, 0.0, None, "moments", Relaxed(alpha, found))
+
+
 def _norms(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
     points, weights, exponent = _rescaled(x, alpha)
     size = sizes(points, weights) * (1 + _SPARE)
@@ -148,6 +167,7 @@ CEILINGS: dict[str, Callable[[Structure, np.ndarray, np.ndarray], Ceiling | None
     "cells": _cells,
     "spectral": _spectral,
     "norms": _norms,
+    "moments": _moments,
 }
 EXACT = ("linear", "cells")
 

@@ -17,9 +17,12 @@ from fractions import Fraction
 import numpy as np
 
 from dualgap_jax.certify.bounds import Bound
+from dualgap_jax.certify.engines import Relaxed
+from dualgap_jax.certify.moments_verify import VerificationError, verify_ball_bound
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
 from dualgap_jax.certify.verify_cells import largest_sum
+from dualgap_jax.duality.branch_and_bound import Tree
 from dualgap_jax.duality.verify import Verified, verify_minimum
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -35,7 +38,7 @@ def _entropy(p: Fraction) -> Fraction:
     return p * (Fraction(_DIGITS.ln(quotient)) + _LOG_ERROR * (1 + abs(Fraction(_DIGITS.ln(quotient)))))
 
 
-def conjugate(kind: str, tau: float | None, row: list[float], label: float) -> Fraction | None:
+def conjugate(kind: str, tau: float | None, row: list[float], label: int | float) -> Fraction | None:
     """An upper bound on l* of one row, exact for all but the logistic loss; None outside the domain."""
     alpha, scale = [Fraction(a) for a in row], Fraction(1 if tau is None else tau)
     if kind == "squared":
@@ -125,6 +128,28 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
     return "" if holds() else f"kappa <= {claim:.6g} was not reached again by {method}"
 
 
+def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, evidence: Relaxed, claim: float) -> str:
+    """Why `kappa(alpha) <= claim` does not follow from a relaxation made for other dual vectors, or "".
+
+    For any multiple t of these, `rho(alpha) <= t rho(theirs) + (1/n) sum_j ||alpha_j - t theirs_j|| ||x_j||`.
+    """
+    theirs, slope = np.asarray(evidence.alpha, np.float64), known.negative_slope
+    if known.degree != 2 or theirs.shape != alpha.shape:
+        return "the relaxation is not one of this branch and these dual vectors"
+    points, weights = (x, theirs) if slope == 0 else (np.vstack([x, -x]), np.vstack([theirs, -slope * theirs]))
+    try:
+        proven = verify_ball_bound(points, weights, evidence.bound)
+    except VerificationError as error:
+        return str(error)
+    top = int(np.argmax(np.abs(theirs)))
+    multiple = max(0.0, float(alpha.reshape(-1)[top] / theirs.reshape(-1)[top])) if theirs.any() else 0.0
+    scaled = multiple * theirs
+    moved = np.linalg.norm(alpha - scaled, axis=1) + 2 * _EPS * np.linalg.norm(scaled, axis=1)
+    change = math.fsum((moved * np.linalg.norm(x, axis=1)).tolist()) / len(x) * (1 + (sum(alpha.shape) + 64) * _EPS)
+    rho = (multiple * proven * (len(points) / len(x)) + change) * (1 + 16 * _EPS)
+    return "" if rho / 2 <= claim else f"kappa <= {claim:.6g} does not follow from the relaxation"
+
+
 def _minimum(known: Structure, kappa: float, lam: float, radius: float, power: float, claim: Fraction) -> bool:
     """Whether `lam s^q - kappa s^L >= claim` for all s in [0, radius]."""
     if claim > 0:
@@ -191,8 +216,10 @@ def verify_bound(problem: RiskProblem, bound: Bound) -> Verified:
         return Verified(False, "the cost of the budget is larger than claimed", 0)
     if Fraction(claims.minimum) - Fraction(claims.conjugate) - Fraction(claims.cost) < Fraction(bound.value):
         return Verified(False, "the terms of the bound do not add up to it", 0)
-    if bound.tree is not None:
-        return verify_minimum(problem.branch_problem(alpha), lam, bound.tree, claims.minimum)
+    if isinstance(bound.evidence, Tree):
+        return verify_minimum(problem.branch_problem(alpha), lam, bound.evidence, claims.minimum)
+    if bound.kappa is None and not alpha.any():
+        return Verified(claims.minimum <= 0, "" if claims.minimum <= 0 else "min phi is at most 0 for alpha = 0", 0)
     known = problem.structure
     if bound.kappa is None or known is None:
         return Verified(False, "nothing is given that bounds one branch", 0)
@@ -200,5 +227,9 @@ def verify_bound(problem: RiskProblem, bound: Bound) -> Verified:
     rest = None if bias is None else Fraction(claims.minimum) - bias
     if rest is None or not _minimum(known, bound.kappa, lam, problem.radius, problem.power, rest):
         return Verified(False, "the minimum over one branch does not follow from the bound on kappa", 0)
-    reason = _kappa(known, known.inputs(problem.one.x), alpha, bound.method, bound.kappa)
+    x = known.inputs(problem.one.x)
+    if isinstance(bound.evidence, Relaxed):
+        reason = _relaxed(known, x, alpha, bound.evidence, bound.kappa)
+    else:
+        reason = _kappa(known, x, alpha, bound.method, bound.kappa)
     return Verified(not reason, reason, 0)

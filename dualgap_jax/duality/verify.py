@@ -311,7 +311,7 @@ def verify_boxes(problem: Problem, function: ValueFunction, *, effort: int = 4) 
 
 def verify_minimum(problem: Problem, lam: float, tree: Tree, claim: float, *, effort: int = 4) -> Verified:
     """Proves `g + lam ||w||^2 >= claim` on W again, from the tree of boxes of `penalised_minimum`."""
-    squares = np.array([_up(np.asarray(problem.radius) ** 2)])
+    squares = _up(np.array([problem.radius**2]))
     most = effort * max(1000, sum(int((s < 0).sum()) for s in tree.splits))
     try:
         reason, boxes, _ = _through(Walker(problem), tree, squares, np.array([claim]), lam, most)
