@@ -13,7 +13,7 @@ import pytest
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import boxes, branch_and_bound, numpy_ranges, problem, search, verify
 from dualgap_jax.duality.branch_and_bound import BoundSpec
-from dualgap_jax.duality.problem import ByIdentity, Problem
+from dualgap_jax.duality.problem import ByProgram, Problem
 from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.values import ValueFunction
@@ -83,7 +83,7 @@ def test_bounds_of_boxes_hold_at_all_points_of_them(name: str, rng: np.random.Ge
     g = problem.values_at(one, w.reshape(-1, 2), batch=512).reshape(count, 100)
     h = (w**2).sum(-1)
     for lam0 in (0.0, 0.3, 1e3, 1.27e6, 1e12):
-        for kernel in boxes.kernels(ByIdentity(one)):
+        for kernel in boxes.kernels(ByProgram(one)):
             with jax.enable_x64(True):
                 out = boxes.Bounds(*(np.asarray(a) for a in kernel(lo, hi, lam0)))
             values = g + lam0 * h

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dualgap_jax.duality.problem import ByIdentity, Problem
+from dualgap_jax.duality.problem import ByProgram, Problem
 from dualgap_jax.duality.ranges import extension, is_smooth
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -191,7 +191,7 @@ def _sharp(problem: Problem) -> Callable[[Array, Array, Array], Bounds]:
 
 
 @functools.lru_cache(maxsize=16)
-def kernels(key: ByIdentity) -> tuple[Any, Any]:
+def kernels(key: ByProgram) -> tuple[Any, Any]:
     """The jitted `(lo [n, p], hi [n, p], lam0) -> Bounds` for large boxes and for small ones."""
     with jax.enable_x64(True):
         crude, sharp = (jax.jit(jax.vmap(make(key.problem), in_axes=(0, 0, None))) for make in (_crude, _sharp))
@@ -199,7 +199,7 @@ def kernels(key: ByIdentity) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=32)
-def _point_kernel(key: ByIdentity) -> Any:
+def _point_kernel(key: ByProgram) -> Any:
     over = extension(objective(key.problem), jnp.zeros(key.problem.size, jnp.float64))
     return jax.jit(lambda w: jax.lax.map(lambda one: over(one, one).upper, w, batch_size=64))
 
@@ -207,14 +207,20 @@ def _point_kernel(key: ByIdentity) -> Any:
 def point_values(problem: Problem, w: Float[np.ndarray, "k p"]) -> Float[np.ndarray, " k"]:
     """Proven upper bounds on g at the rows of w; infinite where g may not be defined."""
     with jax.enable_x64(True):
-        return np.asarray(_point_kernel(ByIdentity(problem))(jnp.asarray(w, jnp.float64)))
+        return np.asarray(_point_kernel(ByProgram(problem))(jnp.asarray(w, jnp.float64)))
+
+
+@functools.lru_cache(maxsize=32)
+def _slope_kernel(key: ByProgram) -> Any:
+    over = extension(objective(key.problem), jnp.zeros(key.problem.size, jnp.float64), order=1)
+    return jax.jit(lambda lo, hi: over(lo, hi).first)
 
 
 def largest_slope(problem: Problem) -> float | None:
     """A proven bound on the norm of the slope of g over W, from the box around it; None where there is none."""
     with jax.enable_x64(True):
-        example = jnp.full(problem.size, problem.radius, jnp.float64)
-        lo, hi = jax.jit(extension(objective(problem), example, order=1))(-example, example).first
+        corner = jnp.full(problem.size, problem.radius, jnp.float64)
+        lo, hi = _slope_kernel(ByProgram(problem))(-corner, corner)
         # With room for those who prove it again with other roundings.
         bound = float(np.linalg.norm(np.maximum(np.abs(lo), np.abs(hi))) * (1 + 2.0**-40))
         return bound if np.isfinite(bound) else None

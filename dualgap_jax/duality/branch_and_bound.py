@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from dualgap_jax.config import require
 from dualgap_jax.duality.boxes import Bounds, kernels, largest_slope, point_values
 from dualgap_jax.duality.margins import margin_bound
-from dualgap_jax.duality.problem import ByIdentity, Problem, subject_of, values_at
+from dualgap_jax.duality.problem import ByProgram, Problem, subject_of, values_at
 from dualgap_jax.duality.search import monotone
 from dualgap_jax.duality.values import ValueFunction, proven
 from dualgap_jax.metrics import Progress
@@ -177,7 +177,7 @@ def _grow(
     for axis in range(p):  # the orthants, on which a bias-free ReLU with one input is linear
         codes.append(np.full(len(lo), axis, np.int8))
         lo, hi = _halved(lo, hi, codes[-1])
-    best, (crude, sharp) = _Best(squares, upper, points), kernels(ByIdentity(problem))
+    best, (crude, sharp) = _Best(squares, upper, points), kernels(ByProgram(problem))
     closed_bound, open_bound = _Least(squares), _Least(squares)
     boxes = left_open = 0
     with Progress(spec.max_boxes, label or "boxes") as line, jax.enable_x64(True):
@@ -268,7 +268,7 @@ def certify(
     def proven_at(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Upper bounds at feasible points near w, one a budget, and the points."""
         norms = np.maximum(np.linalg.norm(w, axis=1), np.finfo(np.float64).tiny)
-        points = w * np.minimum(1.0, radii / norms)[:, None]
+        points = w * (np.minimum(norms, radii) / norms)[:, None]
         values = point_values(problem, points)
         return monotone(values + _SPARE * (1 + np.abs(values)), points)
 

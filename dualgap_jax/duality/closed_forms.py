@@ -93,23 +93,28 @@ def homogeneous_value_function(
     if budgets[0] != 0 or abs(budgets[-1] - most) > 4 * _EPS * most:
         raise ValueError(f"the grid must run from 0 to {most:.6g}, it runs from {budgets[0]:.6g} to {budgets[-1]:.6g}.")
     exponent = degree / power
+    if not abs(offset) + (2 + exponent) * kappa.upper * float(radius) ** degree < 1e300:
+        raise ValueError(f"v falls by {kappa.upper:.6g} * {radius:.6g}^{degree}, which a float cannot hold; raise tau.")
     shape = budgets**exponent
-    margin = 8 * _EPS * (abs(offset) + (1 + exponent) * kappa.upper * most**exponent)
+    # The exponent is rounded, which counts as often as the logarithm of a budget is large.
+    margin = 8 * _EPS * (abs(offset) + (1 + exponent * (1 + abs(math.log(most)))) * kappa.upper * most**exponent)
+    inside = 1 - 2 * BUDGET_SLACK - 2 * _EPS * abs(math.log(radius))
 
     def lagrangian(lam: float) -> float:
         # Concave for exponent >= 1: the least value is at an end.  Else convex with one stationary point.
         points = [0.0, most]
         if exponent < 1 and lam > 0:
-            points.append(min((kappa.upper * exponent / lam) ** (1 / (1 - exponent)), most))
+            ratio = kappa.upper * exponent / lam
+            points.append(most if ratio >= most ** (1 - exponent) else ratio ** (1 / (1 - exponent)))
         least = min(offset - kappa.upper * s**exponent + lam * s for s in points)
         return least - 8 * margin - 8 * _EPS * lam * most
 
     made = ValueFunction(
         budgets=budgets,
         lower=offset - kappa.upper * shape - margin,
-        upper=offset - kappa.lower * (budgets * (1 - 2 * BUDGET_SLACK)) ** exponent + margin,
+        upper=offset - kappa.lower * (budgets * inside**power) ** exponent + margin,
         method=f"homogeneous of degree {degree}, {kappa.method}",
-        minimisers=(budgets ** (1 / power) * (1 - 2 * BUDGET_SLACK))[:, None] * kappa.direction,
+        minimisers=(budgets ** (1 / power) * inside)[:, None] * kappa.direction,
         lagrangian=lagrangian,
         slope=kappa.upper * radius ** (degree - 1) * (1 + 8 * _EPS),
         concave=exponent >= 1,

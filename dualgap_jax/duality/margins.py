@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.duality.problem import ByIdentity, Problem
+from dualgap_jax.duality.problem import ByProgram, Problem
 from dualgap_jax.identity import function_digest
 from dualgap_jax.networks import mlp, mlp_output_bound
 
@@ -68,11 +68,11 @@ def recognise(problem: Problem) -> Recognised | None:
 
     It is known by the program of its outputs, not by what it is called.
     """
-    return _recognised(ByIdentity(problem))
+    return _recognised(ByProgram(problem))
 
 
 @functools.lru_cache(maxsize=32)
-def _recognised(key: ByIdentity) -> Recognised | None:
+def _recognised(key: ByProgram) -> Recognised | None:
     problem = key.problem
     leaves = jax.tree.leaves(problem.template)
     if not leaves or any(leaf.ndim != 2 for leaf in leaves) or leaves[-1].shape[0] != problem.c.shape[1]:

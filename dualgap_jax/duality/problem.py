@@ -98,7 +98,7 @@ class Problem(NamedTuple):
 
     def radii(self, budgets: Float64[np.ndarray, " m"]) -> Float64[np.ndarray, " m"]:
         """The radius of `{w: h(w) <= b}`, a rounding below, so that points projected on it are feasible."""
-        return np.maximum(budgets, 0.0) ** (1 / self.power) * (1 - 1e-14)
+        return np.maximum(budgets, 0.0) ** (1 / self.power) * (1 - 1e-14 - 4e-16 * abs(math.log(self.radius)))
 
 
 def functional(dataset: Dataset) -> tuple[Float64[np.ndarray, "n out"], float]:
@@ -159,8 +159,28 @@ def branch_problem(
     return problem
 
 
+class ByProgram:
+    """A problem as a key of a cache of what does not ask for W and h: its branch, data and tau.
+
+    Two are equal where all but the radius and the power are the same objects.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def __hash__(self) -> int:
+        return hash((id(self.problem.branch), id(self.problem.x), id(self.problem.c)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ByProgram):
+            return NotImplemented
+        one, two = self.problem, other.problem
+        parts = ("branch", "x", "c", "template", "state", "offset", "tau")
+        return all(getattr(one, part) is getattr(two, part) for part in parts)
+
+
 class ByIdentity:
-    """A problem as a key of a cache of compiled programs: two problems are equal when they are the same object."""
+    """A problem as a key of a cache: two problems are equal when they are the same object."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -199,11 +219,11 @@ def values_at(problem: Problem, w: np.ndarray, *, batch: int = 64) -> Float64[np
     """`g` at the rows of `w [k, p]`, in float64."""
     with jax.enable_x64(True):
         rows = jnp.asarray(w, jnp.float64)
-        return np.asarray(_values(ByIdentity(problem))(rows, min(batch, len(w))))
+        return np.asarray(_values(ByProgram(problem))(rows, min(batch, len(w))))
 
 
 @functools.lru_cache(maxsize=32)
-def _values(key: ByIdentity) -> Any:
+def _values(key: ByProgram) -> Any:
     def values(w: Array, batch: int) -> Array:
         return jax.lax.map(key.problem.g, w, batch_size=batch)
 

@@ -13,12 +13,12 @@ from jaxtyping import Array
 from scipy.stats import norm
 
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality.problem import ByIdentity, Problem, functional
+from dualgap_jax.duality.problem import ByProgram, Problem, functional
 from dualgap_jax.losses import AssumptionCheck, Loss, check_assumption_1
 
 
 @functools.lru_cache(maxsize=32)
-def _mean_outputs(key: ByIdentity) -> Any:
+def _mean_outputs(key: ByProgram) -> Any:
     """A jitted `(w [k, p], shares [k], x) -> sum_k shares[k] f(w[k]; x)`, one branch after another."""
 
     def mean(w: Array, shares: Array, x: Array) -> Array:
@@ -82,7 +82,7 @@ def primal_risk(
     c, offset = functional(dataset)
     with jax.enable_x64(True):
         arrays = [jnp.asarray(a, jnp.float64) for a in (weights, shares, x)]
-        outputs = _mean_outputs(ByIdentity(problem))(*arrays)
+        outputs = _mean_outputs(ByProgram(problem))(*arrays)
         labels = jnp.asarray(dataset.y)
         hinge = np.asarray(loss.per_example(outputs, labels), np.float64)
         margins = loss.margin(outputs, labels) if loss.margin is not None else jnp.zeros(1)

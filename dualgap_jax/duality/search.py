@@ -26,7 +26,7 @@ from dualgap_jax import seeds
 from dualgap_jax.config import require
 from dualgap_jax.duality.closed_forms import Kappa
 from dualgap_jax.duality.margins import margin_bound
-from dualgap_jax.duality.problem import ByIdentity, Problem, rounding, values_at
+from dualgap_jax.duality.problem import ByProgram, Problem, rounding, values_at
 from dualgap_jax.duality.values import ValueFunction, frozen
 from dualgap_jax.metrics import Progress
 
@@ -75,11 +75,11 @@ def descend(problem: Problem, steps: int) -> Any:
 
     The value is NaN if g was not a number anywhere on the particle's way.
     """
-    return _descend(ByIdentity(problem), steps)
+    return _descend(ByProgram(problem), steps)
 
 
 @functools.lru_cache(maxsize=32)
-def _descend(key: ByIdentity, steps: int) -> Any:
+def _descend(key: ByProgram, steps: int) -> Any:
     value_and_grad = jax.value_and_grad(key.problem.g)
 
     def one(w: Array, radius: Array) -> tuple[Array, Array]:
