@@ -11,6 +11,7 @@ part.  L-BFGS lowers F while eps falls.  Nothing here is trusted.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from dualgap_jax.certify import moments_search
 from dualgap_jax.certify.moments_proof import Multipliers, Points
 
 LEVELS = (1.0, 0.1, 0.02)  # of eps times the dimension, relative to the bound
+UNUSABLE = 1e30  # the value of a trial that leaves the range of floats
 _SMALL = 1e-4  # entries of a cover below this are left out
 _DENSE = 1 << 17  # pairs up to which all are candidates
 _GATHER = 1 << 12  # pairs whose products are formed at once
@@ -47,6 +49,9 @@ def candidates(yp: Float64[np.ndarray, "p k"], yn: Float64[np.ndarray, "m k"], m
       most: How many partners each point has at least.
     """
     p, m = len(yp), len(yn)
+    if not p * m:
+        none = np.zeros(0, np.int64)
+        return Pairs(none, none, np.zeros(m, np.int64), (p, m))
     if p * m <= _DENSE or most >= min(p, m):
         cols, rows = np.divmod(np.arange(p * m), p)
         return Pairs(rows, cols, np.arange(m) * p, (p, m))
@@ -120,7 +125,7 @@ def evaluate(
     g_pair = -_products(force, vn, pairs)
     g_kappa, g_curve = -0.5 * (vn @ barrier.mean), -0.5 * square / lengths
     toward = (g_pair * signs, g_kappa * kappa_sign, g_curve)
-    average = np.add.reduceat(w_pair * toward[0], pairs.starts) + w_kappa * toward[1] + w_curve * toward[2]
+    average = _by_column(np.add, w_pair * toward[0], pairs) + w_kappa * toward[1] + w_curve * toward[2]
     gradient = Shares(
         w_pair * ((toward[0] - average[pairs.cols]) * signs + g_pair * (1 - signs**2)),
         w_kappa * ((toward[1] - average) * kappa_sign + g_kappa * (1 - kappa_sign**2)),
@@ -136,11 +141,16 @@ def evaluate(
 def _softmax(pairs: Pairs, shares: Shares) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
     """The shares of pairs, kappa and s of each negative point, and the signs of the first two, softened."""
     size, kappa = np.abs(shares.pairs), np.abs(shares.kappa)
-    top = np.maximum(np.maximum.reduceat(size, pairs.starts), np.maximum(kappa, shares.curvature))
+    top = np.maximum(_by_column(np.maximum, size, pairs), np.maximum(kappa, shares.curvature))
     pair = np.exp(size - top[pairs.cols]) * (1 + np.exp(-2 * size))
     line, curve = np.exp(kappa - top) * (1 + np.exp(-2 * kappa)), np.exp(shares.curvature - top)
-    total = np.add.reduceat(pair, pairs.starts) + line + curve
+    total = _by_column(np.add, pair, pairs) + line + curve
     return (pair / total[pairs.cols], line / total, curve / total), np.tanh(shares.pairs), np.tanh(shares.kappa)
+
+
+def _by_column(combine: np.ufunc, values: np.ndarray, pairs: Pairs) -> np.ndarray:
+    """Sums or maxima over the pairs of each negative point; 0 where there are no pairs at all."""
+    return combine.reduceat(values, pairs.starts) if len(values) else np.zeros(pairs.shape[1])
 
 
 def _products(a: np.ndarray, b: np.ndarray, pairs: Pairs) -> np.ndarray:
@@ -165,23 +175,23 @@ def _barrier(slope: np.ndarray, form: np.ndarray, eps: float, mu: float) -> _Bar
     """`min over mu of mu + 1/4 b^T A^-1 b - eps log det A`, by Newton steps."""
     size = len(slope)
     form = 0.5 * (form + form.T)
-    safe = None
+    low, high = -math.inf, math.inf
     mu = max(mu, float(np.diagonal(form).max()) + eps)
-    for _ in range(60):
+    for _ in range(100):
         factor, failed = lapack.dpotrf(mu * np.eye(size) - form, lower=1, clean=0)
         if failed:
-            mu = 0.5 * (mu + safe) if safe is not None else mu + max(0.3 * abs(mu), eps)
-            continue
-        inverse = lapack.dpotri(factor, lower=1)[0]
-        inverse = np.tril(inverse) + np.tril(inverse, -1).T
-        mean = 0.5 * (inverse @ slope)
-        load = float(mean @ mean + eps * np.trace(inverse))
-        bend = float(2 * mean @ (inverse @ mean) + eps * np.sum(inverse**2))
-        step = 2 * (load**1.5 - load) / bend
-        if abs(load - 1) < 1e-7:
-            break
-        safe = mu
-        mu = mu + step
+            low, guess = mu, mu + max(0.3 * abs(mu), eps)
+        else:
+            inverse = lapack.dpotri(factor, lower=1)[0]
+            inverse = np.tril(inverse) + np.tril(inverse, -1).T
+            mean = 0.5 * (inverse @ slope)
+            load = float(mean @ mean + eps * np.trace(inverse))
+            if abs(load - 1) < 1e-7 or mu in (low, high):
+                break
+            low, high = (mu, high) if load > 1 else (low, mu)
+            bend = float(2 * mean @ (inverse @ mean) + eps * np.sum(inverse**2))
+            guess = mu + 2 * (load**1.5 - load) / bend
+        mu = guess if low < guess < high else 0.5 * (low + high) if high < math.inf else 2 * abs(mu) + eps
     else:
         raise np.linalg.LinAlgError("no minimiser of the barrier was found")
     log_det = 2 * float(np.sum(np.log(np.diagonal(factor))))
@@ -196,21 +206,26 @@ def descend(
     *,
     size: float,
     steps: int,
-) -> Value:
-    """Multipliers near the least bound for fixed points; `size` is about what the bound is."""
+    levels: tuple[float, ...] = LEVELS,
+) -> tuple[Shares, Value]:
+    """Shares near the least bound for fixed points, and its value; `size` is about what the bound is."""
     layout = np.cumsum([len(part) for part in shares])[:-1]
     mu = [size]
 
     def objective(flat: np.ndarray, eps: float) -> tuple[float, np.ndarray]:
-        found = evaluate(vp, vn, pairs, Shares(*np.split(flat, layout)), eps, mu[0])
+        try:
+            found = evaluate(vp, vn, pairs, Shares(*np.split(flat, layout)), eps, mu[0])
+        except np.linalg.LinAlgError:
+            return UNUSABLE, np.zeros_like(flat)
         mu[0] = found.mu
         return found.value / size, np.concatenate(found.gradient) / size
 
     flat = np.concatenate(shares)
-    for share in LEVELS:
+    for share in levels:
         eps = share * size / vp.shape[1]
         flat = minimize(objective, flat, (eps,), "L-BFGS-B", jac=True, options=options(steps)).x
-    return evaluate(vp, vn, pairs, Shares(*np.split(flat, layout)), eps, mu[0])
+    shares = Shares(*np.split(flat, layout))
+    return shares, evaluate(vp, vn, pairs, shares, eps, mu[0])
 
 
 def options(steps: int) -> dict[str, Any]:
@@ -266,7 +281,7 @@ def multipliers(points: Points, effort: Effort) -> Multipliers:
         pairs = candidates(vp @ moment, vn @ moment, effort.partners)
         shares = first_shares(pairs, np.maximum(plain.delta, 1e-12 * size))
         try:
-            found = descend(vp @ axes, vn @ axes, pairs, shares, size=size, steps=effort.steps)
+            _, found = descend(vp @ axes, vn @ axes, pairs, shares, size=size, steps=effort.steps)
         except np.linalg.LinAlgError:
             return plain
         if not all(np.isfinite(part).all() for part in (found.cover.data, found.kappa, found.curvature, found.delta)):

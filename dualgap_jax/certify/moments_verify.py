@@ -237,12 +237,12 @@ def _shift(h: np.ndarray) -> float:
     """Some e with `H + e I` positive semidefinite."""
     p = len(h)
     size = float(np.abs(np.diagonal(h)).sum())
-    least = 2 * _g(p + 8) * size
+    least = 0.0
     for _ in range(400):
         try:
             scipy.linalg.cholesky(h + least * np.eye(p), lower=True, check_finite=False)
         except np.linalg.LinAlgError:
-            least = 4 * least + 1e-300
+            least = max(4 * least, _g(p + 8) * size, 1e-300)
         else:
             return least + 2 * _g(p + 8) * (size + p * least)
     raise VerificationError("H has no Cholesky factor at any shift.")

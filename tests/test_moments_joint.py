@@ -1,0 +1,152 @@
+"""Lower bounds of two-layer ReLU networks from the moment relaxation, against networks and against exact arcs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import xlogy
+from test_moments import QUICK, on_arcs
+
+from dualgap_jax.certify.moments_cover import Effort, candidates, evaluate, first_shares
+from dualgap_jax.certify.moments_joint import relaxation
+from dualgap_jax.certify.moments_start import FORMS
+from dualgap_jax.certify.moments_verify import verify_ball_bound
+
+LOSSES = {
+    "squared": lambda z, y: 0.5 * (z - y) ** 2,
+    "logistic": lambda z, y: np.logaddexp(0.0, -y * z),
+    "hinge": lambda z, y: np.maximum(0.0, 1 - y * z),
+}
+CONJUGATES = {
+    "squared": lambda alpha, y: 0.5 * alpha**2 + alpha * y,
+    "logistic": lambda alpha, y: xlogy(-alpha * y, -alpha * y) + xlogy(1 + alpha * y, 1 + alpha * y),
+    "hinge": lambda alpha, y: alpha * y,
+}
+
+
+def risk(w: np.ndarray, x: np.ndarray, y: np.ndarray, loss: str, penalty: float) -> float:
+    units = w.reshape(-1, x.shape[1] + 1)
+    z = np.maximum(x @ units[:, 1:].T, 0.0) @ units[:, 0]
+    return float(np.mean(LOSSES[loss](z, y)) + penalty * np.sum(w**2))
+
+
+def best_network(x: np.ndarray, y: np.ndarray, loss: str, penalty: float, rng: np.random.Generator) -> float:
+    """The least risk of some networks of six units."""
+    size = 6 * (x.shape[1] + 1)
+    starts = [np.zeros(size), *(rng.standard_normal((3, size)))]
+    found = [minimize(risk, w, (x, y, loss, penalty), "Powell", options={"maxiter": 15}).fun for w in starts]
+    return min(risk(starts[0], x, y, loss, penalty), *found)
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_below_every_network_and_close(loss: str, share: float, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((8, 2))
+    y = rng.standard_normal(8) if loss == "squared" else np.sign(rng.standard_normal(8))
+    slope = FORMS[loss].slope(np.zeros(8), y)
+    penalty = 0.5 * share * on_arcs(x, slope)
+    found = relaxation(x, y, loss, penalty=penalty, effort=QUICK)
+    assert on_arcs(x, found.alpha) <= 2 * penalty
+    assert found.bound.upper <= 2 * penalty
+    assert verify_ball_bound(x, found.alpha, found.bound) <= 2 * penalty
+    assert found.lower <= -np.mean(CONJUGATES[loss](found.alpha, y)) + 1e-15
+    best = best_network(x, y, loss, penalty, rng)
+    assert 0.6 * best <= found.lower <= best
+
+
+def test_a_large_penalty_leaves_the_zero_network(rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((10, 3)), rng.standard_normal(10)
+    penalty = float(np.abs(y) @ np.linalg.norm(x, axis=1)) / 10
+    found = relaxation(x, y, "squared", penalty=penalty, effort=QUICK)
+    np.testing.assert_allclose(found.lower, 0.5 * np.mean(y**2), rtol=1e-6)
+    assert found.lower <= 0.5 * np.mean(y**2)
+
+
+EDGES = [(loss, case) for loss in LOSSES for case in ("one label", "zero rows", "all rows zero", "one row")]
+
+
+@pytest.mark.parametrize(("loss", "case"), [*EDGES, ("squared", "zero targets"), ("squared", "some targets zero")])
+def test_edges(loss: str, case: str, rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((6, 2)), np.sign(rng.standard_normal(6))
+    if case == "one label":
+        y = np.ones(6)
+    elif case in ("zero targets", "some targets zero"):
+        y = y * (np.arange(6) > 3) * (case != "zero targets")
+    elif case == "zero rows":
+        x[::2] = 0.0
+    elif case == "all rows zero":
+        x[:] = 0.0
+    elif case == "one row":
+        x, y = x[:1], y[:1]
+    found = relaxation(x, y, loss, penalty=0.02, effort=QUICK)
+    assert on_arcs(x, found.alpha) <= 0.04
+    assert found.lower <= -np.mean(CONJUGATES[loss](found.alpha, y)) + 1e-15
+    best = best_network(x, y, loss, 0.02, rng)
+    assert 0.5 * best - 1e-12 <= found.lower <= best + 1e-15
+
+
+@pytest.mark.parametrize("power", [-300, 300])
+def test_units_of_the_data(power: int, rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((6, 2)), rng.standard_normal(6)
+    one = relaxation(x, y, "squared", penalty=0.05, effort=QUICK)
+    other = relaxation(np.ldexp(x, power), y, "squared", penalty=float(np.ldexp(0.05, power)), effort=QUICK)
+    np.testing.assert_allclose(other.lower, one.lower, rtol=1e-6)
+
+
+def test_goes_on_from_a_dual_vector(rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((20, 4)), rng.standard_normal(20)
+    first = relaxation(x, y, "squared", penalty=0.05, effort=QUICK)
+    again = relaxation(x, y, "squared", penalty=0.05, alpha=first.alpha, effort=QUICK)
+    assert again.lower >= first.lower * (1 - 1e-2)
+
+
+def test_gradients_of_the_smoothed_bound(rng: np.random.Generator) -> None:
+    vp, vn = rng.standard_normal((3, 4)), rng.standard_normal((5, 4))
+    pairs = candidates(vp, vn, 2)
+    shares = first_shares(pairs, np.full(3, 0.7))
+    shares = type(shares)(*(part + 0.3 * rng.standard_normal(part.shape) for part in shares))
+    cuts = np.cumsum([vp.size, vn.size, *map(len, shares)])[:-1]
+
+    def at(flat: np.ndarray) -> Any:
+        p, m, *rest = np.split(flat, cuts)
+        return evaluate(p.reshape(vp.shape), m.reshape(vn.shape), pairs, type(shares)(*rest), 0.3, 5.0)
+
+    flat = np.concatenate([vp.ravel(), vn.ravel(), *shares])
+    found = at(flat)
+    gradient = np.concatenate([found.positive.ravel(), found.negative.ravel(), *found.gradient])
+    numeric = [(at(flat + h).value - at(flat - h).value) / 2e-5 for h in 1e-5 * np.eye(len(flat))]
+    np.testing.assert_allclose(gradient, numeric, atol=1e-8)
+
+
+def test_candidates_of_many_points_reach_every_point(rng: np.random.Generator) -> None:
+    pairs = candidates(rng.standard_normal((400, 3)), rng.standard_normal((500, 3)), 4)
+    assert len(pairs.rows) < 400 * 500
+    assert np.bincount(pairs.rows, minlength=400).min() >= 4
+    assert np.bincount(pairs.cols, minlength=500).min() >= 4
+    assert np.array_equal(pairs.starts, np.searchsorted(pairs.cols, np.arange(500)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"y": np.ones(3)}, "need x"),
+        ({"y": np.ones((2, 1))}, "shape"),
+        ({"y": np.array([1.0, np.nan])}, "not finite"),
+        ({"y": np.array([1.0, 2.0]), "loss": "hinge"}, "labels"),
+        ({"loss": "cubic"}, "loss"),
+        ({"penalty": 0.0}, "penalty"),
+        ({"penalty": np.inf}, "penalty"),
+        ({"penalty": -1.0}, "penalty"),
+        ({"alpha": np.ones((2, 1))}, "alpha"),
+        ({"alpha": np.array([1.0, np.nan])}, "not finite"),
+        ({"effort": Effort(rank=1)}, "rank"),
+        ({"x": np.full((2, 2), np.inf)}, "not finite"),
+    ],
+)
+def test_refused(changes: dict[str, Any], words: str) -> None:
+    given = {"x": np.ones((2, 2)), "y": np.array([1.0, -1.0]), "loss": "squared", "penalty": 0.1} | changes
+    with pytest.raises(ValueError, match=words):
+        relaxation(given.pop("x"), given.pop("y"), given.pop("loss"), **given)
