@@ -534,3 +534,40 @@ def test_a_report_reads_as_a_table() -> None:
     text = Report("Title", ["I", "value"], [[1000, 0.123456], [2, None]], ["Note."]).text()
     assert text.splitlines()[2:6] == ["    I   value", "-------------", "1,000  0.1235", "    2       -"]
     json.dumps(Report("t", ["a"], [[1]])._asdict())
+
+
+# --- aligned ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align", ["branches", "units", "activations"])
+def test_the_aligned_surface_goes_through_the_same_functions(align: Any, tmp_path: Path) -> None:
+    cell = tiny(plane=PlaneSpec(points=5, edge_points=4, align=align))
+    report, workdir, _ = run(RowSpec(num_branches=(1, 3), cell=cell), tmp_path / "w", "landscape_row")
+    assert [row[0] for row in report.rows] == [1, "1 aligned", 3, "3 aligned"]
+    assert any("Aligned:" in note for note in report.notes)
+    for folder in ("I_1", "I_3"):
+        results = workdir.path / folder / "results"
+        record, raw, aligned = (load(results / n) for load, n in RECORDS)
+        np.testing.assert_allclose(raw["edge_loss"][:, [0, -1]], aligned["edge_loss"][:, [0, -1]], rtol=1e-4, atol=1e-6)
+        distances = np.asarray(record["aligned"]["distances"])
+        assert (distances[0] == 0).all()
+        if align != "activations":
+            assert (distances[1:, 1] <= distances[1:, 0] * (1 + 1e-6)).all()
+        middle = aligned["loss"][2, 2]
+        assert record["aligned"]["centre_loss"] == middle
+        assert record["aligned"]["scores"]["barrier_max"] == pytest.approx(
+            max(convexity.barrier(aligned["edge_t"], edge) for edge in aligned["edge_loss"])
+        )
+    cells = load_json(workdir.results / "row.json")
+    assert cells["cells"][1]["scores"]["barrier_max_aligned"] == record["aligned"]["scores"]["barrier_max"]
+    assert {"row.png", "row_aligned.png", "scores.png"} <= {p.name for p in workdir.figures.iterdir()}
+    assert (workdir.path / "I_3/figures/aligned.png").exists()
+
+
+RECORDS = ((load_json, "landscape.json"), (load_npz, "landscape.npz"), (load_npz, "aligned.npz"))
+
+
+def test_units_of_deep_branches_are_not_aligned_across_branches(tmp_path: Path) -> None:
+    spec = tiny(branch=Component("mlp", {"hidden": (2, 2)}), plane=PlaneSpec(points=5, edge_points=4, align="units"))
+    with pytest.raises(ConfigError, match=r"plane\.align='units'.*align=branches"):
+        run(spec, tmp_path / "w")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualgap_jax import convexity, figures, landscape, seeds
-from dualgap_jax.config import Component, require
+from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, confirm_data
@@ -35,6 +35,12 @@ from dualgap_jax.workdir import Workdir
 DType = Literal["float32", "bfloat16"]
 
 _MAX_POINTS = 10_000  # along a side or an edge
+# Names of a config for what is permuted, and by what it is compared; see `landscape.align`.
+ALIGNMENTS = {
+    "branches": ("branches", "weights"),
+    "units": ("units", "weights"),
+    "activations": ("units", "activations"),
+}
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
 
 
@@ -60,6 +66,9 @@ class PlaneSpec:
       state: what becomes of running statistics (batch norm) between the solutions: 'estimate' gathers them anew at
         every point, 'interpolate' takes them along linearly.
       state_samples: over how many examples they are estimated, spread evenly over those of the surface.
+      align: whether a second surface goes through the solutions aligned to the first: 'none'; 'branches', permuted
+        whole and in their hidden units; 'units', the hidden units of all branches by weights, 'activations', by
+        activations, both for one hidden layer; see `landscape.align`.
     """
 
     axes: Literal["authors", "orthonormal"] = "authors"
@@ -71,6 +80,7 @@ class PlaneSpec:
     route: Literal["auto", "stem", "plain"] = "auto"
     state: Literal["estimate", "interpolate"] = "estimate"
     state_samples: int = 256
+    align: Literal["none", "branches", "units", "activations"] = "none"
 
     def __post_init__(self) -> None:
         require(0 < self.half_width < math.inf, f"plane.half_width={self.half_width} must be positive.")
@@ -186,6 +196,7 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
         lowered = with_precision(branch, param_dtype=spec.precision.params, compute_dtype=spec.precision.compute)
         training_net = network(lowered)
     _check_fits(spec, training_net, dataset)
+    _check_alignable(spec, net, dataset)
     return Setting(dataset, net, training_net, loss)
 
 
@@ -199,6 +210,19 @@ def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
         f" {humanize.naturalsize(max(free, 0))}; take fewer or smaller branches, or share them with"
         " --config.mesh.branch.",
     )
+
+
+def _check_alignable(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
+    """Raises ConfigError where the solutions could not be aligned as the spec wants it."""
+    if spec.plane.align == "none":
+        return
+    over, by = ALIGNMENTS[spec.plane.align]
+    try:
+        landscape.exchangeable(net, dataset.x[:32], over=over, by=by)
+    except ValueError as error:
+        raise ConfigError(
+            f"plane.align={spec.plane.align!r} does not fit this branch: {error} Take plane.align=branches or none."
+        ) from None
 
 
 def regime(spec: LandscapeSpec) -> str:
@@ -287,7 +311,35 @@ def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
 def _measure(
     spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Network, loss: Loss, networks: Sequence[BranchSource]
 ) -> dict[str, Any]:
-    """Plane, surface and scores; writes `results/landscape.npz`."""
+    """Planes, surfaces and scores, raw and aligned as far as asked for; writes `results/landscape.npz`."""
+    zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
+    zero_loss = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
+    measured: dict[str, Any] = {"axes": spec.plane.axes, "state": None, "zero_loss": zero_loss}
+    if landscape.has_statistics(networks[0].read(0, 1)[1]):
+        examples = min(spec.plane.state_samples, len(dataset.y)) if spec.plane.state == "estimate" else None
+        measured["state"] = {"how": spec.plane.state, "samples": examples}
+    measured |= _surface(spec, workdir, dataset, net, loss, networks, "landscape", zero_loss)
+    if spec.plane.align != "none":
+        over, by = ALIGNMENTS[spec.plane.align]
+        found = landscape.align(net, networks, dataset.x[: spec.plane.sample_chunk], over=over, by=by)
+        aligned = _surface(spec, workdir, dataset, net, loss, found.networks, "aligned", zero_loss)
+        aligned.pop("definitions")
+        measured["aligned"] = {"over": over, "by": by, "distances": found.distances.tolist(), "blocks": found.blocks}
+        measured["aligned"] |= aligned
+    return measured
+
+
+def _surface(
+    spec: LandscapeSpec,
+    workdir: Workdir,
+    dataset: Dataset,
+    net: Network,
+    loss: Loss,
+    networks: Sequence[BranchSource],
+    name: str,
+    zero_loss: float,
+) -> dict[str, Any]:
+    """The surface over the plane through three networks, kept as `results/NAME.npz`, and its scores."""
     plane = landscape.plane_through(networks, spec.plane.axes)
     unit = 1.0 if spec.plane.axes == "authors" else float(np.linalg.norm(plane.anchors, axis=1).max())
     xs = spec.plane.half_width * unit * np.linspace(-1, 1, spec.plane.points)
@@ -303,28 +355,15 @@ def _measure(
         route=spec.plane.route,
         state=spec.plane.state,
         state_samples=spec.plane.state_samples,
-        partial=workdir.results / "landscape.partial.npz",
+        partial=workdir.results / f"{name}.partial.npz",
     )
-    zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
-    zero_loss = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
-    save_npz(
-        workdir.results / "landscape.npz",
-        **surface._asdict(),
-        anchors=plane.anchors,
-        edge_t=t,
-        edge_loss=edge_loss,
-    )
+    stored = {**surface._asdict(), "anchors": plane.anchors, "edge_t": t, "edge_loss": edge_loss}
+    save_npz(workdir.results / f"{name}.npz", **stored)
     scores = convexity.scores(xs, xs, surface.loss, zero_loss=zero_loss, edge_t=t, edge_losses=edge_loss).to_json()
-    measured: dict[str, Any] = {
-        "axes": spec.plane.axes,
-        "state": None,
-        "zero_loss": zero_loss,
-        "definitions": scores.pop("definitions"),
-        "scores": scores,
-    }
-    if landscape.has_statistics(networks[0].read(0, 1)[1]):
-        examples = min(spec.plane.state_samples, len(dataset.y)) if spec.plane.state == "estimate" else None
-        measured["state"] = {"how": spec.plane.state, "samples": examples}
+    measured: dict[str, Any] = {"definitions": scores.pop("definitions"), "scores": scores}
+    if spec.plane.points % 2:  # the mean of the three networks is a point of the grid
+        centre = float(surface.loss[spec.plane.points // 2, spec.plane.points // 2])
+        measured["centre_loss"] = centre if np.isfinite(centre) else None
     inner = np.abs(xs) <= PAPER_HALF_WIDTH + 1e-9
     if spec.plane.axes == "authors" and 3 <= inner.sum() < len(xs):
         window = surface.loss[np.ix_(inner, inner)]

@@ -31,6 +31,28 @@ def partial_notes(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     )
 
 
+def _aligned_note(aligned: Mapping[str, Any]) -> str:
+    what = "branches and their hidden units" if aligned["over"] == "branches" else "hidden units of all branches"
+    return f"Aligned: {what} of solutions 1 and 2 permuted to lie nearest to those of solution 0, by {aligned['by']}."
+
+
+def _row(record: Mapping[str, Any], name: Any, measured: Mapping[str, Any]) -> list[Any]:
+    """The line of one surface of a landscape."""
+    scores, inner = measured["scores"], measured.get("scores_paper_window", {})
+    return [
+        name,
+        " ".join(f"{s['loss']:.3g}" for s in record["solutions"]),
+        "/".join(sorted({s["status"] for s in record["solutions"]})),
+        scores["envelope_max"],
+        scores["envelope_max_per_zero_loss"],
+        scores["envelope_max_per_range"],
+        scores["midpoint_violation_rate"],
+        scores["negative_curvature_share"],
+        scores["barrier_max"],
+        inner.get("envelope_max"),
+    ]
+
+
 def report(records: list[dict[str, Any]]) -> Report:
     """The table of one landscape, or of a row of them."""
     columns = [
@@ -47,21 +69,9 @@ def report(records: list[dict[str, Any]]) -> Report:
     ]
     rows = []
     for r in records:
-        scores, inner = r["scores"], r.get("scores_paper_window", {})
-        rows.append(
-            [
-                r["num_branches"],
-                " ".join(f"{s['loss']:.3g}" for s in r["solutions"]),
-                "/".join(sorted({s["status"] for s in r["solutions"]})),
-                scores["envelope_max"],
-                scores["envelope_max_per_zero_loss"],
-                scores["envelope_max_per_range"],
-                scores["midpoint_violation_rate"],
-                scores["negative_curvature_share"],
-                scores["barrier_max"],
-                inner.get("envelope_max"),
-            ]
-        )
+        rows.append(_row(r, r["num_branches"], r))
+        if "aligned" in r:
+            rows.append(_row(r, f"{r['num_branches']} aligned", r["aligned"]))
     first = records[0]
     notes = [
         f"Regime: {first['regime']}.",
@@ -69,6 +79,7 @@ def report(records: list[dict[str, Any]]) -> Report:
         f" Losses: over {_losses_over(records)}.",
     ]
     notes += sorted({_state_note(r) for r in records if r.get("state") is not None})
+    notes += sorted({_aligned_note(r["aligned"]) for r in records if "aligned" in r})
     notes += partial_notes([(f"I = {r['num_branches']:,}", r["scores"]) for r in records])
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from dualgap_jax import figures
@@ -26,6 +27,7 @@ SCORES = (
     "curvature_ratio_mean",
     "barrier_max",
 )
+ALIGNED_SCORES = ("envelope_max", "midpoint_violation_rate", "negative_curvature_share", "barrier_max")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,12 @@ class RowSpec:
         self.cell.validate(tables)
 
 
+def _aligned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of the aligned surface by names of their own; none where there is no such surface."""
+    scores = record.get("aligned", {}).get("scores", {})
+    return {f"{name}_aligned": scores[name] for name in ALIGNED_SCORES if name in scores}
+
+
 def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
     """A row of landscapes over several numbers of branches, and every convexity score against it (Figures 1 and 4)."""
     cells: list[dict[str, Any]] = []
@@ -71,7 +79,7 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
             {
                 "num_branches": count,
                 "workdir": folder,
-                "scores": record["scores"],
+                "scores": record["scores"] | _aligned(record),
                 "scores_paper_window": record.get("scores_paper_window"),
                 "solutions": record["solutions"],
                 "regime": record["regime"],
@@ -83,7 +91,7 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
                 "title": spec.title,
                 "paper_item": spec.paper_item,
                 "cells": cells,
-                "score_names": SCORES,
+                "score_names": (*SCORES, *_aligned(record)),
                 "definitions": record["definitions"],
             },
         )

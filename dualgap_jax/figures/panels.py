@@ -59,9 +59,9 @@ class Scale(NamedTuple):
     empty: bool
 
 
-def read_surface(workdir: Path) -> Surface:
-    """`results/landscape.npz`.  Raises ValueError when it is missing, or an array is missing or of another shape."""
-    path = workdir / "results" / "landscape.npz"
+def read_surface(workdir: Path, name: str = "landscape.npz") -> Surface:
+    """A surface of `results/`.  Raises ValueError when it is missing, or an array is missing or of another shape."""
+    path = workdir / "results" / name
     stored = read_record(workdir, path.name, Surface._fields)
     arrays = {name: np.asarray(stored[name], dtype=np.float64) for name in Surface._fields}
     nx, ny, m = arrays["xs"].size, arrays["ys"].size, arrays["edge_t"].size

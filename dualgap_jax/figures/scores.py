@@ -36,7 +36,7 @@ _SCORE_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     (
         "Distance to the lower convex envelope",
         "loss",
-        {"envelope_max": "largest", "envelope_mean": "mean"},
+        {"envelope_max": "largest", "envelope_mean": "mean", "envelope_max_aligned": "aligned"},
     ),
     (
         "… relative to the loss of the zero network",
@@ -51,20 +51,21 @@ _SCORE_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     (
         "Midpoint-convexity violations",
         "share of point pairs",
-        {"midpoint_violation_rate": "violations"},
+        {"midpoint_violation_rate": "raw", "midpoint_violation_rate_aligned": "aligned"},
     ),
     (
         "Negative curvature",
         "share; ratio of eigenvalues",
         {
-            "negative_curvature_share": "share of the grid",
+            "negative_curvature_share": "share",
             "curvature_ratio_mean": "mean ratio",
+            "negative_curvature_share_aligned": "aligned",
         },
     ),
     (
         "Barrier between two solutions",
         "loss",
-        {"barrier_max": "largest", "barrier_mean": "mean"},
+        {"barrier_max": "largest", "barrier_mean": "mean", "barrier_max_aligned": "aligned"},
     ),
 )
 
@@ -136,7 +137,14 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
             axes.set_title(title, loc="left", pad=16 if len(lines) > 1 else 6)
             axes.set(xlabel="number of branches $I$", ylabel=label)
             if len(lines) > 1:
-                axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=2, borderpad=0.1, columnspacing=1.2)
+                axes.legend(
+                    loc="lower left",
+                    bbox_to_anchor=(-0.02, 0.97),
+                    ncols=len(lines),
+                    borderpad=0.1,
+                    columnspacing=1.2 if len(lines) < 3 else 0.8,
+                    handlelength=2.0 if len(lines) < 3 else 1.6,
+                )
         return save(figure, workdir, "scores")
 
 

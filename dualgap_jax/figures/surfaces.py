@@ -6,7 +6,9 @@ import math
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from dualgap_jax.figures.page import (
     NOTE_COLOR,
@@ -24,6 +26,7 @@ from dualgap_jax.figures.page import (
     value_of,
 )
 from dualgap_jax.figures.panels import (
+    Surface,
     colour_bar,
     draw_edges,
     draw_map,
@@ -33,9 +36,6 @@ from dualgap_jax.figures.panels import (
     surface_notes,
 )
 from dualgap_jax.figures.scores import draw_scores
-
-if TYPE_CHECKING:
-    pass
 
 # What the coordinates a and b of the plane are.
 _PLANE_LABELS = {
@@ -89,10 +89,11 @@ def landscape(workdir: str | Path) -> list[Path]:
 
     Reads `results/landscape.npz` (`xs [nx]`, `ys [ny]`, `loss [ny, nx]`, `anchors [3, 2]`, `edge_t [m]`,
     `edge_loss [3, m]`, edges 0-1, 1-2, 2-0) and `results/landscape.json` (`title`, `num_branches`, `solutions`,
-    `scores`, `axes`, and `data.image_format` if known: figures of lossy images say so).
+    `scores`, `axes`, and `data.image_format` if known: figures of lossy images say so).  A record with `aligned` has
+    `results/aligned.npz` too, and both surfaces stand in `figures/aligned` on one scale.
 
     Returns:
-      The paths of `figures/landscape.png` and `figures/landscape.pdf`.
+      The paths of `figures/landscape.png` and `figures/landscape.pdf`, and of `figures/aligned`, if there is such.
 
     Raises:
       ValueError: a record is missing or malformed.
@@ -123,7 +124,55 @@ def landscape(workdir: str | Path) -> list[Path]:
         flat.set(xlabel=f"$a$: {x_label}", ylabel=f"$b$: {y_label}")
         colour_bar(figure, flat, filled, scale)
         draw_edges(figure.add_axes(box(figure, 8.65, 1.1, 2.15, 2.55)), surface)
-        return save(figure, workdir, "landscape")
+        drawn = save(figure, workdir, "landscape")
+    return drawn + (_draw_aligned(workdir, record, surface) if "aligned" in record else [])
+
+
+def _draw_aligned(workdir: Path, record: Mapping[str, Any], raw: Surface) -> list[Path]:
+    """Two rows of panels on one scale: the plane through the solutions as trained, and as aligned."""
+    aligned = read_surface(workdir, "aligned.npz")
+    scale = scale_of(np.concatenate([raw.loss, aligned.loss]))
+    what = record["aligned"]
+    apart = ", ".join(
+        f"{k}: {number(before)} → {number(after)}" for k, (before, after) in enumerate(what["distances"]) if before
+    )
+    rows = (("as trained", raw, record), ("aligned to solution 0", aligned, what))
+    caption = [
+        f"Permuted: {plain(what['over'])} of solutions 1 and 2, compared by {plain(what['by'])}; the networks compute"
+        " what they did.",
+        f"Distances of the parameters to those of solution 0, before → after: {apart}.",
+        "Both surfaces are on one scale of loss.",
+        *(f"{name.capitalize()}: {note}" for name, s, _ in rows for note in surface_notes(s, scale)),
+        _samples_note(record),
+        data_note(record),
+    ]
+    x_label, y_label = _PLANE_LABELS.get(record["axes"], ("", ""))
+    top = max(
+        (float(loss.max(where=np.isfinite(loss), initial=0.0)) for loss in (raw.edge_loss, aligned.edge_loss)),
+        default=0.0,
+    )
+    with page(11.0, 7.9, caption) as figure:
+        branches = f"I = {record['num_branches']:,}"
+        head(figure, record["title"], *([] if branches in record["title"] else [branches.replace("I", "$I$")]))
+        height = figure.get_figheight()
+        for index, (name, surface, measured) in enumerate(rows):
+            down = 3.65 * index
+            line = _key_scores(measured["scores"], [k for k in _KEY_SCORES if "per" not in k])
+            figure.text(
+                0.03, 1 - (0.72 + down) / height, f"({_letter(index)}) {name}:  " + "  ·  ".join(line), va="top"
+            )
+            solid = figure.add_axes(box(figure, 0.0, 0.85 + down, 3.6, 3.2), projection="3d")
+            draw_solid(solid, surface, scale)
+            flat = figure.add_axes(box(figure, 4.65, 1.15 + down, 2.4, 2.4))
+            filled = draw_map(flat, surface, scale)
+            flat.set(xlabel=f"$a$: {x_label}", ylabel=f"$b$: {y_label}")
+            flat.xaxis.label.set_fontsize(8)
+            flat.yaxis.label.set_fontsize(8)
+            colour_bar(figure, flat, filled, scale)
+            edges = figure.add_axes(box(figure, 8.65, 1.3 + down, 2.15, 2.1))
+            draw_edges(edges, surface)
+            edges.set_ylim(-0.05 * top, 1.08 * top if top > 0 else 1.0)
+        return save(figure, workdir, "aligned")
 
 
 def row(workdir: str | Path) -> list[Path]:
@@ -133,7 +182,7 @@ def row(workdir: str | Path) -> list[Path]:
     `scores`, and `workdir`, the cell's work folder relative to this one, whose landscape record is drawn.
 
     Returns:
-      The paths of `figures/row.png`, `figures/row.pdf`, `figures/scores.png` and `figures/scores.pdf`.
+      The paths of `figures/row` and `figures/scores`, as PNG and PDF, and of `figures/row_aligned` if all cells are.
 
     Raises:
       ValueError: a record is missing or malformed, or there are no cells.
@@ -141,12 +190,29 @@ def row(workdir: str | Path) -> list[Path]:
     workdir = Path(workdir)
     record = read_record(workdir, "row.json", ("title", "paper_item", "cells", "score_names"))
     cells = read_cells(record, workdir, "row.json", ("num_branches", "workdir", "scores"))
-    return _draw_row(workdir, record, cells) + draw_scores(workdir, record, cells)
+    drawn = _draw_row(workdir, record, cells)
+    if all("envelope_max_aligned" in cell["scores"] for cell in cells):
+        aligned = [_aligned_cell(cell) for cell in cells]
+        title = f"{record['title']}, solutions aligned"
+        drawn += _draw_row(workdir, {**record, "title": title}, aligned, "aligned.npz", "row_aligned")
+    return drawn + draw_scores(workdir, record, cells)
 
 
-def _draw_row(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[Path]:
+def _aligned_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The cell with the scores of its aligned surface in place of its own."""
+    scores = {k.removesuffix("_aligned"): v for k, v in cell["scores"].items() if k.endswith("_aligned")}
+    return {**cell, "scores": scores}
+
+
+def _draw_row(
+    workdir: Path,
+    record: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    file: str = "landscape.npz",
+    stem: str = "row",
+) -> list[Path]:
     """Surfaces above, their contour maps below, each on its own scale as in the paper."""
-    surfaces = [read_surface(workdir / cell["workdir"]) for cell in cells]
+    surfaces = [read_surface(workdir / cell["workdir"], file) for cell in cells]
     scales = [scale_of(surface.loss) for surface in surfaces]
     records = [read_record(workdir / cell["workdir"], "landscape.json", ("axes",)) for cell in cells]
     planes = {r["axes"] for r in records}
@@ -174,7 +240,7 @@ def _draw_row(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[
             colour_bar(figure, flat, filled, scale)
             lines = "\n".join(_key_scores(cell["scores"], list(_KEY_SCORES)[:3]))
             figure.text(middle, 1 - 5.6 / height, lines, ha="center", va="top", fontsize=8, color=NOTE_COLOR)
-        return save(figure, workdir, "row")
+        return save(figure, workdir, stem)
 
 
 def _letter(index: int) -> str:

@@ -13,7 +13,7 @@ Branches and hidden units may change places without changing what a network comp
 such permutations as near to one another as they come, so that a plane through them shows one valley.
 """
 
-from dualgap_jax.landscape.alignment import Alignment, align
+from dualgap_jax.landscape.alignment import Alignment, align, exchangeable
 from dualgap_jax.landscape.planes import AXES, Block, Plane, at, plane_through, random_plane
 from dualgap_jax.landscape.points import ACCUMULATOR_BYTES, ROUTES, evaluate_points
 from dualgap_jax.landscape.products import DegeneratePlaneError
@@ -36,6 +36,7 @@ __all__ = [
     "edges",
     "evaluate",
     "evaluate_points",
+    "exchangeable",
     "has_statistics",
     "plane_through",
     "random_plane",

@@ -85,23 +85,12 @@ def align(
       TypeError: for networks that are not handles.
       UnknownNameError: for an unknown `over` or `by`.
     """
-    for value, allowed, name in ((over, OVER, "over"), (by, BY, "by")):
-        if value not in allowed:
-            raise UnknownNameError(unknown(name, value, allowed))
     if len(networks) < 2 or not 0 <= to < len(networks):
         raise ValueError(f"align needs at least two networks and to={to} among them, got {len(networks)}.")
-    if net.stacked is None:
-        raise ValueError("align needs a network made by multi_branch; a single branch is multi_branch(branch, 1).")
+    known = exchangeable(net, x, over=over, by=by, units=units)
     for network in networks:
         check_source(net, network)
     total = networks[to].num_branches
-    head = networks[to].read(0, 1)
-    known = symmetries.symmetry(*head, units)
-    if (over == "units" or by == "activations") and len(known.groups) != 1:
-        raise ValueError(
-            f"over={over!r}, by={by!r} is for networks with one hidden layer; this one has {len(known.groups)}."
-        )
-    symmetries.check(net, known, head, np.asarray(x)[:32], over)
     most = EXACT_BRANCHES if over == "branches" else max(1, EXACT_UNITS // known.groups[0].size)
     if block is not None and block < 1:
         raise ValueError(f"block={block} must be at least 1.")
@@ -129,6 +118,37 @@ def align(
         for number, (network, by_) in enumerate(zip(networks, found, strict=True))
     )
     return Alignment(moved, tuple(found), np.sqrt(distances), block)
+
+
+def exchangeable(
+    net: Network, x: Any, *, over: str = "branches", by: str = "weights", units: Sequence[Units] | None = None
+) -> Symmetry:
+    """The units that `align` may permute, found and checked on random weights before there are trained ones.
+
+    Args:
+      net, x, over, by, units: as of `align`.
+
+    Raises:
+      ValueError, UnknownNameError: as `align`.
+    """
+    for value, allowed, name in ((over, OVER, "over"), (by, BY, "by")):
+        if value not in allowed:
+            raise UnknownNameError(unknown(name, value, allowed))
+    if net.stacked is None:
+        raise ValueError("align needs a network made by multi_branch; a single branch is multi_branch(branch, 1).")
+    x = jnp.asarray(np.asarray(x)[:32])
+    shapes = jax.eval_shape(net.stacked.branch.init, jax.random.key(0), x)
+    like = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape), leaf.dtype), shapes)
+    params, state = like
+    known = symmetries.symmetry(params, state, units)
+    if (over == "units" or by == "activations") and len(known.groups) != 1:
+        raise ValueError(
+            f"over={over!r}, by={by!r} is for networks with one hidden layer; this one has {len(known.groups)}."
+        )
+    if by == "activations":
+        _activations(net, params, x, known)
+    symmetries.check(net, known, (params, state), x, over)
+    return known
 
 
 def _identity(known: Symmetry, total: int) -> Permutation:
