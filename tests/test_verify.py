@@ -105,6 +105,23 @@ def test_cones_bound_the_best_unit(seed: int, scale: float) -> None:
         assert forms._units(x[:, :d], c, seen * (1 - 1e-9))[0] != ""
 
 
+@pytest.mark.parametrize("power", [1.3, 2.7, 3.0])
+@pytest.mark.parametrize("exponent", [-80, -37, 37, 80])
+def test_the_rounding_of_an_exponent_is_charged(power: float, exponent: int, rng: np.random.Generator) -> None:
+    """`b^(L/q)` and `b^(1/q)` are as many roundings off as the logarithm of b is large."""
+    x, c, radius, extended = rng.standard_normal((3, 2)), np.array([1.0, -1.0, 1.0]), 10.0**exponent, np.longdouble
+    kappa = closed_forms.kappa_relu_chain(x, c, tau=1.0, widths=(1,))
+    kappa = dataclasses.replace(kappa, lower=kappa.upper)  # so that the allowance is all that there is
+    grid = np.linspace(0, radius**power, 65)
+    f = closed_forms.homogeneous_value_function(kappa, degree=2, power=power, radius=radius, budgets=grid)
+    b = grid[1:].astype(extended)
+    v = 1 - extended(kappa.upper) * b ** (2 / extended(power))
+    assert (f.lower[1:] <= v).all()
+    norms = np.sqrt((f.minimisers[1:].astype(extended) ** 2).sum(axis=1))
+    assert (norms ** extended(power) <= b * (1 - extended(2) ** -48)).all()
+    assert (1 - extended(kappa.upper) * norms**2 <= f.upper[1:] * (1 + extended(1e-18))).all()
+
+
 def test_other_branches_have_no_closed_form(rng: np.random.Generator) -> None:
     for branch in (mlp((1,), 1), mlp((2, 1), 1, use_bias=False), mlp((1,), 1, activation="tanh", use_bias=False)):
         one = branch_problem(branch, points(rng, 5, 2), tau=9.0, radius=1.0)

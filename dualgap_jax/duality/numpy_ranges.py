@@ -174,10 +174,16 @@ class Walker:
         where[self._i, self._j] = where[self._j, self._i] = np.arange(len(self._i))
         return Ranges(lower, upper, first, (flat[0][:, where], flat[1][:, where]), self._smooth)
 
+    @np.errstate(all="ignore")
     def upper(self, w: np.ndarray) -> np.ndarray:
         """Upper bounds on g at points `[n, p]`."""
-        with np.errstate(all="ignore"):
-            return np.broadcast_to(self._objective(_Jet((w[:, None], w[:, None]))).value[1][:, 0], len(w))
+        return np.broadcast_to(self._objective(_Jet((w[:, None], w[:, None]))).value[1][:, 0], len(w))
+
+    @np.errstate(all="ignore")
+    def outputs(self, w: np.ndarray) -> Pair:
+        """The ranges `[n, ...]` of the branch's outputs at points `[n, p]`."""
+        lo, hi = self._walk(self._closed, [_Jet((w[:, None], w[:, None]))])[0].value
+        return lo[:, 0], hi[:, 0]
 
     def _objective(self, w: _Jet) -> _Jet:
         (f,) = self._walk(self._closed, [w])
@@ -189,10 +195,8 @@ class Walker:
 
     @staticmethod
     def _full(part: Pair | None, count: int, n: int) -> Pair:
-        if part is None:
-            return np.zeros((n, count)), np.zeros((n, count))
-        lo, hi = (np.broadcast_to(end, (n, count)) for end in part)
-        return lo, hi
+        lo, hi = part or (np.zeros(1), np.zeros(1))
+        return np.broadcast_to(lo, (n, count)), np.broadcast_to(hi, (n, count))
 
     def _walk(self, closed: Any, args: list[_Jet]) -> list[_Jet]:
         known: dict[Any, _Jet] = dict(zip(closed.jaxpr.invars, args, strict=True))
@@ -214,9 +218,7 @@ class Walker:
     def _constant(value: Any) -> _Jet:
         array = np.asarray(value)
         if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
-            raise Unsupported(
-                f"a constant of type {array.dtype}, or one that is not finite, is not known to the checker."
-            )
+            raise Unsupported(f"a constant of type {array.dtype}, or not finite, is not known to the checker.")
         array = array.astype(np.float64)[None, None]
         return _Jet((array, array))
 

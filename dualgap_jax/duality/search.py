@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,16 +81,24 @@ def descend(problem: Problem, steps: int) -> Any:
 
 @functools.lru_cache(maxsize=32)
 def _descend(key: ByProgram, steps: int) -> Any:
-    value_and_grad = jax.value_and_grad(key.problem.g)
+    return jax.jit(jax.vmap(descent(key.problem.g, steps)))
 
-    def one(w: Array, radius: Array) -> tuple[Array, Array]:
+
+def descent(objective: Callable[..., Array], steps: int) -> Callable[..., tuple[Array, Array]]:
+    """`(w [p], radius, *arguments) -> (w, value)`: monotone projected gradient on `objective(w, *arguments)`.
+
+    The value is NaN if the objective was not a number anywhere on the way.
+    """
+    value_and_grad = jax.value_and_grad(objective)
+
+    def one(w: Array, radius: Array, *arguments: Array) -> tuple[Array, Array]:
         w = _project(w, radius)
-        value, gradient = value_and_grad(w)
+        value, gradient = value_and_grad(w, *arguments)
 
         def move(_: Array, particle: _Particle) -> _Particle:
             norm = jnp.maximum(jnp.linalg.norm(particle.gradient), jnp.finfo(w.dtype).tiny)
             trial = _project(particle.w - particle.step * radius * particle.gradient / norm, radius)
-            value, gradient = value_and_grad(trial)
+            value, gradient = value_and_grad(trial, *arguments)
             better = value < particle.value
             broken = particle.broken | jnp.isnan(value)
             chosen = _Particle(trial, value, gradient, jnp.minimum(1.5 * particle.step, 1.0), broken)
@@ -100,7 +109,7 @@ def _descend(key: ByProgram, steps: int) -> Any:
         end = jax.lax.fori_loop(0, steps, move, start)
         return end.w, jnp.where(end.broken, jnp.nan, end.value)
 
-    return jax.jit(jax.vmap(one))
+    return one
 
 
 def _run(kernel: Any, w: np.ndarray, radii: np.ndarray, chunk: int, progress: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Instance, verdicts
 from dualgap_jax.duality.verify_closed_forms import verify_margin
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
-from dualgap_jax.experiments.duality_proofs import proven_rows
+from dualgap_jax.experiments.duality_proofs import hinge_rows, proven_rows
 from dualgap_jax.experiments.duality_report import curve, dual_curve, report
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss
@@ -201,11 +201,17 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
         "rows": rows,
         "value_function": curve(function),
         "dual_function": dual_curve(function, budget, rows[0]["multiplier"]),
+        "hinge": None,
         "trained": [],
         "population": None,
         "population_note": note,
     }
-    _save_points(workdir, function, delta, chosen)
+    weights = np.ones(0)
+    if record["objective"] != "hinge" and dataset.task == "binary":
+        effort = Effort(spec.route, spec.search, spec.bound, dataclasses.replace(spec.dual_bound, tolerance=1e-6))
+        record["hinge"], clipped = hinge_rows(problem, function, budget, spec.num_branches, effort, seed=spec.seed)
+        weights = clipped.weights
+    _save_points(workdir, function, delta, chosen, weights)
     path = workdir.results / "duality_gap.json"
     if fresh:
         compute = functools.partial(_population, spec, tables, setup, function, budget, chosen, fresh)
@@ -282,9 +288,13 @@ def _risk(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: 
 
 
 def _save_points(
-    workdir: Workdir, function: ValueFunction, delta: deltas.Combination, allocations: list[Allocation]
+    workdir: Workdir,
+    function: ValueFunction,
+    delta: deltas.Combination,
+    allocations: list[Allocation],
+    hinge_weights: np.ndarray,
 ) -> None:
-    """`results/duality_gap.npz`: the whole value function, the weights that the allocations use, the combination."""
+    """`results/duality_gap.npz`: value function, weights that the allocations use, combination, weights of examples."""
     used = sorted({j for a in allocations for j in a.counts[0]})
     minimisers = function.minimisers
     save_npz(
@@ -298,6 +308,7 @@ def _save_points(
         delta_weights=delta.weights,
         delta_values=delta.values,
         delta_middle=delta.middle,
+        hinge_weights=hinge_weights,
     )
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dualgap_jax.duality import deltas, verify_gap
 from dualgap_jax.duality.allocation import Allocation
+from dualgap_jax.duality.clipped import Clipped, clipped_hinge, verify_clipped
 from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.theorem import Effort
 from dualgap_jax.duality.values import Status, ValueFunction
 from dualgap_jax.duality.verdict import Verdict
 from dualgap_jax.duality.verify import verify_function
@@ -95,3 +99,37 @@ def _proven_by(
     if not row.dual_value <= duals.get(row.multiplier, -float("inf")):
         row = row._replace(dual_value=-float("inf"))  # then only the grid's own bound on Q counts
     return checker.check(row)
+
+
+def hinge_rows(
+    problem: Problem, function: ValueFunction, budget: float, counts: Sequence[int], effort: Effort, *, seed: int
+) -> tuple[dict[str, Any], Clipped]:
+    """Bounds on inf(P) with the hinge as it is, for a record; what was not proven again is estimated.
+
+    Args:
+      problem: the one-branch problem, of labels -1 and +1.
+      function: its value function, from whose minimisers the search starts.
+      budget: K.
+      counts: the values of I.
+      effort: of the search and the proof.
+      seed: of the search.
+    """
+    picked = np.linspace(0, len(function.budgets) - 1, 17).astype(int)
+    cloud = None if function.minimisers is None else function.minimisers[picked]
+    with Progress(1, "the hinge with its maximum"):
+        found = clipped_hinge(problem, budget, list(counts), effort=effort, seed=seed, cloud=cloud)
+        reasons = verify_clipped(problem, found)
+    rows = []
+    for row in found.rows:
+        printed: dict[str, Any] = {"num_branches": row.num_branches, "lower": row.lower, "upper": row.upper}
+        for name in ("lower", "upper"):
+            printed[f"{name}_status"] = "estimated" if reasons[name] else getattr(row, f"{name}_status")
+        rows.append({**printed, "counts": list(row.counts)})
+    record = {
+        "rows": rows,
+        "multiplier": found.multiplier,
+        "mean_weight": float(found.weights.mean()),
+        "method": found.function.method,
+        "failures": [reason for reason in reasons.values() if reason],
+    }
+    return record, found

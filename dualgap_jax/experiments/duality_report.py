@@ -65,6 +65,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             "Assumption 1 is not proven: the numbers are those of the hinge without its maximum, E(1 - y f / tau), and"
             " the verdict for the hinge is undecided."
         )
+    if record["hinge"]:
+        notes += _hinge_notes(record["hinge"])
     again = record["verified"]
     if record["status"] == "certified":
         proven = sum(r["proven_by"] is not None for r in rows)
@@ -85,6 +87,17 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             told = f"gap over bound at most {max(ratio for ratio in ratios if ratio is not None):.3g} (estimated)"
         notes.append(f"Population: {record['population_note']}; {told}.")
     return notes
+
+
+def _hinge_notes(hinge: Mapping[str, Any]) -> list[str]:
+    """What is known of inf(P) with the maximum in the hinge."""
+    rows = hinge["rows"]
+    proven = all(r[f"{name}_status"] == "certified" for r in rows for name in ("lower", "upper"))
+    told = "; ".join(
+        f"[{r['lower']:.4g}, {r['upper']:.4g}] at I = {r['num_branches']:,}" for r in rows[:: len(rows) - 1 or 1]
+    )
+    notes = [f"The hinge with its maximum ({'proven' if proven else 'estimated'}): inf(P) lies in {told}."]
+    return notes + [f"Not proven, and therefore estimated: {failure}" for failure in hinge["failures"]]
 
 
 def _trained_notes(trained: list[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,176 @@
+"""Sabotages the certified paths, one line at a time, and sees whether a test notices.
+
+    python tests/mutations.py --out mutations.json
+
+Each mutation is made in a temporary copy of the package, the tests that should see it are run there, and must fail.
+First they must pass on the copy as it is.  Ends with status 1 if a sabotage went unnoticed.
+"""
+
+# ruff: noqa: E501 (lines of the package are quoted whole)
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GAP = "tests/test_gap.py"
+CHECKER = "tests/test_verdicts.py -k checker"
+VERDICTS = "tests/test_verdicts.py -k not(one_call|sup_d|record|diverged|linear_branches|tiny_tau|checker)"
+CHOICES = "tests/test_adversary.py -k choices"
+CLOSED = "tests/test_adversary.py -k homogeneous"
+DELTAS = "tests/test_adversary.py -k deltas"
+BOXES = "tests/test_adversary.py -k boxes"
+BOX = "tests/test_branch_and_bound.py -k bounds_of_boxes&tanh"
+TREE = "tests/test_branch_and_bound.py -k below_all_weights&tanh&2.0"
+TREE_CHECK = "tests/test_branch_and_bound.py -k tampered|gone_through_again|covers_the_set"
+FORMS = "tests/test_verify.py -k closed_forms_hold|cones|rounding_of_an_exponent"
+LINEAR = "tests/test_spectral_verify.py -k what_is_proven|dependencies"
+EXACT = "tests/test_spectral_certificate.py -k charged_and|low_rank"
+
+
+class Mutation(NamedTuple):
+    """What is done to a file of the package, and which tests should see it."""
+
+    kind: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _of(folder: str, file: str, kind: str, old: str, new: str, tests: str) -> Mutation:
+    return Mutation(kind, f"{folder}/{file}.py", old, new, tests)
+
+
+MUTATIONS = [
+    # Value functions in closed form.
+    _of("duality", "closed_forms", "the wrong end of an interval", "lower=offset - kappa.upper * shape", "lower=offset - kappa.lower * shape", CLOSED),
+    _of("duality", "closed_forms", "the wrong end of an interval", "upper=offset - kappa.lower", "upper=offset - kappa.upper", CLOSED),
+    _of("duality", "closed_forms", "a missing allowance", "(1 + exponent * (1 + abs(math.log(most))))", "(1 + exponent)", FORMS),
+    _of("duality", "closed_forms", "a missing allowance", "inside = 1 - 2 * BUDGET_SLACK - 2 * _EPS * abs(math.log(radius))", "inside = 1 - 2 * BUDGET_SLACK", FORMS),
+    _of("duality", "closed_forms", "a dropped candidate", "points = [0.0, most]", "points = [0.0]", CLOSED),
+    _of("duality", "closed_forms", "a dropped sign", "for sign in (1.0, -1.0)}", "for sign in (1.0,)}", CLOSED),
+    _of("duality", "closed_forms", "a stale partial sum", "return first + np.cumsum(steps, axis=0)", "return first + np.cumsum(steps, axis=0) - steps", CLOSED),
+    _of("duality", "closed_forms", "a wrong power", "margin=None if kappa.margin is None else kappa.margin * radius**degree", "margin=None if kappa.margin is None else kappa.margin * radius ** (degree - 1)", CLOSED),
+    # From value functions to a verdict.
+    _of("duality", "verdict", "a dropped grid step", "belows = [f.step_below() if f.status == \"certified\" else f.lower for f in functions]", "belows = [f.lower for f in functions]", CHOICES),
+    _of("duality", "verdict", "a sign", "value - free - _ROUNDING", "value + free - _ROUNDING", CHOICES),
+    _of("duality", "verdict", "a rounding direction", "gap_upper = math.nextafter(primal_upper - dual.value, math.inf)", "gap_upper = math.nextafter(primal_upper - dual.value, -math.inf)", CHECKER),
+    _of("duality", "verdict", "the wrong bound", "math.nextafter(primal_lower - dual_upper, -math.inf)", "math.nextafter(primal_upper - dual.value, -math.inf)", CHOICES),
+    _of("duality", "verdict", "a premise that is not asked for", "hinge = all(margin is not None and margin < 1 for margin in margins)", "hinge = True", VERDICTS),
+    _of("duality", "verdict", "a premise that is not asked for", "certified = instance.certified and proven_delta", "certified = instance.certified", VERDICTS),
+    _of("duality", "verdict", "a rounding direction", "full = min(math.floor(count * share), count)", "full = min(math.ceil(count * share), count)", CLOSED),
+    _of("duality", "units", "a tolerance that is not charged", "sure, limit = math.floor((room - start) / spread.largest)", "sure, limit = math.floor((room - start) / spread.largest + Fraction(1, 10**6))", GAP),
+    _of("duality", "units", "the wrong end of an interval", "math.floor((whole - start) / spread.least)", "math.floor((whole - start) / spread.largest)", GAP),
+    _of("duality", "deltas", "a dropped projection", "while _square(moved[k]) > limit:", "while False:", VERDICTS),
+    _of("duality", "deltas", "a wrong cell", "index = min(int(np.searchsorted(function.budgets, budget - slack)), len(function.lower) - 1)", "index = max(int(np.searchsorted(function.budgets, budget - slack)) - 1, 0)", DELTAS),
+    _of("duality", "margins", "a missing factor", "return math.sqrt(2) if one_hot else None", "return 1.0 if one_hot else None", VERDICTS),
+    # Branch and bound.
+    _of("duality", "branch_and_bound", "dropped boxes", "        lower = np.minimum(lower, open_bound.proven())\n", "        pass\n", BOXES),
+    _of("duality", "branch_and_bound", "a dropped box", "    return np.concatenate([lo, right_lo]), np.concatenate([left_hi, hi])", "    return np.concatenate([lo, lo]), np.concatenate([left_hi, left_hi])", TREE),
+    _of("duality", "branch_and_bound", "a sign", "fitted = base - slope * reach", "fitted = base + slope * reach", TREE),
+    _of("duality", "branch_and_bound", "a rounding direction", "return monotone(values + _SPARE * (1 + np.abs(values)), points)", "return monotone(values - _SPARE * (1 + np.abs(values)), points)", BOXES),
+    _of("duality", "boxes", "a sign", "curvature = jnp.diag(h_lo) + 2 * lam - jnp.sum(", "curvature = jnp.diag(h_lo) + 2 * lam + jnp.sum(", BOX),
+    _of("duality", "boxes", "a wrong cap", "lam = jnp.clip(fitted, start, jnp.maximum(start, end))", "lam = jnp.clip(fitted, 0.0, 1e6)", BOX),
+    _of("duality", "boxes", "the wrong end of an interval", "least = jnp.where(\n        inside, -0.5 * slope * slope", "least = jnp.where(\n        inside, -0.25 * slope * slope", BOX),
+    # Those who prove it again.
+    _of("duality", "verify", "one claim for all", "| (squares < out.h_lo[:, None])).all(1)", "| (squares < out.h_lo[:, None])).any(1)", TREE_CHECK),
+    _of("duality", "verify", "boxes without a bound", "    if len(lo):\n        return f\"the tree leaves", "    if False:\n        return f\"the tree leaves", TREE_CHECK),
+    _of("duality", "verify", "a set that is not covered", "if not tree.edge**2 * (1 - 1e-15) >= squares[-1]:", "if not tree.edge**2 * (1 - 1e-15) >= 0:", TREE_CHECK),
+    _of("duality", "verify_gap", "a dropped grid step", "below = [*self._low[1:], *self._low[-1:]]", "below = self._low", CHECKER),
+    _of("duality", "verify_gap", "a claim that is not looked at", "prove(\"gap_upper\", said[\"gap_upper\"] >= said[\"primal_upper\"] - said[\"dual_lower\"], \"difference\")", "prove(\"gap_upper\", True, \"difference\")", CHECKER),
+    _of("duality", "verify_gap", "a wrong residue", "int(lengths[rest % (q - p)]) * unit", "int(lengths.max()) * unit", CHECKER),
+    _of("duality", "verify_closed_forms", "a dropped sign", "for sign in (1.0, -1.0):\n        corners", "for sign in (1.0,):\n        corners", FORMS),
+    _of("duality", "verify_closed_forms", "dropped terms", "open_ * np.maximum(c, 0.0)", "0.0 * open_ * np.maximum(c, 0.0)", FORMS),
+    # Theorem 2.
+    _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + projection) * _ROOM_EPS", LINEAR),
+    _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + charge) * _ROOM_EPS", LINEAR),
+    _of("spectral", "verify", "a dual variable that is not feasible", "dual = dual * (min(1.0, ceiling / (norm * _ROOM)) if norm > 0 else 1.0)", "dual = dual * (1.0 if norm > 0 else 1.0)", LINEAR),
+    _of("spectral", "verify", "directions that are not counted", "hidden = max(rank - len(basis.rows_error), 0)", "hidden = 0", LINEAR),
+    _of("spectral", "verify", "a wrong factor", "return (misfit + ceiling / depth * penalty) * powers", "return (misfit + ceiling / (depth + 1) * penalty) * powers", LINEAR),
+    _of("spectral", "certificate", "a missing charge", "0.5 * (top + projection + charge) - rounding", "0.5 * (top + projection) - rounding", EXACT),
+    _of("spectral", "in_memory", "a rounding direction", "wrong = (near.astype(jnp.float64) - value) * towards < 0", "wrong = (near.astype(jnp.float64) - value) * towards > 0", EXACT),
+]  # fmt: skip
+
+
+def _copy(folder: Path) -> None:
+    for name in ("dualgap_jax", "tests", "configs", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def _passes(folder: Path, tests: str, limit: float) -> tuple[bool, str]:
+    """Whether the selection passes in a copy, and the name of the test that does not."""
+    file, _, chosen = tests.partition(" -k ")
+    words = chosen.replace("|", " or ").replace("&", " and ").replace("not(", "not (")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        file,
+        *(["-k", words] if words else []),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "TF_CPP_MIN_LOG_LEVEL": "1"}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return False, f"more than {limit:.0f} s"
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{tests}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0, failed[0].split(" - ")[0].partition("::")[2] if failed else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, help="where the table is written as JSON")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the mutations to make; all by default")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one selection of tests")
+    given = parser.parse_args()
+    chosen = [(k, m) for k, m in enumerate(MUTATIONS, 1) if given.only is None or k in given.only]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _copy(folder)
+        for tests in sorted({m.tests for _, m in chosen}):
+            passes, where = _passes(folder, tests, given.limit)
+            if not passes:
+                print(f"{tests} does not pass as it is: {where}")
+                return 1
+        for k, m in chosen:
+            path = folder / "dualgap_jax" / m.file
+            text = path.read_text()
+            if text.count(m.old) != 1:
+                print(f"{k}: {m.old!r} stands {text.count(m.old)} times in {m.file}")
+                return 1
+            path.write_text(text.replace(m.old, m.new))
+            start = time.perf_counter()
+            passes, where = _passes(folder, m.tests, given.limit)
+            path.write_text(text)
+            rows.append({"number": k, **m._asdict(), "caught": not passes, "by": where})
+            told = where if not passes else "NOT CAUGHT"
+            print(f"{k:>3}  {m.file:<34} {m.kind:<36} {told} ({time.perf_counter() - start:.0f} s)", flush=True)
+    caught = sum(bool(row["caught"]) for row in rows)
+    print(f"{caught} of {len(rows)} caught")
+    if given.out is not None:
+        given.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(caught < len(rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""Bounds on inf(P) with the hinge as it is, where Assumption 1 fails, against mixtures of many weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+
+from dualgap_jax import experiments
+from dualgap_jax.config import Component, experiment_config
+from dualgap_jax.data import Dataset
+from dualgap_jax.duality import Effort, SearchSpec, branch_problem, clipped, theorem
+from dualgap_jax.duality.clipped import Clipped, clipped_hinge, verify_clipped
+from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.trained import TrainedSpec
+from dualgap_jax.experiments.duality_gap import DualityGapSpec
+from dualgap_jax.files import load_json
+from dualgap_jax.networks import mlp
+
+SMALL = Effort(search=SearchSpec(budgets=4, starts=24, steps=60, sweeps=1, survivors=2))
+
+
+def points(rng: np.random.Generator, n: int, d: int) -> Dataset:
+    x, y = rng.standard_normal((n, d)).astype(np.float32), rng.choice([-1.0, 1.0], n).astype(np.float32)
+    return Dataset("random", x, y, np.zeros(1, np.float32), np.ones(1, np.float32), 1, "binary", {})
+
+
+def relu(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """`a max(0, u.x)` at weights `[k, 3]`."""
+    return w[:, 2:] * np.maximum(w[:, :2] @ x.T, 0)
+
+
+def best_mixture(one: Problem, w: np.ndarray, budget: float) -> float:
+    """The least risk of mixtures of weights, by linear programming."""
+    scores, k, n = one.c[:, 0] * relu(w, one.x) / one.tau, len(w), len(one.x)
+    above = np.concatenate([-scores.T, -np.eye(n)], axis=1)
+    cost = np.concatenate([one.h(w), np.zeros(n)])[None]
+    found = linprog(
+        np.concatenate([np.zeros(k), np.full(n, 1 / n)]), A_ub=np.concatenate([above, cost]),
+        b_ub=np.append(-np.ones(n), budget), A_eq=np.concatenate([np.ones(k), np.zeros(n)])[None], b_eq=[1.0],
+    )  # fmt: skip
+    return float(found.fun)
+
+
+@pytest.fixture(scope="module")
+def solved() -> tuple[Problem, Clipped]:
+    one = branch_problem(mlp((1,), 1, use_bias=False), points(np.random.default_rng(5), 16, 2), tau=0.2, radius=2.0)
+    return one, clipped_hinge(one, 1.5, [1, 2, 5, 50], effort=SMALL)
+
+
+def test_bounds_against_many_mixtures(solved: tuple[Problem, Clipped]) -> None:
+    one, found = solved
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((1500, 3))
+    w *= one.radius * rng.random((1500, 1)) ** 0.3 / np.linalg.norm(w, axis=1, keepdims=True)
+    least = best_mixture(one, w, 1.5)
+    for row in found.rows:
+        assert (row.lower_status, row.upper_status) == ("certified", "certified")
+        assert row.lower <= least + 1e-9
+        assert sum(row.counts) == row.num_branches
+        mean = np.average(relu(row.points, one.x), axis=0, weights=row.counts)
+        assert np.maximum(0, 1 - one.c[:, 0] * mean / one.tau).mean() <= row.upper
+        assert np.average(one.h(row.points), weights=row.counts) <= 1.5
+    assert least - found.rows[0].lower < 0.02
+    assert found.rows[-1].upper - found.rows[-1].lower < 0.01
+    plain = theorem.theorem1(one, 1.5, 1, points=65, effort=SMALL).rows[0]
+    assert plain.objective == "unclipped hinge"
+    assert found.rows[0].lower > max(0.0, plain.primal_lower) + 0.1
+
+
+def test_where_assumption_1_holds_both_problems_are_one(rng: np.random.Generator) -> None:
+    one = branch_problem(mlp((1,), 1, use_bias=False), points(rng, 9, 2), tau=50.0, radius=2.0)
+    found = clipped_hinge(one, 1.5, 1, effort=SMALL, points=65)
+    (row,) = theorem.theorem1(one, 1.5, 1, points=65, effort=SMALL).rows
+    assert (found.weights == 1).all()
+    assert found.rows[0].lower == pytest.approx(row.dual_lower, abs=1e-9)
+    assert row.primal_lower - 1e-12 <= found.rows[0].upper
+
+
+def test_claims_are_proven_again_and_nothing_better_is(solved: tuple[Problem, Clipped]) -> None:
+    one, found = solved
+    assert verify_clipped(one, found) == {"lower": "", "upper": ""}
+    row = found.rows[0]
+
+    def reasons(**change: Any) -> dict[str, str]:
+        return dict(verify_clipped(one, found._replace(rows=[row._replace(**change)])))
+
+    assert "does not follow" in reasons(lower=row.lower + 1e-9)["lower"]
+    assert "larger than claimed" in reasons(upper=row.upper - 1e-9)["upper"]
+    assert "not feasible" in reasons(budget=0.9 * row.budget)["upper"]
+    assert "not feasible" in reasons(points=2 * row.points)["upper"]
+    other = verify_clipped(one, found._replace(weights=np.ones(16)))
+    assert other["lower"]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        verify_clipped(one, found._replace(weights=np.full(16, 1.1)))
+
+
+def test_what_is_not_covered_is_refused(rng: np.random.Generator) -> None:
+    sample = points(rng, 6, 2)
+    classes = sample._replace(y=np.array([0, 1, 2, 0, 1, 2], np.int32), num_outputs=3, task="multiclass")
+    one = branch_problem(mlp((1,), 3, use_bias=False), classes, tau=1.0, radius=1.0)
+    with pytest.raises(ValueError, match="one output alone"):
+        clipped_hinge(one, 1.0, 3)
+    two = branch_problem(mlp((1,), 1, use_bias=False), sample, tau=1.0, radius=1.0)
+    with pytest.raises(ValueError, match="below the least h"):
+        clipped_hinge(two, -1.0, 3)
+    assert not clipped.feasible(two, np.array([[2.0, 0.0, 0.0]]), [1], 9.0)
+
+
+def test_the_record_says_what_is_known_of_the_hinge(tmp_path: Any) -> None:
+    spec = DualityGapSpec(
+        data=Component("synthetic_relu", {"n": 20, "d": 2}), num_branches=(1, 10), grid=33, search=SMALL.search,
+        trained=TrainedSpec(num_branches=()), tau=0.5,
+    )  # fmt: skip
+    report, folder, _ = experiments.run(experiment_config("duality_gap", spec), workdir=tmp_path / "w")
+    record = load_json(folder.results / "duality_gap.json")
+    assert record["objective"] == "unclipped hinge"
+    for row in record["hinge"]["rows"]:
+        assert (row["lower_status"], row["upper_status"]) == ("certified", "certified")
+        assert 0 <= row["lower"] <= row["upper"] <= 1
+    assert any("hinge with its maximum (proven)" in note for note in report.notes)
