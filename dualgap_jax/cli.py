@@ -24,9 +24,34 @@ from ml_collections import ConfigDict
 from dualgap_jax import experiments, interrupts, sharding
 from dualgap_jax.config import ConfigError, load, override, require
 from dualgap_jax.experiments import TABLES, Tables
-from dualgap_jax.registry import Table
+from dualgap_jax.registry import Table, unknown
 
-CONFIGS = Path("configs")
+
+def shipped() -> Path:
+    """The folder of the configs that come with the package: beside it in a clone, inside it when installed."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def located(text: str) -> str:
+    """The path of a config and its argument: `figure1:smoke` is the file that comes with the package, from any folder.
+
+    A path that exists is taken as it is; a name, with or without `.py`, or `configs/NAME.py` is looked for in the
+    folder `configs` here and among those of the package.
+
+    Raises:
+      ConfigError: for a name that is neither here nor there.
+    """
+    given, colon, argument = text.partition(":")
+    path = Path(given)
+    if path.is_file() or path.parent not in (Path(), Path("configs")):
+        return text
+    here, name = Path("configs"), path.name.removesuffix(".py")
+    for folder in (here, shipped()):
+        if (folder / f"{name}.py").is_file():
+            return f"{folder / name}.py{colon}{argument}"
+    names = sorted({p.stem for folder in (here, shipped()) for p in folder.glob("*.py")})
+    raise ConfigError(unknown("config", name, names))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,10 +71,16 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _parser(description: str | None) -> _Parser:
+_USAGE = {
+    "dualgap run": "dualgap run NAME:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v] ...",
+    "run.py": "python scripts/run.py --config=FILE:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v] ...",
+}
+
+
+def _parser(description: str | None, program: str = "run.py") -> _Parser:
     parser = _Parser(
-        "run.py",
-        usage="python scripts/run.py --config=FILE:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v] ...",
+        program,
+        usage=_USAGE[program],
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -77,12 +108,13 @@ def _parser(description: str | None) -> _Parser:
     return parser
 
 
-def parse(argv: Sequence[str], description: str | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str], description: str | None = None, program: str = "run.py") -> argparse.Namespace:
     """Reads the command line; loads the config file and changes its leaves, once.
 
     Args:
       argv: the command line after the program's name.
       description: what `--help` prints above the flags.
+      program: 'run.py' or 'dualgap run', for `--help`.
 
     Returns:
       The flags; `config` is a ConfigDict or None, `name` the name of its file.
@@ -91,7 +123,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> argparse.Names
       ConfigError: for an argument that is unknown, given twice or without its dashes, a missing file, a bad argument
         after its colon, or an override that does not fit.
     """
-    flags, rest = _parser(description).parse_known_args(list(argv))
+    flags, rest = _parser(description, program).parse_known_args(list(argv))
     overrides: dict[str, str | None] = {}
     waiting = list(rest)
     while waiting:
@@ -111,7 +143,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> argparse.Names
     if flags.extend and "" not in sys.path:
         sys.path.insert(0, "")  # a config may import the modules of its extensions
     flags.name = Path(flags.config.partition(":")[0]).stem
-    flags.config = override(load(flags.config), overrides)
+    flags.config = override(load(located(flags.config)), overrides)
     return flags
 
 
@@ -150,13 +182,14 @@ def extended(modules: Sequence[str], tables: Tables = TABLES) -> Tables:
     return tables
 
 
-def listing(tables: Tables = TABLES, configs: Path = CONFIGS) -> str:
+def listing(tables: Tables = TABLES, configs: Path | None = None) -> str:
     """The registered experiments, branches, data sets, losses and planar sets, and the config files, a line each."""
     lines = []
     each: tuple[Table[Any], ...] = tables
     for title, table in zip(("Experiments", "Branches", "Data sets", "Losses", "Planar sets"), each, strict=True):
         lines += [f"{title}:", *(f"  {name:<16} {table.describe(name)}" for name in table), ""]
-    lines.append(f"Configs (--config={configs}/NAME.py:KEY=VALUE,...):")
+    configs = shipped() if configs is None else configs
+    lines.append("Configs (--config=configs/NAME.py:KEY=VALUE,... or dualgap run NAME:KEY=VALUE,...):")
     for path in sorted(configs.glob("*.py")):
         head = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
         lines.append(f"  {path.name:<20} {head}")
@@ -188,7 +221,9 @@ def run(
 ) -> None:
     """Runs a config and prints its table and where everything is."""
     if config is None:
-        raise ConfigError("no config given: use --config=configs/NAME.py:KEY=VALUE; --list prints the configs.")
+        raise ConfigError(
+            "no config given: use --config=configs/NAME.py:KEY=VALUE or dualgap run NAME:KEY=VALUE; --list prints them."
+        )
     report, folder, was_complete = experiments.run(config, tables=tables, name=name, workdir=workdir, command=command)
     if not folder.writes:
         return
@@ -246,7 +281,7 @@ def main(argv: Sequence[str], description: str | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is no reason to stop
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with interrupts.raised(), errors_in_one_line():
-        flags = parse(argv[1:], description)
+        flags = parse(argv[1:], description, argv[0] if argv[0] in _USAGE else "run.py")
         join(flags.coordinator, flags.num_processes, flags.process_id, flags.distributed, flags.cpu_devices)
         tables = extended(flags.extend)
         if flags.list:

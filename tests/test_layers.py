@@ -59,6 +59,8 @@ GROUPS = {
     },
     "entry": {
         "cli",
+        "commands",
+        "__main__",
     },
 }
 # The groups that each group may import.  Pure functions stay clear of files; host modules know nothing of one another.

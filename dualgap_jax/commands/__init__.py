@@ -1,0 +1,74 @@
+"""The command `dualgap`: what `scripts/` does, from any folder, for whoever installed the package.
+
+    dualgap run figure1:smoke
+
+Nothing is imported before it is known what is wanted, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+# Command -> (module below this one, what it does in a line).
+COMMANDS = {
+    "run": ("run", "run an experiment: dualgap run NAME:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v]"),
+    "list": ("run", "print the experiments, the parts they are made of, and the configs"),
+    "plot": ("plot", "draw the figures of finished runs again: dualgap plot WORKDIR ..."),
+    "prepare-data": ("prepare", "download and prepare MNIST or CIFAR-10: dualgap prepare-data mnist"),
+    "doctor": ("doctor", "say what this machine has, and what is missing"),
+}
+
+
+def usage() -> str:
+    """What `dualgap --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {said}" for name, (_, said) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dualgap COMMAND ...    dualgap COMMAND --help    dualgap --version",
+            "",
+            "Why wide, multi-branch networks are easy to train, measured.",
+            "",
+            *lines,
+            "",
+            "Start with: dualgap run figure1:smoke (seconds), then dualgap run figure1 (a minute or two).",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command of `COMMANDS`.
+
+    Args:
+      arguments: the command line after the program's name; None is that of the process.
+
+    Returns:
+      The exit status: 0; 1 where a part failed; 2 for mistakes.  `run` ends the process as `cli.main` says.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given[0] if given else ""
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        from dualgap_jax import __version__
+
+        print(f"dualgap_jax {__version__}")
+        return 0
+    if name not in COMMANDS:
+        what = f"unknown command {name!r}." if given else "no command given."
+        print(f"{what} Allowed: {', '.join(COMMANDS)}; see dualgap --help.", file=sys.stderr)
+        return 2
+    # Imports take a second or two and may not be broken off in the middle.
+    at_start = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in at_start.items():
+        if handler in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
+    module = importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
+    for number, handler in at_start.items():
+        signal.signal(number, handler)
+    return int(module.main(given[1:] if name != "list" else ["--list", *given[1:]]))
