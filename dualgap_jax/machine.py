@@ -26,6 +26,11 @@ def facts() -> dict[str, Any]:
     }
 
 
+def own_version() -> str:
+    """The version of this package."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
+
+
 def this_process() -> dict[str, Any]:
     """Which process this is: host, boot of its kernel (None where the system does not say) and process id."""
     return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}

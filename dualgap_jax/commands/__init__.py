@@ -13,6 +13,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from dualgap_jax import machine
+
 # Command -> (module below this one, what it does in a line).
 COMMANDS = {
     "run": ("run", "run an experiment: dualgap run NAME:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v]"),
@@ -55,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if name == "--version":
-        from dualgap_jax import __version__
-
-        print(f"dualgap_jax {__version__}")
+        print(f"dualgap_jax {machine.own_version()}")
         return 0
     if name not in COMMANDS:
         what = f"unknown command {name!r}." if given else "no command given."

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import humanize
 
-from dualgap_jax import __version__, cli, data, machine
+from dualgap_jax import cli, data, machine
 from dualgap_jax.figures import page
 from dualgap_jax.training.plan import memory_available
 
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 def _packages() -> Iterator[Finding]:
     facts = machine.facts()
     versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    yield Finding("ok", "dualgap_jax", f"{__version__}, Python {facts['python']}, {facts['platform']}")
+    yield Finding("ok", "dualgap_jax", f"{machine.own_version()}, Python {facts['python']}, {facts['platform']}")
     missing = [name for name, version in facts["packages"].items() if version is None]
     yield Finding("broken" if missing else "ok", "packages", versions)
     git = facts["git"]
