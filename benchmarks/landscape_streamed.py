@@ -30,9 +30,8 @@ import numpy as np
 from dualgap_jax import landscape
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.machine import peak_memory
+from dualgap_jax.machine import memory_available, peak_memory
 from dualgap_jax.networks import mlp, multi_branch
-from dualgap_jax.training.plan import memory_available
 from dualgap_jax.types import Params, State
 
 _CLASSES, _EDGE_POINTS, _BLOCK = 10, 25, 1000

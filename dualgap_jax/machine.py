@@ -66,21 +66,30 @@ def _version(package: str) -> str | None:
         return None
 
 
-def memory_field(file: str | Path, name: str) -> int:
-    """A field of one of Linux's files of `name: value kB` lines, in bytes.
+def memory_available() -> int:
+    """Bytes that this process may still take on its first device (host memory on CPU, within its control group)."""
+    import jax
+    import psutil
 
-    Raises:
-      OSError, KeyError, ValueError: where there is no such file, field or number.
-    """
-    fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
-    return int(fields[name].split()[0]) * 1024
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    free = int(psutil.virtual_memory().available)
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return free
 
 
 def peak_memory() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where the system does not say."""
     with contextlib.suppress(OSError, KeyError, ValueError):
         # Linux hands `ru_maxrss` on from the program that started this one; the high-water mark is the process's own.
-        return memory_field("/proc/self/status", "VmHWM")
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     try:
         import resource
     except ImportError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
+from dualgap_jax.duality.closed_forms import Kappa
 from dualgap_jax.duality.envelope import Dual, lagrangian
 
 
@@ -68,3 +70,33 @@ def dual_by_maximisation(
             left = line
         else:
             right = line
+
+
+def homogeneous_gap(*, degree: int, power: int | float, budget_share: int | float, num_branches: int) -> float:
+    """The duality gap over `kappa R^L`, which does not depend on the data: `(r - r^(L/q)) / I`, 0 for L <= q.
+
+    Args:
+      degree: L.
+      power: q.
+      budget_share: `K / R^q`; 1 or more leaves the constraint idle.
+      num_branches: I.
+    """
+    if degree <= power or budget_share >= 1:
+        return 0.0
+    r = math.fmod(num_branches * budget_share, 1.0)
+    return (r - r ** (degree / power)) / num_branches
+
+
+def homogeneous_delta(kappa: Kappa, *, degree: int, radius: int | float) -> float:
+    """A lower bound on Delta: `kappa R^L (a - a^L)` at `a = L^(-1/(L-1))`, from the weights 0 and a minimiser.
+
+    Their combination `a w` has `f^ = v(h(a w)) = offset - kappa (a R)^L` and `f~ <= offset - a kappa R^L`, whatever the
+    power in h.  0 for L = 1, where g is linear for a linear branch.
+    """
+    if degree == 1:
+        return 0.0
+    a = degree ** (-1 / (degree - 1))
+    scale = radius**degree
+    return max(
+        0.0, kappa.lower * scale * a - kappa.upper * scale * a**degree - 16 * np.finfo(float).eps * kappa.upper * scale
+    )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gap_oracles import brute_force, dual_by_maximisation
+from gap_oracles import brute_force, dual_by_maximisation, homogeneous_delta, homogeneous_gap
 from scipy.optimize import minimize
 
 from dualgap_jax import config, experiments, figures
@@ -129,7 +129,7 @@ def test_a_million_branches_agree_with_the_closed_form() -> None:
     b = np.linspace(0, 1, 4097)
     for degree, k in ((3, 1234), (6, 4001)):
         result = gap.gap_from_value_function(b, 1 - b ** (degree / 2), b[k], 10**6 + 7)
-        closed = closed_forms.homogeneous_gap(degree=degree, power=2, budget_share=k / 4096, num_branches=10**6 + 7)
+        closed = homogeneous_gap(degree=degree, power=2, budget_share=k / 4096, num_branches=10**6 + 7)
         assert result.allocation.exact
         assert result.gap == pytest.approx(closed, abs=1e-14)
         rounded = allocate([b], [1 - b ** (degree / 2)], b[k], [10**6 + 7], method="squaring")
@@ -246,7 +246,7 @@ def test_the_normalised_gap_does_not_change_when_the_objective_is_scaled(rng: np
         f = closed_forms.homogeneous_value_function(
             scaled, degree=3, power=2, radius=2.0, budgets=np.linspace(0, 4, 65), offset=scale
         )
-        delta = closed_forms.homogeneous_delta(scaled, degree=3, radius=2.0)
+        delta = homogeneous_delta(scaled, degree=3, radius=2.0)
         rows.append(verdicts([f], 1.3, [[n] for n in (1, 2, 5, 40)], delta_lower=delta))
     for one, two in zip(*rows, strict=True):
         assert one.normalized_gap is not None
@@ -277,9 +277,7 @@ def test_homogeneous_gaps_against_the_closed_form(degree: int, power: float, rng
         for count in (1, 2, 3, 4, 7, 10, 31, 100, 1000):
             for k in rng.integers(0, 121, 6):
                 result = gap.gap_from_value_function(b, f.upper, b[k], count)
-                closed = closed_forms.homogeneous_gap(
-                    degree=degree, power=power, budget_share=k / 120, num_branches=count
-                )
+                closed = homogeneous_gap(degree=degree, power=power, budget_share=k / 120, num_branches=count)
                 assert result.gap / unit == pytest.approx(closed, abs=1e-11)
 
 
@@ -295,7 +293,7 @@ def test_the_closed_form_against_many_branches_by_hand() -> None:
             one = shares[shares <= rest + 1e-12].max()
             best = min(best, 1 - (full + one ** (degree / 2)) / count)
         dual = 1 - share
-        closed = closed_forms.homogeneous_gap(degree=degree, power=2, budget_share=share, num_branches=count)
+        closed = homogeneous_gap(degree=degree, power=2, budget_share=share, num_branches=count)
         assert best - dual == pytest.approx(closed, abs=2e-3)
 
 
@@ -326,9 +324,7 @@ def test_certified_rows_verify_the_theorem(seed: int) -> None:
                 truth = (
                     kappa.upper
                     * radius**degree
-                    * closed_forms.homogeneous_gap(
-                        degree=degree, power=power, budget_share=share, num_branches=row.num_branches
-                    )
+                    * homogeneous_gap(degree=degree, power=power, budget_share=share, num_branches=row.num_branches)
                 )
                 assert row.gap_lower <= truth + 1e-12
                 assert truth <= row.gap_upper + 1e-12
@@ -624,7 +620,7 @@ def test_deltas_of_homogeneous_branches(rng: np.random.Generator) -> None:
         one = problem.branch_problem(mlp(widths, 1, use_bias=False), binary(rng, 30, 2), tau=2.0, radius=1.5)
         kappa = closed_forms.kappa_relu_chain(one.x, one.c[:, 0], tau=2.0, widths=widths)
         f = closed_forms.homogeneous_value_function(kappa, degree=degree, power=2, radius=1.5, budgets=one.grid(2049))
-        closed = closed_forms.homogeneous_delta(kappa, degree=degree, radius=1.5)
+        closed = homogeneous_delta(kappa, degree=degree, radius=1.5)
         segment = deltas.on_segment(one, f)
         assert segment.delta == pytest.approx(closed, rel=2e-3)
         a = degree ** (-1 / (degree - 1))

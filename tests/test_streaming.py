@@ -297,7 +297,7 @@ def test_a_large_run_in_memory_says_beforehand_what_it_takes(
     for net in (multi_branch(branch, 20), mixture([multi_branch(branch, 3), branch])):
         train_as(net, multi_margin(), dataset, spec, num_solutions=3, group_size=2, report=said.append)
     whole, without_time = said
-    assert whole.startswith("training: 3 solutions, 2 at a time\n  memory (estimate): 0.0 MB a solution = 0.1 MB")
+    assert whole.startswith("training: 3 solutions, 2 at a time\n  memory (estimate): 35.5 kB a solution = 71 kB")
     assert re.search(r"time \(estimate\): .* s a step of one solution; at most 4 steps x 3 solutions = 0 s", whole)
     assert "memory" in without_time
     assert "a step" not in without_time

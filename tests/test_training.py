@@ -23,6 +23,7 @@ from dualgap_jax.data import Dataset
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.identity import IdentityError
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
+from dualgap_jax.machine import memory_available
 from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import conv, from_functions, mlp, multi_branch
 from dualgap_jax.networks.sources import InMemory
@@ -997,9 +998,9 @@ def test_evaluate_uses_the_stored_statistics_of_batch_norm(rng: np.random.Genera
         ({"learning_rate": -0.1}, r"learning_rate=-0\.1 must be positive"),
         ({"learning_rate": math.nan}, "learning_rate=nan must be positive"),
         ({"learning_rate": math.inf}, "learning_rate=inf must be positive and finite"),
-        ({"weight_decay": -1e-4}, r"weight_decay=-0\.0001 must be >= 0"),
-        ({"tolerance": -1e-5}, "tolerance=-1e-05 must be >= 0"),
-        ({"checkpoint_seconds": -1.0}, r"checkpoint_seconds=-1\.0 must be >= 0"),
+        ({"weight_decay": -1e-4}, r"weight_decay=-0\.0001 must be at least 0"),
+        ({"tolerance": -1e-5}, "tolerance=-1e-05 must be at least 0"),
+        ({"checkpoint_seconds": -1.0}, r"checkpoint_seconds=-1\.0 must be at least 0"),
     ],
 )
 def test_a_specification_refuses_values_out_of_range(settings: Any, message: str) -> None:
@@ -1104,4 +1105,4 @@ def test_evaluate_refuses_a_batch_size_below_one(batch_size: int, small: tuple[N
 
 
 def test_memory_available_is_a_number_of_bytes() -> None:
-    assert 2**20 < plan.memory_available() < 2**60
+    assert 2**20 < memory_available() < 2**60

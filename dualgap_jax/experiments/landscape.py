@@ -22,13 +22,13 @@ from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, 
 from dualgap_jax.experiments.landscape_report import report
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss, check_assumption_1
+from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import multi_branch, with_precision
 from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
 from dualgap_jax.training import Solution, TrainingSpec, scaled_learning_rate, train
 from dualgap_jax.training.batches import example_input
 from dualgap_jax.training.engine import tree_bytes
-from dualgap_jax.training.plan import memory_available
 from dualgap_jax.types import BranchSource, Network
 from dualgap_jax.workdir import Workdir
 

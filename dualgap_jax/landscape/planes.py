@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,11 +44,12 @@ class Block(NamedTuple):
         return Block(params, states, trees.rows(self.floor, first, count))
 
 
-class Plane(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plane:
     """A two-dimensional affine plane in parameter space, `w(a, b) = origin + a u + b v`.
 
     Nothing of it is computed before it is asked for, a block of branches at a time, so that the networks which span it
-    may lie on disk; the numbers are the same bits wherever they are.
+    may lie on disk; the numbers are the same bits wherever they are.  Of networks in memory it is computed once.
 
     Attributes:
       sources: the three networks that span it; of a random plane, its middle and the two directions.
@@ -80,6 +83,10 @@ class Plane(NamedTuple):
 
     def whole(self) -> Block:
         """The plane over all branches at once, for networks that fit into memory three times."""
+        return self._held if self.in_memory else self.block(0, self.num_branches)
+
+    @functools.cached_property
+    def _held(self) -> Block:
         return self.block(0, self.num_branches)
 
 

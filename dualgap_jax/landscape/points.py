@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from dualgap_jax.data import Dataset, as_dataset, standardise
 from dualgap_jax.identity import arrays_digest, combined, function_digest, versions
 from dualgap_jax.landscape import kernels as compiled
-from dualgap_jax.landscape.partial import Saver, on_exception
+from dualgap_jax.landscape.partial import Saver, Work, on_exception
 from dualgap_jax.landscape.planes import Block, Plane
 from dualgap_jax.landscape.statistics import States, check_state, has_statistics, momenta
 from dualgap_jax.losses import Loss, as_loss
@@ -90,106 +91,152 @@ def evaluate_points(
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must have shape [P, 2], got {points.shape}.")
-    num_samples, num_points, plain = len(dataset.y), len(points), route == "plain"
-    # Blocks of points small enough that all workers get some and an interruption loses little; of one size, so that
-    # one program serves every call.
-    multiple = point_chunk if net.stem is not None and not plain else 1
-    size = max(1, min(64, num_points) // multiple) * multiple
-    point_blocks = [slice(first, first + count) for first, count in blocks(num_points, size)]
-    padded = [np.resize(points[which], (size, 2)) for which in point_blocks]  # the last one repeats points
-    batches = [slice(first, first + count) for first, count in blocks(num_samples, sample_chunk)]
-
-    def batch(which: slice | np.ndarray) -> Array:
-        return standardise(dataset.x[which], dataset.mean, dataset.std)
-
-    held = plane.whole() if plane.in_memory else None
-    head = plane.block(0, 1) if held is None else (held if net.stacked is None else held.rows(0, 1))
-    branch_blocks = [(0, plane.num_branches)]
-    if net.stacked is not None and not plain:
-        one = head.params[0], head.states[0]
-        count = block_size(net, one, batch(slice(0, sample_chunk)), branch_chunk, num_points)
-        branch_blocks = blocks(plane.num_branches, count)
-    last = len(branch_blocks) - 1
-
-    def read(first: int, count: int) -> Block:
-        if held is None:
-            return plane.block(first, count)
-        return held.rows(first, count) if last else held
-
+    work = _Evaluation(net, loss, dataset, plane, points, route == "plain", sample_chunk, branch_chunk, point_chunk)
+    num_samples = len(dataset.y)
     chosen = np.unique(np.linspace(0, num_samples - 1, min(state_samples, num_samples)).round().astype(int))
-    has_state = has_statistics(head.states[0])
-    keep = _momenta(net, head, batch(chosen)) if has_state and state == "estimate" else None
-    states = States(net, keep, batch(chosen), branch_chunk)
+    has_state = has_statistics(work.head.states[0])
+    estimate = has_state and state == "estimate"
+    some = work.batch(chosen if estimate else slice(0, 0))
+    keep = _momenta(net, work.head, some) if estimate else None
+    states = States(net, keep, some, branch_chunk)
     saver = Saver(
         partial,
         lambda: {
-            **_identity(net, loss, dataset, plane, head, batch(slice(0, 2))),
+            **_identity(net, loss, dataset, plane, work.head, work.batch(slice(0, 2))),
             "points": arrays_digest(points),
             "state": [state, state_samples] if has_state else None,
             "route": route,
-            "size of the parts": [sample_chunk, size, branch_chunk, *branch_blocks[0], *branch_blocks[-1]],
+            "size of the parts": [sample_chunk, work.size, branch_chunk, *work.branches[0], *work.branches[-1]],
         },
         save_seconds,
     )
-    work = saver.load(num_points)
-    x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-    done = int(np.ceil(work.seen / sample_chunk).sum()) * len(branch_blocks)
-    done += sum(count * len(points[point_blocks[unit[1]]]) for unit, (count, _) in work.parts.items())
-
-    def added(unit: tuple[int, int]) -> int:
-        """How many blocks of branches a batch of samples has had at a block of points."""
-        if work.seen[point_blocks[unit[1]]].min() > batches[unit[0]].start:
-            return last + 1
-        return work.parts[unit][0] if unit in work.parts else 0
-
+    work.done = saver.load(len(points))
     group_size = 1
-    if held is None or (keep is not None and last):
-        group_size = max(1, accumulator_bytes // (4 * num_points * dataset.num_outputs * sample_chunk))
-    empty = None
+    if work.held is None or (keep is not None and work.last):
+        group_size = max(1, accumulator_bytes // (4 * len(points) * dataset.num_outputs * sample_chunk))
     with (
-        on_exception(lambda: saver.save(work)),
+        on_exception(lambda: saver.save(work.done)),
         jax.default_matmul_precision("highest"),
         ThreadPoolExecutor(compiled.workers()) as pool,
-        Progress(len(batches) * num_points * len(branch_blocks), label, done=done) as progress,
+        Progress(len(work.batches) * len(points) * len(work.branches), label, done=work.count()) as progress,
     ):
-        for start, batches_in_group in blocks(len(batches), group_size):
-            group = range(start, start + batches_in_group)
-            begun = min(added((b, p)) for b in group for p in range(len(point_blocks)))
-            for number, block in enumerate(read_ahead(read, branch_blocks[begun:]), begun):
-                states.turn_to(*branch_blocks[number])
-                k = compiled.kernels(net, loss, plain, branch_blocks[number][1], branch_chunk, point_chunk)
-                for b in group:
-                    todo = [p for p in range(len(point_blocks)) if added((b, p)) == number]
-                    if not todo:
-                        continue
-                    x, y = batch(batches[b]), jnp.asarray(dataset.y[batches[b]])
-                    z = k.below(block.params, x)
-                    if empty is None:
-                        some = jax.tree.map(lambda leaf: leaf[:multiple], states.find(todo[0], block, padded[todo[0]]))
-                        empty = jax.eval_shape(k.outputs, block, some, z, jnp.zeros((multiple, 2), float))
-                    wide = jnp.promote_types(empty.dtype, jnp.float32)  # sums of narrow outputs need more digits
-                    nothing = 0, jnp.zeros((size, len(y), *empty.shape[2:]), wide)
-                    totals = [work.parts.get((b, p), nothing)[1] for p in todo]
-                    labels = y if number == last else None
-
-                    def advance(
-                        p: int, total: Array, k: Any = k, block: Block = block, z: PyTree = z, y: Array | None = labels
-                    ) -> Any:
-                        here = states.find(p, block, padded[p])
-                        return compiled.advance(k, block, here, z, y, x64, total, padded[p])
-
-                    for p, values in zip(todo, pool.map(advance, todo, totals), strict=True):
-                        which = point_blocks[p]
-                        if number < last:
-                            work = work.with_part((b, p), number + 1, values)
-                        else:
-                            losses = values[: len(points[which])]
-                            work = work.with_losses((b, p), which, losses, min(batches[b].stop, num_samples))
-                        done += len(points[which])
-                        progress.update(done)
-                        saver.save_if_due(work)
+        for start, count in blocks(len(work.batches), group_size):
+            group = range(start, start + count)
+            for number, block in work.blocks_to_do(group):
+                states.turn_to(*work.branches[number])
+                for index in group:
+                    for taken in work.advance(index, number, block, states, pool):
+                        progress.update(taken)
+                        saver.save_if_due(work.done)
     saver.remove()
-    return work.sums / num_samples
+    return work.done.sums / num_samples
+
+
+class _Evaluation:
+    """The work of `evaluate_points`: batches of samples x blocks of points x blocks of branches.
+
+    Attributes:
+      points: slices of the points, small enough that all workers get some and an interruption loses little.
+      size: of each, filled up by points that are there already, so that one program serves every call.
+      batches: slices of the samples.
+      branches: `(first, count)` of the blocks of branches; `last` is the index of the last one.
+      held: the networks of the plane where they are in memory.
+      head: the first branch of each, or the whole where the network is no sum of branches.
+      done: what is through.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        loss: Loss,
+        dataset: Dataset,
+        plane: Plane,
+        points: np.ndarray,
+        plain: bool,
+        sample_chunk: int,
+        branch_chunk: int,
+        point_chunk: int,
+    ) -> None:
+        self._dataset, self._plane = dataset, plane
+        self._kernels = functools.partial(
+            compiled.kernels, net, loss, plain, branch_chunk=branch_chunk, together=point_chunk
+        )
+        self._multiple = point_chunk if net.stem is not None and not plain else 1
+        self.size = max(1, min(64, len(points)) // self._multiple) * self._multiple
+        self.points = [slice(first, first + count) for first, count in blocks(len(points), self.size)]
+        self._padded = [np.resize(points[which], (self.size, 2)) for which in self.points]
+        self.batches = [slice(first, first + count) for first, count in blocks(len(dataset.y), sample_chunk)]
+        self.held = held = plane.whole() if plane.in_memory else None
+        self.head = plane.block(0, 1) if held is None else (held if net.stacked is None else held.rows(0, 1))
+        self.branches = [(0, plane.num_branches)]
+        if net.stacked is not None and not plain:
+            one = self.head.params[0], self.head.states[0]
+            x = jax.eval_shape(standardise, dataset.x[:sample_chunk], dataset.mean, dataset.std)
+            count = block_size(net, one, x, branch_chunk, len(points))
+            self.branches = blocks(plane.num_branches, count)
+        self.last = len(self.branches) - 1
+        self.done = Work.none(len(points))
+        self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+        self._outputs: Any = None  # shape and type of the outputs at some points, once they are known
+
+    def batch(self, which: slice | np.ndarray) -> Array:
+        """Examples as the network takes them."""
+        return standardise(self._dataset.x[which], self._dataset.mean, self._dataset.std)
+
+    def count(self) -> int:
+        """How many steps are done, each a point, a batch of samples and a block of branches."""
+        chunk = self.batches[0].stop
+        through = int(np.ceil(self.done.seen / chunk).sum()) * len(self.branches)
+        return through + sum(count * self._length(unit[1]) for unit, (count, _) in self.done.parts.items())
+
+    def _length(self, block: int) -> int:
+        return self.points[block].stop - self.points[block].start
+
+    def _added(self, batch: int, block: int) -> int:
+        """How many blocks of branches a batch of samples has had at a block of points."""
+        if self.done.seen[self.points[block]].min() > self.batches[batch].start:
+            return self.last + 1
+        return self.done.parts[batch, block][0] if (batch, block) in self.done.parts else 0
+
+    def blocks_to_do(self, group: range) -> Iterator[tuple[int, Block]]:
+        """The blocks of branches that some of these batches need, with their numbers, read ahead."""
+
+        def read(first: int, count: int) -> Block:
+            if self.held is None:
+                return self._plane.block(first, count)
+            return self.held.rows(first, count) if self.last else self.held
+
+        begun = min(self._added(batch, block) for batch in group for block in range(len(self.points)))
+        return enumerate(read_ahead(read, self.branches[begun:]), begun)
+
+    def advance(self, batch: int, number: int, block: Block, states: States, pool: ThreadPoolExecutor) -> Iterator[int]:
+        """Adds a block of branches to the outputs of a batch wherever it is next; gives the steps done after each."""
+        todo = [p for p in range(len(self.points)) if self._added(batch, p) == number]
+        if not todo:
+            return
+        kernels = self._kernels(count=self.branches[number][1])
+        which = self.batches[batch]
+        x, y = self.batch(which), jnp.asarray(self._dataset.y[which])
+        z = kernels.below(block.params, x)
+        if self._outputs is None:
+            few = jax.tree.map(lambda leaf: leaf[: self._multiple], states.find(todo[0], block, self._padded[todo[0]]))
+            self._outputs = jax.eval_shape(kernels.outputs, block, few, z, jnp.zeros((self._multiple, 2), float))
+        wide = jnp.promote_types(self._outputs.dtype, jnp.float32)  # sums of narrow outputs need more digits
+        nothing = 0, jnp.zeros((self.size, len(y), *self._outputs.shape[2:]), wide)
+        totals = [self.done.parts.get((batch, p), nothing)[1] for p in todo]
+        labels = y if number == self.last else None
+
+        def add(p: int, total: Array) -> Any:
+            here = states.find(p, block, self._padded[p])
+            return compiled.advance(kernels, block, here, z, labels, self._x64, total, self._padded[p])
+
+        for p, values in zip(todo, pool.map(add, todo, totals), strict=True):
+            if labels is None:
+                self.done = self.done.with_part((batch, p), number + 1, values)
+            else:
+                losses = values[: self._length(p)]
+                self.done = self.done.with_losses((batch, p), self.points[p], losses, which.stop)
+            yield self.count()
 
 
 def _momenta(net: Network, head: Block, x: Array) -> PyTree:

@@ -92,6 +92,13 @@ def interpolated(point: Array, block: Block) -> State:
     )
 
 
+@jax.jit
+def _interpolated_at(points: Array, block: Block, x: Array, first: Array | int) -> State:
+    """The states at points `[K, 2]`, leaves `[K, ...]`; compiled once for all evaluations."""
+    del x, first
+    return jax.vmap(interpolated, (0, None))(points, block)
+
+
 def estimated(net: Network, keep: PyTree, params: Params, state: State, x: Array, key: Any) -> State:
     """What the running averages of one branch, or of a network that is no sum, converge to on a batch."""
     start = jax.tree.map(lambda s: jnp.zeros_like(s) if trees.is_float(s) else s, state)
@@ -121,7 +128,7 @@ class States:
         self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         self._of: tuple[int, int] | None = None
         self._found: dict[int, State] = {}
-        self._at = jax.jit(self._anew if keep is not None else self._interpolated)
+        self._at = jax.jit(self._anew) if keep is not None else _interpolated_at
 
     def turn_to(self, first: int, count: int) -> None:
         """Branches `first .. first + count - 1` are next; what is known of others is dropped."""
@@ -136,10 +143,6 @@ class States:
                 at = jnp.asarray(points, jax.dtypes.canonicalize_dtype(np.float64))
                 self._found[number] = self._at(at, block, self._x, self._of[0])
         return self._found[number]
-
-    def _interpolated(self, points: Array, block: Block, x: Array, first: Array | int) -> State:
-        del x, first
-        return jax.vmap(interpolated, (0, None))(points, block)
 
     def _anew(self, points: Array, block: Block, x: Array, first: Array | int) -> State:
         net, keep = self._net, self._keep

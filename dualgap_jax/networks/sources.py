@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from dualgap_jax import trees
 from dualgap_jax.types import BranchSource, Network, Params, State
@@ -69,13 +68,13 @@ def check_source(net: Network, source: Any) -> None:
         )
 
 
-def block_size(net: Network, one: tuple[Params, State], x: Array | None, branch_chunk: int, num_points: int = 0) -> int:
+def block_size(net: Network, one: tuple[Params, State], x: Any, branch_chunk: int, num_points: int = 0) -> int:
     """Branches in a block: as many as keep parameters and pre-activations within bounds, whole chunks of them.
 
     Args:
       net: a network of `multi_branch`.
       one: parameters and state of any number of branches, for their shapes.
-      x: the batch whose pre-activations are kept, or None.
+      x: the batch whose pre-activations are kept, or its shape, or None.
       branch_chunk: what the result is a multiple of.
       num_points: at how many points the states of a block are kept.
     """

@@ -118,7 +118,6 @@ class _First(NamedTuple):
 
     gram: np.ndarray
     cross: np.ndarray
-    x_square: np.ndarray
     y_square: float
     dual_square: np.ndarray
     dual_size: float
@@ -156,7 +155,6 @@ def _first_pass(data: Evidence, layers: list[np.ndarray], dual: np.ndarray) -> _
     return _First(
         gram,
         cross,
-        np.diagonal(gram) * wide,
         y_square,
         dual_square,
         float(np.trace(dual_square)) * wide,

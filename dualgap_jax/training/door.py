@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,14 +18,13 @@ from dualgap_jax.evaluation import check_fits
 from dualgap_jax.losses import as_loss
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.networks import as_network
-from dualgap_jax.registry import unknown
 from dualgap_jax.schedules import Schedule, constant
 from dualgap_jax.sharding import MeshSpec, local_devices
 from dualgap_jax.training import plan
 from dualgap_jax.training.engine import Engine, tree_bytes
 from dualgap_jax.training.loop import Loop
 from dualgap_jax.training.resume import begin_run, identity_of, is_over, newest, require_alike
-from dualgap_jax.training.spec import Streaming
+from dualgap_jax.training.spec import Streaming, check
 from dualgap_jax.training.streamed import Streamed
 from dualgap_jax.training.together import Together, draw
 from dualgap_jax.types import BranchSource, KeyArray, Params, State
@@ -134,18 +132,19 @@ def train(
     net, loss, dataset, mesh = as_network(net, "train"), as_loss(loss), as_dataset(data), mesh or MeshSpec()
     folder = Path(checkpoints) if checkpoints is not None else None
     seeds.check(seed)
-    for name, value, least in (
-        ("batch_size", batch_size, 0),
-        ("max_steps", max_steps, 0),
-        ("check_every", check_every, 1),
-        ("num_solutions", num_solutions, 1),
-        ("group_size", 1 if group_size is None else group_size, 1),
-        ("branch_chunk", branch_chunk, 0),
-    ):
-        require(value >= least, f"{name}={value} must be at least {least}.")
-    for name, number in (("tolerance", tolerance), ("checkpoint_seconds", checkpoint_seconds)):
-        require(0 <= number < math.inf, f"{name}={number} must be at least 0 and finite.")
-    require(streaming in get_args(Streaming), unknown("value of streaming:", streaming, get_args(Streaming)))
+    schedule = schedule or constant(max_steps)
+    check(
+        batch_size=batch_size,
+        max_steps=max_steps,
+        check_every=check_every,
+        tolerance=tolerance,
+        num_solutions=num_solutions,
+        group_size=1 if group_size is None else group_size,
+        streaming=streaming,
+        branch_chunk=branch_chunk,
+        checkpoint_seconds=checkpoint_seconds,
+        learning_rate=schedule.base,
+    )
     check_fits(loss, dataset)
     require(
         batch_size <= len(dataset.y),
@@ -161,8 +160,6 @@ def train(
         "training.streaming='off' trains on one device; use 'auto' with a mesh of several.",
     )
     transformation = optimizers.for_network(net, optimizer)
-    schedule = schedule or constant(max_steps)
-    require(0 < schedule.base < math.inf, f"learning_rate={schedule.base} must be positive and finite.")
     marks: list[dict[str, Any]] = [{}] * num_solutions
     found: list[Restored | None] = [None] * num_solutions
     if folder is not None:

@@ -29,6 +29,26 @@ class Carry(NamedTuple):
     opt_state: PyTree
 
 
+class Steps(NamedTuple):
+    """Steps `first, ..., first + length - 1` of all lanes.
+
+    Attributes:
+      schedule_state: leaves `[lanes, ...]`.
+      keys: `[lanes]`, of the noise.
+      base_rate: what the schedule's factors multiply.
+      indices: `[lanes, length, batch]` of the examples; None is the full data set.
+      first: index of the first step.
+      length: number of steps.
+    """
+
+    schedule_state: PyTree
+    keys: Array
+    base_rate: float
+    indices: np.ndarray | None
+    first: int
+    length: int
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Takes the steps of a group of solutions.
@@ -75,27 +95,8 @@ class Engine(Protocol):
         """Whether all parameters and states of one lane are finite.  With several processes all must call."""
         ...
 
-    def advance(
-        self,
-        lanes: Lanes,
-        schedule_state: PyTree,
-        keys: Array,
-        base_rate: float,
-        indices: np.ndarray | None,
-        first: int,
-        length: int,
-        /,
-    ) -> tuple[Lanes, np.ndarray]:
-        """Takes steps `first, ..., first + length - 1`.
-
-        Args:
-          lanes: taken over.
-          schedule_state: leaves `[lanes, ...]`.
-          keys: `[lanes]`, of the noise.
-          base_rate: what the schedule's factors multiply.
-          indices: `[lanes, length, batch]` of the examples; None is the full data set.
-          first: index of the first step.
-          length: number of steps, at most `stride`.
+    def advance(self, lanes: Lanes, steps: Steps, /) -> tuple[Lanes, np.ndarray]:
+        """Takes some steps, at most `stride`; takes the lanes over.
 
         Returns:
           The new lanes, and the losses `[lanes, length]` before each step.

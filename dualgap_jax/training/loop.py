@@ -19,7 +19,7 @@ from dualgap_jax.metrics import Metrics, Progress
 from dualgap_jax.schedules import Schedule
 from dualgap_jax.sharding import agreed
 from dualgap_jax.training.batches import BatchOrder
-from dualgap_jax.training.engine import Engine, Lanes, item, stack
+from dualgap_jax.training.engine import Engine, Lanes, Steps, item, stack
 from dualgap_jax.training.resume import Run, has_steps_to_do
 from dualgap_jax.types import PyTree
 
@@ -111,8 +111,8 @@ class Loop:
             length = min(self.engine.stride or left, left)
             indices = np.stack([orders[i].indices(first, length) for i in together]) if orders else None
             began = time.monotonic()
-            base = self.schedule.base
-            lanes, losses = self.engine.advance(lanes, schedule_state, noise_keys, base, indices, first, length)
+            steps = Steps(schedule_state, noise_keys, self.schedule.base, indices, first, length)
+            lanes, losses = self.engine.advance(lanes, steps)
             taken, seconds = taken + length, seconds + time.monotonic() - began
             first += length
             pending = np.concatenate([pending, losses], axis=1)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import humanize
 import jax
 import numpy as np
 from jax import Array
 
-from dualgap_jax.machine import memory_field
+from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import sum_branches
 from dualgap_jax.sharding import Layout, is_first_process
 from dualgap_jax.training.engine import tree_bytes
@@ -30,24 +31,6 @@ COPIES = 4  # of parameters, state and optimiser that the plain step needs
 STREAM_FROM = 2**28  # bytes of these from which on the streamed step is the faster and the smaller way
 WORTH_SAYING = 10**8  # bytes of a network from which on a run says beforehand what it will take
 PROBE_BYTES = 2**25  # of parameters and optimiser, on which the time of a step is measured
-
-
-def memory_available() -> int:
-    """Bytes that this process may still take on its first device (host memory on CPU, within its control group)."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    try:
-        free = memory_field("/proc/meminfo", "MemAvailable")
-    except (OSError, KeyError, ValueError):
-        free = 8 * 2**30
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return free
 
 
 class Choice(NamedTuple):
@@ -223,7 +206,7 @@ def _time_line(seconds: float, max_steps: int, num_solutions: int, devices: int 
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    return humanize.naturalsize(count, format="%.3g")
 
 
 def _duration(seconds: float) -> str:

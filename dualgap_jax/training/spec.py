@@ -16,6 +16,36 @@ LearningRateScaling = Literal["branches", "none", "inverse_branches"]
 Streaming = Literal["auto", "on", "off"]
 
 
+_AT_LEAST = {
+    "batch_size": 0,
+    "max_steps": 0,
+    "branch_chunk": 0,
+    "check_every": 1,
+    "num_solutions": 1,
+    "group_size": 1,
+    "weight_decay": 0,
+    "tolerance": 0,
+    "checkpoint_seconds": 0,
+}
+_ALLOWED = {"streaming": get_args(Streaming), "lr_scaling": get_args(LearningRateScaling)}
+
+
+def check(where: str = "", **settings: Any) -> None:
+    """Checks settings of `train` or `TrainingSpec` by their names; `where` stands before each name in a message.
+
+    Raises:
+      ConfigError: for a value out of its range.
+    """
+    for name, value in settings.items():
+        if name == "learning_rate":
+            require(0 < value < math.inf, f"{where}{name}={value} must be positive and finite.")
+        elif (least := _AT_LEAST.get(name)) is not None:
+            limits = f"at least {least} and finite" if isinstance(value, float) else f"at least {least}"
+            require(least <= value < math.inf, f"{where}{name}={value} must be {limits}.")
+        elif allowed := _ALLOWED.get(name):
+            require(value in allowed, unknown(f"value of {where}{name}:", value, allowed))
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingSpec:
     """How solutions are found (Section 5.1: "by running the SGD algorithm ... until the algorithm converges").
@@ -53,18 +83,7 @@ class TrainingSpec:
     branch_chunk: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.learning_rate < math.inf,
-            f"training.learning_rate={self.learning_rate} must be positive and finite.",
-        )
-        for name, allowed in (("streaming", get_args(Streaming)), ("lr_scaling", get_args(LearningRateScaling))):
-            given = getattr(self, name)
-            require(given in allowed, unknown(f"value of training.{name}:", given, allowed))
-        for name, least in (("batch_size", 0), ("max_steps", 0), ("branch_chunk", 0), ("check_every", 1)):
-            require(getattr(self, name) >= least, f"training.{name}={getattr(self, name)} must be at least {least}.")
-        for name in ("weight_decay", "tolerance", "checkpoint_seconds"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite.")
+        check("training.", **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     def arguments(self, num_branches: int) -> dict[str, Any]:
         """What `train` takes after network, loss and data, for a network of I branches: `train(..., **arguments)`.

@@ -27,10 +27,10 @@ from dualgap_jax.sharding import BRANCH, DATA, MeshSpec
 from dualgap_jax.training import plan
 from dualgap_jax.training.batches import example_input
 from dualgap_jax.training.branch_step import branch_step
-from dualgap_jax.training.engine import Carry, LeafReader, Transformation, all_finite, begin, item, tree_bytes
+from dualgap_jax.training.engine import Carry, LeafReader, Steps, Transformation, all_finite, begin, item, tree_bytes
 from dualgap_jax.training.placement import Placement, verify_leaf
 from dualgap_jax.training.plan import Estimate
-from dualgap_jax.types import BranchSource, KeyArray, Network, PyTree, Stacked
+from dualgap_jax.types import BranchSource, KeyArray, Network, Stacked
 
 
 class Streamed:
@@ -220,21 +220,12 @@ class Streamed:
         del lane
         return bool(np.asarray(all_finite((lanes.params, lanes.state))))
 
-    def advance(
-        self,
-        lanes: Carry,
-        schedule_state: PyTree,
-        keys: Array,
-        base_rate: float,
-        indices: np.ndarray | None,
-        first: int,
-        length: int,
-    ) -> tuple[Carry, np.ndarray]:
+    def advance(self, lanes: Carry, steps: Steps) -> tuple[Carry, np.ndarray]:
         losses = []
-        for t in range(length):
-            rate = base_rate * self._rate(item(schedule_state, 0), jnp.asarray(first + t))
-            picked = indices[0, t] if indices is not None else None
-            lanes, value = self.step(lanes, picked, rate, keys[0], first + t)
+        for t, now in enumerate(range(steps.first, steps.first + steps.length)):
+            rate = steps.base_rate * self._rate(item(steps.schedule_state, 0), jnp.asarray(now))
+            picked = steps.indices[0, t] if steps.indices is not None else None
+            lanes, value = self.step(lanes, picked, rate, steps.keys[0], now)
             losses.append(value)
         return lanes, np.asarray([losses], np.float64)
 

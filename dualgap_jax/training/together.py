@@ -22,6 +22,7 @@ from dualgap_jax.training.batches import Batch, example_input, on_device
 from dualgap_jax.training.engine import (
     Carry,
     LeafReader,
+    Steps,
     Transformation,
     all_finite,
     begin,
@@ -131,7 +132,8 @@ class Together:
     ) -> None:
         self.start = jax.jit(functools.partial(draw, net, dataset, transformation))
         self._segment = make_segment(net, loss, transformation, schedule)
-        self._seconds = functools.partial(_seconds_per_step, net, loss, transformation, schedule, dataset, batch_size)
+        self._net, self._loss, self._transformation, self._schedule = net, loss, transformation, schedule
+        self._dataset, self._batch_size = dataset, batch_size
         self._devices, self._group_size = devices, group_size
         self._data = share_out(on_device(dataset), devices, None)
         self._programs: dict[int, Callable[..., tuple[Carry, Array]]] = {}  # by the length of a segment
@@ -149,7 +151,7 @@ class Together:
         if one < plan.WORTH_SAYING:
             return ""
         together = min(num_solutions, self._group_size)
-        return plan.in_memory(one, together, self._seconds(), max_steps, num_solutions, len(self._devices))
+        return plan.in_memory(one, together, self._seconds_per_step(), max_steps, num_solutions, len(self._devices))
 
     def join(self, carries: Sequence[Carry]) -> Carry:
         lanes = filled(len(carries), self._devices)
@@ -172,24 +174,15 @@ class Together:
     def is_finite(self, carry: Carry, lane: int) -> bool:
         return bool(all_finite(item((carry.params, carry.state), lane)))
 
-    def advance(
-        self,
-        carry: Carry,
-        schedule_state: PyTree,
-        keys: Array,
-        base_rate: float,
-        indices: np.ndarray | None,
-        first: int,
-        length: int,
-    ) -> tuple[Carry, np.ndarray]:
+    def advance(self, carry: Carry, steps: Steps) -> tuple[Carry, np.ndarray]:
+        states, keys, base_rate, indices, first, length = steps
         picked = jnp.asarray(indices) if indices is not None else None
         if len(self._devices) == 1:
-            carry, losses = self._segment(carry, schedule_state, keys, base_rate, self._data, picked, first, length)
+            carry, losses = self._segment(carry, states, keys, base_rate, self._data, picked, first, length)
             return carry, np.asarray(losses, np.float64)
         count = len(keys)
         lanes = filled(count, self._devices)
-        words = jax.random.key_data(keys)
-        mine = jax.tree.map(lambda a: np.asarray(a)[lanes], (schedule_state, words, picked))
+        mine = jax.tree.map(lambda a: np.asarray(a)[lanes], (states, jax.random.key_data(keys), picked))
         carry, losses = self._program(length)(
             carry, *share_out(mine, self._devices, 0), jnp.asarray(base_rate, float), self._data, jnp.asarray(first)
         )
@@ -209,32 +202,24 @@ class Together:
             self._programs[length] = jax.jit(shared, donate_argnums=0)
         return self._programs[length]
 
+    def _seconds_per_step(self) -> float | None:
+        """Measured on a network of a few of the branches, and scaled; None for a network that is no sum of branches."""
+        if self._net.stacked is None:
+            return None
+        branch, branches, _ = self._net.stacked[:3]
+        one = tree_bytes(self.template(jax.random.key(0))) / branches
+        count = int(min(max(plan.PROBE_BYTES // one, 1), branches))
+        few = multi_branch(branch, count)
+        segment = make_segment(few, self._loss, self._transformation, self._schedule)
+        key, dataset = jax.random.key(0), self._dataset
+        carry, state = stack([draw(few, dataset, self._transformation, key)]), stack([self._schedule.init()])
+        batch = self._batch_size or len(dataset.y)
+        data = Batch(*map(jnp.asarray, (dataset.x[:batch], dataset.y[:batch], dataset.mean, dataset.std)))
+        picked = jnp.arange(batch)[None, None] if self._batch_size else None
 
-def _seconds_per_step(
-    net: Network,
-    loss: Loss,
-    transformation: Transformation,
-    schedule: Schedule,
-    dataset: Dataset,
-    batch_size: int,
-) -> float | None:
-    """Measured on a network of a few of the branches, and scaled; None for a network that is no sum of branches."""
-    if net.stacked is None:
-        return None
-    start = functools.partial(draw, net, dataset, transformation)
-    one = tree_bytes(jax.eval_shape(start, jax.random.key(0))) / net.stacked.num_branches
-    count = int(min(max(plan.PROBE_BYTES // one, 1), net.stacked.num_branches))
-    few = multi_branch(net.stacked.branch, count)
-    segment = make_segment(few, loss, transformation, schedule)
-    key = jax.random.key(0)
-    carry, state = stack([draw(few, dataset, transformation, key)]), stack([schedule.init()])
-    batch = batch_size or len(dataset.y)
-    data = Batch(*map(jnp.asarray, (dataset.x[:batch], dataset.y[:batch], dataset.mean, dataset.std)))
-    picked = jnp.arange(batch)[None, None] if batch_size else None
+        def step(now: int) -> Carry:
+            nonlocal carry
+            carry, _ = segment(carry, state, key[None], 1e-3, data, picked, now, 1)
+            return carry
 
-    def step(now: int) -> Carry:
-        nonlocal carry
-        carry, _ = segment(carry, state, key[None], 1e-3, data, picked, now, 1)
-        return carry
-
-    return plan.seconds_of(step) * net.stacked.num_branches / count
+        return plan.seconds_of(step) * branches / count
