@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import xlogy
+from test_benchmarks import run
 from test_moments import QUICK, on_arcs
 
 from dualgap_jax.certify.moments_cover import Effort, candidates, evaluate, first_shares
 from dualgap_jax.certify.moments_joint import relaxation
 from dualgap_jax.certify.moments_start import FORMS
-from dualgap_jax.certify.moments_verify import verify_ball_bound
+from dualgap_jax.certify.moments_verify import verify_relaxation
+from dualgap_jax.spectral.evidence import VerificationError
 
 LOSSES = {
     "squared": lambda z, y: 0.5 * (z - y) ** 2,
@@ -51,10 +54,24 @@ def test_below_every_network_and_close(loss: str, share: float, rng: np.random.G
     found = relaxation(x, y, loss, penalty=penalty, effort=QUICK)
     assert on_arcs(x, found.alpha) <= 2 * penalty
     assert found.bound.upper <= 2 * penalty
-    assert verify_ball_bound(x, found.alpha, found.bound) <= 2 * penalty
+    assert found.lower <= verify_relaxation(x, y, loss, penalty, found) <= found.lower + 1e-12
     assert found.lower <= -np.mean(CONJUGATES[loss](found.alpha, y)) + 1e-15
     best = best_network(x, y, loss, penalty, rng)
     assert 0.6 * best <= found.lower <= best
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_a_false_lower_bound_is_refused(loss: str, rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((8, 2)), np.sign(rng.standard_normal(8))
+    found = relaxation(x, y, loss, penalty=0.03, effort=QUICK)
+    verify_relaxation(x, y, loss, 0.03, found)
+    alphas = [1.001 * found.alpha, found.alpha[:-1], np.nan * found.alpha, -found.alpha]
+    false = [found._replace(lower=found.lower + 1e-9), *(found._replace(alpha=alpha) for alpha in alphas)]
+    for claim in false:
+        with pytest.raises(VerificationError):
+            verify_relaxation(x, y, loss, 0.03, claim)
+    with pytest.raises(VerificationError, match="2 penalty"):
+        verify_relaxation(x, y, loss, 0.02, found)
 
 
 def test_a_large_penalty_leaves_the_zero_network(rng: np.random.Generator) -> None:
@@ -150,3 +167,12 @@ def test_refused(changes: dict[str, Any], words: str) -> None:
     given = {"x": np.ones((2, 2)), "y": np.array([1.0, -1.0]), "loss": "squared", "penalty": 0.1} | changes
     with pytest.raises(ValueError, match=words):
         relaxation(given.pop("x"), given.pop("y"), given.pop("loss"), **given)
+
+
+def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run("moments", tmp_path / "results.json", monkeypatch)["rows"]
+    assert [row["case"] for row in rows] == ["20, squared, 0.2", "20, logistic, 0.2"]
+    for row in rows:
+        assert 0 < row["certified"] <= row["network"]
+        np.testing.assert_allclose(row["gap"], 100 * (1 - row["certified"] / row["network"]), rtol=1e-9)
+        assert row["gap"] < row["plain_gap"]

@@ -258,7 +258,7 @@ class Effort(NamedTuple):
     """
 
     rank: int = 10
-    first_steps: int = 300
+    first_steps: int = 100
     steps: int = 150
     width: int = 150
     partners: int = 30

@@ -32,6 +32,7 @@ from dualgap_jax.registry import unknown
 _LEAST = 1e-4  # of the largest |alpha|: smaller ones start there
 _PACE = 0.3  # of log |alpha| beside the logits of a cover
 _NORM = 64  # of the larger of both bounds, as the search sees it
+_ROUGH = 60  # steps of a first search whose moment only says which points are alike
 _TRIES = 8  # scalings of alpha until its bound is proven
 _EFFORT = Effort()
 _LOSSES = {"squared": losses.squared, "logistic": losses.logistic, "hinge": losses.binary_hinge}
@@ -138,16 +139,16 @@ class _Descent:
         self.signs = np.where(signs != 0, signs, 1.0)
         sizes = np.maximum(np.abs(first), _LEAST * top)
         basis = moments_search.in_basis(x)
-        weighted = sizes[:, None] * basis
+        axes = moments_cover.principal(sizes[:, None] * basis, effort.width)
+        weighted = sizes[:, None] * (basis @ axes)
         self.masks = [self.signs > 0, self.signs < 0]
         starts = []
         for positive in self.masks:
             reduced = moments_search.reduce(weighted, positive)
-            moment = moments_search.ascend(reduced, effort.rank, effort.first_steps)
+            moment = moments_search.ascend(reduced, effort.rank, min(effort.first_steps, _ROUGH))
             plain = moments_search.read_off(reduced, moment)
             starts.append((moment, plain.delta, moments_search.worth(plain)))
         size = max(worth for _, _, worth in starts)
-        axes = moments_cover.principal(weighted, effort.width)
         self.size = size
         self.basis = (basis @ axes) / size
         self.limit = limit / size

@@ -16,11 +16,13 @@ import numpy as np
 import scipy.linalg
 
 from dualgap_jax.certify.moments import BallBound, Side, checked, combined
+from dualgap_jax.certify.moments_joint import Relaxation
 from dualgap_jax.spectral.evidence import VerificationError
 
 _UNIT = 2.0**-53
+_LOG_ERROR = Fraction(1, 1 << 50)  # of q ln q + (1 - q) ln(1 - q), logarithms being off by a last place
 _BLOCK = 1024
-_EXACT = 4000  # products in H up to which rational numbers are used
+_EXACT = 1000  # products in H up to which rational numbers are used
 
 
 def verify_ball_bound(x: Any, alpha: Any, bound: BallBound) -> float:
@@ -52,6 +54,45 @@ def verify_ball_bound(x: Any, alpha: Any, bound: BallBound) -> float:
     if not whole <= bound.upper:
         raise VerificationError(f"the sides prove {whole:.17g}, not the {bound.upper:.17g} that is claimed.")
     return whole
+
+
+def verify_relaxation(x: Any, y: Any, loss: str, penalty: float, found: Relaxation) -> float:
+    """Proves the lower bound of `relaxation` again: that alpha is feasible, and what it is worth.
+
+    Args:
+      x, y, loss, penalty: As `relaxation` takes them.
+      found: The claim.
+
+    Returns:
+      A proven lower bound, at least `found.lower`.
+
+    Raises:
+      VerificationError: The certificate does not prove what is claimed.
+      ValueError: The data are not what `relaxation` takes.
+    """
+    x, y = checked(x, y)
+    if found.alpha.shape != y.shape or not np.isfinite(found.alpha).all():
+        raise VerificationError(f"alpha must be finite, of shape {list(y.shape)}.")
+    rho = verify_ball_bound(x, found.alpha, found.bound)
+    if not rho <= 2 * Fraction(penalty):
+        raise VerificationError(f"alpha is only proven to have {rho:.17g}, more than 2 penalty.")
+    total = Fraction(0)
+    for a, target in zip(map(Fraction, found.alpha.tolist()), map(Fraction, y.tolist()), strict=True):
+        q = -a * target
+        if loss != "squared" and not (abs(target) == 1 and 0 <= q <= 1):
+            raise VerificationError(f"-alpha y = {float(q):.17g} lies outside [0, 1], where l* is infinite.")
+        if loss == "squared":
+            total += a * a / 2 - q
+        elif loss == "hinge":
+            total -= q
+        elif loss == "logistic":
+            total += sum(p * Fraction(math.log(p)) for p in (q, 1 - q) if p) + _LOG_ERROR
+        else:
+            raise ValueError(f"loss={loss!r} must be 'squared', 'logistic' or 'hinge'.")
+    lower = math.nextafter(float(-total / len(y)), -math.inf)
+    if not lower >= found.lower:
+        raise VerificationError(f"alpha proves {lower:.17g}, not the {found.lower:.17g} that is claimed.")
+    return lower
 
 
 def verify_side(x: np.ndarray, alpha: np.ndarray, side: Side) -> float:
