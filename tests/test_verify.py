@@ -162,7 +162,7 @@ def test_a_bound_on_q_that_was_not_proven_is_not_used(rng: np.random.Generator) 
     delta = deltas.on_segment(one, f)
     (row,) = theorem.verdicts(f, 0.9, [1000], delta_lower=delta)
     counts = Instance([f], 0.9).allocation([1000]).counts[0]
-    checker = duality_proofs.verify_gap.Checker(duality_proofs._premises(one, f, delta))
+    checker = duality_proofs.verify_gap.Checker(duality_proofs.premises(one, f, delta))
     proven = duality_proofs._proven_by(checker, row, counts, {row.multiplier: row.dual_value})
     assert proven is not None
     assert proven["dual_lower"] == "weak duality"

@@ -11,10 +11,9 @@
 `gap` and `verdict` compute from value functions alone (over `units`, `envelope`, `allocation` and `min_plus`);
 `problem`, `search`, `branch_and_bound` (over `boxes`, `ranges` with its `rules` and `choices`, `jets`, `elementary`,
 `intervals` and `programs`) and `closed_forms` find them; `deltas` bounds Delta, and `margins` decides Assumption 1,
-without which `clipped` bounds the hinge as it is;
-`verify` proves value functions again (over `numpy_ranges` and `verify_closed_forms`), `verify_gap` the numbers of a
-record in rational numbers;
-`trained` and `population` compare with SGD and with fresh samples.
+without which `clipped` bounds the hinge as it is; `verify` proves value functions again (over `numpy_ranges` and
+`verify_closed_forms`), `verify_gap` and `verify_mixed` the numbers of a record in rational numbers; `trained` and
+`population` compare with SGD and with fresh samples.
 """
 
 from dualgap_jax.duality.allocation import Allocation, allocate

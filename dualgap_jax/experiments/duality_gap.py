@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dualgap_jax import figures, seeds
-from dualgap_jax.config import Component, ConfigError, require
+from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import deltas, population
 from dualgap_jax.duality.allocation import Allocation
@@ -27,8 +26,10 @@ from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Instance, verdicts
 from dualgap_jax.duality.verify_closed_forms import verify_margin
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
+from dualgap_jax.experiments.duality_mixed import mixed_arrays, mixed_record, mixed_rows
 from dualgap_jax.experiments.duality_proofs import hinge_rows, proven_rows
 from dualgap_jax.experiments.duality_report import curve, dual_curve, report
+from dualgap_jax.experiments.duality_samples import samples
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss
 from dualgap_jax.metrics import Progress
@@ -43,6 +44,7 @@ class DualityGapSpec:
     Attributes:
       title: head of the figure.
       branch: f_i, an entry of the branch table; the number of outputs comes from the data.
+      second: another kind of branch, and `second_share` the share of the I branches that are of it; 0: all are alike.
       data: an entry of the data table.
       tau: margin scale; 0 takes 1.01 times the proven bound on the margins over W, so that Assumption 1 holds.
       radius: W is the ball `||w|| <= radius`.
@@ -62,6 +64,8 @@ class DualityGapSpec:
 
     title: str = "Duality gap of Theorem 1"
     branch: Component = Component("mlp", {"hidden": (1, 1), "use_bias": False})
+    second: Component = Component("mlp", {"hidden": (1,), "use_bias": False})
+    second_share: float = 0.0
     data: Component = Component("synthetic_relu", {"n": 500, "d": 2, "seed": 1})
     tau: float = 0.0
     radius: float = 2.0
@@ -86,6 +90,9 @@ class DualityGapSpec:
         require(len(self.num_branches) > 0, "num_branches is empty; give at least one, as in I=1/10/100.")
         require(all(n >= 1 for n in self.num_branches), f"num_branches={self.num_branches} must be positive integers.")
         require(3 <= self.grid <= 2**20, f"grid={self.grid} must lie between 3 and {2**20:,}.")
+        require(0 <= self.second_share <= 1, f"second_share={self.second_share} must lie in [0, 1].")
+        alike = self.second_share == 0 or (self.fresh_samples == 0 and not self.trained.num_branches)
+        require(alike, "two kinds of branches take neither fresh_samples nor trained.num_branches; give 0 and ().")
         require(self.fresh_samples >= 0, f"fresh_samples={self.fresh_samples} must be >= 0.")
         require(self.fresh_samples != 1, "fresh_samples=1 gives no confidence interval; give 0, or 2 or more.")
 
@@ -94,6 +101,9 @@ class DualityGapSpec:
         tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
         tables.datasets.check(self.data.name, **self.data.settings)
         known = output_bound_known(self.branch)
+        if self.second_share > 0:
+            tables.branches.build(self.second.name, **{**self.second.settings, "out": 1})
+            known &= output_bound_known(self.second)
         require(self.tau > 0 or known, "tau=0 needs a proven bound on the margins (a bias-free mlp); give tau.")
         homogeneous = is_homogeneous(self.branch)
         require(
@@ -153,12 +163,14 @@ def _value_function(spec: DualityGapSpec, problem: Problem, *, quick: bool = Fal
 
 def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Tables) -> Report:
     """Duality gap of Theorem 1 for every number of branches, certified where it can be, beside the bound 2/I."""
-    dataset, fresh, note = _samples(spec, tables)
+    dataset, fresh, note = samples(spec.data, spec.fresh_samples, tables)
     confirm_data(workdir, [(d.x, d.y, d.mean, d.std) for d in (dataset, *fresh)], info=dataset.info)
+    if spec.second_share > 0:
+        return _two_kinds(spec, workdir, tables, dataset)
     setup = _setup(spec, tables, dataset)
     problem = setup.problem
     function = _remembered(workdir, lambda: _value_function(spec, problem))
-    budget = float(function.budgets[max(1, round(spec.budget_share * (spec.grid - 1)))])
+    budget = _budget(spec, function)
     delta = find_delta(problem, function, spec.search, seed=spec.seed)
     counts = sorted({*spec.num_branches, *spec.trained.num_branches})
     found = verdicts(function, budget, counts, delta_lower=delta)
@@ -200,7 +212,7 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
         },
         "rows": rows,
         "value_function": curve(function),
-        "dual_function": dual_curve(function, budget, rows[0]["multiplier"]),
+        "dual_function": dual_curve([function], [1], budget, rows[0]["multiplier"]),
         "hinge": None,
         "trained": [],
         "population": None,
@@ -224,6 +236,33 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     return report(record)
 
 
+def _budget(spec: DualityGapSpec, function: ValueFunction) -> float:
+    return float(function.budgets[max(1, round(spec.budget_share * (spec.grid - 1)))])
+
+
+def _two_kinds(spec: DualityGapSpec, workdir: Workdir, tables: Tables, dataset: Dataset) -> Report:
+    """The experiment with branches of two kinds; tau is that of the kind with the larger margins."""
+    specs = [spec, dataclasses.replace(spec, branch=spec.second)]
+    tau = max(_setup(one, tables, dataset).problem.tau for one in specs)
+    problems = [_setup(one, tables, dataset, tau).problem for one in specs]
+    found = mixed_rows(
+        problems, functools.partial(_value_function, spec), spec.search, functools.partial(_budget, spec),
+        spec.num_branches, spec.second_share, seed=spec.seed,
+    )  # fmt: skip
+    record = mixed_record(found, spec.title, spec.second_share)
+    record |= {
+        "branch": {"name": spec.branch.name, "parameters": problems[0].size, **spec.branch.settings},
+        "second": {"name": spec.second.name, "parameters": problems[1].size, **spec.second.settings},
+        "data": dataset.info,
+        "num_examples": len(dataset.y),
+        "radius": spec.radius,
+        "power": spec.power,
+    }
+    save_npz(workdir.results / "duality_gap.npz", **mixed_arrays(found))
+    save_json(workdir.results / "duality_gap.json", record)
+    return report(record)
+
+
 def _remembered(workdir: Workdir, compute: Callable[[], ValueFunction]) -> ValueFunction:
     """The value function, or what an interrupted run found by a search: that is kept, while proofs are made again."""
     if (kept := workdir.recall("value function")) is not None:
@@ -233,31 +272,6 @@ def _remembered(workdir: Workdir, compute: Callable[[], ValueFunction]) -> Value
         names = ("budgets", "lower", "upper", "minimisers", "method", "slope", "concave", "margin")
         workdir.keep("value function", {name: getattr(found, name) for name in names})
     return found
-
-
-def _samples(spec: DualityGapSpec, tables: Tables) -> tuple[Dataset, list[Dataset], str]:
-    """The data set, fresh samples of the same law and size, and what there is to say about them."""
-    settings, wanted = dict(spec.data.settings), spec.fresh_samples
-    dataset = tables.datasets.build(spec.data.name, **settings)
-    if not wanted:
-        return dataset, [], ""
-    n = len(dataset.y)
-    parameters = inspect.signature(tables.datasets[spec.data.name]).parameters
-    if "split" in parameters:
-        pool = tables.datasets.build(spec.data.name, **{**settings, "split": "test", "num_examples": 0})
-        size, first = min(n, len(pool.y) // wanted), 0
-        source = f"{wanted} disjoint parts of {size:,} of the test split"
-    elif "n" in parameters:
-        pool = tables.datasets.build(spec.data.name, **{**settings, "n": n * (1 + wanted)})
-        size, first = n, n  # its first rows are the data set itself
-        source = f"{wanted} fresh samples of {size:,}"
-    else:
-        raise ConfigError(
-            f"fresh_samples={wanted}: the data set {spec.data.name!r} has neither `n` nor `split`; give 0."
-        )
-    require(size >= 2, f"fresh_samples={wanted} leaves {size} examples a sample; give fewer.")
-    cuts = [slice(first + k * size, first + (k + 1) * size) for k in range(wanted)]
-    return dataset, [pool._replace(x=pool.x[c], y=pool.y[c]) for c in cuts], source
 
 
 def _primal_point(setup: _Setup, function: ValueFunction, dataset: Dataset, allocation: Allocation) -> dict[str, Any]:

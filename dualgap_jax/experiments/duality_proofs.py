@@ -62,7 +62,7 @@ def proven_rows(
         try:
             if not again.holds:
                 raise verify_gap.NotProvenError(again.reason)
-            checker = verify_gap.Checker(_premises(problem, function, delta))
+            checker = verify_gap.Checker(premises(problem, function, delta))
         except verify_gap.NotProvenError as error:
             record["failures"].append(str(error))
     rows: list[dict[str, Any]] = []
@@ -82,7 +82,8 @@ def proven_rows(
     return Rows(rows, "certified" if checker is not None else "estimated", record)
 
 
-def _premises(problem: Problem, function: ValueFunction, delta: deltas.Combination) -> verify_gap.Premises:
+def premises(problem: Problem, function: ValueFunction, delta: deltas.Combination) -> verify_gap.Premises:
+    """What `verify_gap` takes as proven of one kind of branch."""
     return verify_gap.Premises(
         function.budgets, function.lower, function.upper, function.concave, function.slope, problem.radius,
         problem.power, delta.points, delta.weights, delta.values,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,14 @@ def curve(function: ValueFunction) -> dict[str, Any]:
     return {k: v[picked] for k, v in {**curves, "envelope": envelope(function.upper)}.items()}
 
 
-def dual_curve(function: ValueFunction, budget: float, multiplier: float) -> dict[str, Any]:
-    """`Q(lam)` and `Q(lam) - lam K` from the values on the grid (upper bounds), around the maximiser."""
-    drop = float(function.upper[0] - function.upper[-1]) / float(function.budgets[-1])
+def dual_curve(
+    functions: Sequence[ValueFunction], counts: Sequence[int], budget: float, multiplier: float
+) -> dict[str, Any]:
+    """`Q(lam)` and `Q(lam) - lam K` from the values on the grids (upper bounds), around the maximiser."""
+    drop = max(float(f.upper[0] - f.upper[-1]) / float(f.budgets[-1]) for f in functions)
     lams = np.unique(np.append(np.linspace(0, 3 * max(multiplier, drop, 1e-12), 121), multiplier))
-    q = np.array([lagrangian([function.budgets], [function.upper], [1], lam)[0] for lam in lams])
+    grids, uppers = [f.budgets for f in functions], [f.upper for f in functions]
+    q = np.array([lagrangian(grids, uppers, counts, lam)[0] for lam in lams])
     return {"multipliers": lams, "q": q, "dual_objective": q - lams * budget, "best": multiplier}
 
 
