@@ -3,26 +3,31 @@
     problem = certify.risk_problem(branch, dataset, losses.logistic(), penalty=1e-3)
     found = certify.distance(problem, solution.network)           # of a trained network, by its own dual vectors
     print(found.as_text())
+    best = certify.optimum(problem, start=solution.network)       # F* from both sides
     certify.verify_bound(problem, found.bound)                    # proven again, with arithmetic of its own
 
 `F*` is the least regularised risk over all probability measures of branches, so at most that of I branches for every I.
 `bounds` proves lower bounds on it from dual vectors, over what `engines` prove about one branch (`cells`, `moments`,
-branch and bound from `duality`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
+branch and bound from `duality`); `optimum` finds the measure and the dual vectors (over `sliding`, `reduced` and
+`search`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
 """
 
 from dualgap_jax.certify.bounds import Bound, lower_bound, lower_estimated
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import distance
+from dualgap_jax.certify.optimum import OptimumSpec, optimum
 from dualgap_jax.certify.problem import RiskProblem, risk_problem
 from dualgap_jax.certify.verify import verify_bound
 
 __all__ = [
     "Bound",
     "Certificate",
+    "OptimumSpec",
     "RiskProblem",
     "distance",
     "lower_bound",
     "lower_estimated",
+    "optimum",
     "risk_problem",
     "verify_bound",
 ]

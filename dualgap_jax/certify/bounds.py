@@ -236,7 +236,7 @@ def boxes_apply(problem: RiskProblem) -> bool:
     return problem.one.size <= MAX_PARAMETERS and math.isfinite(problem.radius) and problem.power == 2
 
 
-def _least_losses(problem: RiskProblem) -> Bound:
+def least_losses(problem: RiskProblem) -> Bound:
     """The bound by alpha = 0: F* is at least the mean of the least losses, whatever the branch."""
     rows = np.zeros(problem.shape)
     lam = problem.penalty or 0.0
@@ -307,7 +307,7 @@ def lower_bound(
             f" {problem.one.size}, {problem.power:g} and {problem.radius:g}."
         )
     if engine == "auto":
-        found.append(_least_losses(problem))
+        found.insert(0, least_losses(problem))
     return max(found, key=lambda bound: bound.value)
 
 
@@ -323,8 +323,8 @@ def lower_estimated(
     look = BranchSearch(problem, starts=starts, steps=steps, seed=seed)
     name = f"search, {starts} starts"
     if problem.structure is not None:
-        kappa, point = look.kappa(rows)
-        return bound_from(problem, rows, kappa, point, name)
+        points, values = look.kappa(rows, np.zeros((0, problem.one.size)))
+        return bound_from(problem, rows, float(values[0]), points[0], name)
     lam = problem.penalty if problem.penalty is not None else multiplier
     lam = _estimated_multiplier(problem, rows, seed) if lam is None else number("multiplier", lam)
     ends, values = look(rows, lam, problem.radius)

@@ -19,7 +19,7 @@ class Certificate:
     Attributes:
       upper: the regularised risk of `weights`, with its rounding; F* is at most this.
       bound: the best proven lower bound, with what it was proven from.
-      lower_estimated: the same with a search in the place of the proof; None where none was asked for.
+      lower_estimated: the same with a search in the place of the proof, at most `upper`; None where none was asked for.
       upper_proven: whether `upper` allows for all rounding.
       weights: `[k, p]`, the branches behind `upper`.
       shares: `[k]`, the share of each; they add up to 1 at most (the rest is the branch with weights 0).

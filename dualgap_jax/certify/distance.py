@@ -80,7 +80,8 @@ def assembled(
     return Certificate(
         upper=found.upper,
         bound=bound,
-        lower_estimated=None if estimated is None else estimated.value,
+        # A search that has missed the best branch may give more than the risk of a network, which is no bound.
+        lower_estimated=None if estimated is None else min(estimated.value, found.upper),
         upper_proven=found.proven and feasible,
         weights=weights,
         shares=shares,

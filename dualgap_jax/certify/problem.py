@@ -75,9 +75,9 @@ class RiskProblem:
 
     @property
     def scale_free(self) -> bool:
-        """Whether f is homogeneous of degree `power` and W all of R^p, so that shares of branches are idle."""
+        """Whether f is, but for an output bias, homogeneous of degree `power` and W all of R^p: shares are idle."""
         known = self.structure
-        return known is not None and known.degree == self.power and not known.use_bias and math.isinf(self.radius)
+        return known is not None and known.degree == self.power and math.isinf(self.radius)
 
     def slope(self, outputs: np.ndarray) -> np.ndarray:
         """`alpha [n, out]`, a subgradient of the losses at outputs, exactly in the domain of the conjugate."""
@@ -192,7 +192,7 @@ def risk_problem(
     if math.isinf(ball) and (known is None or known.degree > power):
         why = "is not known to be homogeneous" if known is None else f"has degree {known.degree} > power={power:g}"
         raise ValueError(f"give a radius: the branch {why}, so without a ball W its risk may have no least value.")
-    if reduce == "sum" and not made.scale_free:
+    if reduce == "sum" and (not made.scale_free or (known is not None and known.use_bias)):
         raise ValueError(
             "reduce='sum' needs a bias-free branch that is homogeneous of the degree power, and no radius; otherwise"
             " the least risk depends on the number of branches: use reduce='mean'."

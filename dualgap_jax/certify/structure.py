@@ -80,6 +80,28 @@ class Structure(NamedTuple):
             parts.append(np.ones(width * fan_in))
         return np.concatenate(parts)
 
+    def apart(self, weights: np.ndarray, out: int) -> tuple[np.ndarray, np.ndarray]:
+        """The flat weights `[k, p]` with output biases 0, and these, `[k, out]` (0 for a branch without biases)."""
+        if not self.use_bias:
+            return weights, np.zeros((len(weights), out))
+        place = self._output_bias(weights.shape[1], out)
+        kernels = weights.copy()
+        kernels[:, place] = 0.0
+        return kernels, weights[:, place]
+
+    def with_bias(self, weights: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """The flat weights `[k, p]` with the output bias `[out]` in the place of their own."""
+        if not self.use_bias:
+            return weights
+        made = weights.copy()
+        made[:, self._output_bias(weights.shape[1], len(bias))] = bias
+        return made
+
+    def _output_bias(self, size: int, out: int) -> slice:
+        """Where it is: behind the hidden bias `[m]` and kernel `[m, d]`, before the last kernel `[out, m]`."""
+        end = size - out * self.widths[0]
+        return slice(end - out, end)
+
     def unit(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Flat weights `[p]` of norm 1 of `last psi(.. psi(first.x))`, one active unit a layer, for unit vectors."""
         share = 1 / math.sqrt(self.degree)

@@ -341,8 +341,8 @@ def penalised_minimum(
         )
     if not 0 <= lam < np.inf:
         raise ValueError(f"the multiplier lam={lam!r} must be a finite number, at least 0.")
-    norms = np.maximum(np.linalg.norm(points, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    inside = points * np.minimum(1.0, problem.radius * (1 - 1e-14) / norms)
+    ball = problem.radius * (1 - 1e-14)
+    inside = points * (ball / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), ball))
     costs = point_values(problem, inside) + lam * np.sum(inside**2, axis=1) * (1 + 16 * _EPS)
     best = slice(int(np.argmin(costs)), int(np.argmin(costs)) + 1)
     start = costs[best] + _SPARE * (1 + np.abs(costs[best]))

@@ -1,0 +1,157 @@
+"""F* from both sides against convex programs over all activation patterns, and its parts against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from certify_oracles import convex_program, drawn, group_lasso, problem
+from scipy.optimize import minimize
+
+from dualgap_jax import certify
+from dualgap_jax.certify import OptimumSpec, RiskProblem, optimum, verify_bound
+from dualgap_jax.certify.reduced import solve
+from dualgap_jax.certify.search import best_units
+from dualgap_jax.config import ConfigError
+
+QUICK = OptimumSpec(units=12, starts=16, tolerance=5e-6)
+
+
+def checked(one: RiskProblem, found: certify.Certificate, width: float) -> None:
+    """What every result has to satisfy: proven bounds, an identity, a feasible measure with the risk it claims."""
+    at_zero = float(one.losses(np.zeros(one.shape)).mean())
+    assert found.status == "certified"
+    assert found.lower <= found.upper <= found.lower + width * at_zero
+    assert found.lower_estimated is not None
+    assert found.lower_estimated <= found.upper
+    parts = float(found.shares @ found.excess) + found.multiplier * found.slack + found.fenchel
+    if one.reduce == "mean":
+        assert found.shares.sum() == pytest.approx(1.0)
+        assert found.gap == pytest.approx(parts, abs=1e-9)
+    with jax.enable_x64(True):
+        outputs = sum(
+            s * np.asarray(one.one.outputs(jax.numpy.asarray(w)))
+            for w, s in zip(found.weights, found.shares, strict=True)
+        )
+    costs = found.shares @ np.linalg.norm(found.weights, axis=1) ** one.power
+    assert found.upper == pytest.approx(one.losses(outputs).mean() + (one.penalty or 0) * costs, rel=1e-10)
+    assert costs <= (np.inf if one.budget is None else one.budget)
+    assert np.linalg.norm(found.weights, axis=1).max() <= one.radius
+    assert verify_bound(one, found.bound).holds
+    uppers = [row["upper"] for row in found.history]
+    assert uppers == sorted(uppers, reverse=True)
+
+
+@pytest.mark.parametrize("loss", ["binary_hinge", "squared", "logistic"])
+@pytest.mark.parametrize(("n", "settings"), [(8, {"penalty": 0.02}), (14, {"budget": 3.0})])
+def test_optimum_is_that_of_the_convex_program(loss: str, n: int, settings: Any, rng: Any) -> None:
+    data = drawn(rng, n, 2)
+    best = convex_program(np.asarray(data.x, np.float64), np.asarray(data.y, np.float64), loss, **settings)
+    one = problem(data, loss, **settings)
+    found = optimum(one, spec=QUICK)
+    checked(one, found, 1e-5)
+    assert found.lower <= best + 1e-6
+    assert found.upper >= best - 1e-6
+
+
+@pytest.mark.parametrize("loss", ["multi_margin", "logistic"])
+def test_optimum_of_three_classes_against_a_group_lasso(loss: str, rng: Any) -> None:
+    data = drawn(rng, 9, 2, 3)
+    one = problem(data, loss, penalty=0.05)
+    found = optimum(one, spec=QUICK)
+    checked(one, found, 1e-5)
+    angles = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    directions = np.stack([np.cos(angles), np.sin(angles)], 1)
+    own = found.weights[:, :2] / np.linalg.norm(found.weights[:, :2], axis=1, keepdims=True)
+    directions = np.concatenate([directions, own[np.isfinite(own).all(axis=1)]])
+    best = group_lasso(np.asarray(data.x, np.float64), np.asarray(data.y), loss, directions, penalty=0.05)
+    assert found.lower - 1e-6 <= best <= found.upper + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        ("squared", {"hidden": (1, 1), "budget": 1.0, "radius": 2.0}),
+        ("binary_hinge", {"penalty": 0.02, "radius": 1.2}),
+        ("logistic", {"penalty": 0.02, "use_bias": True}),
+        ("binary_hinge", {"budget": 2.0, "use_bias": True, "hidden": (2,)}),
+        ("squared", {"penalty": 0.05, "reduce": "sum", "activation": "leaky_relu"}),
+    ],
+)
+def test_both_sides_meet(loss: str, settings: Any, rng: Any) -> None:
+    one = problem(drawn(rng, 10, 2), loss, **settings)
+    checked(one, optimum(one, spec=QUICK), 1e-5)
+
+
+def test_branch_and_bound_proves_the_optimum_of_tanh_branches(rng: Any) -> None:
+    one = problem(drawn(rng, 8, 1), "squared", activation="tanh", penalty=0.02, radius=5.0)
+    found = optimum(one, spec=QUICK)
+    checked(one, found, 1e-6)
+    assert found.method.startswith("branch and bound")
+    # No network of few branches does better than the bound, and local search over them comes near to it.
+    x, y = np.asarray(one.one.x, np.float64)[:, 0], np.asarray(one.y, np.float64)
+
+    def value(v: np.ndarray) -> float:
+        u, a = v.reshape(2, -1)
+        outputs = (a * np.tanh(x[:, None] * u)).mean(axis=1)
+        return float(0.5 * np.mean((outputs - y) ** 2) + 0.02 * np.mean(u**2 + a**2))
+
+    reached = min(float(minimize(value, rng.standard_normal(2 * i)).fun) for i in (1, 2, 8, 8))
+    assert found.lower <= reached
+    assert reached <= found.upper + 0.05
+
+
+def test_a_start_is_used_and_a_trained_network_is_no_better_than_the_optimum(rng: Any) -> None:
+    one = problem(drawn(rng, 10, 2), "logistic", penalty=0.02)
+    best = optimum(one, spec=QUICK)
+    again = optimum(one, start=best.weights * np.sqrt(best.shares * len(best.shares))[:, None], spec=QUICK)
+    assert len(again.history) == 1
+    assert again.upper == pytest.approx(best.upper, abs=1e-6)
+    network = certify.distance(one, rng.standard_normal((4, 3)), alpha=best.alpha, estimate=False)
+    assert network.lower == pytest.approx(best.lower, abs=1e-9)
+    assert network.upper >= best.lower
+
+
+@pytest.mark.parametrize("loss", ["squared", "logistic", "binary_hinge", "crammer_singer"])
+@pytest.mark.parametrize("free", [True, False])
+def test_shares_solve_the_convex_problem(loss: str, free: bool, rng: Any) -> None:
+    """No other shares are better, and the dual vectors bound the value from below over these branches."""
+    classes = 3 if loss == "crammer_singer" else 1
+    for settings in ({"penalty": 0.05}, {"budget": 1.0}):
+        one = problem(drawn(rng, 9, 2, classes), loss, **settings)
+        outputs, costs = rng.standard_normal((6, *one.shape)), rng.uniform(0.2, 2, 6)
+        outputs[0], costs[0] = 0.0, 0.0
+        found = solve(one, outputs, costs, free=free)
+
+        def value(
+            s: np.ndarray, one: RiskProblem = one, outputs: np.ndarray = outputs, costs: np.ndarray = costs
+        ) -> float:
+            return float(one.losses(np.tensordot(s, outputs, 1)).mean() + (one.penalty or 0.0) * costs @ s)
+
+        phi = np.tensordot(outputs, found.alpha, 2) / one.shape[0] + found.multiplier * costs
+        least = min(0.0, float(phi.min())) if not free else 0.0
+        assert phi.min() >= -1e-6 or not free
+        bound = -one.conjugate(found.alpha, one.y).mean() + least - found.multiplier * (one.budget or 0.0)
+        assert found.shares.min() >= 0
+        assert costs @ found.shares <= (one.budget or np.inf) * (1 + 1e-9)
+        assert free or found.shares.sum() == pytest.approx(1.0)
+        assert value(found.shares) == pytest.approx(bound, abs=1e-6)
+
+
+def test_units_rise(rng: Any) -> None:
+    x, alpha = rng.standard_normal((30, 4)), rng.standard_normal((30, 2))
+    start = rng.standard_normal((20, 4))
+    u, sums = best_units(x, alpha, start, 0.0)
+    np.testing.assert_allclose(sums, np.maximum(u @ x.T, 0) @ alpha / 30, atol=1e-12)
+    before = np.linalg.norm(np.maximum(start @ x.T, 0) @ alpha, axis=1) / 30 / np.linalg.norm(start, axis=1)
+    after = np.linalg.norm(sums, axis=1)
+    assert (after >= before - 1e-12).all()
+    assert after.max() > 1.05 * before.max()
+
+
+@pytest.mark.parametrize("settings", [{"rounds": 0}, {"units": 0}, {"tolerance": -1.0}, {"seconds": float("nan")}])
+def test_bad_efforts(settings: Any) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        OptimumSpec(**settings)
