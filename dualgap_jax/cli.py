@@ -22,9 +22,12 @@ import jax
 from ml_collections import ConfigDict
 
 from dualgap_jax import experiments, interrupts, sharding
+from dualgap_jax import report as report_pages
 from dualgap_jax.config import ConfigError, load, override, require
 from dualgap_jax.experiments import TABLES, Tables
 from dualgap_jax.registry import Table, unknown
+
+_log = logging.getLogger(__name__)
 
 
 def shipped() -> Path:
@@ -234,7 +237,19 @@ def run(
     print(report.text())
     for path in sorted((folder.path / "figures").glob("*.png")):
         print(f"figure: {path}")
+    if (shown := _page(folder.path, anew=not was_complete)) is not None:
+        print(f"report: {shown}")
     print(f"workdir: {folder.path}")
+
+
+def _page(folder: Path, anew: bool) -> Path | None:
+    """The HTML report of a run, written if it is new or gone; None where it could not be: that is no reason to fail."""
+    path = folder / "report.html"
+    try:
+        return report_pages.write([folder], path) if anew or not path.exists() else path
+    except (OSError, ValueError) as error:
+        _log.warning("the report could not be written: %s", error)
+        return None
 
 
 @contextlib.contextmanager

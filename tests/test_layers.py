@@ -44,6 +44,7 @@ GROUPS = {
         "checkpoints",
         "workdir",
         "figures",
+        "report",
     },
     "work": {
         "sharding",

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": ("run", "run an experiment: dualgap run NAME:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v]"),
     "list": ("run", "print the experiments, the parts they are made of, and the configs"),
     "plot": ("plot", "draw the figures of finished runs again: dualgap plot WORKDIR ..."),
+    "report": ("report", "show runs on one page that opens offline: dualgap report WORKDIR ... [--csv=FILE]"),
     "prepare-data": ("prepare", "download and prepare MNIST or CIFAR-10: dualgap prepare-data mnist"),
     "doctor": ("doctor", "say what this machine has, and what is missing"),
 }

@@ -1,0 +1,191 @@
+"""A report of one run or several: one HTML file that opens offline, and the tables as CSV.
+
+It is made from the records of work folders alone, and holds all that a reader needs to judge and to repeat the run: the
+table, surfaces that can be turned, the figures, the configuration, the command, commit, versions and devices.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import humanize
+
+from dualgap_jax.files import DamagedFileError, load_json, load_npz, write_atomically
+from dualgap_jax.report import page, surfaces
+
+SURFACES = (("landscape", "as trained"), ("aligned", "aligned"))
+
+
+class NothingToReportError(ValueError):
+    """A folder without the records of a run."""
+
+
+def write(workdirs: Sequence[str | Path], output: str | Path) -> Path:
+    """Writes the report of one run, or of several one after the other on a page.
+
+    Args:
+      workdirs: work folders of runs that are complete, or have written some results.
+      output: the HTML file.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      NothingToReportError: for a folder that holds no run, or no folder at all.
+    """
+    folders = [Path(workdir) for workdir in workdirs]
+    if not folders:
+        raise NothingToReportError("give at least one work folder.")
+    plots: list[dict[str, Any]] = []
+    parts = [_run(folder, plots) for folder in folders]
+    title = parts[0][0] if len(parts) == 1 else f"{len(parts)} runs"
+    body = "".join(part for _, part in parts)
+    if len(parts) > 1:
+        links = "".join(f'<li><a href="#run-{k}">{page.text(name)}</a></li>' for k, (name, _) in enumerate(parts))
+        inner = "".join(f'<section id="run-{k}">{part}</section>' for k, (_, part) in enumerate(parts))
+        body = f"<h1>{page.text(title)}</h1><ul>{links}</ul>{inner}"
+    scripts: list[str] = []
+    if plots and surfaces.available():
+        body += surfaces.embedded(plots)
+        scripts = [surfaces.program(), surfaces.DRAW]
+    made = page.whole(title, body, scripts).encode()
+    write_atomically(output, lambda file: file.write(made))
+    return Path(output)
+
+
+def table_csv(workdirs: Sequence[str | Path]) -> str:
+    """The tables of runs as CSV, numbers in full: the folder, then the columns of any of them.
+
+    Raises:
+      NothingToReportError: for a folder without a finished table.
+    """
+    read = []
+    for folder in map(Path, workdirs):
+        report = _record(folder / "results" / "report.json")
+        if report is None:
+            raise NothingToReportError(f"{folder} holds no results/report.json: the run is not complete.")
+        read.append((folder, report))
+    columns = list(dict.fromkeys(name for _, report in read for name in report["columns"]))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", *columns])
+    for folder, report in read:
+        for row in report["rows"]:
+            values = dict(zip(report["columns"], row, strict=True))
+            writer.writerow([folder, *("" if values.get(name) is None else values[name] for name in columns)])
+    return out.getvalue()
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """A record, or None where there is none or it is damaged."""
+    try:
+        return load_json(path)
+    except (FileNotFoundError, DamagedFileError):
+        return None
+
+
+def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
+    """The name of a run and its part of the page; adds its surfaces to `plots`."""
+    card, config = _record(folder / "run.json"), _record(folder / "config.json")
+    report = _record(folder / "results" / "report.json")
+    if card is None and report is None:
+        raise NothingToReportError(f"{folder} holds no run: give a work folder, the one with run.json and results/.")
+    card, config = card or {}, config or {}
+    name = (report or {}).get("title") or f"{config.get('experiment', 'run')} in {folder.name}"
+    status = str(card.get("status", "unknown"))
+    line = f'<p class="soft"><span class="badge">{page.text(status)}</span> {_when(card)}</p>'
+    said = [f"<h1>{page.text(name)}</h1>{line}"]
+    if card.get("reason"):
+        said.append(page.paragraphs([str(card["reason"])]))
+    if card.get("command"):
+        said.append(f"<pre>{page.text(card['command'])}</pre>")
+    if report is not None:
+        said.append("<h2>Results</h2>" + page.table(report["columns"], report["rows"]))
+        said.append(page.paragraphs(report["notes"]))
+    said.append(_surfaces(folder, plots))
+    pictures = sorted((folder / "figures").glob("*.png"))
+    if pictures:
+        said.append("<h2>Figures</h2>" + "".join(map(_picture, pictures)))
+    shown = json.dumps(config, indent=2, ensure_ascii=False)
+    said.append(f"<h2>Configuration</h2><details><summary>{len(shown.splitlines())} lines</summary>")
+    said.append(f"<pre>{page.text(shown)}</pre></details><h2>Provenance</h2>{_provenance(card)}")
+    return name, "".join(said)
+
+
+def _when(card: dict[str, Any]) -> str:
+    parts = [str(card["start"])] if card.get("start") else []
+    if card.get("seconds") is not None:
+        parts.append(f"{card['seconds']:,.0f} s")
+    if card.get("peak_memory_bytes"):
+        parts.append(f"peak memory {humanize.naturalsize(card['peak_memory_bytes'])}")
+    return page.text(" · ".join(parts))
+
+
+def _provenance(card: dict[str, Any]) -> str:
+    git = card.get("git") or {}
+    commit = f"{git['commit']}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else None
+    devices = ", ".join(f"{d['count']} x {d['platform']} ({d['kind']})" for d in card.get("devices", []))
+    packages = {name: version for name, version in (card.get("packages") or {}).items() if version}
+    return page.facts(
+        {
+            "commit": commit,
+            "devices": devices or None,
+            "python": card.get("python"),
+            "platform": card.get("platform"),
+            **packages,
+            "digest of the configuration": card.get("config"),
+        }
+    )
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    name = path.stem.replace("_", " ")
+    image = f'<img alt="{page.text(name)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{page.text(name)}</figcaption></figure>"
+
+
+def _surfaces(folder: Path, plots: list[dict[str, Any]]) -> str:
+    """The surfaces of the run and of its cells, raw and aligned side by side."""
+    cells = [folder, *sorted((p for p in folder.iterdir() if (p / "results" / "landscape.npz").exists()), key=_order)]
+    rows = []
+    for cell in cells:
+        pair = ""
+        record = _record(cell / "results" / "landscape.json") or {}
+        for stem, said in SURFACES:
+            path = cell / "results" / f"{stem}.npz"
+            try:
+                stored = load_npz(path)
+            except FileNotFoundError:
+                continue
+            except DamagedFileError as error:
+                pair += page.paragraphs([f"Not shown: {error}"])
+                continue
+            scores = (record if stem == "landscape" else record.get("aligned", {})).get("scores", {})
+            shown = [f"{k.replace('_', ' ')} {page.cell(scores[k])}" for k in _SHOWN if k in scores]
+            pair += f'<figure><div class="plot" data-plot="{len(plots)}"></div>'
+            pair += f"<figcaption>{page.text('; '.join(shown))}</figcaption></figure>"
+            branches = f"I = {record['num_branches']:,}, " if "num_branches" in record else ""
+            plots.append(surfaces.surface(stored, branches + said))
+        if pair:
+            rows.append(f'<div class="pair">{pair}</div>')
+    if not rows:
+        return ""
+    if not surfaces.available():
+        return page.paragraphs(["Surfaces that can be turned need plotly: pip install 'dualgap_jax[report]'."])
+    return "<h2>Surfaces</h2>" + "".join(rows)
+
+
+_SHOWN = ("envelope_max", "midpoint_violation_rate", "negative_curvature_share", "barrier_max")
+
+
+def _order(cell: Path) -> tuple[int, str]:
+    """Cells by their number of branches: `I_3` before `I_10`."""
+    number = cell.name.rpartition("_")[2]
+    return (int(number) if number.isdigit() else 0, cell.name)

@@ -1,0 +1,92 @@
+"""The HTML of a report: one file that opens offline, on a desk, on a phone and on paper."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_STYLE = """
+:root { --ink:#1a1c20; --soft:#5b616b; --line:#d9dce1; --ground:#fff; --panel:#f6f7f9; --accent:#0b63a5; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink:#e8eaee; --soft:#a4abb6; --line:#3a3f48; --ground:#15171b; --panel:#1e2127; --accent:#7ab8ee; }
+}
+* { box-sizing: border-box; }
+body { margin:0 auto; padding:2rem 1.25rem 4rem; max-width:72rem; background:var(--ground); color:var(--ink);
+       font:16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+h1 { font-size:1.6rem; line-height:1.25; margin:0 0 .3rem; }
+h2 { font-size:1.2rem; margin:2.4rem 0 .6rem; border-bottom:1px solid var(--line); padding-bottom:.25rem; }
+h3 { font-size:1rem; margin:1.4rem 0 .4rem; }
+p, li { max-width:60rem; }
+.soft, figcaption { color:var(--soft); font-size:.9rem; }
+.badge { display:inline-block; padding:.05rem .55rem; border-radius:1rem; border:1px solid currentColor; }
+code, pre { font:.85rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+pre { background:var(--panel); border:1px solid var(--line); border-radius:.4rem; padding:.7rem .9rem; overflow-x:auto;
+      white-space:pre-wrap; overflow-wrap:anywhere; }
+.wide { overflow-x:auto; }
+table { border-collapse:collapse; font-size:.9rem; font-variant-numeric:tabular-nums; }
+th, td { padding:.3rem .7rem; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; }
+th { color:var(--soft); font-weight:600; }
+th:first-child, td:first-child { text-align:left; padding-left:0; }
+figure { margin:1rem 0; }
+figure img { width:100%; height:auto; background:#fff; border:1px solid var(--line); border-radius:.4rem; }
+.pair { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap:1rem; }
+.plot { background:#fff; border:1px solid var(--line); border-radius:.4rem; min-height:26rem; overflow:hidden; }
+details { margin:.6rem 0; } summary { cursor:pointer; color:var(--accent); }
+@media print {
+  body { max-width:none; padding:0; font-size:11pt; } h2 { break-after:avoid; }
+  figure, .plot, tr { break-inside:avoid; } details > summary { display:none; } .pair { grid-template-columns:1fr 1fr; }
+}
+"""
+
+
+def text(value: Any) -> str:
+    """A value as HTML text."""
+    return html.escape(str(value), quote=True)
+
+
+def cell(value: Any) -> str:
+    """A cell of a table: four digits of a number, a dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else text(value)
+    return f"{value:,}" if isinstance(value, int) else text(value)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table with a head; it scrolls where it is wider than the page."""
+    head = "".join(f"<th>{text(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def facts(pairs: Mapping[str, Any]) -> str:
+    """A table of two columns, without the facts that are None."""
+    rows = "".join(f"<tr><td>{text(k)}</td><td>{cell(v)}</td></tr>" for k, v in pairs.items() if v is not None)
+    return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
+
+
+def paragraphs(lines: Sequence[str]) -> str:
+    """Each line in a paragraph of its own."""
+    return "".join(f"<p>{text(line)}</p>" for line in lines)
+
+
+def whole(title: str, body: str, scripts: Sequence[str] = ()) -> str:
+    """The page.
+
+    Args:
+      title: of the window.
+      body: HTML.
+      scripts: JavaScript that runs when the body stands, in this order.
+    """
+    tail = "".join(f"<script>{script}</script>" for script in scripts)
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{text(title)}</title><style>{_STYLE}</style></head>'
+        f"<body>{body}{tail}</body></html>\n"
+    )
