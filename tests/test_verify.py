@@ -105,6 +105,22 @@ def test_cones_bound_the_best_unit(seed: int, scale: float) -> None:
         assert forms._units(x[:, :d], c, seen * (1 - 1e-9))[0] != ""
 
 
+@pytest.mark.parametrize("turn", [0.0, 1e-14, 1.8e-13, 1e-11])
+def test_points_on_one_line_or_nearly_count_with_all_digits(turn: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A maximum on the edge between two cells, where points of either label lie on one line; also opposite points."""
+    x, c = np.array([[0, 0, 0.9], [turn, 0, 0.2], [1, 0, 0.1], [0, -3.0, 0]]), np.array([-1.0, 1.0, 1.0, -1.0])
+    best = closed_forms.best_relu_unit(x, c)
+    u = np.array([1.0, 0, 0])
+    assert best.upper >= float(np.maximum(u @ x.T, 0) @ c) / 4
+    monkeypatch.setattr(forms, "_MOST_CONES", 20_000)
+    if turn < 1e-12:
+        assert forms._units(x, c, best.upper)[0] == ""
+        lines = np.concatenate([x, -2 * x, 0.3 * x])
+        labels = np.concatenate([c, -c, c])
+        assert forms._units(lines, labels, closed_forms.best_relu_unit(lines, labels).upper)[0] == ""
+    assert forms._units(x, c, best.upper * (1 - 1e-6))[0] != ""
+
+
 @pytest.mark.parametrize("power", [1.3, 2.7, 3.0])
 @pytest.mark.parametrize("exponent", [-80, -37, 37, 80])
 def test_the_rounding_of_an_exponent_is_charged(power: float, exponent: int, rng: np.random.Generator) -> None:

@@ -280,7 +280,7 @@ def _best_direction(x: np.ndarray, c: np.ndarray) -> tuple[float, np.ndarray, in
         basis = np.linalg.svd(normal[None])[2][1:]
         flat = x @ basis.T
         along = x @ normal
-        parallel = np.linalg.norm(flat, axis=1) <= 1e-12 * np.abs(along)
+        parallel = np.linalg.norm(flat, axis=1) <= 16 * _EPS * np.abs(along)  # the margin of `best_relu_unit` covers it
         flat[parallel] = 0.0
         arcs = cut_circle(flat)
         on_circle, angle = _best_on_circle(flat, c, arcs)

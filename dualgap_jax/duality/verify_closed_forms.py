@@ -175,7 +175,10 @@ def _units(x: np.ndarray, c: np.ndarray, rho: float) -> tuple[str, int]:
     with localcontext(_DIGITS) as context:
         context.rounding = ROUND_FLOOR
         limit = float(Decimal(rho) * len(x) / Decimal(scale) / Decimal(size) * (1 - Decimal(4 * _EPS)))
-    sizes = np.linalg.norm(x, axis=1) * (1 + 8 * _EPS)
+    total = float((np.abs(c) * np.linalg.norm(x, axis=1)).sum())
+    x, c, straight = _merged(x, c)
+    # Of each term merging takes 12 eps, the slack in its sign 16, products 12; the sums 2 n.
+    error = (2 * len(c) + 44) * _EPS * total + len(c) * 1e-290
     for sign in (1.0, -1.0):
         corners = np.array(np.meshgrid(*[[1.0, -1.0]] * d)).reshape(d, -1).T
         waiting = [corners[:, :, None] * np.eye(d)]
@@ -185,7 +188,7 @@ def _units(x: np.ndarray, c: np.ndarray, rho: float) -> tuple[str, int]:
                 waiting.append(cones[_BATCH:])
                 cones = cones[:_BATCH]
             seen += len(cones)
-            left = cones[~(_above(cones, x, sign * c, sizes) <= limit)]
+            left = cones[~(_above(cones, x, sign * c, sign * straight, error) <= limit)]
             if len(left) and (seen > _MOST_CONES or d == 1):
                 return f"the best ReLU unit could not be bounded again with {seen:,} cones", seen
             if len(left):
@@ -193,20 +196,44 @@ def _units(x: np.ndarray, c: np.ndarray, rho: float) -> tuple[str, int]:
     return "", seen
 
 
-def _above(cones: np.ndarray, x: np.ndarray, c: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """An upper bound on `sum c max(0, u.x) / ||u||` over each cone `[k, d, d]`; infinite for cones that are wide."""
+def _merged(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Terms whose x lie on one line are one term: `sum c max(0, u.x)` as unit vectors, their factors, and `straight.u`.
+
+    With x = s e it is `c s max(0, u.e)`; with x = -s e it is that less `c s u.e`.
+    """
+    sizes = np.linalg.norm(x, axis=1)
+    real = sizes > 0
+    if not real.any():
+        return x[:1], np.zeros(1), np.zeros(x.shape[1])
+    x, c, sizes = x[real], c[real], sizes[real]
+    e = x / sizes[:, None]
+    first = np.argmax(np.abs(e) > 1e-9, axis=1)
+    side = np.sign(e[np.arange(len(e)), first])
+    e *= side[:, None]
+    _, start, which = np.unique(np.round(e, 12), axis=0, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    apart = np.linalg.norm(e - e[start[which]], axis=1) > 8 * _EPS
+    which = np.where(apart, len(start) + np.arange(len(e)), which)
+    merged = np.zeros(len(start) + len(e))
+    np.add.at(merged, which, c * sizes)
+    units = np.concatenate([e[start], e])
+    used = np.unique(which)
+    straight = -((c * sizes * (side < 0))[:, None] * e).sum(axis=0)
+    return units[used], merged[used], straight
+
+
+def _above(cones: np.ndarray, x: np.ndarray, c: np.ndarray, straight: np.ndarray, error: float) -> np.ndarray:
+    """An upper bound on `(straight.u + sum c max(0, u.x)) / ||u||` over each cone `[k, d, d]`; infinite if wide."""
     dots = cones @ x.T  # [k, d, n]
-    slack = 4 * _EPS * sizes  # of one product, in units of sum a
+    slack = 8 * _EPS  # of one product, in units of sum a
     low, high = dots.min(axis=1) >= -slack, dots.max(axis=1) <= slack
     open_ = ~low & ~high
-    z = (low * c) @ x
+    z = straight + (low * c) @ x
     held = np.einsum("kdn,kn->kd", np.maximum(dots, 0.0), open_ * np.maximum(c, 0.0))
     z = z + _chosen(open_ & (c < 0), x, c, z)
     middle = cones.mean(axis=1)
     middle /= np.linalg.norm(middle, axis=1, keepdims=True)
     least = np.einsum("kde,ke->kd", cones, middle).min(axis=1) * (1 - 16 * _EPS)
-    # Terms that count as linear though they may change sign within the slack, and every product and sum.
-    error = (len(c) + 32) * _EPS * float((np.abs(c) * sizes).sum()) + len(c) * 1e-290
     with np.errstate(all="ignore"):
         room = (held.max(axis=1) + error) / least
         first = np.linalg.norm(z, axis=1) * (1 + 16 * _EPS) + room
