@@ -3,7 +3,7 @@
 python scripts/run.py --config=configs/mnist_1layer.py:I=100
 
 Ten-class hinge in the authors' form, pixels standardised one by one over the training set.  Regime: mean over
-branches, PyTorch initialisation with biases, rate 1 times I, batches of 128.  The authors' schedule with the mean loss
+branches, PyTorch initialisation with biases, rate 1 times I, batches of 128.  The plateau schedule with the mean loss
 of 250 steps and a patience of three: every run ends by itself, 'converged' (loss below 1e-5) or 'plateau' (the loss no
 longer falls at a thousandth of the rate).  Expect, at I = 100, training loss below 1e-4 and a largest envelope distance
 near 0.075 in loss, a low hill at the mean of the three solutions; at I = 1, 0.022 and 0.42.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions, the authors' among them, that run inside compiled loops."""
+"""Learning-rate schedules as pure functions that run inside compiled loops; the authors' rule as they wrote it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ class Schedule(NamedTuple):
     Attributes:
       init: `() -> state`.
       rate: `(state, step) -> factor` on `base`.
-      update: `(state, loss) -> state` after each segment, from its mean loss.
+      update: `(state, loss) -> state` after each segment, from its mean loss, or that of its last mini-batch.
       stop: `(state) -> bool`: no further step is wanted.
       base: the learning rate that the factors multiply.
+      single: whether single mini-batches are looked at: `update` gets the loss of the last one of a segment, and a run
+        has converged when any of them falls below the tolerance; else both look at the mean of the segment.
     """
 
     init: Callable[[], PyTree]
@@ -29,6 +31,7 @@ class Schedule(NamedTuple):
     update: Callable[[PyTree, Array], PyTree]
     stop: Callable[[PyTree], Array]
     base: float = 1.0
+    single: bool = False
 
 
 class PlateauState(NamedTuple):
@@ -43,10 +46,10 @@ class PlateauState(NamedTuple):
 def plateau(
     max_steps: int, factor: float = 0.1, min_delta: float = 1e-5, max_decays: int = 3, patience: int = 1
 ) -> Schedule:
-    """The authors' schedule: when the loss does not fall by `min_delta`, multiply the rate by `factor`; then stop.
+    """When the mean loss of a segment does not fall by `min_delta`, multiply the rate by `factor`; in the end stop.
 
-    The authors look at the loss every 100 steps and wait for nothing (`patience=1`).  With mini-batches the loss looked
-    at is the mean over the segment, and a patience of several segments keeps its noise from ending the run early.
+    The best mean so far is the reference, and a patience of several segments keeps noise from ending the run early.
+    It is a rule of this package, in the manner of the authors'; theirs is `plateau_authors`.
 
     Args:
       max_steps: not used; the length of the run.
@@ -82,6 +85,53 @@ def plateau(
     return Schedule(init, rate, update, lambda state: state.stop)
 
 
+class AuthorsState(NamedTuple):
+    """The mini-batch loss compared with (none before the first look), decays done, and whether to stop."""
+
+    reference: Array
+    looked: Array
+    decays: Array
+    stop: Array
+
+
+def plateau_authors(max_steps: int, factor: float = 0.1, rise: float = 1e-5, max_decays: int = 3) -> Schedule:
+    """The rule of the authors' program (github.com/hongyanz/multibranch): single mini-batches against a reference.
+
+    The first look, at step 100 with `check_every=100`, sets the reference.  At each later one the loss of one
+    mini-batch is compared with it: unless it lies above by more than `rise`, nothing happens, and the reference stays;
+    if it does, the rate is multiplied by `factor` and that loss becomes the reference; after `max_decays` decays the
+    run stops instead.  A run has converged when one mini-batch has a loss below the tolerance, which is seen at the end
+    of its segment (theirs: at once).
+
+    Args:
+      max_steps: not used; the length of the run.
+      factor: of the learning rate at each decay, in (0, 1).
+      rise: above the reference, in units of loss, that counts.
+      max_decays: number of decays; at the next rise the run stops.
+    """
+    del max_steps
+    require(0 < factor < 1, f"plateau_authors: factor={factor} must lie in (0, 1).")
+    require(rise >= 0 and max_decays >= 0, f"plateau_authors: rise={rise} and max_decays={max_decays} must be >= 0.")
+
+    def init() -> AuthorsState:
+        return AuthorsState(jnp.asarray(0.0, float), jnp.asarray(False), jnp.int32(0), jnp.asarray(False))
+
+    def rate(state: AuthorsState, step: Array) -> Array:
+        del step
+        return factor ** state.decays.astype(float)
+
+    def update(state: AuthorsState, loss: Array) -> AuthorsState:
+        rose = state.looked & ~(state.reference + rise >= loss)
+        return AuthorsState(
+            jnp.where(state.looked & ~rose, state.reference, loss).astype(state.reference.dtype),
+            jnp.asarray(True),
+            jnp.minimum(state.decays + rose, max_decays),
+            state.stop | (rose & (state.decays >= max_decays)),
+        )
+
+    return Schedule(init, rate, update, lambda state: state.stop, single=True)
+
+
 def _keep(state: PyTree, loss: Array) -> PyTree:
     del loss
     return state
@@ -113,5 +163,5 @@ def cosine(max_steps: int, final: float = 0.0, warmup: int = 0) -> Schedule:
 
 
 SCHEDULES: Table[Callable[..., Schedule]] = Table(
-    "schedule", {"plateau": plateau, "constant": constant, "cosine": cosine}
+    "schedule", {"plateau": plateau, "plateau_authors": plateau_authors, "constant": constant, "cosine": cosine}
 )

@@ -421,6 +421,7 @@ def test_runs_that_diverged_are_those_without_a_finite_loss() -> None:
         ({"stop_below": math.nan}, "stop_below"),
         ({"checkpoint_seconds": -1.0}, "checkpoint_seconds"),
         ({"schedule": Component("plateau", {"factor": 2.0})}, "factor=2.0"),
+        ({"schedule": Component("plateau_authors", {})}, "single mini-batches"),
     ],
 )
 def test_a_bad_spec_is_refused(changes: dict[str, Any], words: str) -> None:

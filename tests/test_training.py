@@ -1,4 +1,4 @@
-"""The SGD loop against steps written out in NumPy, the authors' schedule, exact resume, and evaluation."""
+"""The SGD loop against steps written out in NumPy, schedules, exact resume, and evaluation."""
 
 from __future__ import annotations
 
@@ -307,9 +307,7 @@ def test_the_mean_with_tau_and_the_sum_with_tau_times_branches_train_alike(rng: 
 # --- schedules --------------------------------------------------------------------------------------------------------
 
 
-def authors_schedule(
-    losses: np.ndarray, factor: float, min_delta: float, max_decays: int, patience: int
-) -> list[float]:
+def falling_plateau(losses: np.ndarray, factor: float, min_delta: float, max_decays: int, patience: int) -> list[float]:
     """The factors on the learning rate after each look, up to and including the look that stops the run (0 there)."""
     factors, lowest, bad, rate, decays = [], math.inf, 0, 1.0, 0
     for loss in losses:
@@ -327,7 +325,7 @@ def authors_schedule(
 
 @pytest.mark.parametrize("settings", [(0.1, 1e-5, 3, 1), (0.5, 1e-2, 3, 2), (0.1, 0.0, 0, 1), (0.3, 1e-3, 5, 3)])
 @pytest.mark.usefixtures("x64")
-def test_plateau_is_the_authors_schedule(settings: Any, rng: np.random.Generator) -> None:
+def test_plateau_decays_where_the_best_loss_does_not_fall(settings: Any, rng: np.random.Generator) -> None:
     factor, min_delta, max_decays, patience = settings
     schedule = schedules.plateau(10, factor, min_delta, max_decays, patience)
     update = jax.jit(schedule.update)
@@ -335,7 +333,7 @@ def test_plateau_is_the_authors_schedule(settings: Any, rng: np.random.Generator
     for _ in range(12):
         # Falls on average, with noise, and with repeats of the very same loss.
         losses = np.round(np.cumsum(rng.normal(-0.02, 0.05, 30)) + rng.normal(0, 0.01, 30) + 3, 2)
-        expected = authors_schedule(losses, *settings)
+        expected = falling_plateau(losses, *settings)
         state, got = schedule.init(), []
         for loss in losses:
             state = update(state, jnp.asarray(loss))
@@ -345,6 +343,73 @@ def test_plateau_is_the_authors_schedule(settings: Any, rng: np.random.Generator
         assert got == pytest.approx(expected, rel=1e-12)
         stopped += got[-1] == 0
     assert stopped > 0
+
+
+def literal_rule(losses: Any, factor: float, rise: float, max_decays: int) -> list[float]:
+    """Rates after each look of the rule that the authors' program follows; 0 once it stops."""
+    reference, left, rate, rates = None, max_decays, 1.0, []
+    for loss in losses:
+        if reference is None:
+            reference = loss
+        elif not loss <= reference + rise:
+            if left == 0:
+                return [*rates, 0.0]
+            left, rate, reference = left - 1, rate * factor, loss
+        rates.append(rate)
+    return rates
+
+
+@pytest.mark.parametrize("settings", [(0.1, 1e-5, 3), (0.5, 0.02, 2), (0.1, 0.0, 0)])
+@pytest.mark.usefixtures("x64")
+def test_plateau_authors_compares_single_losses_with_a_reference_that_only_a_decay_moves(
+    settings: Any, rng: np.random.Generator
+) -> None:
+    schedule = schedules.plateau_authors(10, *settings)
+    assert schedule.single
+    assert not schedules.plateau(10).single
+    update, stopped, went_on = jax.jit(schedule.update), 0, 0
+    for _ in range(12):
+        losses = np.round(rng.normal(-0.02, 0.05, 12).cumsum() + 3, 2)
+        expected = literal_rule(losses, *settings)
+        state, got = schedule.init(), []
+        for loss in losses:
+            state = update(state, jnp.asarray(loss))
+            got.append(0.0 if schedule.stop(state) else float(schedule.rate(state, jnp.asarray(7))))
+            if got[-1] == 0:
+                break
+        assert got == pytest.approx(expected, rel=1e-12)
+        stopped, went_on = stopped + (got[-1] == 0), went_on + (got[-1] > 0)
+    assert stopped > 0
+
+
+def test_a_run_by_single_mini_batches_looks_at_the_last_and_converges_by_any(rng: np.random.Generator) -> None:
+    seen: list[float] = []
+
+    def watching(max_steps: int) -> Any:
+        inner = schedules.plateau_authors(max_steps)
+
+        def update(state: Any, loss: Any) -> Any:
+            jax.debug.callback(lambda value: seen.append(float(np.ravel(value)[0])), loss)
+            return inner.update(state, loss)
+
+        return inner._replace(update=update)
+
+    data = labelled(rng)
+    net, loss = network(), binary_hinge()
+    options: dict[str, Any] = {"batch_size": 4, "max_steps": 6, "check_every": 3, "num_solutions": 1, "seed": 3}
+    single = [
+        training.train(net, loss, data, optax.sgd(0.05), **{**options, "max_steps": n, "check_every": 1})[0].batch_loss
+        for n in range(1, 7)
+    ]
+    training.train(net, loss, data, optax.sgd(0.05), **options, schedule=watching(6), tolerance=0.0)
+    jax.effects_barrier()
+    assert seen == pytest.approx([single[2], single[5]], rel=1e-5)
+    between = (min(single[:3]) + np.mean(single[:3])) / 2  # below the mean of the segment, above the least of it
+    for schedule, status in ((schedules.plateau_authors(6), "converged"), (schedules.plateau(6), "max_steps")):
+        (got,) = training.train(
+            net, loss, data, optax.sgd(0.05), **{**options, "max_steps": 3}, schedule=schedule, tolerance=between
+        )
+        assert got.status == status
 
 
 def test_plateau_counts_a_loss_that_is_not_a_number_as_no_fall() -> None:

@@ -64,7 +64,12 @@ class SgdSpec:
         )
         require(self.devices >= 0, f"sgd.devices={self.devices} must be >= 0 (0: all of this machine).")
         require(self.checkpoint_seconds >= 0, f"sgd.checkpoint_seconds={self.checkpoint_seconds} must be >= 0.")
-        SCHEDULES.build(self.schedule.name, max_steps=self.steps, **self.schedule.settings)
+        schedule = SCHEDULES.build(self.schedule.name, max_steps=self.steps, **self.schedule.settings)
+        require(
+            not schedule.single,
+            f"schedule={self.schedule.name!r} looks at single mini-batches; a study looks at means of segments: take"
+            " plateau, cosine or constant.",
+        )
 
     @property
     def looks(self) -> int:

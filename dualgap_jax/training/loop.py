@@ -1,6 +1,6 @@
 """The loop of training: segments, looks of the schedule, metrics, checkpoints; it does not know how steps are taken.
 
-Between segments the schedule looks at the mean loss of the segment, metrics are written, and checkpoints are saved.
+Between segments the schedule looks at the loss of the segment, metrics are written, and checkpoints are saved.
 """
 
 from __future__ import annotations
@@ -123,11 +123,12 @@ class Loop:
                 start = first - pending.shape[1]
                 rates = {i: self._rate(item(schedule_state, lane), start) for i, lane in moving.items()}
                 speed, taken, seconds = taken / seconds, 0, 0.0
-                schedule_state = self._update(schedule_state, jnp.asarray(means, float))
+                seen, least = (pending[:, -1], pending.min(1)) if self.schedule.single else (means, means)
+                schedule_state = self._update(schedule_state, jnp.asarray(seen, float))
                 pending = pending[:, :0]
             for i, lane in moving.items():
                 loss = float(means[lane])
-                status = self._status(loss, item(schedule_state, lane)) if looked else "running"
+                status = self._status(loss, float(least[lane]), item(schedule_state, lane)) if looked else "running"
                 if not has_steps_to_do(status, first, self.max_steps) and not self.engine.is_finite(lanes, lane):
                     status = "diverged"
                 runs[i] = runs[i]._replace(
@@ -158,10 +159,10 @@ class Loop:
     def _rate(self, schedule_state: PyTree, step: int) -> float:
         return float(self.schedule.base * self.schedule.rate(schedule_state, jnp.asarray(step)))
 
-    def _status(self, mean_loss: float, schedule_state: PyTree) -> str:
+    def _status(self, mean_loss: float, least: float, schedule_state: PyTree) -> str:
         if not np.isfinite(mean_loss):
             return "diverged"
-        if mean_loss < self.tolerance:
+        if least < self.tolerance:
             return "converged"
         return "plateau" if bool(self.schedule.stop(schedule_state)) else "running"
 

@@ -92,6 +92,7 @@ def identity_of(
         ),
         "learning rate": schedule.base,
         "schedule": identity.function_digest(scheduled, schedule.init(), jnp.asarray(0), value),
+        "what the schedule looks at": "mini-batches" if schedule.single else "means",
         "seed": seeds.check(seed),
         **settings,
         **identity.versions(),

@@ -41,7 +41,7 @@ def check(where: str = "", **settings: Any) -> None:
             require(0 < value < math.inf, f"{where}{name}={value} must be positive and finite.")
         elif (least := _AT_LEAST.get(name)) is not None:
             limits = f"at least {least} and finite" if isinstance(value, float) else f"at least {least}"
-            require(least <= value < math.inf, f"{where}{name}={value} must be {limits}.")
+            require(bool(least <= value < math.inf), f"{where}{name}={value} must be {limits}.")
         elif allowed := _ALLOWED.get(name):
             require(value in allowed, unknown(f"value of {where}{name}:", value, allowed))
 
