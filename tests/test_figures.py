@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def write_duality_gap(workdir: Path) -> Path:
     return workdir
 
 
+def write_certify(workdir: Path) -> Path:
+    """Two regimes: one whose band is narrow, one whose best network is the optimum, with a run that diverged."""
+    cells = [
+        {"regime": regime, "name": f"a name for {regime}", "zero_network": 0.5, "lower": 0.1, "upper": 0.1 + width}
+        | {"status": status, "rows": [
+            {"num_branches": count, "best": 0.1 + width + excess, "trained": [0.2, math.nan]}
+            for count, excess in ((1, 0.05), (10, 0.01), (1000, 0.0))
+        ]}
+        for regime, width, status in (("chain", 1e-8, "certified"), ("two_layer", 0.02, "estimated"))
+    ]  # fmt: skip
+    record = {"title": "A title for $5", "loss": "squared", "data": {"examples": 1234}, "cells": cells}
+    results = workdir / "results"
+    results.mkdir(parents=True)
+    save_json(results / "certify.json", record)
+    return workdir
+
+
 def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
     """A work folder that holds a record of the given name."""
     scores = {1: {"envelope_max": 2.0}, 10: {"envelope_max": 0.5}}
@@ -173,6 +191,7 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "shapley_folkman.json": lambda: write_averages(workdir),
         "spectral.json": lambda: write_spectral(workdir),
         "duality_gap.json": lambda: write_duality_gap(workdir),
+        "certify.json": lambda: write_certify(workdir),
         "hitting_rate.json": lambda: write_hitting_rate(workdir, rng),
         "hitting_search.json": lambda: write_hitting_search(workdir, rng),
     }[name]()

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from dualgap_jax.certify.problem import RiskProblem
 
 
-def _smoothed(problem: RiskProblem) -> Callable[[Array, Array], Array]:
+def smoothed(problem: RiskProblem) -> Callable[[Array, Array], Array]:
     """`(outputs [n, out], eps) -> mean loss`, smooth for eps > 0; smooth losses stay as they are."""
     y, kind, tau = jnp.asarray(problem.y), problem.conjugate.kind, problem.loss.tau or 1.0
     if kind in ("squared", "logistic"):
@@ -51,7 +51,7 @@ class Slide:
     def __init__(self, problem: RiskProblem, units: int) -> None:
         self._problem, self._units = problem, units
         one, power, free, x = problem.one, problem.power, problem.scale_free, np.asarray(problem.one.x)
-        loss, out = _smoothed(problem), jax.vmap(lambda w: one.outputs(w, x))
+        loss, out = smoothed(problem), jax.vmap(lambda w: one.outputs(w, x))
         known = problem.structure
         kernels = np.ones((1, one.size))
         if free and known is not None:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dualgap_jax.config import ConfigError, check_numbers, require, spec_of
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute, identity
+from dualgap_jax.experiments.certify import CERTIFY
 from dualgap_jax.experiments.duality_gap import DUALITY_GAP
 from dualgap_jax.experiments.hitting_rate import HITTING_RATE
 from dualgap_jax.experiments.hitting_search import HITTING_SEARCH
@@ -35,6 +36,7 @@ EXPERIMENTS: Table[Experiment] = Table(
             HITTING_RATE,
             HITTING_SEARCH,
             DUALITY_GAP,
+            CERTIFY,
         )
     },
 )

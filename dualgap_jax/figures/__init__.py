@@ -14,6 +14,7 @@ A work folder holds records in `results/`; each record kind has one function her
 | `spectral.json`, `.npz` | `spectral` | SGD falling to the certified optimum, the spectrum, the gap (Theorem 2) |
 | `hitting_rate.json`, `.npz` | `hitting_rate`, `final_losses`, `loss_curves` | Table 1, and the losses behind it |
 | `hitting_search.json` | `hitting_search` | the search for the setting of Table 1 |
+| `certify.json` | `certify` | the risk of networks of I branches above the certified optimum |
 
 Non-finite numbers are never dropped in silence: grid points appear as grey hatched cells, points along an edge and
 undefined scores as crosses, and the caption says so.
@@ -25,6 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dualgap_jax.figures.averages import shapley_folkman
+from dualgap_jax.figures.certify import certify
 from dualgap_jax.figures.duality import duality_gap
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.page import any_backend
@@ -44,6 +46,7 @@ FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
         "hitting_rate.json": hitting_rate,
         "hitting_search.json": hitting_search,
         "duality_gap.json": duality_gap,
+        "certify.json": certify,
     },
 )
 """Record file under `results/` -> the function that draws its figures."""

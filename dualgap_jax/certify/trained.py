@@ -1,0 +1,86 @@
+"""Networks of I branches, for comparison with F*: the regularised risk of their mean, by L-BFGS from several starts.
+
+A budget is met by scaling all weights, a ball by scaling those outside; a hinge is smoothed while weights move, and the
+risk of the end is that of the loss itself.  What is found are upper bounds on inf(P_I), nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from scipy.optimize import minimize
+
+from dualgap_jax.certify.certificate import Certificate
+from dualgap_jax.certify.primal import risk
+from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.sliding import smoothed
+
+_EPS = (1e-2, 1e-3, 1e-4)  # the last two of them only for hinges
+
+
+def rounded(found: Certificate, count: int) -> np.ndarray:
+    """The weights `[count, p]` of a network of `count` branches with nearly the shares of a measure."""
+    wanted = found.shares / found.shares.sum() * count
+    number = np.floor(wanted + 1e-9).astype(int)
+    rest = np.argsort(-(wanted - number), kind="stable")[: count - int(number.sum())]
+    number[rest] += 1
+    return np.repeat(found.weights, number, axis=0)
+
+
+class Network:
+    """The risk of a mean of `count` branches, as a function that L-BFGS can lower.
+
+    Args:
+      problem: the risk, of means.
+      count: I.
+    """
+
+    def __init__(self, problem: RiskProblem, count: int) -> None:
+        self._problem, self._count = problem, count
+        one, power, x = problem.one, problem.power, np.asarray(problem.one.x)
+        loss = smoothed(problem)
+
+        def objective(w: Array, eps: Array) -> Array:
+            w = self._inside(w)
+            cost = jnp.mean((jnp.sum(w * w, axis=1) + 1e-300) ** (power / 2))
+            outputs = jnp.mean(jax.vmap(lambda v: one.outputs(v, x))(w), axis=0)
+            return loss(outputs, eps) + (problem.penalty or 0.0) * cost
+
+        with jax.enable_x64(True):
+            self._both = jax.jit(jax.value_and_grad(objective))
+
+    def _inside(self, w: Array) -> Array:
+        """The weights, scaled into the ball and to the budget."""
+        w = w * jnp.minimum(1.0, self._problem.radius * (1 - 1e-13) / jnp.sqrt(jnp.sum(w * w, 1) + 1e-300))[:, None]
+        if self._problem.budget is None:
+            return w
+        cost = jnp.mean((jnp.sum(w * w, axis=1) + 1e-300) ** (self._problem.power / 2))
+        return w * jnp.minimum(1.0, (self._problem.budget / cost) ** (1 / self._problem.power) * (1 - 1e-13))
+
+    def lowered(self, weights: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
+        """Weights `[I, p]` from those given, and an upper bound on their risk."""
+        shape, w = weights.shape, weights
+        smooth = self._problem.conjugate.kind in ("squared", "logistic")
+        for eps in _EPS[:1] if smooth else _EPS:
+
+            def both(v: np.ndarray, eps: float = eps) -> tuple[float, np.ndarray]:
+                with jax.enable_x64(True):
+                    value, slope = jax.device_get(self._both(jnp.asarray(v.reshape(shape)), eps))
+                return float(value), slope.reshape(-1)
+
+            options: dict[str, Any] = {"maxiter": steps, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-10}
+            w = minimize(both, w.reshape(-1), jac=True, method="L-BFGS-B", options=options).x.reshape(shape)
+        with jax.enable_x64(True):
+            w = np.asarray(self._inside(jnp.asarray(w)))
+        return w, risk(self._problem, w, np.full(len(w), 1 / len(w))).upper
+
+    def from_random(self, generator: np.random.Generator, steps: int) -> tuple[np.ndarray, float]:
+        """The same from random weights."""
+        p = self._problem.one.size
+        size = min(self._problem.radius, 3.0) * generator.uniform(0.3, 1.0, (self._count, 1))
+        weights = generator.standard_normal((self._count, p))
+        return self.lowered(weights / np.linalg.norm(weights, axis=1, keepdims=True) * size, steps)
