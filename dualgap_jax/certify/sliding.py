@@ -8,6 +8,7 @@ over their sum, weights outside the ball are drawn onto it, and a budget is met 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,8 @@ class Slide:
             shares, zero = jnp.ones(len(w)), jnp.zeros(problem.shape)
             if not free:
                 shares = t * t / jnp.sum(t * t)
-                w = w * jnp.minimum(1.0, problem.radius / jnp.sqrt(squares + 1e-300))[:, None]
+                if math.isfinite(problem.radius):
+                    w = w * jnp.minimum(1.0, problem.radius / jnp.sqrt(squares + 1e-300))[:, None]
                 squares, zero = jnp.sum(w * w, axis=1), one.outputs(jnp.zeros(one.size), x)
             cost = jnp.sum(shares * (squares + 1e-300) ** (power / 2)) + bias
             outputs = jnp.tensordot(shares, out(w), 1)

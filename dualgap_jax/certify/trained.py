@@ -6,6 +6,7 @@ risk of the end is that of the loss itself.  What is found are upper bounds on i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -19,11 +20,33 @@ from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.sliding import smoothed
 
+_ALIKE = 0.9999  # cosine from which two branches count as copies
 _EPS = (1e-2, 1e-3, 1e-4)  # the last two of them only for hinges
 
 
-def rounded(found: Certificate, count: int) -> np.ndarray:
-    """The weights `[count, p]` of a network of `count` branches with nearly the shares of a measure."""
+def rounded(problem: RiskProblem, found: Certificate, count: int) -> np.ndarray:
+    """The weights `[count, p]` of a network of `count` branches near a measure.
+
+    Where scales are free a branch takes a share by its size, so that as many branches as the measure has are as good;
+    near copies are put together first.  Otherwise branches are repeated as often as is nearest to their shares.
+    """
+    if problem.scale_free:
+        rows: list[np.ndarray] = []
+        for k in np.argsort(-found.shares, kind="stable"):
+            # f and h of a share are those of the branch times its root of the degree.
+            w = found.weights[k] * (found.shares[k] * count) ** (1 / problem.power)
+            norms = [np.linalg.norm(w) * np.linalg.norm(other) for other in rows]
+            near = [i for i, other in enumerate(rows) if w @ other >= _ALIKE * norms[i]]
+            if near:
+                size = np.linalg.norm(rows[near[0]]) ** problem.power + np.linalg.norm(w) ** problem.power
+                joined = rows[near[0]] + w
+                rows[near[0]] = joined / np.linalg.norm(joined) * size ** (1 / problem.power)
+            elif np.any(w):
+                rows.append(w)
+        rows.sort(key=lambda w: -float(np.linalg.norm(w)))
+        kept = np.zeros((count, problem.one.size))
+        kept[: len(rows)] = rows[:count]
+        return kept
     wanted = found.shares / found.shares.sum() * count
     number = np.floor(wanted + 1e-9).astype(int)
     rest = np.argsort(-(wanted - number), kind="stable")[: count - int(number.sum())]
@@ -55,7 +78,9 @@ class Network:
 
     def _inside(self, w: Array) -> Array:
         """The weights, scaled into the ball and to the budget."""
-        w = w * jnp.minimum(1.0, self._problem.radius * (1 - 1e-13) / jnp.sqrt(jnp.sum(w * w, 1) + 1e-300))[:, None]
+        if math.isfinite(self._problem.radius):
+            norms = jnp.sqrt(jnp.sum(w * w, axis=1) + 1e-300)
+            w = w * jnp.minimum(1.0, self._problem.radius * (1 - 1e-13) / norms)[:, None]
         if self._problem.budget is None:
             return w
         cost = jnp.mean((jnp.sum(w * w, axis=1) + 1e-300) ** (self._problem.power / 2))

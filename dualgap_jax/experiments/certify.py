@@ -143,7 +143,10 @@ def _cell(spec: CertifySpec, regime: str, data: Dataset, loss: Any) -> dict[str,
             network = Network(problem, count)
             ends = [network.from_random(generator, spec.steps) for _ in range(spec.seeds)]
             # Besides: the measure behind F*, rounded, and the networks of fewer branches, several times each.
-            starts = [rounded(found, count), *(np.repeat(w, count // i, 0) for i, w in known.items() if count % i == 0)]
+            starts = [
+                rounded(problem, found, count),
+                *(np.repeat(w, count // i, 0) for i, w in known.items() if count % i == 0),
+            ]
             ends += [network.lowered(start, spec.steps) for start in starts]
             known[count], best = min(ends, key=lambda end: end[1])
             rows.append({"num_branches": count, "best": best, "trained": [risk for _, risk in ends[: spec.seeds]]})
