@@ -91,9 +91,12 @@ def _triangle(rows: Array) -> Array:
 
 
 def scaled(values: np.ndarray, power: Any) -> np.ndarray:
-    """`values * 2^power` in two exact products, each within range."""
+    """`values * 2^power`, exact within range: in two products where the factor itself is out of range."""
+    one = values.dtype.type(1)
+    if np.max(np.abs(power), initial=0) < np.finfo(values.dtype).maxexp - 1:
+        return values * np.ldexp(one, power)
     half = power // 2
-    return values * np.ldexp(values.dtype.type(1), half) * np.ldexp(values.dtype.type(1), power - half)
+    return values * np.ldexp(one, half) * np.ldexp(one, power - half)
 
 
 @dataclasses.dataclass(frozen=True)
