@@ -38,7 +38,7 @@ def check(where: str = "", **settings: Any) -> None:
     """
     for name, value in settings.items():
         if name == "learning_rate":
-            require(0 < value < math.inf, f"{where}{name}={value} must be positive and finite.")
+            require(bool(0 < value < math.inf), f"{where}{name}={value} must be positive and finite.")
         elif (least := _AT_LEAST.get(name)) is not None:
             limits = f"at least {least} and finite" if isinstance(value, float) else f"at least {least}"
             require(bool(least <= value < math.inf), f"{where}{name}={value} must be {limits}.")
