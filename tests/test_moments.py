@@ -157,6 +157,9 @@ def test_what_is_claimed_too_low_is_refused(n: int, rng: np.random.Generator) ->
             {"mu": side.mu * (1 - 1e-3)},
             {"mu": -side.mu},
             {"beta": side.beta - 1e-3 * side.mu},
+            {"mu": 1e300},
+            {"beta": -1e300},
+            {"delta": np.where(side.delta > 0, 1e-300, 0.0)},
             {"delta": side.delta * 1.01},
             {"delta": side.delta * 0.9},
             {"delta": np.zeros(n)},
@@ -221,7 +224,9 @@ def test_refused(x: np.ndarray, alpha: np.ndarray, words: str) -> None:
         ball_bound(x, alpha, effort=QUICK)
 
 
-@pytest.mark.parametrize("changes", [{"rank": 1}, {"first_steps": 0}, {"steps": -1}, {"width": 0}, {"partners": True}])
+@pytest.mark.parametrize(
+    "changes", [{"rank": 1}, {"first_steps": 0}, {"steps": -1}, {"width": 0}, {"last_width": 0}, {"partners": True}]
+)
 def test_effort_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         ball_bound(np.ones((2, 2)), np.ones(2), effort=Effort()._replace(**changes))

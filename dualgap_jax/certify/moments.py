@@ -129,7 +129,7 @@ def in_range(value: float, exponent: int) -> float:
 
 def check_effort(effort: Effort) -> None:
     """Raises ValueError unless all are integers in range."""
-    least = Effort(2, 1, 0, 1, 1)
+    least = Effort(2, 1, 0, 1, 1, 1)
     for name, value, low in zip(Effort._fields, effort, least, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
             raise ValueError(f"effort.{name}={value!r} must be an integer of at least {low}.")

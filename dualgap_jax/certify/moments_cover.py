@@ -206,9 +206,12 @@ def descend(
     *,
     size: float,
     steps: int,
-    levels: tuple[float, ...] = LEVELS,
+    levels: tuple[float, ...],
 ) -> tuple[Shares, Value]:
-    """Shares near the least bound for fixed points, and its value; `size` is about what the bound is."""
+    """Shares near the least bound for fixed points, and its value; `size` is about what the bound is.
+
+    `levels` are of eps times the dimension, relative to `size`.
+    """
     layout = np.cumsum([len(part) for part in shares])[:-1]
     mu = [size]
 
@@ -252,8 +255,9 @@ class Effort(NamedTuple):
     Attributes:
       rank: Of the second moment in the first search, at least 2; 8 to 12 are enough on images.
       first_steps: The most steps of L-BFGS there, with each of three degrees of smoothing.
-      steps: The same with a cover; 0 for none.
-      width: How many principal directions of the points the search for a cover looks at; the proof takes all.
+      steps: The same with a cover, of which the last round takes a third; 0 for no cover.
+      width: How many principal directions of the points the search for a cover looks at.
+      last_width: How many its last round looks at; the proof takes all.
       partners: How many points of the other sign each point can be covered by, at least.
     """
 
@@ -261,6 +265,7 @@ class Effort(NamedTuple):
     first_steps: int = 100
     steps: int = 150
     width: int = 150
+    last_width: int = 800
     partners: int = 30
 
 
@@ -275,13 +280,18 @@ def multipliers(points: Points, effort: Effort) -> Multipliers:
     size = moments_search.worth(plain)
     if not effort.steps or not positive.any() or positive.all() or not size > 0:
         return plain
-    axes = principal(v, effort.width)
+    axes = principal(v, max(effort.width, effort.last_width))
     vp, vn = v[positive], v[~positive]
     with np.errstate(all="ignore"):
         pairs = candidates(vp @ moment, vn @ moment, effort.partners)
         shares = first_shares(pairs, np.maximum(plain.delta, 1e-12 * size))
         try:
-            _, found = descend(vp @ axes, vn @ axes, pairs, shares, size=size, steps=effort.steps)
+            for levels, width, steps in (
+                (LEVELS[:-1], effort.width, effort.steps),
+                (LEVELS[-1:], effort.last_width, -(-effort.steps // 3)),
+            ):
+                some = axes[:, :width]
+                shares, found = descend(vp @ some, vn @ some, pairs, shares, size=size, steps=steps, levels=levels)
         except np.linalg.LinAlgError:
             return plain
         if not all(np.isfinite(part).all() for part in (found.cover.data, found.kappa, found.curvature, found.delta)):

@@ -139,8 +139,8 @@ class _Descent:
         self.signs = np.where(signs != 0, signs, 1.0)
         sizes = np.maximum(np.abs(first), _LEAST * top)
         basis = moments_search.in_basis(x)
-        axes = moments_cover.principal(sizes[:, None] * basis, effort.width)
-        weighted = sizes[:, None] * (basis @ axes)
+        axes = moments_cover.principal(sizes[:, None] * basis, max(effort.width, effort.last_width))
+        weighted = sizes[:, None] * (basis @ axes[:, : effort.width])
         self.masks = [self.signs > 0, self.signs < 0]
         starts = []
         for positive in self.masks:
@@ -150,7 +150,9 @@ class _Descent:
             starts.append((moment, plain.delta, moments_search.worth(plain)))
         size = max(worth for _, _, worth in starts)
         self.size = size
-        self.basis = (basis @ axes) / size
+        self.whole = (basis @ axes) / size
+        self.widths = effort.width, effort.last_width
+        self.basis = self.whole[:, : effort.width]
         self.limit = limit / size
         self.logs = np.log(sizes) / _PACE
         self.pairs, self.shares = [], []
@@ -211,9 +213,10 @@ class _Descent:
         """What L-BFGS finds."""
         flat = np.concatenate([self.logs, *(part for shares in self.shares for part in shares)])
         with np.errstate(all="ignore"):
-            for share in moments_cover.LEVELS[1:]:
+            for share, width, most in zip(moments_cover.LEVELS[1:], self.widths, (steps, -(-steps // 3)), strict=True):
+                self.basis = self.whole[:, :width]
                 eps = share / self.basis.shape[1]
-                options = moments_cover.options(max(steps, 1))
+                options = moments_cover.options(max(most, 1))
                 flat = minimize(self.objective, flat, (eps,), "L-BFGS-B", jac=True, options=options).x
             sizes, values = self.sides(flat, eps)
         theta = _best(

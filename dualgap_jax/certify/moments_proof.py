@@ -39,6 +39,7 @@ from scipy.sparse import csr_array
 
 _UNIT = 2.0**-53
 _ROOM = 4.0
+_LARGEST = 2.0**900  # of an entry of H
 _TINY = 1e-290  # more than an entry loses to underflow, where the largest point has an entry of at least 1/2
 
 
@@ -133,7 +134,12 @@ def prove(points: Points, multipliers: Multipliers) -> float:
     noise += float(_charge(k + 8) * (((bend * lengths) @ lengths) + (hollow * sizes_n) @ sizes_n))
     slope = 0.5 * vp.sum(axis=0) - (0.5 * (1 + kappa)) @ vn
     noise += float(_charge(k + 4) * (sizes_p.sum() + ((1 + np.abs(kappa)) * sizes_n).sum()))
-    error = _below(bordered(slope, form, mu, beta))
+    h = bordered(slope, form, mu, beta)
+    if not np.isfinite(h).all() or np.abs(h).max() > _LARGEST:
+        raise ValueError(
+            "the multipliers leave the range of float64; give mu, beta and delta in the units of the points."
+        )
+    error = _below(h)
     terms = [*(0.25 * delta), *(0.5 * lengths * ~used), *(0.5 * excess * sizes_n)]
     whole = [math.fsum(terms) * (1 + _ROOM * _UNIT), beta + error, max(0.0, mu + error), error, _ROOM * noise]
     return max(0.0, math.fsum(whole) * (1 + _ROOM * _UNIT) + (points.total + 1.0) * d * _TINY)

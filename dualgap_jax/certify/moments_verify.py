@@ -277,6 +277,8 @@ def _sizes(v: np.ndarray) -> np.ndarray:
 def _shift(h: np.ndarray) -> float:
     """Some e with `H + e I` positive semidefinite."""
     p = len(h)
+    if not np.isfinite(h).all() or np.abs(h).max() > 1e270:
+        raise VerificationError("the multipliers leave the range of float64.")
     size = float(np.abs(np.diagonal(h)).sum())
     least = 0.0
     for _ in range(400):
