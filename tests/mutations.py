@@ -36,6 +36,7 @@ TREE_CHECK = "tests/test_branch_and_bound.py -k tampered|gone_through_again|cove
 FORMS = "tests/test_verify.py -k cones&1.0|one_line"
 EXPONENT = "tests/test_verify.py -k rounding_of_an_exponent"
 LINEAR = "tests/test_spectral_verify.py -k what_is_proven|dependencies"
+FIT = "tests/test_spectral_verify.py -k bad_fit"
 EXACT = "tests/test_spectral_certificate.py -k charged_and|low_rank"
 
 
@@ -95,7 +96,7 @@ MUTATIONS = [
     _of("duality", "verify_closed_forms", "dropped terms", "open_ * np.maximum(c, 0.0)", "0.0 * open_ * np.maximum(c, 0.0)", FORMS),
     # Theorem 2.
     _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + projection) * _ROOM_EPS", LINEAR),
-    _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + charge) * _ROOM_EPS", LINEAR),
+    _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + charge) * _ROOM_EPS", FIT),
     _of("spectral", "verify", "a dual variable that is not feasible", "dual = dual * (min(1.0, ceiling / (norm * _ROOM)) if norm > 0 else 1.0)", "dual = dual * (1.0 if norm > 0 else 1.0)", LINEAR),
     _of("spectral", "verify", "directions that are not counted", "hidden = max(rank - len(basis.rows_error), 0)", "hidden = 0", LINEAR),
     _of("spectral", "verify", "a wrong factor", "return (misfit + ceiling / depth * penalty) * powers", "return (misfit + ceiling / (depth + 1) * penalty) * powers", LINEAR),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -91,6 +92,29 @@ def test_the_proof_is_tight_where_the_data_are_well_conditioned(rng, dtype):
             assert proven.lower <= optimum * (1 + 1e-14)
             assert proven.upper >= optimum * (1 - 1e-14)
             assert proven.relative_gap <= gap + float(found.solution.relative_gap)
+
+
+@pytest.mark.parametrize("basis", ["_rows_as_basis", "_basis_by_qr"])
+def test_a_bad_fit_only_widens_the_bound(rng, basis, monkeypatch):
+    """What the fit T leaves of F in the directions of X is charged in full."""
+    module = importlib.import_module("dualgap_jax.spectral.verify")
+    x, y = rng.normal(size=(4, 9)), rng.normal(size=(2, 9))
+    found, optimum = spectral.solve(x, y, gamma=0.3, widths=(2, 3)), rational_optimum(x, y, 0.3, 2)
+    good = proof(x, y, 0.3, (2, 3), found)
+    if basis == "_basis_by_qr":
+        monkeypatch.setattr(module, "_rows_as_basis", lambda *given: None)
+    real = getattr(module, basis)
+
+    for share in (0.0, 0.5, 0.999, 1.5):
+
+        def worse(*given: Any, share: float = share) -> Any:
+            kept = real(*given)
+            return kept._replace(fit=share * kept.fit)
+
+        monkeypatch.setattr(module, basis, worse)
+        bad = proof(x, y, 0.3, (2, 3), found)
+        assert_true(bad, optimum)
+        assert bad.lower <= good.lower * (1 + 1e-12)
 
 
 def test_dependencies_are_checked_in_integers(rng):
