@@ -151,7 +151,9 @@ def _moments(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | No
         return None
     points, weights = cells.with_leak(x, alpha, known.negative_slope)
     found = moments.ball_bound(points, weights)
-    upper = _above(found.upper * (len(points) / len(x)) * _share(known), 16 * _EPS)
+    one, two, exponent = _rescaled(x, alpha)
+    spare = _restored(_SPARE * sizes(one, two), exponent)
+    upper = _above((found.upper * (len(points) / len(x)) + spare) * _share(known), 16 * _EPS)
     return Ceiling(upper, 0.0, None, "moments", Relaxed(alpha, found))
 
 
