@@ -143,6 +143,20 @@ def test_a_second_solve_compiles_no_kernel(rng):
         before = compiled
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_powers_of_two_cost_no_digit(rng, dtype):
+    """Against `ldexp`, in range and out of it; row by row and for a whole matrix."""
+    limit = np.finfo(dtype).maxexp
+    for largest in (3, limit - 2, limit + 20):
+        power = rng.integers(-largest, largest + 1, 7)
+        power[0] = largest
+        values = (rng.normal(size=(5, 7)) * 2.0 ** -power.clip(-limit + 30, limit - 30)).astype(dtype)
+        values[0, 1], values[1, 2] = 0.0, -0.0
+        np.testing.assert_array_equal(kernels.scaled(values, power), np.ldexp(values, power))
+        np.testing.assert_array_equal(kernels.scaled(values, -5), np.ldexp(values, -5))
+    assert kernels.scaled(values[:0], power).shape == (0, 7)
+
+
 def test_scaled_data(rng, x64):
     for scale_x, scale_y in ((1e-6, 1e6), (1e6, 1e-6)):
         for dtype in (np.float32, np.float64):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,9 +95,17 @@ def scaled(values: np.ndarray, power: Any) -> np.ndarray:
     """`values * 2^power`, exact within range: in two products where the factor itself is out of range."""
     one = values.dtype.type(1)
     if np.max(np.abs(power), initial=0) < np.finfo(values.dtype).maxexp - 1:
-        return values * np.ldexp(one, power)
+        return np.multiply(values, np.ldexp(one, power), out=_unwritten(values.shape, values.dtype))
     half = power // 2
     return values * np.ldexp(one, half) * np.ldexp(one, power - half)
+
+
+def _unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array at a multiple of 64 bytes, which JAX takes over on CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
