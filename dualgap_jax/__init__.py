@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say the same at run time
+    from dualgap_jax import certify as certify
     from dualgap_jax import convexity as convexity
     from dualgap_jax import data as data
     from dualgap_jax import duality as duality
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say 
 __version__ = "0.1.0"
 
 _MODULES = (
+    "certify",
     "convexity",
     "data",
     "duality",
