@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GAP = "tests/test_gap.py"
 CHECKER = "tests/test_verdicts.py -k checker"
 VERDICTS = "tests/test_verdicts.py -k not(one_call|sup_d|record|diverged|linear_branches|tiny_tau|checker)"
+RESIDUES = "tests/test_mixed.py -k residues"
+TERMS = "tests/test_verify.py -k change_sign"
+MARGINS = "tests/test_verdicts.py -k opposite_outputs"
 CHOICES = "tests/test_adversary.py -k choices"
 CLOSED = "tests/test_adversary.py -k homogeneous"
 DELTAS = "tests/test_adversary.py -k deltas"
@@ -76,14 +79,14 @@ MUTATIONS = [
     _of("duality", "units", "the wrong end of an interval", "math.floor((whole - start) / spread.least)", "math.floor((whole - start) / spread.largest)", GAP),
     _of("duality", "deltas", "a dropped projection", "while _square(moved[k]) > limit:", "while False:", VERDICTS),
     _of("duality", "deltas", "a wrong cell", "index = min(int(np.searchsorted(function.budgets, budget - slack)), len(function.lower) - 1)", "index = max(int(np.searchsorted(function.budgets, budget - slack)) - 1, 0)", DELTAS),
-    _of("duality", "margins", "a missing factor", "return math.sqrt(2) if one_hot else None", "return 1.0 if one_hot else None", VERDICTS),
+    _of("duality", "margins", "a missing factor", "return math.sqrt(2) if one_hot else None", "return 1.0 if one_hot else None", MARGINS),
     # Branch and bound.
     _of("duality", "branch_and_bound", "dropped boxes", "        lower = np.minimum(lower, open_bound.proven())\n", "        pass\n", BOXES),
     _of("duality", "branch_and_bound", "a dropped box", "    return np.concatenate([lo, right_lo]), np.concatenate([left_hi, hi])", "    return np.concatenate([lo, lo]), np.concatenate([left_hi, left_hi])", TREE),
     _of("duality", "branch_and_bound", "a sign", "fitted = base - slope * reach", "fitted = base + slope * reach", TREE),
     _of("duality", "branch_and_bound", "a rounding direction", "return monotone(values + _SPARE * (1 + np.abs(values)), points)", "return monotone(values - _SPARE * (1 + np.abs(values)), points)", BOXES),
     _of("duality", "boxes", "a sign", "curvature = jnp.diag(h_lo) + 2 * lam - jnp.sum(", "curvature = jnp.diag(h_lo) + 2 * lam + jnp.sum(", BOX),
-    _of("duality", "boxes", "a wrong cap", "lam = jnp.clip(fitted, start, jnp.maximum(start, end))", "lam = jnp.clip(fitted, 0.0, 1e6)", BOX),
+    _of("duality", "boxes", "a wrong cap", "lam = jnp.where(jnp.isfinite(lam), jnp.maximum(lam, lam0), lam0)", "lam = jnp.where(jnp.isfinite(lam), jnp.minimum(lam, 1e6), lam0)", BOX),
     _of("duality", "boxes", "the wrong end of an interval", "least = jnp.where(\n        inside, -0.5 * slope * slope", "least = jnp.where(\n        inside, -0.25 * slope * slope", BOX),
     # Those who prove it again.
     _of("duality", "verify", "one claim for all", "| (squares < out.h_lo[:, None])).all(1)", "| (squares < out.h_lo[:, None])).any(1)", TREE_CHECK),
@@ -91,9 +94,9 @@ MUTATIONS = [
     _of("duality", "verify", "a set that is not covered", "if not tree.edge**2 * (1 - 1e-15) >= squares[-1]:", "if not tree.edge**2 * (1 - 1e-15) >= 0:", TREE_CHECK),
     _of("duality", "verify_gap", "a dropped grid step", "below = [*self._low[1:], *self._low[-1:]]", "below = self._low", CHECKER),
     _of("duality", "verify_gap", "a claim that is not looked at", "prove(\"gap_upper\", said[\"gap_upper\"] >= said[\"primal_upper\"] - said[\"dual_lower\"], \"difference\")", "prove(\"gap_upper\", True, \"difference\")", CHECKER),
-    _of("duality", "verify_gap", "a wrong residue", "int(lengths[rest % (q - p)]) * unit", "int(lengths.max()) * unit", CHECKER),
+    _of("duality", "verify_gap", "a wrong residue", "int(lengths[rest % (q - p)]) * unit", "int(lengths.max()) * unit", RESIDUES),
     _of("duality", "verify_closed_forms", "a dropped sign", "for sign in (1.0, -1.0):\n        corners", "for sign in (1.0,):\n        corners", FORMS),
-    _of("duality", "verify_closed_forms", "dropped terms", "open_ * np.maximum(c, 0.0)", "0.0 * open_ * np.maximum(c, 0.0)", FORMS),
+    _of("duality", "verify_closed_forms", "dropped terms", "open_ * np.maximum(c, 0.0)", "0.0 * open_ * np.maximum(c, 0.0)", TERMS),
     # Theorem 2.
     _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + projection) * _ROOM_EPS", LINEAR),
     _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + charge) * _ROOM_EPS", FIT),

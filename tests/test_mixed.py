@@ -14,12 +14,12 @@ import pytest
 
 from dualgap_jax import config, experiments
 from dualgap_jax.config import Component, ConfigError, experiment_config
-from dualgap_jax.duality import SearchSpec, ValueFunction, verdicts
+from dualgap_jax.duality import SearchSpec, ValueFunction, allocate, verdicts
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.duality.values import proven
 from dualgap_jax.duality.verdict import Instance
 from dualgap_jax.duality.verify import Verified
-from dualgap_jax.duality.verify_gap import BOUNDS, NotProvenError, Premises
+from dualgap_jax.duality.verify_gap import BOUNDS, NotProvenError, Premises, Row
 from dualgap_jax.duality.verify_mixed import Kind, check_mixed
 from dualgap_jax.experiments import duality_mixed
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
@@ -75,6 +75,20 @@ def test_rows_on_two_kinds_are_proven_again_and_nothing_better_is(seed: int) -> 
         check_mixed([one, two], [{8: counts[0]}, {8: counts[1]}], budget, row.multiplier, duals, row._asdict())
     with pytest.raises(NotProvenError, match="negative multiplier"):
         check_mixed([one, two], allocation, budget, -1.0, duals, row._asdict())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_residues_of_the_checker_are_those_of_the_solver(seed: int) -> None:
+    """The relaxation bounds inf(P) for a million branches as sharply as the solver, and no higher."""
+    rng = np.random.default_rng(seed)
+    grid, count = np.linspace(0, 4, 33), 10**6 + seed
+    f, checker = kind(rng, grid)
+    budget = float(rng.uniform(0.3, 3.0))
+    row = Row(count, budget, {0: count}, 0.0, -math.inf, {})
+    found = checker._by_residues(row)
+    assert found is not None
+    expected = allocate([grid], [np.minimum.accumulate(f.step_below())], budget, [count]).lower
+    assert float(found) == pytest.approx(expected, abs=1e-13)
 
 
 def test_branches_are_shared_between_the_kinds() -> None:

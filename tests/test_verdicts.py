@@ -254,6 +254,18 @@ def test_margins_of_networks_that_are_recognised(activation: str, outputs: int, 
         assert margins.max() <= bound * (1 + 1e-5)
 
 
+def test_the_margin_between_two_classes_is_that_of_opposite_outputs(rng: np.random.Generator) -> None:
+    sample = points(rng, 4, 3)._replace(y=np.array([0, 1, 0, 1], np.int32), num_outputs=2, task="multiclass")
+    one = branch_problem(mlp((), 2, activation="identity", use_bias=False), sample, tau=3.0, radius=1.3)
+    k = int(np.argmax(np.linalg.norm(one.x, axis=1)))
+    own = one.x[k] / np.linalg.norm(one.x[k]) * 1.3 / math.sqrt(2)
+    w = np.stack([own, -own] if sample.y[k] == 0 else [-own, own])
+    outputs = one.x[k] @ w.T
+    bound = margin_bound(one)
+    assert bound is not None
+    assert outputs[sample.y[k]] - outputs[1 - sample.y[k]] == pytest.approx(bound, rel=1e-9)
+
+
 def test_margins_of_other_networks_are_not_known(rng: np.random.Generator) -> None:
     def scaled(w: Any, x: Any) -> Any:  # shapes as those of an mlp, outputs a thousand times larger
         return 1000 * jnp.maximum(x @ w[0].T, 0) @ w[1].T

@@ -138,6 +138,12 @@ def test_the_rounding_of_an_exponent_is_charged(power: float, exponent: int, rng
     assert (1 - extended(kappa.upper) * norms**2 <= f.upper[1:] * (1 + extended(1e-18))).all()
 
 
+def test_terms_that_change_sign_in_a_cone_count() -> None:
+    x = np.array([[1.0, 1.0], [1.0, -1.0]])
+    assert forms._units(x, np.ones(2), 1.0 + 1e-12)[0] == ""
+    assert forms._units(x, np.ones(2), 0.9)[0] != ""
+
+
 def test_other_branches_have_no_closed_form(rng: np.random.Generator) -> None:
     for branch in (mlp((1,), 1), mlp((2, 1), 1, use_bias=False), mlp((1,), 1, activation="tanh", use_bias=False)):
         one = branch_problem(branch, points(rng, 5, 2), tau=9.0, radius=1.0)
