@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -286,7 +287,7 @@ def test_the_next_block_is_read_while_one_is_computed(tmp_path: Path, rng: np.ra
                 raise OSError("disk gone")
             return source.read(first, count)
 
-    plane = case.streamed._replace(sources=(Watched(), *case.sources[1:]))
+    plane = dataclasses.replace(case.streamed, sources=(Watched(), *case.sources[1:]))
     with pytest.raises(OSError, match="disk gone"):
         evaluate(case.net, case.loss, case.data, plane, XS, YS, **CHUNKS)
     assert len(set(threads)) == 2  # shapes here, blocks there
@@ -367,7 +368,7 @@ def test_work_on_other_sources_is_refused(
         patched.setattr(points.Progress, "update", stop)
         with pytest.raises(Stopped):
             evaluate(case.net, case.loss, case.data, case.streamed, XS, YS, **options)
-    plane = other.streamed._replace(anchors=case.streamed.anchors, coefficients=case.streamed.coefficients)
+    plane = dataclasses.replace(other.streamed, anchors=case.streamed.anchors, coefficients=case.streamed.coefficients)
     with pytest.raises(IdentityError, match="the plane differs"):
         evaluate(case.net, case.loss, case.data, plane, XS, YS, **options)
     # From disk and from memory are one evaluation.
