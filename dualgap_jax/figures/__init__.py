@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dualgap_jax.figures.averages import shapley_folkman
-from dualgap_jax.figures.certify import certify
+from dualgap_jax.figures.certificates import certify
 from dualgap_jax.figures.duality import duality_gap
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.page import any_backend
