@@ -94,7 +94,7 @@ def test_the_listing_names_everything() -> None:
     [
         (
             ["--config=configs/mnist_2layer.py"],
-            "unknown config file in configs: 'mnist_2layer.py'. Did you mean 'mnist_1layer",
+            "unknown config 'mnist_2layer'. Did you mean 'mnist_1layer",
         ),
         (["--config=configs/synthetic_relu.py:I=0"], "num_branches=0 must"),
         (["--config=configs/figure4.py:I=0"], "num_branches=0 must"),
