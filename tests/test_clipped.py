@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linprog
@@ -17,7 +19,7 @@ from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json
-from dualgap_jax.networks import mlp
+from dualgap_jax.networks import from_functions, mlp
 
 SMALL = Effort(search=SearchSpec(budgets=4, starts=24, steps=60, sweeps=1, survivors=2))
 
@@ -95,6 +97,29 @@ def test_claims_are_proven_again_and_nothing_better_is(solved: tuple[Problem, Cl
     assert other["lower"]
     with pytest.raises(ValueError, match="between 0 and 1"):
         verify_clipped(one, found._replace(weights=np.full(16, 1.1)))
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [mlp((2,), 1), mlp((3, 2), 1, activation="tanh"), mlp((), 1), mlp((1,), 1, use_bias=False)],
+    ids=["bias", "two layers", "affine", "no bias"],
+)
+def test_the_checkers_outputs_hold_those_of_the_branch(branch: Any, x64: None, rng: np.random.Generator) -> None:
+    one = branch_problem(branch, points(rng, 7, 2), tau=1.0, radius=3.0)
+    w = rng.standard_normal((5, one.size))
+    low, high = clipped.Walker(one).outputs(w)
+    truth = np.asarray(jax.vmap(one.outputs)(jnp.asarray(w)))
+    assert (np.broadcast_to(low, truth.shape) <= truth).all()
+    assert (truth <= np.broadcast_to(high, truth.shape)).all()
+    assert (high - low).max() <= 1e-12 * (1 + np.abs(truth).max())
+
+
+def test_an_operation_that_the_checker_does_not_know_makes_a_bound_an_estimate(solved: tuple[Problem, Clipped]) -> None:
+    one, found = solved
+    branch = from_functions(lambda key, x: jnp.ones(3), lambda w, x: jax.lax.lgamma(x @ w[:2] + 9)[:, None] * w[2])
+    other = one._replace(branch=branch, template=jnp.ones(3), state=(), size=3)
+    lowered = [row._replace(lower_status="estimated") for row in found.rows]
+    assert "lgamma" in verify_clipped(other, found._replace(rows=lowered))["upper"]
 
 
 def test_what_is_not_covered_is_refused(rng: np.random.Generator) -> None:

@@ -845,7 +845,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         experiments.run(chosen, workdir=tmp_path / "w")
     experiments.run(chosen, workdir=tmp_path / "w")
-    assert (len(searched), trained) == (1, [1, 2, 2])
+    assert (len(searched), trained) == (2, [1, 2, 2])  # the value function, and the hinge with its maximum
     monkeypatch.undo()
     experiments.run(chosen, workdir=tmp_path / "other")
     resumed, whole = (load_json(tmp_path / w / "results" / "duality_gap.json") for w in ("w", "other"))

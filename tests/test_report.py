@@ -180,7 +180,7 @@ window.addEventListener('load', function () {
     var nodes = Array.from(document.querySelectorAll('.plot'));
     nodes[tries % nodes.length].scrollIntoView();
     var drawn = nodes.filter(function (n) { return n._fullLayout && n._fullLayout.scene._scene; });
-    if (drawn.length < nodes.length && tries++ < 200) return setTimeout(look, 100);
+    if (drawn.length < nodes.length && tries++ < 550) return setTimeout(look, 100);
     var turn = drawn.length ? Plotly.relayout(drawn[0], {'scene.camera.eye': {x: -1, y: 1, z: 2}}) : Promise.resolve();
     turn.then(function () {
       var eye = drawn.length ? drawn[0]._fullLayout.scene.camera.eye.z : null;

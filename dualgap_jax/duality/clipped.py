@@ -29,6 +29,7 @@ from jaxtyping import Array, Float64
 from scipy.optimize import linprog
 
 from dualgap_jax import seeds
+from dualgap_jax.duality.numpy_ranges import Unsupported, Walker
 from dualgap_jax.duality.problem import ByProgram, Problem
 from dualgap_jax.duality.ranges import UnsupportedPrimitiveError, extension
 from dualgap_jax.duality.search import SearchSpec, descent
@@ -36,7 +37,7 @@ from dualgap_jax.duality.theorem import Effort, value_function
 from dualgap_jax.duality.units import as_counts
 from dualgap_jax.duality.values import Status, ValueFunction, number
 from dualgap_jax.duality.verdict import Instance, dual_lower
-from dualgap_jax.duality.verify import Walker, verify_function
+from dualgap_jax.duality.verify import verify_function
 
 _EPS = float(np.finfo(np.float64).eps)
 _SPARE = 2.0**-40  # of an upper bound, left to those who prove it again with other roundings
@@ -325,12 +326,15 @@ def verify_clipped(problem: Problem, found: Clipped) -> Mapping[str, str]:
             reasons["lower"] = again.reason
         elif any(Fraction(row.lower) > bound for row in lowers):
             reasons["lower"] = "the bound does not follow from that on the weighted problem"
-    walker = Walker(problem)
-    for row in found.rows:
-        if row.upper_status == "certified" and not reasons["upper"]:
-            low, high = walker.outputs(row.points)
-            if not feasible(problem, row.points, row.counts, row.budget):
-                reasons["upper"] = f"I = {row.num_branches:,}: the point is not feasible"
-            elif not mixture_risk(problem, low[:, :, 0], high[:, :, 0], row.counts) <= row.upper:
-                reasons["upper"] = f"I = {row.num_branches:,}: the risk of the point is larger than claimed"
+    try:
+        walker = Walker(problem)
+        for row in found.rows:
+            if row.upper_status == "certified" and not reasons["upper"]:
+                low, high = walker.outputs(row.points)
+                if not feasible(problem, row.points, row.counts, row.budget):
+                    reasons["upper"] = f"I = {row.num_branches:,}: the point is not feasible"
+                elif not mixture_risk(problem, low[:, :, 0], high[:, :, 0], row.counts) <= row.upper:
+                    reasons["upper"] = f"I = {row.num_branches:,}: the risk of the point is larger than claimed"
+    except Unsupported as error:
+        reasons["upper"] = str(error)
     return reasons

@@ -350,7 +350,8 @@ class Walker:
         return _Jet(value, together([x.first for x in args], self.size), seconds)
 
     def _spread(self, x: _Jet, shape: tuple[int, ...]) -> _Jet:
-        if x.value[0].shape[2:] == tuple(shape):
+        """Operands as they are where they have all axes, some perhaps of length 1; a single number gets the axes."""
+        if x.value[0].ndim - 2 == len(shape):
             return x
         return self._linear(lambda a: tuple(e.reshape(*e.shape[:2], *[1] * len(shape)) for e in a), x)  # type: ignore[arg-type, return-value]
 

@@ -221,8 +221,13 @@ def duality_gap_experiment(spec: DualityGapSpec, workdir: Workdir, tables: Table
     weights = np.ones(0)
     if record["objective"] != "hinge" and dataset.task == "binary":
         effort = Effort(spec.route, spec.search, spec.bound, dataclasses.replace(spec.dual_bound, tolerance=1e-6))
-        record["hinge"], clipped = hinge_rows(problem, function, budget, spec.num_branches, effort, seed=spec.seed)
-        weights = clipped.weights
+
+        def hinge() -> dict[str, Any]:
+            rows, clipped = hinge_rows(problem, function, budget, spec.num_branches, effort, seed=spec.seed)
+            return {"rows": rows, "weights": clipped.weights}
+
+        kept = workdir.remember("hinge", hinge)
+        record["hinge"], weights = kept["rows"], kept["weights"]
     _save_points(workdir, function, delta, chosen, weights)
     path = workdir.results / "duality_gap.json"
     if fresh:
