@@ -651,7 +651,7 @@ def test_parameters_that_the_last_step_ruins_are_named_diverged(
     data.y[:] = 1e6
 
     def call(**files: Any) -> list[Solution]:
-        return train_as(network(), squared(), data, spec, num_solutions=1, **files)
+        return train_as(multi_branch(mlp((4,), 1), 2), squared(), data, spec, num_solutions=1, **files)
 
     (got,) = finished(tmp_path, call)
     assert math.isfinite(got.batch_loss)
