@@ -983,19 +983,21 @@ def test_the_rate_of_the_spec_is_scaled_by_the_number_of_branches(num_branches: 
 
 
 @pytest.mark.usefixtures("x64")
-def test_segments_share_their_compiled_programs(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, made = together.make_segment, []
+def test_segments_share_their_compiled_programs(rng: np.random.Generator) -> None:
+    data, net, traced = labelled(rng), network(), []
 
-    def remembered(*args: Any) -> Any:
-        made.append(make(*args))
-        return made[-1]
+    def apply(*args: Any, **options: Any) -> Any:
+        traced.append(1)
+        return net.apply(*args, **options)
 
-    monkeypatch.setattr(together, "make_segment", remembered)
-    data, net = labelled(rng), network()
+    counts = []
     for max_steps in (3, 60, 62):
-        train_as(net, binary_hinge(), data, spec_with(max_steps=max_steps, tolerance=0.0), num_solutions=1)
-    # One program, and one more for a short segment at the end.
-    assert [segment._cache_size() for segment in made] == [1, 1, 2]
+        traced.clear()
+        spec = spec_with(max_steps=max_steps, tolerance=0.0)
+        train_as(net._replace(apply=apply), binary_hinge(), data, spec, num_solutions=1)
+        counts.append(len(traced))
+    # One program for one segment as for twenty, and one more for a short segment at the end.
+    assert counts[0] == counts[1] < counts[2] <= 2 * counts[1]
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
