@@ -571,3 +571,28 @@ def test_units_of_deep_branches_are_not_aligned_across_branches(tmp_path: Path) 
     spec = tiny(branch=Component("mlp", {"hidden": (2, 2)}), plane=PlaneSpec(points=5, edge_points=4, align="units"))
     with pytest.raises(ConfigError, match=r"plane\.align='units'.*align=branches"):
         run(spec, tmp_path / "w")
+
+
+@pytest.mark.parametrize(("branch", "align"), [("mlp", "activations"), ("conv", "branches")])
+def test_images_are_aligned_as_the_networks_get_them(
+    branch: str, align: Any, tfds_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, real = [], landscape_experiments.landscape.align
+    data = DATASETS.build("mnist", num_examples=20)
+
+    def watched(net: Any, networks: Any, x: Any, **options: Any) -> Any:
+        seen.append(np.asarray(x))
+        return real(net, networks, x, **options)
+
+    monkeypatch.setattr(landscape_experiments.landscape, "align", watched)
+    settings = {"mlp": {"hidden": (2,)}, "conv": {"channels": (2,)}}[branch]
+    spec = tiny(
+        num_branches=2,
+        branch=Component(branch, settings),
+        data=Component("mnist", {"num_examples": 20}),
+        loss=Component("multi_margin", {}),
+        training=TrainingSpec(batch_size=10, max_steps=2, check_every=2, learning_rate=0.01),
+        plane=PlaneSpec(points=3, edge_points=3, align=align),
+    )
+    run(spec, tmp_path / "w")
+    np.testing.assert_allclose(seen[0], (data.x.astype(np.float64) - data.mean) / data.std, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dualgap_jax import convexity, figures, landscape, seeds
 from dualgap_jax.config import Component, ConfigError, require
-from dualgap_jax.data import Dataset
+from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, confirm_data
 from dualgap_jax.experiments.landscape_report import report
@@ -212,13 +212,18 @@ def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
     )
 
 
+def _inputs(dataset: Dataset, count: int) -> Any:
+    """The first examples as the networks get them."""
+    return standardise(dataset.x[:count], dataset.mean, dataset.std)
+
+
 def _check_alignable(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
     """Raises ConfigError where the solutions could not be aligned as the spec wants it."""
     if spec.plane.align == "none":
         return
     over, by = ALIGNMENTS[spec.plane.align]
     try:
-        landscape.exchangeable(net, dataset.x[:32], over=over, by=by)
+        landscape.exchangeable(net, _inputs(dataset, 32), over=over, by=by)
     except ValueError as error:
         raise ConfigError(
             f"plane.align={spec.plane.align!r} does not fit this branch: {error} Take plane.align=branches or none."
@@ -321,7 +326,7 @@ def _measure(
     measured |= _surface(spec, workdir, dataset, net, loss, networks, "landscape", zero_loss)
     if spec.plane.align != "none":
         over, by = ALIGNMENTS[spec.plane.align]
-        found = landscape.align(net, networks, dataset.x[: spec.plane.sample_chunk], over=over, by=by)
+        found = landscape.align(net, networks, _inputs(dataset, spec.plane.sample_chunk), over=over, by=by)
         aligned = _surface(spec, workdir, dataset, net, loss, found.networks, "aligned", zero_loss)
         aligned.pop("definitions")
         measured["aligned"] = {"over": over, "by": by, "distances": found.distances.tolist(), "blocks": found.blocks}

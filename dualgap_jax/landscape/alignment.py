@@ -69,7 +69,8 @@ def align(
     Args:
       net: the network of `multi_branch` that was trained; a single branch is `multi_branch(branch, 1)`.
       networks: at least two handles, as in `plane_through`.
-      x: examples `[n, ...]`: for the check, and those over which activations are compared.
+      x: examples `[n, ...]` as the network gets them (standardised): for the check, and those over which activations
+        are compared.
       over: 'branches': whole branches change places, and units within a branch; 'units': the hidden units of all
         branches, of networks with one hidden layer.
       by: 'weights': the largest inner product of all parameters; 'activations': the largest sum of correlations of
