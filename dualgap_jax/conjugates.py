@@ -108,6 +108,16 @@ def hinge_slope(outputs: Rows, labels: Labels, tau: float) -> Rows:
     return np.where(sign * outputs < tau, -sign * _largest_product(tau), 0.0)
 
 
+def _own_terms(tau: float) -> Callable[[Rows, Labels], tuple[np.ndarray, np.ndarray]]:
+    """The conjugate `-tau sum_{k != y} alpha_k` of the losses by margins, from `alpha_y`, and its rounding."""
+
+    def terms(alpha: Rows, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+        total = -tau * np.abs(np.where(_own(alpha, labels), alpha, 0.0)).sum(axis=1)
+        return total, -_EPS * total + 1e-300
+
+    return terms
+
+
 def multi_margin_conjugate(tau: float) -> Conjugate:
     """Of `(1/C) sum_{k != y} max(0, 1 - (z_y - z_k) / tau)`: `-tau sum_{k != y} alpha_k`.
 
@@ -121,15 +131,11 @@ def multi_margin_conjugate(tau: float) -> Conjugate:
         steps = np.floor(np.clip(np.where(own, 0.0, alpha), 0.0, bound) / unit + 2.0**-12)
         return _balanced(np.minimum(steps, math.floor(bound / unit)) * unit, own)
 
-    def terms(alpha: Rows, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-        total = -tau * np.abs(np.where(_own(alpha, labels), alpha, 0.0)).sum(axis=1)
-        return total, -_EPS * total + 1e-300
-
     return Conjugate(
         "multi-margin",
         f"0 <= alpha_k <= 1/(C tau) with tau={tau:.6g} for k != y, alpha_y = -sum of the others",
         nearest,
-        terms,
+        _own_terms(tau),
         1 / tau,
         2 / tau,
     )
@@ -158,15 +164,11 @@ def crammer_singer_conjugate(tau: float) -> Conjugate:
         rest = np.where(total > bound, rest * (bound / np.where(total > bound, total, 1.0)) * (1 - 4 * _EPS), rest)
         return _balanced(_rounded_below(rest / unit, math.floor(bound / unit)) * unit, own)
 
-    def terms(alpha: Rows, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-        total = -tau * np.abs(np.where(_own(alpha, labels), alpha, 0.0)).sum(axis=1)
-        return total, -_EPS * total + 1e-300
-
     return Conjugate(
         "Crammer-Singer",
         f"alpha_k >= 0 for k != y, their sum at most 1/tau = {1 / tau:.6g}, alpha_y minus their sum",
         nearest,
-        terms,
+        _own_terms(tau),
         1 / tau,
         2 / tau,
     )

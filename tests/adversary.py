@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from gap_oracles import exact_dual, exact_primal
 from hypothesis import strategies as st
-from spectral_oracles import rational_optimum
+from spectral_oracles import rational_optimum, spoiled
 
 from dualgap_jax import spectral
 from dualgap_jax.data import Dataset
@@ -459,19 +459,7 @@ def _hard(rng: np.random.Generator, d_0: int, n: int, kinds: list[int]) -> np.nd
     x = rng.normal(size=(d_0, n))
     for kind in kinds:
         a, b, c = rng.choice(d_0, 3, replace=False)
-        if kind == 0:
-            x[a] = 0
-        elif kind == 1:
-            x[a] = -2 * x[b]
-        elif kind == 2:
-            x = np.round(4 * x)
-            x[a] = x[b] + 3 * x[c]
-        elif kind == 3:
-            x[a] = x[b] + 10.0 ** rng.uniform(-16, -2) * x[a]
-        elif kind == 4:
-            x[a] = (x[b] + x[c]).astype(np.float32)
-        else:
-            x[a] = x[b] * 0.3 + x[c] * 0.7
+        x = spoiled(x, kind, a, b, c, rng)
     return x
 
 

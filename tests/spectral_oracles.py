@@ -99,3 +99,21 @@ def rational_optimum(x: np.ndarray, y: np.ndarray, gamma: float, r: int) -> Deci
             squares = [(trace + root) / 2, max((trace - root) / 2, Decimal(0))]
         lowered = [max(s.sqrt() - Decimal(gamma), Decimal(0)) for s in squares[:r]]
         return exact(sum((dot(row, row) for row in ys), Fraction(0))) / 2 - sum(v * v for v in lowered) / 2
+
+
+def spoiled(x: np.ndarray, kind: int, a: int, b: int, c: int, rng: np.random.Generator) -> np.ndarray:
+    """X with row a zero, repeated, dependent on rows b and c, nearly so, or rounded to float32, by kinds 0 to 5."""
+    if kind == 0:
+        x[a] = 0
+    elif kind == 1:
+        x[a] = -2 * x[b]
+    elif kind == 2:
+        x = np.round(4 * x)
+        x[a] = x[b] + 3 * x[c]
+    elif kind == 3:
+        x[a] = x[b] + 10.0 ** rng.uniform(-16, -2) * x[a]
+    elif kind == 4:
+        x[a] = (x[b] + x[c]).astype(np.float32)
+    else:
+        x[a] = x[b] * 0.3 + x[c] * 0.7
+    return x

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from spectral_oracles import conditioned, exact_optimum, rational_optimum
+from spectral_oracles import conditioned, exact_optimum, rational_optimum, spoiled
 
 from dualgap_jax import spectral
 from dualgap_jax.spectral import VerificationError, in_blocks, solve_columns, verify
@@ -33,20 +33,7 @@ def hard_x(rng: np.random.Generator, d_0: int, n: int) -> np.ndarray:
     x = rng.normal(size=(d_0, n))
     for _ in range(int(rng.integers(0, 3))):
         a, b, c = rng.choice(d_0, 3, replace=False)
-        kind = rng.integers(6)
-        if kind == 0:
-            x[a] = 0
-        elif kind == 1:
-            x[a] = -2 * x[b]
-        elif kind == 2:
-            x = np.round(4 * x)
-            x[a] = x[b] + 3 * x[c]
-        elif kind == 3:
-            x[a] = x[b] + 10.0 ** rng.uniform(-16, -2) * x[a]
-        elif kind == 4:
-            x[a] = (x[b] + x[c]).astype(np.float32)
-        else:
-            x[a] = x[b] * 0.3 + x[c] * 0.7
+        x = spoiled(x, int(rng.integers(6)), a, b, c, rng)
     return x * 2.0 ** rng.integers(-60, 60, (d_0, 1))
 
 

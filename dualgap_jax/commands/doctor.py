@@ -14,7 +14,6 @@ import humanize
 
 from dualgap_jax import cli, data, machine
 from dualgap_jax.figures import page
-from dualgap_jax.training.plan import memory_available
 
 _LEAST_DISK = 2**30
 DATA_SETS = ("mnist", "cifar10")
@@ -48,7 +47,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _room() -> Iterator[Finding]:
-    available = memory_available()
+    available = machine.memory_available()
     yield Finding("ok", "memory", f"{humanize.naturalsize(available)} available, {os.cpu_count()} CPU cores")
     free = shutil.disk_usage(".").free
     low = free < _LEAST_DISK
