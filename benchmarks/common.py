@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from dualgap_jax.data import Dataset, validate
-from dualgap_jax.metrics import table
+from dualgap_jax.terminal import table
 
 NOT_MEASURED = "not measured"
 _PAUSE = 0.02  # seconds before each timed call, in which the threads of the call before fall asleep

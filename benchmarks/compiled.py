@@ -38,10 +38,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from dualgap_jax.landscape.kernels import kernels
 from dualgap_jax.landscape.planes import Block
 from dualgap_jax.losses import multi_margin
-from dualgap_jax.metrics import table
 from dualgap_jax.networks import draw_branches, mlp, multi_branch
 from dualgap_jax.optimizers import for_network
 from dualgap_jax.sharding import BRANCH, over_mesh
+from dualgap_jax.terminal import table
 from dualgap_jax.training import plan
 from dualgap_jax.training.branch_step import Shard, branch_step
 from dualgap_jax.training.engine import Carry, begin

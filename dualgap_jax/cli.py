@@ -14,14 +14,16 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import humanize
 import jax
 from ml_collections import ConfigDict
 
-from dualgap_jax import experiments, interrupts, sharding
+from dualgap_jax import experiments, interrupts, machine, sharding, summary, terminal
 from dualgap_jax import report as report_pages
 from dualgap_jax.config import ConfigError, load, override, require
 from dualgap_jax.experiments import TABLES, Tables
@@ -139,7 +141,7 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = "r
             value = waiting.pop(0) if waiting and not _is_flag(waiting[0]) else None
         require(key not in overrides, f"--config.{key} is given twice: give it once.")
         overrides[key] = value
-    flags.name = None
+    flags.name, flags.given = None, flags.config
     if flags.config is None:
         require(not overrides, f"--config.{next(iter(overrides), '')} without --config=configs/NAME.py; give both.")
         return flags
@@ -220,33 +222,75 @@ def join(
 
 
 def run(
-    config: ConfigDict | None, name: str | None, workdir: str | None, tables: Tables, command: Sequence[str]
+    config: ConfigDict | None,
+    name: str | None,
+    workdir: str | None,
+    tables: Tables,
+    command: Sequence[str],
+    given: str | None = None,
 ) -> None:
-    """Runs a config and prints its table and where everything is."""
+    """Runs a config, and prints what `summary.lines` says of it.
+
+    Args:
+      config: what to run; None is an error that says how to name one.
+      name: of the folder of the run when `workdir` is None.
+      workdir: the folder to work in, or None.
+      tables: the registry.
+      command: the command line, for the run card.
+      given: how the config was named, `FILE:ARG`; from it follows what the run has less of than the config in full.
+    """
     if config is None:
         raise ConfigError(
             "no config given: use --config=configs/NAME.py:KEY=VALUE or dualgap run NAME:KEY=VALUE; --list prints them."
         )
-    report, folder, was_complete = experiments.run(config, tables=tables, name=name, workdir=workdir, command=command)
-    if not folder.writes:
-        return
+    began = time.monotonic()
+    with terminal.spoken(sharding.is_first_process()):
+        report, folder, was_complete = experiments.run(
+            config, tables=tables, name=name, workdir=workdir, command=command
+        )
+        if not folder.writes:
+            return
+        shown = _page(folder.path, anew=not was_complete)
+        if not was_complete:
+            peak = machine.peak_memory()
+            size = f", peak memory {humanize.naturalsize(peak)}" if peak else ""
+            terminal.say(f"done in {terminal.duration(time.monotonic() - began)}{size}")
     if was_complete:
         print(
             f"Complete already; nothing was computed. To start over, delete {folder.path} or give another --workdir.\n"
         )
-    print(report.text())
-    for path in sorted((folder.path / "figures").glob("*.png")):
-        print(f"figure: {path}")
-    if (shown := _page(folder.path, anew=not was_complete)) is not None:
-        print(f"report: {shown}")
-    print(f"workdir: {folder.path}")
+    for line in summary.lines(
+        report,
+        folder.path,
+        page=shown,
+        **_compared(config, given),
+    ):
+        print(line)
+
+
+def _compared(config: ConfigDict, given: str | None) -> dict[str, str]:
+    """How the settings of a run differ from those of its config, in full and as named; see `summary.lines`."""
+    if given is None:
+        return {}
+    as_named, full = load(located(given)), summary.without_smoke(given)
+    changed = summary.difference(config, as_named, "in the config")
+    if full == given:
+        return {"changed": changed}
+    return {
+        "changed": changed,
+        "reduced": summary.difference(as_named, load(located(full)), "in full"),
+        "again": full,
+    }
 
 
 def _page(folder: Path, anew: bool) -> Path | None:
     """The HTML report of a run, written if it is new or gone; None where it could not be: that is no reason to fail."""
     path = folder / "report.html"
     try:
-        return report_pages.write([folder], path) if anew or not path.exists() else path
+        if not anew and path.exists():
+            return path
+        with terminal.Progress(None, "report"):
+            return report_pages.write([folder], path)
     except (OSError, ValueError) as error:
         _log.warning("the report could not be written: %s", error)
         return None
@@ -302,5 +346,5 @@ def main(argv: Sequence[str], description: str | None = None) -> None:
         if flags.list:
             print(listing(tables))
         else:
-            run(flags.config, flags.name, flags.workdir, tables, argv)
+            run(flags.config, flags.name, flags.workdir, tables, argv, flags.given)
         sys.stdout.flush()

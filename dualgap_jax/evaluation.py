@@ -14,9 +14,9 @@ from jaxtyping import Float
 from dualgap_jax.config import require
 from dualgap_jax.data import Dataset, as_dataset, standardise
 from dualgap_jax.losses import Loss, as_loss, measure
-from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import check_network, sum_branches, upcast
 from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
+from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network, Params, State
 
 
@@ -111,7 +111,7 @@ def evaluate(
         return jax.device_put((upcast(params), upcast(state)))
 
     totals: dict[int, Array] = {}
-    progress = Progress(len(branch_blocks) * len(batches), label) if len(branch_blocks) > 1 else None
+    progress = Progress(len(branch_blocks) * len(batches), label, first="compiling") if len(branch_blocks) > 1 else None
     try:
         with jax.default_matmul_precision("highest"):
             for number, block in enumerate(read_ahead(read, branch_blocks)):

@@ -1,4 +1,4 @@
-"""Numbers along the way and in the end: rows of a JSONL file, event files, a line on the terminal, a table."""
+"""Numbers along the way: rows of a JSONL file, event files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import json
 import logging
 import math
 import operator
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -183,46 +182,3 @@ class Metrics:
         if self._events is not None:
             self._events.close()
             self._events = None
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in fixed width: the heads, a line, the rows; every column right-aligned."""
-    cells = [list(columns), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-class Progress:
-    """One line on the terminal, or a bar in a notebook: what is done, the rate, the time left.
-
-    Silent where standard error is a file or a pipe.
-
-    Args:
-      total: the number of steps in all.
-      label: what is counted.
-      done: how many were done before (a resumed run); they do not count for the rate.
-    """
-
-    def __init__(self, total: int, label: str, done: int = 0) -> None:
-        from tqdm.auto import tqdm
-
-        line = "{desc}: {n_fmt}/{total_fmt} |{bar:20}| {rate_fmt}, {remaining} left  {postfix}"
-        self._bar: Any = tqdm(
-            total=total, initial=done, desc=label, disable=None, dynamic_ncols=True, bar_format=line, file=sys.stderr
-        )
-
-    def update(self, done: int, note: str = "") -> None:
-        """Shows `done` steps and a short note, at most ten times a second, and at the end."""
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """Ends the line."""
-        self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

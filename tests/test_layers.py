@@ -26,6 +26,7 @@ GROUPS = {
         "interrupts",
         "card",
         "metrics",
+        "terminal",
     },
     "pure": {
         "networks",
@@ -60,6 +61,7 @@ GROUPS = {
     },
     "entry": {
         "cli",
+        "summary",
         "commands",
         "__main__",
     },

@@ -1,17 +1,11 @@
-"""Metrics without gaps or repeats, and what is said when rows are gone; the line on the terminal."""
+"""Metrics without gaps or repeats, and what is said when rows are gone."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import math
-import os
-import pty
-import struct
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualgap_jax.metrics import Metrics, Progress, read_metrics
+from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.workdir import Workdir
 
 CONFIG = {"rate": 0.1}
@@ -204,33 +198,3 @@ def test_without_tensorboardx_the_json_lines_are_still_written(
     assert len(read_metrics(tmp_path / "m")) == 2
     assert caplog.text.count("tensorboardX is not installed") == 1
     assert not (tmp_path / "t").exists()
-
-
-# --- Progress ---------------------------------------------------------------------------------------------------------
-
-
-def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(10, "steps") as progress:
-        progress.update(10, "loss 1")
-    assert capsys.readouterr().err == ""
-
-
-def test_progress_draws_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    control, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    with os.fdopen(terminal, "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        with Progress(200, "points", done=50) as progress:
-            for done in range(51, 201):
-                progress.update(done, note=f"loss {done}")
-    drawn = ""
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
-        while part := os.read(control, 100_000).decode():
-            drawn += part
-    os.close(control)
-    assert drawn.count("\n") == 1
-    assert drawn.endswith("\n")
-    last = drawn.rstrip("\r\n").split("\r")[-1]
-    assert last.startswith("points: 200/200")
-    assert "loss 200" in last
-    assert len(drawn.split("\r")) < 50

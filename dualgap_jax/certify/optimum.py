@@ -37,7 +37,7 @@ from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.sliding import Slide
 from dualgap_jax.config import require
 from dualgap_jax.duality.branch_and_bound import BoundSpec
-from dualgap_jax.metrics import Progress
+from dualgap_jax.terminal import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ def optimum(
     history: list[dict[str, Any]] = []
     smooth = problem.conjugate.kind in ("squared", "logistic")
     atoms = np.zeros((0, problem.one.size))
-    with Progress(spec.rounds, label or "optimum") as line:
+    with Progress(spec.rounds, label or "optimum", at_most=True) as line:
         for k in range(spec.rounds):
             eps = 1e-2 * 10.0 ** -min(k, 3)
             slid, parts, solver.bias = solver.slide(

@@ -21,7 +21,7 @@ from dualgap_jax.duality.margins import margin_bound
 from dualgap_jax.duality.problem import ByProgram, Problem, subject_of, values_at
 from dualgap_jax.duality.search import monotone
 from dualgap_jax.duality.values import ValueFunction, proven
-from dualgap_jax.metrics import Progress
+from dualgap_jax.terminal import Progress
 
 MAX_PARAMETERS = 6
 _BATCH = 1024
@@ -180,7 +180,7 @@ def _grow(
     best, (crude, sharp) = _Best(squares, upper, points), kernels(ByProgram(problem))
     closed_bound, open_bound = _Least(squares), _Least(squares)
     boxes = left_open = 0
-    with Progress(spec.max_boxes, label or "boxes") as line, jax.enable_x64(True):
+    with Progress(spec.max_boxes, label or "boxes", at_most=True, first="compiling") as line, jax.enable_x64(True):
         while len(lo):
             open_bound, splits = _Least(squares), np.full(len(lo), -1, np.int8)
             for first in range(0, len(lo), _BATCH):

@@ -14,11 +14,11 @@ from dualgap_jax.data import DATASETS
 from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
 from dualgap_jax.identity import arrays_digest
 from dualgap_jax.losses import LOSSES
-from dualgap_jax.metrics import table
 from dualgap_jax.networks import BRANCHES
 from dualgap_jax.registry import Table
 from dualgap_jax.shapley_folkman import SETS
 from dualgap_jax.sharding import agreed, is_first_process, meet
+from dualgap_jax.terminal import Progress, paragraph, table
 from dualgap_jax.workdir import Workdir, WorkdirError
 
 _log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ class Report(NamedTuple):
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """The table in fixed width."""
+        """The table and the notes, in at most `terminal.WIDTH` columns."""
         cells = [[_cell(value) for value in row] for row in self.rows]
-        return "\n".join([self.title, "", table(self.columns, cells), "", *self.notes])
+        return "\n".join([self.title, "", table(self.columns, cells), "", *map(paragraph, self.notes)])
 
 
 NO_REPORT = Report("", (), ())
@@ -83,7 +83,7 @@ class Experiment:
     def drawn(self, workdir: Workdir) -> None:
         """Draws the figures, if there are any."""
         if self.draw is not None:
-            with figures.any_backend():
+            with figures.any_backend(), Progress(None, "drawing"):
                 self.draw(workdir.path)
 
 

@@ -16,9 +16,9 @@ from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
 from dualgap_jax.files import save_json
-from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import mlp
 from dualgap_jax.registry import unknown
+from dualgap_jax.terminal import Progress
 from dualgap_jax.workdir import Workdir
 
 REGIMES = {

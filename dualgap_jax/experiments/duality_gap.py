@@ -32,8 +32,8 @@ from dualgap_jax.experiments.duality_report import curve, dual_curve, report
 from dualgap_jax.experiments.duality_samples import samples
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.losses import Loss
-from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import mlp_output_bound
+from dualgap_jax.terminal import Progress
 from dualgap_jax.workdir import Workdir
 
 

@@ -19,7 +19,7 @@ from dualgap_jax.duality.verify_gap import NotProvenError
 from dualgap_jax.duality.verify_mixed import Kind, check_mixed
 from dualgap_jax.experiments.duality_proofs import premises
 from dualgap_jax.experiments.duality_report import curve, dual_curve
-from dualgap_jax.metrics import Progress
+from dualgap_jax.terminal import Progress
 
 
 class Solved(NamedTuple):
@@ -116,7 +116,7 @@ def _proven(problem: Problem, function: ValueFunction, delta: deltas.Combination
     """The premises of one kind, proven again where they are called certified."""
     if function.status != "certified" or delta.status != "certified":
         return Solved(problem, function, delta, None, {}, "")
-    with Progress(1, "independent proof"):
+    with Progress(None, "independent proof"):
         again = verify_function(problem, function, multipliers=lams, points=delta.points, values=delta.values)
     if not again.holds:
         return Solved(problem, function, delta, None, {}, again.reason)

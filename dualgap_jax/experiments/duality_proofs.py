@@ -15,7 +15,7 @@ from dualgap_jax.duality.theorem import Effort
 from dualgap_jax.duality.values import Status, ValueFunction
 from dualgap_jax.duality.verdict import Verdict
 from dualgap_jax.duality.verify import verify_function
-from dualgap_jax.metrics import Progress
+from dualgap_jax.terminal import Progress
 
 
 class Rows(NamedTuple):
@@ -53,7 +53,7 @@ def proven_rows(
     checker, duals = None, {}
     if claimed:
         multipliers = sorted({verdict.multiplier for verdict in found})
-        with Progress(1, "independent proof"):
+        with Progress(None, "independent proof"):
             again = verify_function(
                 problem, function, multipliers=multipliers, points=delta.points, values=delta.values
             )
@@ -117,7 +117,7 @@ def hinge_rows(
     """
     picked = np.linspace(0, len(function.budgets) - 1, 17).astype(int)
     cloud = None if function.minimisers is None else function.minimisers[picked]
-    with Progress(1, "the hinge with its maximum"):
+    with Progress(None, "the hinge with its maximum"):
         found = clipped_hinge(problem, budget, list(counts), effort=effort, seed=seed, cloud=cloud)
         reasons = verify_clipped(problem, found)
     rows = []

@@ -28,10 +28,10 @@ from dualgap_jax.experiments.hitting_rate import (
     setting_text,
 )
 from dualgap_jax.files import save_json
-from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import KERNEL_INITS
 from dualgap_jax.registry import unknown
 from dualgap_jax.schedules import SCHEDULES
+from dualgap_jax.terminal import Progress
 from dualgap_jax.workdir import Workdir
 
 _SCREEN, _REFINE, _HELD_OUT, _TEXTBOOK = 1, 2, 3, 4  # streams of run seeds; the table itself uses 0

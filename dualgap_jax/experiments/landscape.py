@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax import convexity, figures, landscape, seeds
+from dualgap_jax import convexity, figures, landscape, seeds, terminal
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.evaluation import evaluate
@@ -246,7 +244,8 @@ def regime(spec: LandscapeSpec) -> str:
 
 def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) -> Report:
     """Loss landscape through three SGD solutions, with convexity scores (one panel of Figures 1 and 4)."""
-    dataset, net, training_net, loss = build(spec, tables)
+    with terminal.Progress(None, "data"):
+        dataset, net, training_net, loss = build(spec, tables)
     confirm_data(workdir, dataset.x, dataset.y, dataset.mean, dataset.std, info=dataset.info)
     measured = chosen(dataset, spec.plane.samples, spec.seed)
     with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
@@ -259,7 +258,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             mesh=spec.mesh,
             checkpoints=workdir.checkpoints,
             metrics=metrics,
-            report=functools.partial(print, file=sys.stderr) if workdir.writes else None,
+            report=terminal.say if workdir.writes else None,
         )
     if not workdir.writes:
         _check_not_diverged(spec, solutions)

@@ -17,10 +17,10 @@ from dualgap_jax.checkpoints import load as load_checkpoint
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
 from dualgap_jax.files import save_json, save_npz
-from dualgap_jax.metrics import Progress
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.spectral import CertificateError, DualVariable, SpectralSolution, in_blocks, solve_columns, verify
 from dualgap_jax.spectral.descent import Descent, DescentSpec, moments, stochastic_descent
+from dualgap_jax.terminal import Progress
 from dualgap_jax.workdir import Workdir
 
 DEFINITIONS = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dualgap_jax import figures
+from dualgap_jax import figures, terminal
 from dualgap_jax.config import Component, require
 from dualgap_jax.convexity import DEFINITIONS
 from dualgap_jax.experiments import landscape
@@ -97,11 +97,13 @@ def regimes(spec: RegimesSpec, workdir: Workdir, tables: Tables) -> Report:
     """Map of training regimes (init x learning-rate scaling x reduction x I) against the convexity scores."""
     axes = (spec.inits, spec.lr_scalings, spec.reduces, spec.num_branches, range(spec.repeats))
     cells: list[dict[str, Any]] = []
-    for init, scaling, reduce, count, repeat in itertools.product(*axes):
+    every = list(itertools.product(*axes))
+    for number, (init, scaling, reduce, count, repeat) in enumerate(every, 1):
         cell = _cell(spec, init, scaling, reduce, count, repeat)
         folder = workdir.path / "cells" / f"{init}_{scaling}_{reduce}_{count}_{repeat}"
         entry = {"init": init, "lr_scaling": scaling, "reduce": reduce, "num_branches": count, "repeat": repeat}
-        cells.append({**entry, **_scores(cell, folder, tables)})
+        with terminal.part(f"{init} {scaling} {reduce} I = {count:,} ({number} of {len(every)})"):
+            cells.append({**entry, **_scores(cell, folder, tables)})
     document = {"title": spec.title, "score": spec.score, "cells": cells, "definitions": DEFINITIONS}
     save_json(workdir.results / "regimes.json", document)
     return _report(spec, cells)

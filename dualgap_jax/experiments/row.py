@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dualgap_jax import figures
+from dualgap_jax import figures, terminal
 from dualgap_jax.config import require
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, execute
@@ -67,10 +67,11 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
     """A row of landscapes over several numbers of branches, and every convexity score against it (Figures 1 and 4)."""
     cells: list[dict[str, Any]] = []
     records = []
-    for count in spec.num_branches:
+    for number, count in enumerate(spec.num_branches, 1):
         folder = f"I_{count}"
         cell = dataclasses.replace(spec.cell, num_branches=count)
-        _, inner, _ = execute(landscape.LANDSCAPE, cell, workdir.path / folder, tables)
+        with terminal.part(f"I = {count:,} ({number} of {len(spec.num_branches)})"):
+            _, inner, _ = execute(landscape.LANDSCAPE, cell, workdir.path / folder, tables)
         if not workdir.writes:
             continue
         record = load_json(inner.results / "landscape.json")

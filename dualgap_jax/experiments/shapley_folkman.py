@@ -13,8 +13,8 @@ from dualgap_jax import figures
 from dualgap_jax.config import Component, require
 from dualgap_jax.experiments.base import Experiment, Report, Tables
 from dualgap_jax.files import save_json, save_npz
-from dualgap_jax.metrics import Progress
 from dualgap_jax.shapley_folkman import PlanarSet, bounds
+from dualgap_jax.terminal import Progress
 from dualgap_jax.workdir import Workdir
 
 DEFINITIONS = {

@@ -20,9 +20,9 @@ from scipy.optimize import linear_sum_assignment
 from dualgap_jax import trees
 from dualgap_jax.landscape import symmetry as symmetries
 from dualgap_jax.landscape.symmetry import Permutation, Symmetry, Units, permuted
-from dualgap_jax.metrics import Progress
 from dualgap_jax.networks.sources import blocks, check_source
 from dualgap_jax.registry import UnknownNameError, unknown
+from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network
 
 OVER = ("branches", "units")

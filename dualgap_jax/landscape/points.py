@@ -21,10 +21,10 @@ from dualgap_jax.landscape.partial import Saver, Work, on_exception
 from dualgap_jax.landscape.planes import Block, Plane
 from dualgap_jax.landscape.statistics import States, check_state, has_statistics, momenta
 from dualgap_jax.losses import Loss, as_loss
-from dualgap_jax.metrics import Progress
 from dualgap_jax.networks import check_network
 from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
 from dualgap_jax.registry import UnknownNameError, unknown
+from dualgap_jax.terminal import Progress
 from dualgap_jax.types import Network, PyTree
 
 ROUTES = ("auto", "stem", "plain")
@@ -118,7 +118,9 @@ def evaluate_points(
         on_exception(lambda: saver.save(work.done)),
         jax.default_matmul_precision("highest"),
         ThreadPoolExecutor(compiled.workers()) as pool,
-        Progress(len(work.batches) * len(points) * len(work.branches), label, done=work.count()) as progress,
+        Progress(
+            len(work.batches) * len(points) * len(work.branches), label, work.count(), first="compiling"
+        ) as progress,
     ):
         for start, count in blocks(len(work.batches), group_size):
             group = range(start, start + count)

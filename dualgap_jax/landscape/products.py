@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from dualgap_jax import trees
-from dualgap_jax.metrics import Progress
 from dualgap_jax.networks.sources import blocks, read_ahead
+from dualgap_jax.terminal import Progress
 from dualgap_jax.types import PyTree, State
 
 _PRODUCT_BYTES = 2**25  # of one network's parameters that inner products take at a time

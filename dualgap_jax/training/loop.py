@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualgap_jax.checkpoints import Checkpointer
-from dualgap_jax.metrics import Metrics, Progress
+from dualgap_jax.metrics import Metrics
 from dualgap_jax.schedules import Schedule
 from dualgap_jax.sharding import agreed
+from dualgap_jax.terminal import Progress
 from dualgap_jax.training.batches import BatchOrder
 from dualgap_jax.training.engine import Engine, Lanes, Steps, item, stack
 from dualgap_jax.training.resume import Run, has_steps_to_do
@@ -54,6 +55,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._update = jax.jit(jax.vmap(self.schedule.update))
+        self._compiled: set[int] = set()  # how many solutions there are programs for
 
     def run(self, runs: dict[int, Run], savers: Mapping[int, Checkpointer]) -> None:
         """Takes a group to its end; `runs` holds one entry a solution and is brought up to date in place."""
@@ -62,14 +64,20 @@ class Loop:
         }
         done = min(r.steps for r in runs.values())
         label = "training" if len(runs) > 1 else f"solution {next(iter(runs))}"
-        with Progress(self.max_steps, label, done=done) as progress:
+        with Progress(self.max_steps, label, done, at_most=self.tolerance > 0) as progress:
             while standing := [r.steps for r in runs.values() if self.is_under_way(r)]:
                 first = min(standing)
                 together = [
                     i for i, r in runs.items() if r.steps > first or (r.steps == first and self.is_under_way(r))
                 ]
                 limit = min([r.steps for r in runs.values() if r.steps > first], default=self.max_steps)
+                if len(together) not in self._compiled:
+                    self._compiled.add(len(together))
+                    progress.wait("compiling")
                 self._advance(runs, together, min(limit, self.max_steps), orders, savers, progress)
+            losses = " ".join(f"{r.batch_loss:.3g}" for r in runs.values())
+            ends = sorted({r.status for r in runs.values()} - {"running"})
+            progress.update(max(r.steps for r in runs.values()), ", ".join([f"loss {losses}", *ends]))
 
     def is_under_way(self, run: Run) -> bool:
         """Whether a run has steps to do."""
