@@ -72,7 +72,7 @@ def evaluate(
       ConfigError: if the loss does not fit the data set, or a size is below 1.
       TypeError, ValueError: for a network that is no handle, or of another number of branches than `net` has.
     """
-    net, loss, dataset = check_network(net, "evaluate"), as_loss(loss), as_dataset(dataset)
+    net, loss, dataset = check_network(net, "evaluate").computed(), as_loss(loss), as_dataset(dataset)
     check_fits(loss, dataset)
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
     require(branch_chunk >= 1, f"branch_chunk={branch_chunk} must be at least 1.")

@@ -45,11 +45,14 @@ class Stem(NamedTuple):
       rest_sum: the same for parameters, state and z whose leaves lead with a branch axis `[I, ...]`, and `key` of shape
         `[I]`: returns the sum of the I outputs, and the stacked state.  None: `rest` is vmapped and summed.  A branch
         whose last map is linear contracts branches and features in one matrix product here.
+      apply: the function that this splits; a network with another `apply` does not use it.  None: that of any network
+        it is given to.
     """
 
     preactivation: StemFn
     rest: ApplyFn
     rest_sum: ApplyFn | None = None
+    apply: ApplyFn | None = None
 
 
 class Network(NamedTuple):
@@ -69,6 +72,13 @@ class Network(NamedTuple):
     apply: ApplyFn
     stem: Stem | None = None
     stacked: Stacked | None = None
+
+    def computed(self) -> Network:
+        """The network with only the structure that its `apply` has: `_replace(apply=...)` leaves the old one behind."""
+        if "apply" in self.replaced():
+            return self._replace(stem=None, stacked=None)
+        stale = self.stem is not None and self.stem.apply not in (None, self.apply)
+        return self._replace(stem=None) if stale else self
 
     def replaced(self) -> list[str]:
         """Which of `init` and `apply` are not those of the sum that `stacked` describes, as `_replace` leaves them."""

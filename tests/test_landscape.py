@@ -514,7 +514,9 @@ def test_the_first_layer_is_computed_three_times_a_batch_however_many_points(
     def apply(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("evaluated in full")
 
-    net = case.net._replace(stem=case.net.stem._replace(preactivation=preactivation), apply=apply)
+    stacked = case.net.stacked._replace(apply=apply) if case.net.stacked is not None else None
+    stem = case.net.stem._replace(preactivation=preactivation, apply=apply)
+    net = case.net._replace(apply=apply, stem=stem, stacked=stacked)
     for xs, ys in ((XS[:1], YS[:1]), (XS, YS)):
         calls = 0
         surface = case._replace(net=net)(xs, ys, sample_chunk=4)

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import Array, lax
 
-from dualgap_jax import mixture, multi_branch, networks
+from dualgap_jax import evaluate, landscape, losses, mixture, multi_branch, networks
 from dualgap_jax.networks import branch_keys, sum_branches, sum_rest
 from dualgap_jax.types import Network
 
@@ -485,3 +485,50 @@ def test_mixtures_refuse_what_does_not_fit() -> None:
     params, state = jax.eval_shape(net.init, jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"outputs of one shape, got \[\(2, 3\), \(2, 1\)\]"):
         jax.eval_shape(net.apply, params, state, x)
+
+
+# --- a function given in place of another -----------------------------------------------------------------------------
+
+
+def doubled(net: Network) -> Network:
+    """Another network by `_replace`: the structure that it keeps is that of the first one."""
+
+    def apply(params: Any, state: Any, x: Array, /, **settings: Any) -> tuple[Array, Any]:
+        y, state = net.apply(params, state, x, **settings)
+        return 2 * y, state
+
+    return net._replace(apply=apply)
+
+
+@pytest.mark.parametrize("route", ["auto", "plain"])
+@pytest.mark.parametrize("kind", ["branch of a sum", "sum", "single branch", "part of a mixture", "in bfloat16"])
+def test_a_replaced_apply_is_what_is_evaluated_and_drawn(kind: str, route: str, rng: np.random.Generator) -> None:
+    one = networks.mlp((4,), 1)
+    old, new = {
+        "branch of a sum": lambda: (multi_branch(one, 3), multi_branch(doubled(one), 3)),
+        "sum": lambda: (multi_branch(one, 3), doubled(multi_branch(one, 3))),
+        "single branch": lambda: (one, doubled(one)),
+        "part of a mixture": lambda: (mixture([one, one]), mixture([doubled(one), doubled(one)])),
+        "in bfloat16": lambda: tuple(networks.with_precision(n, compute_dtype="bfloat16") for n in (one, doubled(one))),
+    }[kind]()
+    rtol = 0.02 if kind == "in bfloat16" else 2e-5
+    x, y = rng.standard_normal((9, 5)).astype(np.float32), rng.choice([-1.0, 1.0], 9).astype(np.float32)
+    solutions = [networks.InMemory(*old.init(jax.random.key(k), jnp.asarray(x))) for k in range(3)]
+    out, _ = old.apply(solutions[1].params, solutions[1].state, jnp.asarray(x))
+    want = 0.5 * np.square(2 * np.asarray(out, np.float64)[:, 0] - y).mean()
+    assert evaluate(new, losses.squared(), (x, y), solutions[1]).loss == pytest.approx(want, rel=rtol)
+    plane = landscape.plane_through(solutions)
+    at = np.asarray(plane.anchors)[1:2]
+    got = landscape.evaluate_points(new, losses.squared(), (x, y), plane, points=at, route=route)
+    np.testing.assert_allclose(got, want, rtol=rtol)
+    if kind != "in bfloat16":
+        assert new.computed().apply is new.apply
+
+
+def test_a_replaced_sum_is_not_aligned_by_the_branches_it_had(rng: np.random.Generator) -> None:
+    net = multi_branch(networks.mlp((4,), 1), 3)
+    x = rng.standard_normal((9, 5)).astype(np.float32)
+    solutions = [networks.InMemory(*net.init(jax.random.key(k), jnp.asarray(x))) for k in range(2)]
+    landscape.align(net, solutions, x)
+    with pytest.raises(ValueError, match="needs a network made by multi_branch"):
+        landscape.align(doubled(net), solutions, x)

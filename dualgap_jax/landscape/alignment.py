@@ -135,6 +135,7 @@ def exchangeable(
     for value, allowed, name in ((over, OVER, "over"), (by, BY, "by")):
         if value not in allowed:
             raise UnknownNameError(unknown(name, value, allowed))
+    net = net.computed()
     if net.stacked is None:
         raise ValueError("align needs a network made by multi_branch; a single branch is multi_branch(branch, 1).")
     x = jnp.asarray(np.asarray(x)[:32])

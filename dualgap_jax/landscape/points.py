@@ -85,7 +85,7 @@ def evaluate_points(
         points that are not `[P, 2]`, a plane on disk with route='plain' or with a network that is no sum of branches,
         networks of another number of branches, or state='estimate' for a state that is no running average.
     """
-    net, loss, dataset = check_network(net, "landscape.evaluate_points"), as_loss(loss), as_dataset(dataset)
+    net, loss, dataset = check_network(net, "landscape.evaluate_points").computed(), as_loss(loss), as_dataset(dataset)
     sizes = {"sample_chunk": sample_chunk, "branch_chunk": branch_chunk, "point_chunk": point_chunk}
     _check_call(net, plane, route, state, sizes | {"state_samples": state_samples})
     points = np.asarray(points, np.float64)

@@ -122,7 +122,7 @@ def mlp(
     ) -> tuple[Array, State]:
         return rest(params, state, preactivation(params, x), key=key, train=train)
 
-    return Network(init_fn, apply, Stem(preactivation, rest, rest_sum))
+    return Network(init_fn, apply, Stem(preactivation, rest, rest_sum, apply))
 
 
 def mlp_output_bound(num_layers: int, radius: int | float, input_norm: int | float) -> float:

@@ -127,7 +127,7 @@ def multi_branch(branch: Any, num_branches: SupportsIndex, *, reduce: str = "mea
       ValueError: if num_branches is not a positive integer, or `reduce` is unknown; from `apply` if the parameters or
         the state are not those of I branches.
     """
-    branch = as_network(branch, "multi_branch")
+    branch = as_network(branch, "multi_branch").computed()
     num_branches = positive(num_branches, "num_branches")
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is unknown. Allowed: {', '.join(REDUCTIONS)}.")
@@ -164,7 +164,7 @@ def multi_branch(branch: Any, num_branches: SupportsIndex, *, reduce: str = "mea
         y, state = sum_rest(branch, params, state, z, keys=keys, train=train)
         return scale * y, state
 
-    return Network(init, apply, Stem(preactivation, rest), stacked)
+    return Network(init, apply, Stem(preactivation, rest, None, apply), stacked)
 
 
 def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = None) -> Network:
@@ -183,7 +183,7 @@ def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = 
       ValueError: if there is no network, or the weights do not match or are not finite; from `apply` if the networks
         give outputs of different shapes.
     """
-    networks = tuple(as_network(network, "mixture") for network in networks)
+    networks = tuple(as_network(network, "mixture").computed() for network in networks)
     if not networks:
         raise ValueError("mixture needs at least one network.")
     coefficients = tuple(weights) if weights is not None else (1.0 / len(networks),) * len(networks)
@@ -226,4 +226,4 @@ def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = 
     ) -> tuple[Array, State]:
         return combine([stem.rest for stem in stems], params, state, z, key, train)
 
-    return Network(init, apply, Stem(preactivation, rest))
+    return Network(init, apply, Stem(preactivation, rest, None, apply))

@@ -76,15 +76,17 @@ def with_precision(branch: Network, *, param_dtype: Any = "float32", compute_dty
 
         return run
 
+    apply = at_precision(branch.apply)
+    branch = branch.computed()
     if branch.stem is None:
-        return Network(init, at_precision(branch.apply))
-    first, rest, rest_sum = branch.stem
+        return Network(init, apply)
+    first, rest, rest_sum, _ = branch.stem
 
     def preactivation(params: Params, x: Array, /) -> PyTree:
         return cast(first(cast(params, compute_dtype), cast(x, compute_dtype)), compute_dtype)
 
-    stem = Stem(preactivation, at_precision(rest), None if rest_sum is None else at_precision(rest_sum))
-    return Network(init, at_precision(branch.apply), stem)
+    stem = Stem(preactivation, at_precision(rest), None if rest_sum is None else at_precision(rest_sum), apply)
+    return Network(init, apply, stem)
 
 
 def upcast(params: Params) -> Params:

@@ -81,8 +81,9 @@ def _cholesky(gram: Array) -> tuple[Array, float]:
     """The lower Cholesky factor of the Gram matrix, with the least of some shifts that lets it exist."""
     unit = float(jnp.finfo(gram.dtype).eps * jnp.max(jnp.diagonal(gram)))
     for shift in (0.0, *(unit * 10.0**k for k in range(4))):
-        lower = jnp.linalg.cholesky(gram + shift * jnp.eye(len(gram), dtype=gram.dtype))
-        if bool(jnp.isfinite(lower).all()):
+        shifted = gram + shift * jnp.eye(len(gram), dtype=gram.dtype) if shift else gram
+        lower = lax.linalg.cholesky(shifted, symmetrize_input=False)  # it is symmetric to the last bit
+        if bool(jnp.isfinite(jnp.diagonal(lower)).all()):
             return lower, shift
     raise Breakdown("the Gram matrix has no Cholesky factor, even shifted: X is numerically rank deficient")
 
