@@ -310,13 +310,13 @@ def errors_in_one_line() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):  # whoever reads the output has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
-        if (said := _message(error)) is None:
+        if (said := message(error)) is None:
             raise
         print(said, file=sys.stderr)
         sys.exit(2)
 
 
-def _message(error: BaseException) -> str | None:
+def message(error: BaseException) -> str | None:
     """What to say of an error that a user can mend; None for a defect."""
     name = type(error).__name__
     if type(error).__module__.partition(".")[0] == "dualgap_jax":

@@ -246,7 +246,9 @@ def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
     Args:
       config: what `load` gave.
       texts: dotted name -> text, of the type that the leaf has; None sets a boolean.  An entry of a tuple is named
-        `a.b[0]`; a whole one is written `(1, 2)`, and one of numbers also `1/2`.
+        `a.b[0]`; a whole one is written `(1, 2)`, and one of numbers also `1/2`.  A table entry, a group with a `name`,
+        is chosen anew by that name, with settings as in a call, `adamw` or `adamw(weight_decay=0.01)`; those that are
+        not given take the entry's defaults.
 
     Raises:
       ConfigError: for a name that is not there, or a text that does not fit.
@@ -267,11 +269,31 @@ def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
                 group[at] = list(group[at])
             if depth + 1 < len(keys):
                 group = group[at]
+            elif isinstance(group[at], dict) and isinstance(group[at].get("name"), str):
+                group[at] = _read_component(f"--config.{name}", text)
             elif isinstance(group[at], dict):
                 raise ConfigError(f"config.{name} is a group; set one of its keys: {', '.join(group[at])}.")
             else:
                 group[at] = _read_leaf(f"--config.{name}", text, group[at])
     return ConfigDict(as_dict(tree)).lock()
+
+
+def _read_component(key: str, text: str | None) -> dict[str, Any]:
+    """'adamw' or 'adamw(weight_decay=0.01)' as the group of a table entry."""
+    try:
+        call = ast.parse(text or "", mode="eval").body
+        if isinstance(call, ast.Name):
+            call = ast.Call(call, [], [])
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("it is no name or call of one with named settings")
+        settings = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(
+            f"{key}={text!r:.60}: expected the name of an entry, with settings as in a call, such as"
+            f" {key}='adamw(weight_decay=0.01)' ({error})."
+        ) from None
+    require("name" not in settings, f"{key}={text!r:.60}: the name stands before the parenthesis; leave name= out.")
+    return {"name": call.func.id, **settings}
 
 
 def _read_leaf(key: str, text: str | None, now: Any) -> Any:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -31,7 +31,7 @@ _shown: list[Progress] = []  # at most one: what began inside it stays silent
 _speaking_since: list[float] = []  # not empty inside `spoken`
 
 
-def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
+def paint(text: str, colour: str, stream: Any = None) -> str:
     """The text in a colour of `_COLOURS` where `stream` (standard error by default) is a terminal that shows them.
 
     A variable NO_COLOR that is not empty (no-color.org) and TERM=dumb say that none are wanted.
@@ -206,8 +206,10 @@ class Progress:
             said.append(_per_second(rate))
             if left:
                 said.append(f"{'at most ' if self._at_most else ''}{duration(left)} left")
-        bar = f" {self._bar(dyed)} " if colours else ", "
-        return f"{name}: {counts}{bar}{', '.join(filter(None, [*said, self._note]))}"
+        rest = ", ".join(filter(None, [*said, self._note]))
+        if colours:
+            return f"{name}: {counts} {self._bar(dyed)} {rest}"
+        return f"{name}: {counts}" + (f", {rest}" if rest else "")
 
     def _bar(self, dyed: Any) -> str:
         try:

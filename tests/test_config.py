@@ -23,6 +23,7 @@ from dualgap_jax.config import (
     spec_of,
     to_spec,
 )
+from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.files import jsonable
 from dualgap_jax.registry import Table, UnknownNameError
 
@@ -296,6 +297,16 @@ def test_overrides_are_applied_together() -> None:
         spec_of(override(config, {"low": "5"}), Pair)
 
 
+def test_an_entry_is_chosen_anew_by_its_name_and_settings() -> None:
+    config = experiment_config("landscape", LandscapeSpec())
+    changed = override(config, {"branch": "conv(out_channels=3, stride=2)", "training.optimizer": "adamw"})
+    spec = spec_of(changed, LandscapeSpec)
+    assert spec.branch == Component("conv", {"out_channels": 3, "stride": 2})
+    assert spec.training.optimizer == Component("adamw", {})
+    later = override(config, {"branch": "mlp(width=2)", "branch.width": "3"})
+    assert spec_of(later, LandscapeSpec).branch == Component("mlp", {"width": 3})
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     low: int = 1
@@ -328,6 +339,12 @@ class Pair:
         ({"sizes": "1/x"}, ["'x'", "a whole number"]),
         ({"kinds": "mean"}, ["--config.kinds='mean'", "expected a tuple"]),
         ({"branch.hidden": "[" * 5000}, ["expected"]),
+        ({"branch": "mlp("}, ["--config.branch='mlp('", "such as --config.branch='adamw(weight_decay=0.01)'"]),
+        ({"branch": "mlp(3)"}, ["named settings"]),
+        ({"branch": "mlp(width=x)"}, ["malformed"]),
+        ({"branch": "mlp(name='conv')"}, ["leave name= out"]),
+        ({"branch": None}, ["expected the name of an entry"]),
+        ({"branch": "[" * 5000}, ["expected the name of an entry"]),
         ({"": "1"}, ["key in config:"]),
         ({"inner..points": "3"}, ["key in config:", "'inner..points'"]),
     ],

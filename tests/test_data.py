@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -862,3 +863,59 @@ def test_real_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(train.std.ravel() / 255, [0.2470, 0.2435, 0.2616], atol=2e-3)
     forbid_decoding(monkeypatch)
     assert same(data.cifar10(data_dir=REAL_DATA, standardise="channel"), train)
+
+
+# --- files of one's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["", "a,b,c,label\n"])
+def test_npz_and_csv_hold_the_same_data(header: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((12, 3)), rng.integers(0, 3, 12)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    lines = "".join(",".join(map(repr, map(float, row))) + f",{label}\n" for row, label in zip(x, y, strict=True))
+    (tmp_path / "d.csv").write_text(header + lines)
+    first, second = (data.own(path=str(tmp_path / f"d.{kind}")) for kind in ("npz", "csv"))
+    for one, other in zip(first[1:6], second[1:6], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert first.task == second.task == "multiclass"
+    whole = data.from_arrays(x, y, standardise=True)
+    np.testing.assert_array_equal(first.mean, whole.mean)
+    assert len(data.own(path=str(tmp_path / "d.npz"), num_examples=5).y) == 5
+
+
+def test_the_label_is_found_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("b,Label,a\n1.5,-1,2\n\n3,1,4\n")
+    found = data.own(path=str(tmp_path / "d.csv"), standardise=False)
+    np.testing.assert_array_equal(found.x, [[1.5, 2], [3, 4]])
+    np.testing.assert_array_equal(found.y, [-1, 1])
+    assert found.task == "binary"
+    (tmp_path / "r.csv").write_text("1,0.5\n2,1\n")
+    assert data.own(path=str(tmp_path / "r.csv")).task == "regression"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "there is no such file here"),
+        ("d.txt", b"1,2", "must end in .npz or .csv"),
+        ("d.csv", b"", "at least two numbers"),
+        ("d.csv", b"a,b\n", "at least two numbers"),
+        ("d.csv", b"1,2\n3\n", "row 2: 1 cells, where the first has 2"),
+        ("d.csv", b"a,b\n1,x\n", "row 2: 'x' is no number"),
+        ("d.csv", b"y,label\n1,2\n", "several columns may be the label: y, label"),
+        ("d.csv", b"1,nan\n2,3\n", "non-finite"),
+        ("d.npz", b"PK\x03\x04 cut", "no sound npz file"),
+        ("d.npz", b"", "no sound npz file"),
+    ],
+)
+def test_files_that_cannot_be_read(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        data.own(path=str(tmp_path / name))
+
+
+def test_an_npz_without_x_says_how_to_save_one(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", features=np.ones(3), y=np.ones(3))
+    with pytest.raises(ValueError, match=r"holds features, y; save it as np.savez\(path, x=features, y=labels\)"):
+        data.own(path=str(tmp_path / "d.npz"))

@@ -18,6 +18,7 @@ from dualgap_jax import machine
 # Command -> (module below this one, what it does in a line).
 COMMANDS = {
     "run": ("run", "run an experiment: dualgap run NAME:KEY=VALUE,... [--workdir=DIR] [--config.a.b=v]"),
+    "sweep": ("sweep", "run a config for many values: dualgap sweep NAME --over I=1,3,5 --over seed=0..4"),
     "list": ("run", "print the experiments, the parts they are made of, and the configs"),
     "plot": ("plot", "draw the figures of finished runs again: dualgap plot WORKDIR ..."),
     "report": ("report", "show runs on one page that opens offline: dualgap report WORKDIR ... [--csv=FILE]"),

@@ -1,0 +1,177 @@
+"""`dualgap sweep`: a config for every combination of some values, each in a folder of its own, and one table.
+
+    dualgap sweep mnist_1layer --over I=1,3,5 --over seed=0..4
+    dualgap sweep figure1:smoke --over config.cell.training.learning_rate=0.05,0.1 --workdir=rates
+
+KEY is an argument of the config (as in NAME:KEY=VALUE) or, with `config.` before it, a leaf of it.  VALUES stand
+between commas, or between semicolons where they hold commas; A..B are whole numbers.  The same command again goes on
+where it stopped.  The table goes to WORKDIR/sweep.csv after every run; a run that fails is named in it and stops no
+other.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dualgap_jax import cli, experiments, interrupts, report, terminal
+from dualgap_jax.config import check_numbers, require, spec_of
+from dualgap_jax.experiments import Report
+from dualgap_jax.files import text_digest, write_atomically
+
+_MOST = 10_000  # runs of a sweep
+
+
+class Run(NamedTuple):
+    """One combination: its values by key, the config with them, and the name of its folder."""
+
+    values: dict[str, str]
+    config: Any
+    folder: str
+
+
+def values_of(text: str) -> tuple[str, list[str]]:
+    """'I=1,3' -> ('I', ['1', '3']); 'seed=0..2' -> ('seed', ['0', '1', '2']).
+
+    Raises:
+      ConfigError: for a text without a key or values, or with a value twice.
+    """
+    key, equals, listed = text.partition("=")
+    items = [item.strip() for item in listed.split(";" if ";" in listed else ",")]
+    values: list[str] = []
+    for item in items:
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", item)
+        if span is None:
+            values.append(item)
+            continue
+        first, last = map(int, span.groups())
+        require(first <= last < first + _MOST, f"--over {text}: {item} must go up, over at most {_MOST:,} numbers.")
+        values += map(str, range(first, last + 1))
+    require(
+        bool(key and equals and all(values)),
+        f"--over {text!r}: write a key and its values, as in --over I=1,3,5 or --over seed=0..4.",
+    )
+    require(len(set(values)) == len(values), f"--over {text!r}: a value is given twice.")
+    return key, values
+
+
+def combinations(over: Mapping[str, Sequence[str]], arguments: Sequence[str]) -> Iterator[Run]:
+    """The configs of all combinations, the last key running fastest; `arguments` begin with `--config=NAME:ARG`."""
+    for chosen in itertools.product(*over.values()):
+        values = dict(zip(over, chosen, strict=True))
+        given, *rest = arguments
+        inside = ",".join(f"{k}={v}" for k, v in values.items() if not k.startswith("config."))
+        if inside:
+            given += ("," if ":" in given else ":") + inside
+        leaves = [f"--{k}={v}" for k, v in values.items() if k.startswith("config.")]
+        label = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in values.items())
+        folder = re.sub(r"[^\w=.,+-]", "_", label)[:150]
+        yield Run(values, cli.parse([given, *leaves, *rest]).config, folder)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a sweep; returns 1 when a run of it failed, else 0, and ends the process as `cli.main` says."""
+    given = list(arguments)
+    if not given or {"-h", "--help"} & set(given):
+        print(__doc__)
+        return 0 if given else 2
+    with interrupts.raised(), cli.errors_in_one_line():
+        texts = []
+        while (at := next((i for i, item in enumerate(given) if item.partition("=")[0] == "--over"), None)) is not None:
+            flag = given.pop(at)
+            require("=" in flag or at < len(given), "--over needs KEY=VALUES, as in --over I=1,3,5.")
+            texts.append(flag.partition("=")[2] if "=" in flag else given.pop(at))
+        over: dict[str, list[str]] = {}
+        for text in texts:
+            key, values = values_of(text)
+            require(key not in over, f"--over {key}= is given twice: give all its values at once.")
+            over[key] = values
+        require(bool(over), "a sweep needs --over KEY=VALUES, as in --over I=1,3,5 or --over seed=0..4.")
+        if not given[0].startswith("-"):
+            given[0] = f"--config={given[0]}"
+        require(given[0].startswith("--config="), "name the config first: dualgap sweep NAME:KEY=VALUE,... --over ...")
+        return _sweep(over, given, ["dualgap", "sweep", *arguments])
+    return 0
+
+
+def _sweep(over: Mapping[str, Sequence[str]], given: Sequence[str], command: Sequence[str]) -> int:
+    flags = cli.parse(given)
+    tables = cli.extended(flags.extend)
+    several = flags.distributed or {flags.coordinator, flags.num_processes, flags.process_id} != {None}
+    require(not several, "a sweep runs in one process: several processes run a single config.")
+    cli.join(None, None, None, False, flags.cpu_devices)
+    count = 1
+    for values in over.values():
+        count *= len(values)
+    require(count <= _MOST, f"a sweep of {count:,} runs is more than {_MOST:,}: give fewer values.")
+    runs = list(combinations(over, given))
+    require(len({run.folder for run in runs}) == len(runs), "two runs would share a folder: give shorter values.")
+    for run in runs:  # a mistake is said before anything is computed
+        spec: Any = spec_of(run.config, tables.experiments[run.config["experiment"]].spec)
+        check_numbers(spec)
+        if hasattr(spec, "validate"):
+            spec.validate(tables)
+    digest = text_digest(repr([(run.folder, run.config.to_json()) for run in runs]))[:8]
+    root = Path(flags.workdir or f"runs/{flags.name}-sweep-{digest}")
+    done: list[tuple[Run, Report | str]] = []
+    with terminal.spoken():
+        for number, run in enumerate(runs, 1):
+            with terminal.part(f"{run.folder} ({number} of {len(runs)})"):
+                try:
+                    found, _, _ = experiments.run(run.config, tables=tables, workdir=root / run.folder, command=command)
+                except Exception as error:
+                    said = cli.message(error)
+                    if said is None or isinstance(error, OSError):
+                        raise
+                    terminal.say(f"{run.folder}: {said}")
+                    done.append((run, said))
+                else:
+                    done.append((run, found))
+            _write_csv(root / "sweep.csv", list(over), done)
+        finished = [root / run.folder for run, result in done if isinstance(result, Report)]
+        page = report.write(finished, root / "report.html") if finished else None
+    print(_table(list(over), done).text())
+    print(f"table: {root / 'sweep.csv'}")
+    if page is not None:
+        print(f"report: {page}")
+    return int(len(finished) < len(done))
+
+
+def _rows(keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> tuple[list[str], list[list[Any]]]:
+    """One table of all: the values swept over, then the columns of any of the runs but those with the same name."""
+    names = [key.rpartition(".")[2] for key in keys]
+    found = dict.fromkeys(c for _, result in done if isinstance(result, Report) for c in result.columns)
+    columns = [c for c in found if c not in names]
+    rows = []
+    for run, result in done:
+        for row in _lines(result):
+            cells = dict(zip(result.columns, row, strict=True)) if isinstance(result, Report) else {}
+            rows.append([*run.values.values(), *(cells.get(column) for column in columns)])
+    return [*names, *columns], rows
+
+
+def _write_csv(path: Path, keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> None:
+    """Writes the table, numbers in full, each row with the folder of its run and what went wrong, if anything did."""
+    columns, rows = _rows(keys, done)
+    said = [(run.folder, result if isinstance(result, str) else "") for run, result in done for _ in _lines(result)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", *columns, "error"])
+    for (folder, error), row in zip(said, rows, strict=True):
+        writer.writerow([folder, *("" if cell is None else cell for cell in row), error])
+    write_atomically(path, lambda file: file.write(out.getvalue().encode()))
+
+
+def _lines(result: Report | str) -> Sequence[Any]:
+    return result.rows if isinstance(result, Report) else [()]
+
+
+def _table(keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> Report:
+    columns, rows = _rows(keys, done)
+    failed = [f"{run.folder}: {result}" for run, result in done if isinstance(result, str)]
+    return Report(f"{len(done)} runs", columns, rows, failed)
