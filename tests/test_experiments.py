@@ -596,3 +596,41 @@ def test_images_are_aligned_as_the_networks_get_them(
     )
     run(spec, tmp_path / "w")
     np.testing.assert_allclose(seen[0], (data.x.astype(np.float64) - data.mean) / data.std, rtol=1e-4, atol=1e-5)
+
+
+def test_a_landscape_with_spectrum_path_curve_and_files_for_paraview(tmp_path: Path) -> None:
+    cell = tiny()
+    plane = dataclasses.replace(
+        cell.plane, hessian=2, hessian_branches=True, trajectory=3, curve=4, vtk=True, window="solutions"
+    )
+    training = dataclasses.replace(cell.training, max_steps=16, check_every=2, tolerance=0.0)
+    spec = dataclasses.replace(cell, plane=plane, training=training)
+    _, workdir, _ = run(spec, tmp_path / "w", "landscape")
+    record = load_json(workdir.results / "landscape.json")
+    assert record["solutions_outside"] == []
+    assert len(record["hessian"]["network"]["largest"]) == 2
+    spectrum = load_npz(workdir.results / "spectrum.npz")
+    assert spectrum["branches_largest"].shape == (cell.num_branches, 2)
+    # Nine looks and the start: kept are those at a stride that leaves between three and six, and the end.
+    path = load_npz(workdir.results / "trajectory.npz")
+    np.testing.assert_array_equal(path["steps"], [0, 4, 8, 12, 16])
+    assert record["trajectory"]["snapshots"] == 5
+    np.testing.assert_allclose(path["path_loss"][-1], record["solutions"][0]["loss"], rtol=1e-4, atol=1e-6)
+    assert load_npz(workdir.results / "curve.npz")["losses"].shape == (2 * cell.plane.edge_points - 1,)
+    for name in ("landscape.vts", "landscape_solutions.vtp", "trajectory.vts", "trajectory.vtp"):
+        assert (workdir.results / name).read_text(encoding="utf-8").startswith("<?xml")
+    for name in ("landscape", "spectrum", "trajectory", "curve"):
+        assert (workdir.path / "figures" / f"{name}.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"hessian": -1}, "hessian=-1"),
+        ({"trajectory": 2}, "at least 3 snapshots"),
+        ({"curve": -5}, "curve=-5"),
+    ],
+)
+def test_wrong_settings_of_a_plane_are_refused(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PlaneSpec(**setting)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import humanize
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax import convexity, figures, landscape, seeds, terminal
-from dualgap_jax.config import Component, ConfigError, require
-from dualgap_jax.data import Dataset, standardise
+from dualgap_jax import figures, seeds, terminal
+from dualgap_jax.config import Component, require
+from dualgap_jax.data import Dataset
 from dualgap_jax.evaluation import evaluate
+from dualgap_jax.experiments.around import Around
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, confirm_data
 from dualgap_jax.experiments.landscape_report import report
-from dualgap_jax.files import save_json, save_npz
+from dualgap_jax.experiments.planes import PlaneSpec, check_alignable, chosen, measure
+from dualgap_jax.files import save_json
 from dualgap_jax.losses import Loss, check_assumption_1
 from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import multi_branch, with_precision
@@ -27,67 +27,14 @@ from dualgap_jax.sharding import MeshSpec
 from dualgap_jax.training import Solution, TrainingSpec, scaled_learning_rate, train
 from dualgap_jax.training.batches import example_input
 from dualgap_jax.training.engine import tree_bytes
-from dualgap_jax.types import BranchSource, Network
+from dualgap_jax.types import Network
 from dualgap_jax.workdir import Workdir
 
 DType = Literal["float32", "bfloat16"]
 
-_MAX_POINTS = 10_000  # along a side or an edge
-# Names of a config for what is permuted, and by what it is compared; see `landscape.align`.
-ALIGNMENTS = {
-    "branches": ("branches", "weights"),
-    "units": ("units", "weights"),
-    "activations": ("units", "activations"),
-}
-PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
-
 
 class DivergedError(RuntimeError):
     """A run of SGD ended in numbers that are not finite, so there is no plane through the solutions."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PlaneSpec:
-    """The plane and the grid on it.
-
-    Attributes:
-      axes: 'authors' or 'orthonormal'; see `landscape.plane_through`.
-      half_width: the window is `[-half_width, half_width]^2` in plane coordinates.  In the authors' axes coordinates
-        of orthogonal solutions of equal length are at most 0.95, so 1 shows all three; Figure 1 shows 0.6.  In
-        orthonormal axes it is a multiple of the largest distance of a solution from the origin.
-      points: grid points along each side.
-      edge_points: points along each edge between two solutions.
-      sample_chunk: samples at a time.
-      samples: how many training examples, drawn by the seed, the surface, the edges, the scores, and the losses of the
-        solutions are taken over; 0 is all of them.
-      route: 'auto', 'stem' or 'plain'; see `landscape.evaluate_points`.
-      state: what becomes of running statistics (batch norm) between the solutions: 'estimate' gathers them anew at
-        every point, 'interpolate' takes them along linearly.
-      state_samples: over how many examples they are estimated, spread evenly over those of the surface.
-      align: whether a second surface goes through the solutions aligned to the first: 'none'; 'branches', permuted
-        whole and in their hidden units; 'units', the hidden units of all branches by weights, 'activations', by
-        activations, both for one hidden layer; see `landscape.align`.
-    """
-
-    axes: Literal["authors", "orthonormal"] = "authors"
-    half_width: float = 1.0
-    points: int = 51
-    edge_points: int = 25
-    sample_chunk: int = 256
-    samples: int = 0
-    route: Literal["auto", "stem", "plain"] = "auto"
-    state: Literal["estimate", "interpolate"] = "estimate"
-    state_samples: int = 256
-    align: Literal["none", "branches", "units", "activations"] = "none"
-
-    def __post_init__(self) -> None:
-        require(0 < self.half_width < math.inf, f"plane.half_width={self.half_width} must be positive.")
-        for name in ("points", "edge_points"):
-            value = getattr(self, name)
-            require(3 <= value <= _MAX_POINTS, f"plane.{name}={value} must lie between 3 and {_MAX_POINTS:,}.")
-        require(self.sample_chunk >= 1, f"plane.sample_chunk={self.sample_chunk} must be at least 1.")
-        require(self.state_samples >= 1, f"plane.state_samples={self.state_samples} must be at least 1.")
-        require(self.samples >= 0, f"plane.samples={self.samples} must be >= 0 (0: all training examples).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +141,7 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
         lowered = with_precision(branch, param_dtype=spec.precision.params, compute_dtype=spec.precision.compute)
         training_net = network(lowered)
     _check_fits(spec, training_net, dataset)
-    _check_alignable(spec, net, dataset)
+    check_alignable(spec.plane, net, dataset)
     return Setting(dataset, net, training_net, loss)
 
 
@@ -208,24 +155,6 @@ def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
         f" {humanize.naturalsize(max(free, 0))}; take fewer or smaller branches, or share them with"
         " --config.mesh.branch.",
     )
-
-
-def _inputs(dataset: Dataset, count: int) -> Any:
-    """The first examples as the networks get them."""
-    return standardise(dataset.x[:count], dataset.mean, dataset.std)
-
-
-def _check_alignable(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
-    """Raises ConfigError where the solutions could not be aligned as the spec wants it."""
-    if spec.plane.align == "none":
-        return
-    over, by = ALIGNMENTS[spec.plane.align]
-    try:
-        landscape.exchangeable(net, _inputs(dataset, 32), over=over, by=by)
-    except ValueError as error:
-        raise ConfigError(
-            f"plane.align={spec.plane.align!r} does not fit this branch: {error} Take plane.align=branches or none."
-        ) from None
 
 
 def regime(spec: LandscapeSpec) -> str:
@@ -248,6 +177,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         dataset, net, training_net, loss = build(spec, tables)
     confirm_data(workdir, dataset.x, dataset.y, dataset.mean, dataset.std, info=dataset.info)
     measured = chosen(dataset, spec.plane.samples, spec.seed)
+    around = Around(spec, workdir, net, loss, dataset, measured)
     with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
         solutions = train(
             training_net,
@@ -259,6 +189,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
             checkpoints=workdir.checkpoints,
             metrics=metrics,
             report=terminal.say if workdir.writes else None,
+            snapshot=around.snapshot if spec.plane.trajectory else None,
         )
     if not workdir.writes:
         _check_not_diverged(spec, solutions)
@@ -281,7 +212,8 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         "solutions": rows,
         "assumption_1": check_assumption_1(loss, margins)._asdict(),
         "data": dataset.info,
-        **_measure(spec, workdir, measured, net, loss, networks),
+        **measure(spec, workdir, measured, net, loss, networks),
+        **around.measure(solutions),
     }
     save_json(workdir.results / "landscape.json", record)
     return report([record])
@@ -294,87 +226,6 @@ def _check_not_diverged(spec: LandscapeSpec, solutions: Sequence[Solution]) -> N
             f"solution {', '.join(map(str, diverged))} diverged after {solutions[diverged[0]].steps} steps at learning"
             f" rate {scaled_learning_rate(spec.training, spec.num_branches):g}; lower --config.training.learning_rate."
         )
-
-
-def chosen(dataset: Dataset, samples: int, seed: int) -> Dataset:
-    """The first `samples` examples of a permutation of the data set that the seed fixes; 0 is all of them as they are.
-
-    Raises:
-      ConfigError: if there are fewer.
-    """
-    require(
-        samples <= len(dataset.y),
-        f"plane.samples={samples} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
-    )
-    if samples in (0, len(dataset.y)):
-        return dataset
-    picked = seeds.generator(seed).permutation(len(dataset.y))[:samples]
-    return dataset._replace(x=dataset.x[picked], y=dataset.y[picked])
-
-
-def _measure(
-    spec: LandscapeSpec, workdir: Workdir, dataset: Dataset, net: Network, loss: Loss, networks: Sequence[BranchSource]
-) -> dict[str, Any]:
-    """Planes, surfaces and scores, raw and aligned as far as asked for; writes `results/landscape.npz`."""
-    zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
-    zero_loss = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
-    measured: dict[str, Any] = {"axes": spec.plane.axes, "state": None, "zero_loss": zero_loss}
-    if landscape.has_statistics(networks[0].read(0, 1)[1]):
-        examples = min(spec.plane.state_samples, len(dataset.y)) if spec.plane.state == "estimate" else None
-        measured["state"] = {"how": spec.plane.state, "samples": examples}
-    measured |= _surface(spec, workdir, dataset, net, loss, networks, "landscape", zero_loss)
-    if spec.plane.align != "none":
-        over, by = ALIGNMENTS[spec.plane.align]
-        found = landscape.align(net, networks, _inputs(dataset, spec.plane.sample_chunk), over=over, by=by)
-        aligned = _surface(spec, workdir, dataset, net, loss, found.networks, "aligned", zero_loss)
-        aligned.pop("definitions")
-        measured["aligned"] = {"over": over, "by": by, "distances": found.distances.tolist(), "blocks": found.blocks}
-        measured["aligned"] |= aligned
-    return measured
-
-
-def _surface(
-    spec: LandscapeSpec,
-    workdir: Workdir,
-    dataset: Dataset,
-    net: Network,
-    loss: Loss,
-    networks: Sequence[BranchSource],
-    name: str,
-    zero_loss: float,
-) -> dict[str, Any]:
-    """The surface over the plane through three networks, kept as `results/NAME.npz`, and its scores."""
-    plane = landscape.plane_through(networks, spec.plane.axes)
-    unit = 1.0 if spec.plane.axes == "authors" else float(np.linalg.norm(plane.anchors, axis=1).max())
-    xs = spec.plane.half_width * unit * np.linspace(-1, 1, spec.plane.points)
-    surface, t, edge_loss = landscape.survey(
-        net,
-        loss,
-        dataset,
-        plane,
-        xs,
-        xs,
-        edge_points=spec.plane.edge_points,
-        sample_chunk=spec.plane.sample_chunk,
-        route=spec.plane.route,
-        state=spec.plane.state,
-        state_samples=spec.plane.state_samples,
-        partial=workdir.results / f"{name}.partial.npz",
-    )
-    stored = {**surface._asdict(), "anchors": plane.anchors, "edge_t": t, "edge_loss": edge_loss}
-    save_npz(workdir.results / f"{name}.npz", **stored)
-    scores = convexity.scores(xs, xs, surface.loss, zero_loss=zero_loss, edge_t=t, edge_losses=edge_loss).to_json()
-    measured: dict[str, Any] = {"definitions": scores.pop("definitions"), "scores": scores}
-    if spec.plane.points % 2:  # the mean of the three networks is a point of the grid
-        centre = float(surface.loss[spec.plane.points // 2, spec.plane.points // 2])
-        measured["centre_loss"] = centre if np.isfinite(centre) else None
-    inner = np.abs(xs) <= PAPER_HALF_WIDTH + 1e-9
-    if spec.plane.axes == "authors" and 3 <= inner.sum() < len(xs):
-        window = surface.loss[np.ix_(inner, inner)]
-        inside = convexity.scores(xs[inner], xs[inner], window, zero_loss=zero_loss).to_json()
-        inside.pop("definitions")
-        measured["scores_paper_window"] = inside
-    return measured
 
 
 LANDSCAPE = Experiment("landscape", LandscapeSpec, landscape_experiment, figures.landscape, distributed=True)

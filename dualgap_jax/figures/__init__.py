@@ -7,6 +7,7 @@ A work folder holds records in `results/`; each record kind has one function her
 |---|---|---|
 | `landscape.json`, `landscape.npz` | `landscape` | the loss on one plane (a panel of Figures 1 and 4) |
 | the same, `aligned.npz` | `aligned` | beside it the plane through the solutions aligned, on one scale |
+| the same, `spectrum`, `trajectory`, `curve.npz` | of these names | a solution's Hessian, path, way to another |
 | `row.json` | `row`, `scores`, `row_aligned` | a row of Figures 1 and 4; each convexity score against I |
 | `duality_gap.json` | `duality_gap` | Theorem 1: gap and bound against I, value function, dual, trained networks |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |

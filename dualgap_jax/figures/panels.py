@@ -113,7 +113,7 @@ def _cell_borders(points: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n_plus
     return np.concatenate([points[:1], (points[1:] + points[:-1]) / 2, points[-1:]])
 
 
-def _non_finite_cells(surface: Surface) -> list[list[tuple[float, float]]]:
+def _non_finite_cells(surface: Any) -> list[list[tuple[float, float]]]:
     """The corners of the cells of non-finite grid points, neighbours in a row of the grid joined into one rectangle."""
     x, y = _cell_borders(surface.xs).tolist(), _cell_borders(surface.ys).tolist()
     corners = []
@@ -206,16 +206,10 @@ def _inside(surface: Surface, x: float, y: float) -> bool:
     return bool(surface.xs[0] <= x <= surface.xs[-1] and surface.ys[0] <= y <= surface.ys[-1])
 
 
-def draw_map(axes: Axes, surface: Surface, scale: Scale) -> Any:
-    """The contour map with the window's border, the edges and the numbered solutions; returns the filled contours.
-
-    Solutions outside the window widen the map by up to one window's width on each side, the ground between left blank;
-    farther ones are drawn at that limit.
-    """
+def draw_contours(axes: Axes, surface: Any, scale: Scale) -> Any:
+    """The losses of a grid (`xs`, `ys`, `loss`) in colours, with contours; returns the filled ones."""
     from matplotlib import colormaps
     from matplotlib.collections import PolyCollection
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
 
     xs, ys, masked = surface.xs, surface.ys, np.ma.masked_invalid(surface.loss)
     colors: dict[str, Any] = {"cmap": colormaps[_COLORMAP], "norm": scale.norm}
@@ -229,6 +223,20 @@ def draw_map(axes: Axes, surface: Surface, scale: Scale) -> Any:
         axes.add_collection(
             PolyCollection(cells, facecolor="0.82", edgecolor="0.45", hatch="//////", linewidth=0.0, zorder=2.5)
         )
+    return filled
+
+
+def draw_map(axes: Axes, surface: Surface, scale: Scale) -> Any:
+    """The contour map with the window's border, the edges and the numbered solutions; returns the filled contours.
+
+    Solutions outside the window widen the map by up to one window's width on each side, the ground between left blank;
+    farther ones are drawn at that limit.
+    """
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    xs, ys = surface.xs, surface.ys
+    filled = draw_contours(axes, surface, scale)
     span = np.asarray([xs[-1] - xs[0], ys[-1] - ys[0]])
     low, high = np.asarray([xs[0], ys[0]]), np.asarray([xs[-1], ys[-1]])
     marks = np.clip(surface.anchors, low - span, high + span)

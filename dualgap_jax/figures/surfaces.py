@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dualgap_jax.figures.around import draw_around
 from dualgap_jax.figures.page import (
     NOTE_COLOR,
     box,
@@ -90,10 +91,11 @@ def landscape(workdir: str | Path) -> list[Path]:
     Reads `results/landscape.npz` (`xs [nx]`, `ys [ny]`, `loss [ny, nx]`, `anchors [3, 2]`, `edge_t [m]`,
     `edge_loss [3, m]`, edges 0-1, 1-2, 2-0) and `results/landscape.json` (`title`, `num_branches`, `solutions`,
     `scores`, `axes`, and `data.image_format` if known: figures of lossy images say so).  A record with `aligned` has
-    `results/aligned.npz` too, and both surfaces stand in `figures/aligned` on one scale.
+    `results/aligned.npz` too, and both surfaces stand in `figures/aligned` on one scale; what a record says of a
+    Hessian, a trajectory or a curve is drawn by `around`.
 
     Returns:
-      The paths of `figures/landscape.png` and `figures/landscape.pdf`, and of `figures/aligned`, if there is such.
+      The paths of `figures/landscape.png` and `figures/landscape.pdf`, and of the others, if there are such.
 
     Raises:
       ValueError: a record is missing or malformed.
@@ -125,7 +127,8 @@ def landscape(workdir: str | Path) -> list[Path]:
         colour_bar(figure, flat, filled, scale)
         draw_edges(figure.add_axes(box(figure, 8.65, 1.1, 2.15, 2.55)), surface)
         drawn = save(figure, workdir, "landscape")
-    return drawn + (_draw_aligned(workdir, record, surface) if "aligned" in record else [])
+    drawn += _draw_aligned(workdir, record, surface) if "aligned" in record else []
+    return drawn + draw_around(workdir, record)
 
 
 def _draw_aligned(workdir: Path, record: Mapping[str, Any], raw: Surface) -> list[Path]:

@@ -11,14 +11,22 @@ solutions in memory, bit for bit, because one program does both.
 
 Branches and hidden units may change places without changing what a network computes: `align` takes solutions through
 such permutations as near to one another as they come, so that a plane through them shows one valley.
+
+What planes do not show: `hessian` (the curvature in all directions at one network), `trajectory` (the path of training
+in the plane of its main directions), `curve` (a low way from one solution to another).  `save_vts` and `save_vtp` hand
+surfaces and paths to ParaView.
 """
 
 from dualgap_jax.landscape.alignment import Alignment, align, exchangeable
+from dualgap_jax.landscape.curves import Curve, curve
 from dualgap_jax.landscape.planes import AXES, Block, Plane, at, plane_through, random_plane
 from dualgap_jax.landscape.points import ACCUMULATOR_BYTES, ROUTES, evaluate_points
 from dualgap_jax.landscape.products import DegeneratePlaneError
+from dualgap_jax.landscape.spectrum import Spectrum, hessian
 from dualgap_jax.landscape.statistics import STATES, has_statistics
 from dualgap_jax.landscape.surfaces import Surface, Survey, edges, evaluate, survey
+from dualgap_jax.landscape.trajectories import Trajectory, trajectory
+from dualgap_jax.landscape.vtk import save_vtp, save_vts
 
 __all__ = [
     "ACCUMULATOR_BYTES",
@@ -27,18 +35,26 @@ __all__ = [
     "STATES",
     "Alignment",
     "Block",
+    "Curve",
     "DegeneratePlaneError",
     "Plane",
+    "Spectrum",
     "Surface",
     "Survey",
+    "Trajectory",
     "align",
     "at",
+    "curve",
     "edges",
     "evaluate",
     "evaluate_points",
     "exchangeable",
     "has_statistics",
+    "hessian",
     "plane_through",
     "random_plane",
+    "save_vtp",
+    "save_vts",
     "survey",
+    "trajectory",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from dualgap_jax import trees
 from dualgap_jax.identity import arrays_digest
-from dualgap_jax.landscape.products import coordinates, read_all
+from dualgap_jax.landscape.products import Products, coordinates, read_all
 from dualgap_jax.networks import upcast
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError, unknown
@@ -52,15 +52,16 @@ class Plane:
     may lie on disk; the numbers are the same bits wherever they are.  Of networks in memory it is computed once.
 
     Attributes:
-      sources: the three networks that span it; of a random plane, its middle and the two directions.
-      coefficients: `[3, 3]`: origin, u and v (rows) as combinations of these (columns).
-      anchors: `[k, 2]`: plane coordinates of the networks that it goes through (k = 3, or k = 1 for a random plane).
-      axes: 'authors', 'orthonormal' or 'random'.
+      sources: the networks that span it, three or more; of a random plane, its middle and the two directions.
+      coefficients: `[3, m]`: origin, u and v (rows) as combinations of these (columns).
+      anchors: `[k, 2]`: plane coordinates of the networks that it goes through (k = 3, or k = 1 where that is the
+        middle of the plane).
+      axes: 'authors', 'orthonormal', 'random' or 'pca' (of a trajectory).
       digest: the SHA-256 of the networks, which tells this plane from others.
     """
 
-    sources: tuple[BranchSource, BranchSource, BranchSource]
-    coefficients: Float[np.ndarray, "3 3"]
+    sources: tuple[BranchSource, ...]
+    coefficients: Float[np.ndarray, "3 m"]
     anchors: Float[np.ndarray, "k 2"]
     axes: str
     digest: str
@@ -105,8 +106,8 @@ def _combine(coefficients: Array, members: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(leaf, *members)
 
 
-def _span(coefficients: Float[np.ndarray, "3 3"], members: Sequence[PyTree]) -> tuple[PyTree, ...]:
-    """Origin, u and v as combinations of three trees; a single tree is itself, not 1 times it plus 0 times others."""
+def _span(coefficients: Float[np.ndarray, "3 m"], members: Sequence[PyTree]) -> tuple[PyTree, ...]:
+    """Origin, u and v as combinations of trees; a single tree is itself, not 1 times it plus 0 times others."""
     if np.array_equal(coefficients, np.eye(3)):
         return tuple(jax.tree.map(jnp.asarray, member) for member in members)
     return tuple(_combine(jnp.asarray(row), members) for row in coefficients)
@@ -154,28 +155,44 @@ def plane_through(networks: Sequence[BranchSource], axes: str = "authors") -> Pl
     if axes not in AXES:
         raise UnknownNameError(unknown("axes", axes, AXES))
     networks = tuple(networks)
+    if len(networks) != 3:
+        raise ValueError(f"a plane needs three solutions, got {len(networks)}.")
+    row_bytes = check_alike(networks, "three solutions")
+    products = Products()
+    rows = networks[0].num_branches
+    digest = read_all(lambda *which: [network.read(*which) for network in networks], rows, row_bytes, products.add)
+    coefficients, anchors = coordinates(products, axes)
+    return Plane(networks, coefficients, anchors, axes, digest)
+
+
+def check_alike(networks: Sequence[Any], name: str) -> int:
+    """Checks that networks are handles of one kind.
+
+    Args:
+      networks: at least one.
+      name: what they are called in messages.
+
+    Returns:
+      The bytes of one row (branch) of the parameters of one.
+
+    Raises:
+      TypeError: if they are not given as handles.
+      ValueError: if their numbers of branches, structures or shapes differ.
+    """
     for network in networks:
         if not isinstance(network, BranchSource):
             raise TypeError(
-                f"a plane goes through three trained networks, got {type(network).__name__}: write"
+                f"the {name} must be trained networks, got {type(network).__name__}: write"
                 " networks.InMemory(params, state), or take Solution.network."
             )
-    if len(networks) != 3:
-        raise ValueError(f"a plane needs three solutions, got {len(networks)}.")
     numbers = [network.num_branches for network in networks]
     if len(set(numbers)) > 1:
-        raise ValueError(f"the three solutions have {numbers} branches; take them from one network.")
+        raise ValueError(f"the {name} have {numbers} branches; take them from one network.")
     head = [network.read(0, 1) for network in networks]
     shapes = [jax.tree.map(lambda leaf: (np.shape(leaf), leaf.dtype), pair) for pair in head]
-    if shapes[1] != shapes[0] or shapes[2] != shapes[0]:
-        raise ValueError("the three solutions differ in structure or shapes; take them from one network.")
-    found = read_all(
-        lambda first, count: [network.read(first, count) for network in networks],
-        numbers[0],
-        trees.num_bytes(head[0][0]),
-    )
-    coefficients, anchors = coordinates(found.products, axes)
-    return Plane((networks[0], networks[1], networks[2]), coefficients, anchors, axes, found.digest)
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"the {name} differ in structure or shapes; take them from one network.")
+    return trees.num_bytes(head[0][0])
 
 
 def random_plane(key: KeyArray, network: InMemory, *, filter_axis: int = 0, branch_axes: int = 1) -> Plane:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -67,17 +66,25 @@ class Products:
         return np.asarray([math.fsum(column) for column in stacked.T]).reshape(5, 5), self._overlap
 
 
-class Pass(NamedTuple):
-    """What one pass over three networks gives: their inner products, and the SHA-256 of all that was read."""
+def read_all(
+    read: Callable[[int, int], Sequence[tuple[PyTree, State]]],
+    rows: int,
+    row_bytes: int,
+    add: Callable[[Sequence[PyTree]], None],
+) -> str:
+    """One pass over networks of so many rows (branches); shows its progress where they are several blocks.
 
-    products: Products
-    digest: str
+    Args:
+      read: the networks' parameters and states, given the first row and how many.
+      rows: how many there are.
+      row_bytes: of one network.
+      add: takes the parameters of some rows in.
 
-
-def read_all(read: Callable[[int, int], Sequence[tuple[PyTree, State]]], rows: int, row_bytes: int) -> Pass:
-    """One pass over three networks of so many rows (branches); shows its progress where they are several blocks."""
+    Returns:
+      The SHA-256 of all that was read.
+    """
     portions = blocks(rows, max(1, _PRODUCT_BYTES // max(row_bytes, 1)))
-    products, into = Products(), hashlib.sha256()
+    into = hashlib.sha256()
 
     def load(first: int, count: int) -> list[PyTree]:
         # Hashed by the thread that reads, which else would wait.
@@ -90,13 +97,13 @@ def read_all(read: Callable[[int, int], Sequence[tuple[PyTree, State]]], rows: i
     progress = Progress(rows, "plane") if len(portions) > 1 else None
     try:
         for (first, count), block in zip(portions, read_ahead(load, portions), strict=True):
-            products.add(block)
+            add(block)
             if progress is not None:
                 progress.update(first + count, "branches")
     finally:
         if progress is not None:
             progress.close()
-    return Pass(products, f"sha256:{into.hexdigest()}")
+    return f"sha256:{into.hexdigest()}"
 
 
 def coordinates(products: Products, axes: str) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "3 2"]]:

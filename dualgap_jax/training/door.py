@@ -83,6 +83,7 @@ def train(
     checkpoint_seconds: float = 60.0,
     metrics: Metrics | None = None,
     report: Callable[[str], object] | None = None,
+    snapshot: Callable[[int, int, BranchSource], object] | None = None,
 ) -> list[Solution]:
     """Trains `num_solutions` networks from independent initialisations with any optax optimiser.
 
@@ -121,12 +122,14 @@ def train(
       checkpoint_seconds: least time between two checkpoints; one is always written at the end.
       metrics: writer of one line a segment and solution, or None.
       report: called with lines that say how training will go, before it starts.
+      snapshot: called with the index of a solution, its steps and the network as it is then, in memory, at the start
+        and at each look of the schedule; a resumed run goes on from its last checkpoint, so that looks may come twice.
 
     Raises:
       TypeError: for what is no network, loss or data set.
       ConfigError: if the loss does not fit the data set, the batch is larger than it, a number is out of its range, the
         optimiser is none or needs what a step does not have, or streamed training is asked for and cannot be (see
-        `Streamed`).
+        `Streamed`), or is needed where snapshots are taken.
       IdentityError: if `checkpoints` holds solutions of another run; the message names what differs.
     """
     net, loss, dataset, mesh = as_network(net, "train"), as_loss(loss), as_dataset(data), mesh or MeshSpec()
@@ -183,6 +186,11 @@ def train(
         may_stream = streaming == "auto" and net.stacked is not None and not net.replaced()
         begun = [plan.Choice(f.meta["group_size"], f.meta["streamed"]) for f in found if f is not None]
         choice = plan.choose(tree_bytes(shapes), num_solutions, group_size, may_stream, begun)
+    require(
+        snapshot is None or not choice.streamed,
+        "snapshots are taken of networks that are trained in memory, and this one is streamed; train it without"
+        " them, or with streaming='off' on one device.",
+    )
     engine: Engine
     if choice.streamed:
         engine = Streamed(
@@ -210,6 +218,7 @@ def train(
         checkpoint_seconds=checkpoint_seconds,
         record=choice._asdict(),
         metrics=metrics,
+        snapshot=snapshot,
     )
     # Before any parameters are there: compiling what is measured takes memory that is given back.
     all_over = all(is_over(f, max_steps) for f in found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from dualgap_jax.terminal import Progress
 from dualgap_jax.training.batches import BatchOrder
 from dualgap_jax.training.engine import Engine, Lanes, Steps, item, stack
 from dualgap_jax.training.resume import Run, has_steps_to_do
-from dualgap_jax.types import PyTree
+from dualgap_jax.types import BranchSource, PyTree
 
 
 @dataclasses.dataclass
@@ -40,6 +40,7 @@ class Loop:
       max_steps, check_every, tolerance, checkpoint_seconds: as in `train`.
       record: what a checkpoint keeps of the way of training.
       metrics: writer of one line a segment and solution, or None.
+      snapshot: called with solution, steps and network at the start and at each look, or None.
     """
 
     engine: Engine
@@ -52,6 +53,7 @@ class Loop:
     checkpoint_seconds: float
     record: Mapping[str, Any]
     metrics: Metrics | None
+    snapshot: Callable[[int, int, BranchSource], object] | None = None
 
     def __post_init__(self) -> None:
         self._update = jax.jit(jax.vmap(self.schedule.update))
@@ -63,6 +65,9 @@ class Loop:
             i: BatchOrder(r.keys[0], self.num_examples, self.batch_size) for i, r in runs.items() if self.batch_size
         }
         done = min(r.steps for r in runs.values())
+        for i, r in runs.items():
+            if self.snapshot is not None and r.steps == 0:
+                self.snapshot(i, 0, self.engine.network(r.carry, None))
         label = "training" if len(runs) > 1 else f"solution {next(iter(runs))}"
         with Progress(self.max_steps, label, done, at_most=self.tolerance > 0) as progress:
             while standing := [r.steps for r in runs.values() if self.is_under_way(r)]:
@@ -142,6 +147,8 @@ class Loop:
                 runs[i] = runs[i]._replace(
                     steps=first, status=status, batch_loss=loss, pending=tuple(map(float, pending[lane]))
                 )
+                if looked and self.snapshot is not None:
+                    self.snapshot(i, first, self.engine.network(self.engine.part(lanes, lane), None))
                 if looked and self.metrics is not None:
                     self.metrics.write(
                         first,

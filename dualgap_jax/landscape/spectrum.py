@@ -1,0 +1,272 @@
+"""Curvature at a trained network: extreme eigenvalues, trace and spectral density of the Hessian of its mean loss.
+
+The Hessian is never formed.  Products with vectors (forward over reverse differentiation, Pearlmutter, 1994) feed the
+Lanczos algorithm with full reorthogonalisation; its Ritz values approach the ends of the spectrum, and with the squared
+first components of the eigenvectors of the tridiagonal matrix they are Gauss quadrature for the density and the trace
+(stochastic Lanczos quadrature; Ubaru, Chen and Saad, 2017; Ghorbani, Krishnan and Xiao, 2019).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import humanize
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from dualgap_jax import seeds, trees
+from dualgap_jax.data import Dataset, as_dataset, standardise
+from dualgap_jax.landscape.lanczos import Tridiagonal, lanczos
+from dualgap_jax.losses import Loss, as_loss
+from dualgap_jax.machine import memory_available
+from dualgap_jax.terminal import Progress
+from dualgap_jax.networks import check_network, upcast
+from dualgap_jax.networks.sources import check_source
+from dualgap_jax.types import BranchSource, Network, PyTree
+
+
+class Spectrum(NamedTuple):
+    """The spectrum of a Hessian, or with `G = I` those of its diagonal blocks, one a branch; else `G = 1`.
+
+    All of it is estimated, none certified.
+
+    Attributes:
+      largest: `[G, k]` the algebraically largest eigenvalues, largest first.
+      smallest: `[G, k]` the smallest, smallest first; negative where the loss curves downwards.
+      largest_errors, smallest_errors: `[G, k]`: rounding aside, some eigenvalue lies within this of each.
+      trace: `[G]` Hutchinson's estimate of the trace.
+      trace_error: `[G]` its standard error, from an upper estimate of the variance, which one probe gives too.
+      nodes, weights: `[G, probes, steps]` the quadrature: each probe's weights sum to 1.
+      size: number of parameters, of a branch where there are blocks.
+      examples: how many examples the loss feels (a first or second derivative is not 0), and of how many.
+      converged: whether the first probe's eigenvalues reached the tolerance.
+    """
+
+    largest: Float[np.ndarray, "g k"]
+    smallest: Float[np.ndarray, "g k"]
+    largest_errors: Float[np.ndarray, "g k"]
+    smallest_errors: Float[np.ndarray, "g k"]
+    trace: Float[np.ndarray, " g"]
+    trace_error: Float[np.ndarray, " g"]
+    nodes: Float[np.ndarray, "g probes steps"]
+    weights: Float[np.ndarray, "g probes steps"]
+    size: int
+    examples: tuple[int, int]
+    converged: bool
+
+    def density(self, at: Float[np.ndarray, " points"], width: float) -> Float[np.ndarray, "g points"]:
+        """The spectral density, of integral 1, each node widened to a Gaussian of standard deviation `width`.
+
+        Raises:
+          ValueError: unless width is positive.
+        """
+        if not width > 0:
+            raise ValueError(f"width={width} must be positive.")
+        away = (np.asarray(at, np.float64)[:, None, None, None] - self.nodes) / width
+        bells = np.exp(-0.5 * away**2) / (width * math.sqrt(2 * math.pi))
+        return np.moveaxis((bells * self.weights).sum(-1).mean(-1), 0, -1)
+
+
+def hessian(
+    net: Network,
+    loss: Any,
+    dataset: Any,
+    network: BranchSource,
+    *,
+    k: int = 5,
+    probes: int = 1,
+    steps: int = 100,
+    tolerance: float = 1e-2,
+    per_branch: bool = False,
+    batch_size: int = 512,
+    seed: int = 0,
+) -> Spectrum:
+    """Extreme eigenvalues, trace and spectral density of the Hessian of the mean loss at a trained network.
+
+    The loss is differentiated where it is smooth: a ReLU and a hinge have kinks, on whose measure of second derivatives
+    automatic differentiation says nothing, so that their Hessian is what bends between the kinks.  Examples that the
+    loss does not feel (beyond the margin of a hinge) are found by one pass and left out, which changes nothing.
+
+    Args:
+      net: the network, in evaluation mode, its state held.
+      loss: a `losses.Loss`, or a function of outputs and labels.
+      dataset: a `data.Dataset`, or a pair of arrays; taken a batch at a time.
+      network: the trained network; from disk it is brought into memory.
+      k: how many eigenvalues at each end, at most the number of parameters.
+      probes: random vectors (Rademacher); the eigenvalues are those that the first one finds.
+      steps: products with a vector at most; one probe's take `4 x parameters x steps` bytes.
+      tolerance: the first probe ends when all 2 k errors are below this share of the largest |eigenvalue|.
+      per_branch: the diagonal blocks of the branches instead, of a network of `multi_branch`, all at once.
+      batch_size: examples at a time.
+      seed: of the probes.
+
+    Raises:
+      ValueError: for a number out of its range, blocks of a network that is no sum of branches, a network whose loss is
+        not finite, parameters that are complex, or more memory than there is.
+      TypeError: for what is no network or handle.
+    """
+    net, loss, dataset = check_network(net, "landscape.hessian"), as_loss(loss), as_dataset(dataset)
+    check_source(net, network)
+    for name, value in {"k": k, "probes": probes, "steps": steps, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance} must lie in [0, 1).")
+    if per_branch and net.stacked is None:
+        raise ValueError("per_branch needs a network of multi_branch; this one is no sum of branches.")
+    params, state = (upcast(tree) for tree in network.read(0, network.num_branches))
+    products = _Products(net, loss, dataset, params, state, per_branch, batch_size)
+    groups, size = products.shape
+    if k > size:
+        raise ValueError(f"k={k} exceeds the {size} parameters{' of a branch' * per_branch}; take fewer.")
+    steps = min(max(steps, k), size)
+    needed, free = probes * groups * size * steps * products.flat.dtype.itemsize, memory_available()
+    if needed > free:
+        raise ValueError(
+            f"{probes} probe(s) of {steps} steps take {humanize.naturalsize(needed)}, available are"
+            f" {humanize.naturalsize(max(free, 0))}; take fewer steps or probes."
+        )
+    signs = seeds.generator(seed).integers(0, 2, (probes, groups, size)) * 2 - 1
+    with Progress(steps, "hessian") as progress:
+
+        def done(found: Tridiagonal) -> bool:
+            progress.update(found.steps)
+            return found.steps >= k and _converged(found, k, tolerance)
+
+        found = lanczos(products, signs.astype(products.flat.dtype), steps, done)
+    return _spectrum(found, k, size, tolerance, (products.active, len(dataset.y)))
+
+
+def _ends(found: Tridiagonal, k: int) -> np.ndarray:
+    """The places of the k Ritz values at the upper end, largest first, and of those at the lower end, `[2 k]`."""
+    places = np.arange(found.steps)
+    return np.concatenate([places[::-1][:k], places[:k]])
+
+
+def _converged(found: Tridiagonal, k: int, tolerance: float) -> bool:
+    errors = found.errors[0][:, _ends(found, k)].max(-1)
+    return bool((errors <= tolerance * np.abs(found.values[0]).max(-1)).all())
+
+
+def _spectrum(found: Tridiagonal, k: int, size: int, tolerance: float, examples: tuple[int, int]) -> Spectrum:
+    ends = _ends(found, k)
+    values, errors = found.values[0][:, ends], found.errors[0][:, ends]
+    nodes, weights = (np.moveaxis(a, 0, 1) for a in (found.values, found.weights))
+    # v' H v and |H v|^2 of each probe, by quadrature; the variance of v' H v is at most 2 |H|_F^2.
+    first, second = (size * (nodes**power * weights).sum(-1) for power in (1, 2))
+    return Spectrum(
+        values[:, :k],
+        values[:, k:],
+        errors[:, :k],
+        errors[:, k:],
+        first.mean(1),
+        np.sqrt(2 * second.mean(1) / first.shape[1]),
+        nodes,
+        weights,
+        size,
+        examples,
+        _converged(found, k, tolerance),
+    )
+
+
+class _Products:
+    """Products of the Hessian with vectors `[probes, G, size]`, over batches of the examples that the loss feels.
+
+    Attributes:
+      flat: `[I, numbers of a branch]` the floating parameters; `[1, numbers]` of a network that is no sum of branches.
+      shape: `(G, size)`.
+      active: how many examples there are.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        loss: Loss,
+        dataset: Dataset,
+        params: PyTree,
+        state: PyTree,
+        per_branch: bool,
+        batch_size: int,
+    ) -> None:
+        leaves, structure = jax.tree.flatten(params)
+        floats = [trees.is_float(leaf) for leaf in leaves]
+        if any(jnp.iscomplexobj(leaf) for leaf in leaves):
+            raise ValueError("the Hessian of a network with complex parameters is not defined here.")
+        rows = net.stacked.num_branches if net.stacked is not None else 1
+        moving = [jnp.asarray(leaf) for leaf, is_float in zip(leaves, floats, strict=True) if is_float]
+        self.flat = jnp.concatenate([leaf.reshape(rows, -1) for leaf in moving], axis=1)
+        self.shape = self.flat.shape if per_branch else (1, self.flat.size)
+        cuts = np.cumsum([leaf.size // rows for leaf in moving])[:-1]
+        still = [leaf for leaf, is_float in zip(leaves, floats, strict=True) if not is_float]
+
+        def unflatten(flat: Array, still: list[Array]) -> PyTree:
+            parts, others = iter(jnp.split(flat, cuts, axis=1)), iter(still)
+            shaped = [next(parts).reshape(a.shape) if f else next(others) for a, f in zip(leaves, floats, strict=True)]
+            return jax.tree.unflatten(structure, shaped)
+
+        def summed(losses: Array, real: Array) -> Array:
+            return jnp.sum(jnp.where(real, losses, 0))
+
+        def risk(flat: Array, rest: tuple[list[Array], PyTree], x: Array, y: Array, real: Array) -> Array:
+            params, state = unflatten(flat, rest[0]), rest[1]
+            if not per_branch or net.stacked is None:
+                return summed(loss.per_example(net.apply(params, state, x)[0], y), real)
+            branch, _, scale = net.stacked[:3]
+            each = jax.vmap(lambda p, s: branch.apply(p, s, x)[0])(params, state)
+            held = jax.lax.stop_gradient(each)  # branch i moves alone: the Hessian of this sum is block diagonal
+            moved = scale * (held.sum(0)[None] + each - held)
+            return jnp.sum(jax.vmap(lambda outputs: summed(loss.per_example(outputs, y), real))(moved))
+
+        @jax.jit
+        def feels(flat: Array, rest: Any, x: Array, y: Array) -> Array:
+            def one(output: Array, label: Array) -> Array:
+                return loss.per_example(output[None], label[None])[0]
+
+            outputs = net.apply(unflatten(flat, rest[0]), rest[1], x)[0]
+            derivatives = jax.vmap(jax.grad(one))(outputs, y), jax.vmap(jax.hessian(one))(outputs, y)
+            return jnp.any(jnp.stack([(d != 0).reshape(len(y), -1).any(1) for d in derivatives]), axis=0)
+
+        @jax.jit
+        def add(total: Array, vectors: Array, flat: Array, rest: Any, x: Array, y: Array, real: Array) -> Array:
+            def product(vector: Array) -> Array:
+                slope = jax.grad(lambda w: risk(w, rest, x, y, real))
+                return jax.jvp(slope, (flat,), (vector,))[1]
+
+            return total + jax.vmap(product)(vectors)
+
+        self._rest, self._add, self._dataset, self._batch = (still, state), add, dataset, batch_size
+        everything = np.arange(len(dataset.y))
+        with jax.default_matmul_precision("highest"):
+            felt = [
+                np.asarray(feels(self.flat, self._rest, *self._examples(chunk)))
+                for chunk in (everything[i : i + batch_size] for i in range(0, len(everything), batch_size))
+            ]
+        self._felt = everything[np.concatenate(felt)]
+        self.active = len(self._felt)
+
+    def _examples(self, which: np.ndarray) -> tuple[Array, Array]:
+        data = self._dataset
+        return standardise(data.x[which], data.mean, data.std), jnp.asarray(data.y[which])
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """The products, `[probes, G, size]`.  Raises ValueError where one is not finite."""
+        given = jnp.asarray(vectors).reshape(len(vectors), *self.flat.shape)
+        total = jnp.zeros_like(given)
+        with jax.default_matmul_precision("highest"):
+            for first in range(0, self.active, self._batch):
+                which = self._felt[first : first + self._batch]
+                count = len(which)
+                if self.active > self._batch:  # one program for all: the last batch is filled up
+                    which = np.resize(which, self._batch)
+                real = jnp.asarray(np.arange(len(which)) < count)
+                total = self._add(total, given, self.flat, self._rest, *self._examples(which), real)
+        result = np.asarray(total / len(self._dataset.y)).reshape(vectors.shape)
+        if not np.isfinite(result).all():
+            raise ValueError(
+                "the Hessian is not finite, for the network's parameters or outputs are not (a diverged run?)."
+            )
+        return result

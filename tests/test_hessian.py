@@ -1,0 +1,141 @@
+"""Spectra against dense Hessians in float64, and Lanczos against matrices whose spectrum is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualgap_jax import landscape, losses
+from dualgap_jax.landscape.lanczos import lanczos
+from dualgap_jax.networks import InMemory, mlp, multi_branch
+
+CASES = {
+    "logistic, tanh": (mlp((2, 2), 3, activation="tanh"), losses.logistic()),
+    "hinge, relu": (mlp((3,), 3), losses.multi_margin()),
+}
+
+
+def problem(name: str, rng: np.random.Generator, n: int = 21) -> Any:
+    """A network of three branches, a loss, examples, and parameters of which some examples are beyond the margin."""
+    branch, loss = CASES[name]
+    net = multi_branch(branch, 3)
+    data = rng.standard_normal((n, 3)), rng.integers(0, 3, n)
+    params, state = net.init(jax.random.key(0), jnp.asarray(data[0]))
+    params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
+    return net, loss, data, InMemory(params, state)
+
+
+def dense(net: Any, loss: Any, data: Any, network: Any) -> np.ndarray:
+    """The Hessian `[I, n, I, n]`, by differentiating twice."""
+    leaves, structure = jax.tree.flatten(network.params)
+    sizes = np.cumsum([leaf[0].size for leaf in leaves])[:-1]
+    x, y = map(jnp.asarray, data)
+
+    def risk(flat: Any) -> Any:
+        parts = jnp.split(flat, sizes, axis=1)
+        params = jax.tree.unflatten(structure, [p.reshape(a.shape) for p, a in zip(parts, leaves, strict=True)])
+        return jnp.mean(loss.per_example(net.apply(params, network.state, x)[0], y))
+
+    return np.asarray(jax.hessian(risk)(jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_spectrum_is_that_of_the_dense_hessian(name: str, rng: np.random.Generator, x64: None) -> None:
+    net, loss, data, network = problem(name, rng)
+    full = dense(net, loss, data, network)
+    branches, size = full.shape[:2]
+    matrix = full.reshape(branches * size, -1)
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    scale = np.abs(eigenvalues).max()
+    found = landscape.hessian(net, loss, data, network, k=4, steps=len(matrix), probes=40, tolerance=1e-9, batch_size=8)
+    np.testing.assert_allclose(found.largest[0], eigenvalues[::-1][:4], atol=1e-6 * scale)
+    np.testing.assert_allclose(found.smallest[0], eigenvalues[:4], atol=1e-6 * scale)
+    assert found.size == len(matrix)
+    assert found.converged
+    assert found.examples[1] == 21
+    assert abs(found.trace[0] - np.trace(matrix)) < 4 * found.trace_error[0]
+    np.testing.assert_allclose(found.weights.sum(-1), 1, rtol=1e-9)
+    # The share of the density above a number, against the count of eigenvalues.
+    grid = np.linspace(-1.5, 1.5, 4001) * scale
+    density = found.density(grid, 0.01 * scale)[0]
+    for cut in (-0.5 * scale, 0.1 * scale, 0.5 * scale):
+        share = np.trapezoid(np.where(grid > cut, density, 0), grid)
+        assert abs(share - np.mean(eigenvalues > cut)) < 0.1
+
+    blocks = landscape.hessian(net, loss, data, network, k=2, steps=size, per_branch=True, tolerance=1e-9)
+    for i in range(branches):
+        own = np.linalg.eigvalsh(full[i, :, i])
+        np.testing.assert_allclose(blocks.largest[i], own[::-1][:2], atol=1e-6 * scale)
+        np.testing.assert_allclose(blocks.smallest[i], own[:2], atol=1e-6 * scale)
+    assert blocks.size == size
+    assert blocks.trace.shape == (branches,)
+
+
+def test_examples_beyond_the_margin_are_left_out_and_a_network_that_fits_all_is_flat(rng: np.random.Generator) -> None:
+    net, loss, (x, y), network = problem("hinge, relu", rng, 200)
+    some = landscape.hessian(net, loss, (x, y), network, k=1)
+    assert 0 < some.examples[0] < some.examples[1] == 200
+    outputs = np.asarray(net.apply(network.params, network.state, jnp.asarray(x, jnp.float32))[0])
+    fits = np.sort(outputs, axis=1)
+    fits = fits[:, -1] - fits[:, -2] > 1
+    flat = landscape.hessian(net, loss, (x[fits], outputs.argmax(1)[fits]), network, k=2)
+    assert flat.examples[0] == 0
+    assert flat.converged
+    assert not flat.largest.any()
+    assert not flat.trace.any()
+
+
+def test_a_network_that_is_no_sum_of_branches(rng: np.random.Generator, x64: None) -> None:
+    branch, loss = CASES["logistic, tanh"]
+    data = rng.standard_normal((9, 3)), rng.integers(0, 3, 9)
+    params, state = branch.init(jax.random.key(1), jnp.asarray(data[0]))
+    alone = landscape.hessian(branch, loss, data, InMemory(params, state), k=3)
+    stacked = InMemory(*jax.tree.map(lambda a: a[None], (params, state)))
+    same = landscape.hessian(multi_branch(branch, 1), loss, data, stacked, k=3)
+    np.testing.assert_allclose(alone.largest, same.largest, rtol=1e-6)
+
+
+def test_lanczos_goes_on_where_a_krylov_space_is_exhausted(rng: np.random.Generator) -> None:
+    """Two matrices at once: one of rank 2, whose Krylov space has three dimensions, and one of full rank."""
+    q = np.linalg.qr(rng.standard_normal((12, 12)))[0]
+    spectra = np.asarray([[5.0, -3.0] + [0.0] * 10, np.linspace(-1, 7, 12)])
+    matrices = np.einsum("ij,gj,kj->gik", q, spectra, q)
+    start = rng.standard_normal((2, 2, 12))
+    found = lanczos(lambda v: np.einsum("gij,pgj->pgi", matrices, v), start, 12, lambda found: False)
+    for p in range(2):
+        for g in range(2):
+            np.testing.assert_allclose(found.values[p, g], np.sort(spectra[g]), atol=1e-10)
+    assert found.errors.max() < 1e-10
+
+
+def test_errors_bound_the_distance_to_an_eigenvalue(rng: np.random.Generator) -> None:
+    matrix = rng.standard_normal((60, 60))
+    matrix = matrix + matrix.T
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    found = lanczos(lambda v: v @ matrix, rng.standard_normal((1, 1, 60)), 15, lambda found: False)
+    away = np.abs(found.values[0, 0][:, None] - eigenvalues).min(1)
+    assert (away <= found.errors[0, 0] + 1e-10).all()
+    assert found.errors.max() > 1e-3
+
+
+def test_bad_input_is_refused(rng: np.random.Generator) -> None:
+    net, loss, data, network = problem("logistic, tanh", rng)
+    for words, options in {
+        "k=0 must": {"k": 0},
+        "exceeds the": {"k": 1000},
+        "tolerance=2": {"tolerance": 2.0},
+        "take fewer steps": {"probes": 10**12},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            landscape.hessian(net, loss, data, network, **options)
+    with pytest.raises(ValueError, match="no sum of branches"):
+        landscape.hessian(mlp((), 3), loss, data, InMemory(({"kernel": jnp.ones((3, 3))},)), per_branch=True)
+    broken = InMemory(jax.tree.map(lambda a: a * jnp.nan, network.params))
+    with pytest.raises(ValueError, match="not finite"):
+        landscape.hessian(net, loss, data, broken)
+    with pytest.raises(ValueError, match="width=0"):
+        landscape.hessian(net, loss, data, network, k=1).density(np.zeros(1), 0.0)
