@@ -4,6 +4,8 @@
     python scripts/run.py --config=configs/figure4.py:row=cifar_1layer
     python scripts/run.py --config=configs/figure4.py:row=cifar_3layer,I=1/3/5/1000
 
+`seeds=3` repeats each I at as many seeds and gives the scores intervals; `scale=common` puts all panels on one scale.
+
 Rows: mnist (top; I = 1, 3, 5, 100), cifar_1layer (middle; the same I), cifar_3layer (bottom; the paper's last I is
 50,000: 5 GB of memory and 30 GB of disk; see cifar_3layer.py).  Each panel is the config of that row at that I.
 Expect the envelope distance to fall with I on MNIST in units of loss, and not to fall on CIFAR-10.
@@ -24,7 +26,7 @@ ROWS = {
 
 
 def get_config(arg=None):
-    args = parse_arg(arg, row="mnist", I=Absent((1, 3, 5)), seed=0, smoke=False)
+    args = parse_arg(arg, row="mnist", I=Absent((1, 3, 5)), seed=0, seeds=1, scale="own", smoke=False)
     if args.row not in ROWS:
         raise ConfigError(unknown("row", args.row, ROWS))
     file, item, title, counts = ROWS[args.row]
@@ -35,6 +37,8 @@ def get_config(arg=None):
         title=f"Loss landscapes on {title}",
         paper_item=f"Figure 4, {item}",
         num_branches=counts[:2] if args.smoke else counts,
+        seeds=args.seeds,
+        scale=args.scale,
         cell=spec_of(cell, LandscapeSpec),
     )
     return experiment_config("landscape_row", row)

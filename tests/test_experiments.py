@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from tfds_files import random_split, write_tfds
 
 from dualgap_jax import config as config_lib
@@ -24,7 +25,8 @@ from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
-from dualgap_jax.experiments.row import RowSpec
+from dualgap_jax.experiments.planes import window
+from dualgap_jax.experiments.row import RowSpec, intervals
 from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.metrics import read_metrics
 from dualgap_jax.networks import BRANCHES, from_functions
@@ -634,3 +636,31 @@ def test_a_landscape_with_spectrum_path_curve_and_files_for_paraview(tmp_path: P
 def test_wrong_settings_of_a_plane_are_refused(setting: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PlaneSpec(**setting)
+
+
+def test_a_row_over_seeds_has_the_intervals_of_the_runs_at_these_seeds(tmp_path: Path) -> None:
+    row = RowSpec(num_branches=(1, 2), seeds=3, scale="common", cell=tiny(seed=5))
+    report, workdir, _ = run(row, tmp_path / "w", "landscape_row")
+    cells = load_json(workdir.results / "row.json")["cells"]
+    for cell in cells:
+        folders = [workdir.path / f"I_{cell['num_branches']}{end}" for end in ("", "_seed_6", "_seed_7")]
+        records = [load_json(folder / "results" / "landscape.json") for folder in folders]
+        values = [r["scores"]["envelope_max"] for r in records]
+        assert len(set(values)) == 3
+        low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+        np.testing.assert_allclose(cell["intervals"]["envelope_max"], [np.mean(values), low, high])
+        assert cell["scores"]["envelope_max"] == values[0]
+    assert any("mean over 3 seeds" in note for note in report.notes)
+    one = intervals([{"a": 1.0, "b": 2.0}])
+    some = intervals([{"a": 1.0, "b": None, "c": True}, {"a": 3.0, "b": 2.0, "c": True}])
+    assert (one, list(some)) == ({}, ["a"])
+
+
+@pytest.mark.parametrize(("anchors", "fixed", "grown"), [((0.5, -0.9), [], 1.0), ((0.5, -1.4), [2], 1.54)])
+def test_a_window_grows_to_hold_the_solutions_or_says_which_lie_outside(
+    anchors: tuple[float, float], fixed: list[int], grown: float
+) -> None:
+    points = np.asarray([(0.0, 0.0), (0.3, 0.2), anchors])
+    assert window(PlaneSpec(), points) == (1.0, fixed)
+    half, outside = window(PlaneSpec(window="solutions"), points)
+    assert (round(half, 9), outside) == (grown, [])

@@ -668,3 +668,27 @@ def test_figures_of_lossy_images_say_so(
     save_json(path, load_json(path) | {"data": {"image_format": image_format}})
     figures.row(row)
     assert ("JPEG-recompressed" in texts(drawn["row"])) is said
+
+
+def test_panels_on_one_scale_share_levels_and_scores_of_seeds_have_bars(tmp_path: Path, drawn: dict[str, Any]) -> None:
+    scores = {2: {"envelope_max": 1.0}, 30: {"envelope_max": 0.1}}
+    workdir = write_row(tmp_path / "w", scores, ["envelope_max"])
+    path = workdir / "results" / "row.json"
+    content = load_json(path)
+    limits = {}
+    for scale in ("own", "common"):
+        save_json(path, content | {"scale": scale})
+        figures.row(workdir)
+        solids = [axes for axes in drawn["row"].axes if hasattr(axes, "get_zlim")]
+        limits[scale] = [axes.get_zlim() for axes in solids]
+    assert limits["own"][0] != limits["own"][1]
+    assert limits["common"][0] == limits["common"][1]
+
+    cells = [{**cell, "intervals": {"envelope_max": [2.0, 1.5, 2.5]}} for cell in content["cells"]]
+    save_json(path, content | {"cells": cells, "seeds": 3})
+    figures.row(workdir)
+    (axes,) = (axes for axes in drawn["scores"].axes if axes.lines)
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [2.0, 2.0])  # the means, not the first seed's scores
+    segments = [s for collection in axes.collections for s in collection.get_segments()]
+    np.testing.assert_array_equal(sorted({y for s in segments for y in s[:, 1]}), [1.5, 2.5])
+    assert "Means over 3 seeds" in texts(drawn["scores"])

@@ -80,6 +80,9 @@ def report(records: list[dict[str, Any]]) -> Report:
     ]
     notes += sorted({_state_note(r) for r in records if r.get("state") is not None})
     notes += sorted({_aligned_note(r["aligned"]) for r in records if "aligned" in r})
+    outside = [f"I = {r['num_branches']:,}: {r['solutions_outside']}" for r in records if r.get("solutions_outside")]
+    if outside:
+        notes.append(f"Outside the window lie solutions {'; '.join(outside)}: plane.window=solutions lets it grow.")
     notes += partial_notes([(f"I = {r['num_branches']:,}", r["scores"]) for r in records])
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import t as student
 
 from dualgap_jax import figures, terminal
 from dualgap_jax.config import require
@@ -37,12 +41,17 @@ class RowSpec:
     Attributes:
       title, paper_item: what the figure is called here and in the paper.
       num_branches: the values of I, one panel each.
+      seeds: how many landscapes for each I, at the seeds from that of `cell` on; the panels are those of the first, and
+        the scores get intervals over all.
+      scale: 'own': each panel has its own levels, colours and vertical axis, as in the paper; 'common': one for all.
       cell: the landscape; its `num_branches` is replaced by each value.
     """
 
     title: str = "Loss landscapes"
     paper_item: str = ""
     num_branches: tuple[int, ...] = (10, 30, 70, 1000)
+    seeds: int = 1
+    scale: Literal["own", "common"] = "own"
     cell: LandscapeSpec = LandscapeSpec()
 
     def __post_init__(self) -> None:
@@ -51,6 +60,7 @@ class RowSpec:
             len(set(self.num_branches)) == len(self.num_branches) and min(self.num_branches) >= 1,
             f"num_branches={self.num_branches} must be distinct positive integers.",
         )
+        require(1 <= self.seeds <= 1000, f"seeds={self.seeds} must lie between 1 and 1,000.")
 
     def validate(self, tables: Tables) -> None:
         """As `LandscapeSpec.validate`."""
@@ -63,24 +73,65 @@ def _aligned(record: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{name}_aligned": scores[name] for name in ALIGNED_SCORES if name in scores}
 
 
+def intervals(every: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The mean of each score over several landscapes and its 95 % t-interval: name -> [mean, low, high].
+
+    Scores that one of them lacks, or has no number for, are left out; so are all of a single landscape.
+    """
+    found = {}
+    for name in every[0] if len(every) > 1 else ():
+        values = [scores.get(name) for scores in every]
+        if all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+            mean = float(np.mean(values))
+            half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+            found[name] = [mean, mean - half, mean + half]
+    return found
+
+
+def _interval_notes(spec: RowSpec, spreads: Sequence[Mapping[str, Sequence[float]]]) -> list[str]:
+    """Below the table of the first seed: means and intervals over all, of the scores that a reader compares."""
+    notes = []
+    for name in ("envelope_max", "envelope_max_aligned", "barrier_max", "barrier_max_aligned"):
+        said = [
+            f"I = {count:,}: {s[name][0]:.3g} ({s[name][1]:.3g} to {s[name][2]:.3g})"
+            for count, s in zip(spec.num_branches, spreads, strict=True)
+            if name in s
+        ]
+        if said:
+            head = f"{name.replace('_', ' ')}, mean over {spec.seeds} seeds and 95 % t-interval"
+            notes.append(f"{head}: {'; '.join(said)}.")
+    return notes
+
+
 def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
     """A row of landscapes over several numbers of branches, and every convexity score against it (Figures 1 and 4)."""
     cells: list[dict[str, Any]] = []
-    records = []
+    records: list[dict[str, Any]] = []
+    spreads: list[dict[str, Any]] = []
     for number, count in enumerate(spec.num_branches, 1):
         folder = f"I_{count}"
-        cell = dataclasses.replace(spec.cell, num_branches=count)
-        with terminal.part(f"I = {count:,} ({number} of {len(spec.num_branches)})"):
-            _, inner, _ = execute(landscape.LANDSCAPE, cell, workdir.path / folder, tables)
+        every = []
+        for seed in range(spec.cell.seed, spec.cell.seed + spec.seeds):
+            first = seed == spec.cell.seed
+            cell = dataclasses.replace(spec.cell, num_branches=count, seed=seed)
+            place = workdir.path / (folder if first else f"{folder}_seed_{seed}")
+            said = f"I = {count:,} ({number} of {len(spec.num_branches)})" + ("" if first else f", seed {seed}")
+            with terminal.part(said):
+                _, inner, _ = execute(landscape.LANDSCAPE, cell, place, tables)
+            if workdir.writes:
+                every.append(load_json(inner.results / "landscape.json"))
         if not workdir.writes:
             continue
-        record = load_json(inner.results / "landscape.json")
+        record = every[0]
         records.append(record)
+        spread = intervals([r["scores"] | _aligned(r) for r in every])
+        spreads.append(spread)
         cells.append(
             {
                 "num_branches": count,
                 "workdir": folder,
                 "scores": record["scores"] | _aligned(record),
+                "intervals": spread,
                 "scores_paper_window": record.get("scores_paper_window"),
                 "solutions": record["solutions"],
                 "regime": record["regime"],
@@ -91,6 +142,8 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
             {
                 "title": spec.title,
                 "paper_item": spec.paper_item,
+                "seeds": spec.seeds,
+                "scale": spec.scale,
                 "cells": cells,
                 "score_names": (*SCORES, *_aligned(record)),
                 "definitions": record["definitions"],
@@ -98,7 +151,9 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
         )
     if not workdir.writes:
         return NO_REPORT
-    return report(records)._replace(title=f"{spec.title} ({spec.paper_item})")
+    made = report(records)
+    notes = [*made.notes, *_interval_notes(spec, spreads)]
+    return made._replace(title=f"{spec.title} ({spec.paper_item})", notes=notes)
 
 
 LANDSCAPE_ROW = Experiment("landscape_row", RowSpec, landscape_row, figures.row, distributed=True)

@@ -77,7 +77,7 @@ def read_surface(workdir: Path, name: str = "landscape.npz") -> Surface:
     return Surface(**arrays)
 
 
-def scale_of(loss: Float[np.ndarray, "ny nx"]) -> Scale:
+def scale_of(loss: Float[np.ndarray, "..."]) -> Scale:
     """Levels, colours and the vertical axis from the finite losses.
 
     Levels are evenly spaced while at least a quarter of the points lies in the upper nine tenths of the range; when

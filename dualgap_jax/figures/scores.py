@@ -108,9 +108,11 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
             f"{workdir / 'results' / 'row.json'}: no numeric score among score_names {record['score_names']}; each must"
             " name an entry of the cells' scores."
         )
-    tables = [{name: np.asarray([value_of(cell["scores"], name) for cell in cells]) for name in p[2]} for p in panels]
+    tables = [{name: np.asarray([_shown(cell, name) for cell in cells]) for name in p[2]} for p in panels]
     partial = [bool(left_out(cell["scores"])) for cell in cells]
     caption = value_notes(np.concatenate([values for table in tables for values in table.values()]))
+    if any(cell.get("intervals") for cell in cells):
+        caption.append(f"Means over {record['seeds']} seeds, with 95 % t-intervals as bars.")
     caption += _partial_note([(f"I = {c['num_branches']:,}", c["scores"]) for c in cells])
     across = min(3, len(panels))
     with page(0.4 + 3.3 * max(across, 2), 0.75 + 2.5 * math.ceil(len(panels) / across), caption) as figure:
@@ -118,8 +120,13 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
         for index, ((title, label, lines), table) in enumerate(zip(panels, tables, strict=True)):
             place = (0.8 + 3.3 * (index % across), 1.15 + 2.5 * (index // across), 2.5, 1.55)
             axes = figure.add_axes(box(figure, *place))
+            ends = [np.concatenate(list(table.values()))]
             for (name, values), style in zip(table.items(), LINES, strict=False):
                 axes.plot(counts, values, label=lines[name], markersize=4.5, **style)
+                bars = np.asarray([cell.get("intervals", {}).get(name, [math.nan] * 3)[1:] for cell in cells])
+                axes.vlines(counts, bars[:, 0], bars[:, 1], color=str(style["color"]), linewidth=1.0)
+                axes.plot(np.repeat(counts, 2), bars.ravel(), "_", color=style["color"], markersize=6)
+                ends.append(bars[bars > 0])
                 some = np.flatnonzero(partial)
                 axes.plot(
                     np.asarray(counts)[some],
@@ -132,7 +139,7 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
                 )
                 mark_undefined(axes, counts, values, str(style["color"]))
             branch_axis(axes, counts)
-            value_axis(axes, np.concatenate(list(table.values())))
+            value_axis(axes, np.concatenate(ends))
             tidy(axes)
             axes.set_title(title, loc="left", pad=16 if len(lines) > 1 else 6)
             axes.set(xlabel="number of branches $I$", ylabel=label)
@@ -146,6 +153,11 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
                     handlelength=2.0 if len(lines) < 3 else 1.6,
                 )
         return save(figure, workdir, "scores")
+
+
+def _shown(cell: Mapping[str, Any], name: str) -> float:
+    """A score, or its mean over seeds where there are several."""
+    return float(cell.get("intervals", {}).get(name, [value_of(cell["scores"], name)])[0])
 
 
 # Regimes -------------------------------------------------------------------------------------------------------------

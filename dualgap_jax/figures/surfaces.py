@@ -181,8 +181,9 @@ def _draw_aligned(workdir: Path, record: Mapping[str, Any], raw: Surface) -> lis
 def row(workdir: str | Path) -> list[Path]:
     """A row of Figure 1 or 4, one column per number of branches, and the chart of each convexity score against it.
 
-    Reads `results/row.json` (`title`, `paper_item`, `cells`, `score_names`); each of the `cells` has `num_branches`,
-    `scores`, and `workdir`, the cell's work folder relative to this one, whose landscape record is drawn.
+    Reads `results/row.json` (`title`, `paper_item`, `cells`, `score_names`, `scale`: 'common' puts all panels on one
+    scale); each of the `cells` has `num_branches`, `scores`, `workdir`, the cell's work folder relative to this one,
+    whose landscape record is drawn, and, of several seeds, `intervals`: score -> mean, low, high.
 
     Returns:
       The paths of `figures/row` and `figures/scores`, as PNG and PDF, and of `figures/row_aligned` if all cells are.
@@ -214,12 +215,18 @@ def _draw_row(
     file: str = "landscape.npz",
     stem: str = "row",
 ) -> list[Path]:
-    """Surfaces above, their contour maps below, each on its own scale as in the paper."""
+    """Surfaces above, their contour maps below, each on its own scale as in the paper, or all on one."""
     surfaces = [read_surface(workdir / cell["workdir"], file) for cell in cells]
-    scales = [scale_of(surface.loss) for surface in surfaces]
+    common = record.get("scale") == "common"
+    if common:
+        scales = [scale_of(np.concatenate([surface.loss.ravel() for surface in surfaces]))] * len(cells)
+    else:
+        scales = [scale_of(surface.loss) for surface in surfaces]
     records = [read_record(workdir / cell["workdir"], "landscape.json", ("axes",)) for cell in cells]
     planes = {r["axes"] for r in records}
-    caption = ["Each panel has its own scale of loss, as in the paper."]
+    caption = [
+        "All panels are on one scale of loss." if common else "Each panel has its own scale of loss, as in the paper."
+    ]
     for plane in sorted(planes & set(_PLANE_LABELS)):
         caption.append("$a$: {}; $b$: {}.".format(*_PLANE_LABELS[plane]))
     for index, (surface, scale) in enumerate(zip(surfaces, scales, strict=True)):

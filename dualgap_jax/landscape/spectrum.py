@@ -23,9 +23,9 @@ from dualgap_jax.data import Dataset, as_dataset, standardise
 from dualgap_jax.landscape.lanczos import Tridiagonal, lanczos
 from dualgap_jax.losses import Loss, as_loss
 from dualgap_jax.machine import memory_available
-from dualgap_jax.terminal import Progress
 from dualgap_jax.networks import check_network, upcast
 from dualgap_jax.networks.sources import check_source
+from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network, PyTree
 
 
