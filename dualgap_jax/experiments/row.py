@@ -80,8 +80,9 @@ def intervals(every: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """
     found = {}
     for name in every[0] if len(every) > 1 else ():
-        values = [scores.get(name) for scores in every]
-        if all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        given = [scores.get(name) for scores in every]
+        values = [float(v) for v in given if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(values) == len(given) and all(map(math.isfinite, values)):
             mean = float(np.mean(values))
             half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
             found[name] = [mean, mean - half, mean + half]

@@ -131,7 +131,7 @@ def hessian(
             f" {humanize.naturalsize(max(free, 0))}; take fewer steps or probes."
         )
     signs = seeds.generator(seed).integers(0, 2, (probes, groups, size)) * 2 - 1
-    with Progress(steps, "hessian") as progress:
+    with Progress(steps, "hessian", at_most=True, first="compiling") as progress:
 
         def done(found: Tridiagonal) -> bool:
             progress.update(found.steps)
