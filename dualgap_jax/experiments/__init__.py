@@ -13,6 +13,7 @@ from dualgap_jax.config import ConfigError, check_numbers, require, spec_of
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute, identity
 from dualgap_jax.experiments.certify import CERTIFY
 from dualgap_jax.experiments.duality_gap import DUALITY_GAP
+from dualgap_jax.experiments.examples import LANDSCAPE_EXAMPLES
 from dualgap_jax.experiments.hitting_rate import HITTING_RATE
 from dualgap_jax.experiments.hitting_search import HITTING_SEARCH
 from dualgap_jax.experiments.landscape import LANDSCAPE
@@ -30,6 +31,7 @@ EXPERIMENTS: Table[Experiment] = Table(
         for experiment in (
             LANDSCAPE,
             LANDSCAPE_ROW,
+            LANDSCAPE_EXAMPLES,
             LINEAR_DUAL,
             REGIMES,
             SHAPLEY_FOLKMAN,

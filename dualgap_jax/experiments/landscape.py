@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -157,6 +158,12 @@ def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
     )
 
 
+def num_parameters(net: Network, dataset: Dataset) -> int:
+    """How many numbers the parameters of the network are."""
+    params, _ = jax.eval_shape(net.init, jax.random.key(0), example_input(dataset))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
 def regime(spec: LandscapeSpec) -> str:
     """The training regime in a few words; the picture depends on it."""
     settings = ", ".join(f"{k} {v}" for k, v in spec.branch.settings.items() if k in ("init", "init_scale", "use_bias"))
@@ -206,6 +213,8 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
     record: dict[str, Any] = {
         "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
         "num_branches": spec.num_branches,
+        "num_parameters": num_parameters(net, dataset),
+        "num_outputs": dataset.num_outputs,
         "regime": regime(spec),
         "precision": dataclasses.asdict(spec.precision),
         "samples": {"used": len(measured.y), "of": len(dataset.y)},

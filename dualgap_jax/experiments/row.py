@@ -67,7 +67,7 @@ class RowSpec:
         self.cell.validate(tables)
 
 
-def _aligned(record: Mapping[str, Any]) -> dict[str, Any]:
+def aligned_scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """The scores of the aligned surface by names of their own; none where there is no such surface."""
     scores = record.get("aligned", {}).get("scores", {})
     return {f"{name}_aligned": scores[name] for name in ALIGNED_SCORES if name in scores}
@@ -125,13 +125,13 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
             continue
         record = every[0]
         records.append(record)
-        spread = intervals([r["scores"] | _aligned(r) for r in every])
+        spread = intervals([r["scores"] | aligned_scores(r) for r in every])
         spreads.append(spread)
         cells.append(
             {
                 "num_branches": count,
                 "workdir": folder,
-                "scores": record["scores"] | _aligned(record),
+                "scores": record["scores"] | aligned_scores(record),
                 "intervals": spread,
                 "scores_paper_window": record.get("scores_paper_window"),
                 "solutions": record["solutions"],
@@ -146,7 +146,7 @@ def landscape_row(spec: RowSpec, workdir: Workdir, tables: Tables) -> Report:
                 "seeds": spec.seeds,
                 "scale": spec.scale,
                 "cells": cells,
-                "score_names": (*SCORES, *_aligned(record)),
+                "score_names": (*SCORES, *aligned_scores(record)),
                 "definitions": record["definitions"],
             },
         )

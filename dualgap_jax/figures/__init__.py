@@ -10,6 +10,7 @@ A work folder holds records in `results/`; each record kind has one function her
 | the same, `spectrum`, `trajectory`, `curve.npz` | of these names | a solution's Hessian, path, way to another |
 | `row.json` | `row`, `scores`, `row_aligned` | a row of Figures 1 and 4; each convexity score against I |
 | `duality_gap.json` | `duality_gap` | Theorem 1: gap and bound against I, value function, dual, trained networks |
+| `examples.json` | `examples` | the barrier between solutions against I, for several numbers of examples |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
 | `shapley_folkman.json`, `.npz` | `shapley_folkman`, `hull_distance` | Figure 3; distance to the hull against n |
 | `spectral.json`, `.npz` | `spectral` | SGD falling to the certified optimum, the spectrum, the gap (Theorem 2) |
@@ -29,6 +30,7 @@ from pathlib import Path
 from dualgap_jax.figures.averages import shapley_folkman
 from dualgap_jax.figures.certificates import certify
 from dualgap_jax.figures.duality import duality_gap
+from dualgap_jax.figures.examples import examples
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.page import any_backend
 from dualgap_jax.figures.scores import regimes
@@ -41,6 +43,7 @@ FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
     {
         "landscape.json": landscape,
         "row.json": row,
+        "examples.json": examples,
         "regimes.json": regimes,
         "shapley_folkman.json": shapley_folkman,
         "spectral.json": spectral,
