@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say 
     from dualgap_jax import losses as losses
     from dualgap_jax import networks as networks
     from dualgap_jax import nnx as nnx
+    from dualgap_jax import plot as plot
     from dualgap_jax import shapley_folkman as shapley_folkman
     from dualgap_jax import spectral as spectral
     from dualgap_jax import training as training
@@ -54,6 +55,7 @@ _MODULES = (
     "losses",
     "networks",
     "nnx",
+    "plot",
     "shapley_folkman",
     "spectral",
     "training",

@@ -50,6 +50,7 @@ GROUPS = {
     "work": {
         "sharding",
         "evaluation",
+        "plot",
         "training",
         "landscape",
         "hitting",

@@ -197,6 +197,7 @@ def test_what_was_reduced_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli._compared(flags.config, flags.given) == {"changed": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_a_terminal", [False, True])
 def test_a_run_says_what_it_does(in_a_terminal: bool, tmp_path: Path) -> None:
     """The command itself, in a pipe and on a terminal of 100 columns."""

@@ -29,14 +29,17 @@ _SURFACE_POINTS = 101  # per side of a 3-D surface; a finer grid is drawn in ful
 
 
 class Surface(NamedTuple):
-    """`results/landscape.npz`: the loss on a grid, the solutions' coordinates, the loss along the edges."""
+    """`results/landscape.npz`: the loss on a grid, the coordinates of k = 3 solutions, the loss along the edges.
+
+    A surface from elsewhere may have none of these (k = 0).
+    """
 
     xs: Float[np.ndarray, " nx"]
     ys: Float[np.ndarray, " ny"]
     loss: Float[np.ndarray, "ny nx"]
-    anchors: Float[np.ndarray, "3 2"]
+    anchors: Float[np.ndarray, "k 2"]
     edge_t: Float[np.ndarray, " m"]
-    edge_loss: Float[np.ndarray, "3 m"]
+    edge_loss: Float[np.ndarray, "k m"]
 
 
 class Scale(NamedTuple):
@@ -245,7 +248,7 @@ def draw_map(axes: Axes, surface: Surface, scale: Scale) -> Any:
         low = np.where(marks.min(axis=0) < low, marks.min(axis=0) - 0.1 * span, low)
         high = np.where(marks.max(axis=0) > high, marks.max(axis=0) + 0.1 * span, high)
     casing = [withStroke(linewidth=2.4, foreground="white", alpha=0.75)]
-    for start, end in _EDGES:
+    for start, end in _EDGES if len(marks) == 3 else ():
         axes.plot(*marks[[start, end]].T, color="0.15", linewidth=0.8, path_effects=casing, zorder=3.5)
     for index, mark in enumerate(marks.tolist()):
         axes.plot(*mark, "o", color="white", markeredgecolor="black", markeredgewidth=0.8, markersize=10, zorder=4)

@@ -76,7 +76,7 @@ def surface(stored: Mapping[str, np.ndarray], title: str) -> dict[str, Any]:
 
     Args:
       stored: the arrays of `results/landscape.npz`: `xs [nx]`, `ys [ny]`, `loss [ny, nx]`, `anchors [3, 2]`,
-        `edge_t [m]`, `edge_loss [3, m]`.
+        `edge_t [m]`, `edge_loss [3, m]`; or, without edges, `anchors [k, 2]` and the losses there, `heights [k]`.
       title: above it.
     """
     columns, rows = _thinned(stored["xs"]), _thinned(stored["ys"])
@@ -95,15 +95,15 @@ def surface(stored: Mapping[str, np.ndarray], title: str) -> dict[str, Any]:
         "mode": "markers+text",
         "x": _plain(stored["anchors"][:, 0]),
         "y": _plain(stored["anchors"][:, 1]),
-        "z": _plain(stored["edge_loss"][:, 0]),
-        "text": ["0", "1", "2"],
+        "z": _plain(stored["edge_loss"][:, 0] if "edge_loss" in stored else stored["heights"]),
+        "text": [str(k) for k in range(len(stored["anchors"]))],
         "textposition": "top center",
         "marker": {"size": 5, "color": "#fff", "line": {"color": "#000", "width": 2}},
         "hovertemplate": "solution %{text}<br>loss %{z:.4g}<extra></extra>",
         "showlegend": False,
     }
     edges = []
-    for (start, end), losses in zip(_EDGES, stored["edge_loss"], strict=True):
+    for (start, end), losses in zip(_EDGES, stored.get("edge_loss", ()), strict=False):
         first, last = stored["anchors"][[start, end]]
         along = first + stored["edge_t"][:, None] * (last - first)
         edges.append(
