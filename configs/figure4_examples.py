@@ -1,4 +1,4 @@
-"""Figure 4 against the number of training images: when do the barriers fall with I?
+"""Figure 4 against the number of training images: from where on the barriers fall with I.
 
     python scripts/run.py --config=configs/figure4_examples.py:row=cifar_1layer
     python scripts/run.py --config=configs/figure4_examples.py:row=cifar_3layer,examples=2000,I=1/3/5/30,seeds=3

@@ -51,7 +51,17 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Keeps the figures, drawn, instead of writing them; by their stem."""
-    from dualgap_jax.figures import around, averages, certificates, duality, hitting, scores, spectra, surfaces
+    from dualgap_jax.figures import (
+        around,
+        averages,
+        barriers,
+        certificates,
+        duality,
+        hitting,
+        scores,
+        spectra,
+        surfaces,
+    )
 
     kept: dict[str, Any] = {}
 
@@ -60,6 +70,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         figure.canvas.draw()
         return []
 
-    for module in (around, averages, certificates, duality, hitting, scores, spectra, surfaces):
+    for module in (around, averages, barriers, certificates, duality, hitting, scores, spectra, surfaces):
         monkeypatch.setattr(module, "save", keep)
     return kept

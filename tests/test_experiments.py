@@ -24,6 +24,7 @@ from dualgap_jax.data import DATASETS, Dataset
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
+from dualgap_jax.experiments.examples import ExamplesSpec
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
 from dualgap_jax.experiments.planes import window
 from dualgap_jax.experiments.row import RowSpec, intervals
@@ -197,7 +198,7 @@ def test_a_landscape_over_some_of_the_examples(tmp_path: Path) -> None:
     report, workdir, _ = run(spec, tmp_path / "some")
     record = load_json(workdir.results / "landscape.json")
     assert record["samples"] == {"used": 7, "of": 40}
-    assert "Losses: over 7 of the 40 training examples." in report.text()
+    assert "Losses: over 7 of the 40 training examples." in " ".join(report.text().split())
     arrays = load_npz(workdir.results / "landscape.npz")
     for k in range(3):
         assert arrays["edge_loss"][k, 0] == pytest.approx(record["solutions"][k]["loss"], rel=1e-4, abs=1e-6)
@@ -312,6 +313,50 @@ def test_an_interrupted_row_keeps_its_finished_cells(tmp_path: Path, monkeypatch
     report, _, _ = run(spec, tmp_path / "w", "landscape_row")
     assert calls == [1, 2, 2]
     assert [row[0] for row in report.rows] == [1, 2]
+
+
+def test_landscapes_over_examples_are_landscapes_of_those_examples(tfds_dir: Path, tmp_path: Path) -> None:
+    data, plane = Component("mnist", {"num_examples": 0}), PlaneSpec(points=5, edge_points=4, align="units")
+    cell = tiny(data=data, loss=Component("multi_margin", {}), plane=plane)
+    spec = ExamplesSpec(num_examples=(60, 40), num_branches=(1, 2), seeds=2, cell=cell)
+    report, workdir, _ = run(spec, tmp_path / "w", "landscape_examples")
+    assert [row[:2] for row in report.rows] == [[60, 1], [60, 2], [40, 1], [40, 2]]
+    found = load_json(workdir.results / "examples.json")["cells"][3]
+    assert (found["num_parameters"], found["num_outputs"]) == (2 * (784 * 2 + 2 + 2 * 10 + 10), 10)
+    for seed in range(2):
+        data = Component("mnist", {"num_examples": 40})
+        alone = dataclasses.replace(cell, num_branches=2, seed=cell.seed + seed, data=data)
+        _, inner, _ = run(alone, tmp_path / f"alone_{seed}")
+        record = load_json(inner.results / "landscape.json")
+        assert found["scores"][seed]["barrier_max"] == record["scores"]["barrier_max"]
+        assert found["scores"][seed]["barrier_max_aligned"] == record["aligned"]["scores"]["barrier_max"]
+        assert found["losses"][3 * seed : 3 * seed + 3] == [s["loss"] for s in record["solutions"]]
+    assert report.rows[3][5] == pytest.approx(np.mean([s["barrier_max"] for s in found["scores"]]))
+
+
+def test_landscapes_over_examples_that_diverged_have_no_scores(tfds_dir: Path, tmp_path: Path) -> None:
+    training = TrainingSpec(batch_size=10, max_steps=20, check_every=10, learning_rate=1e30)
+    data, loss = Component("mnist", {"num_examples": 0}), Component("multi_margin", {})
+    spec = ExamplesSpec(num_examples=(40,), num_branches=(2,), cell=tiny(data=data, loss=loss, training=training))
+    report, workdir, _ = run(spec, tmp_path / "w", "landscape_examples")
+    assert load_json(workdir.results / "examples.json")["cells"][0]["scores"] == [{}]
+    assert report.rows[0][4:] == ["0/3", None, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_examples": ()}, "num_examples"),
+        ({"num_examples": (5, 5)}, "distinct"),
+        ({"num_branches": (0,)}, "at least 1"),
+        ({"seeds": 0}, "seeds=0"),
+    ],
+)
+def test_what_landscapes_over_examples_do_not_take(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExamplesSpec(**changes)
+    with pytest.raises(ConfigError, match="no setting num_examples"):
+        ExamplesSpec(cell=tiny()).validate(TABLES)
 
 
 def test_diverged_cells_of_the_regimes_are_named(tmp_path: Path) -> None:

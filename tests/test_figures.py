@@ -164,6 +164,21 @@ def write_duality_gap(workdir: Path) -> Path:
     return workdir
 
 
+def write_examples(workdir: Path) -> Path:
+    """Two numbers of examples; the barrier falls where the data are fitted, and a run diverged."""
+    cells = [
+        {"num_examples": n, "num_branches": count, "num_parameters": 20 * count, "num_outputs": 2}
+        | {"scores": [{"barrier_max": n / 10 / count + seed} for seed in range(2)] if count < 100 else [{}, {}]}
+        | {"losses": [0.0, 0.1] if count < 100 else [None, 0.1], "statuses": ["converged", status]}
+        for n, status in ((10, "converged"), (100, "plateau"))
+        for count in (1, 5, 100)
+    ]
+    record = {"title": "A title for $5", "paper_item": "Figure 4", "seeds": 2, "cells": cells}
+    (workdir / "results").mkdir(parents=True)
+    save_json(workdir / "results" / "examples.json", record)
+    return workdir
+
+
 def write_certify(workdir: Path) -> Path:
     """Two regimes: one whose band is narrow, one whose best network is the optimum, with a run that diverged."""
     cells = [
@@ -187,6 +202,7 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
     return {
         "landscape.json": lambda: write_landscape(workdir),
         "row.json": lambda: write_row(workdir, scores, ["envelope_max"]),
+        "examples.json": lambda: write_examples(workdir),
         "regimes.json": lambda: write_regimes(workdir, rng),
         "shapley_folkman.json": lambda: write_averages(workdir),
         "spectral.json": lambda: write_spectral(workdir),
@@ -500,6 +516,22 @@ def test_odd_scores_are_drawn(values: list[float | None], tmp_path: Path, drawn:
 
 
 # Regimes --------------------------------------------------------------------------------------------------------------
+
+
+def test_barriers_stand_over_branches_and_over_parameters_per_label(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    figures.FIGURES["examples.json"](write_examples(tmp_path / "run"))
+    against_branches, against_labels = drawn["examples"].axes[:2]
+    means = {10: [1.5, 0.7, math.nan], 100: [10.5, 2.5, math.nan]}  # n / (10 I), and half of a seed
+    for axes in (against_branches, against_labels):
+        lines = {line.get_label(): line for line in axes.lines if "examples" in str(line.get_label())}
+        assert list(lines) == ["10 examples", "100 examples"]
+        for (n, values), line in zip(means.items(), lines.values(), strict=True):
+            np.testing.assert_allclose(line.get_ydata(), values)
+            xs = [1, 5, 100] if axes is against_branches else [20 * i / (2 * n) for i in (1, 5, 100)]
+            np.testing.assert_allclose(line.get_xdata(), xs)
+    hollow = [line for line in against_branches.lines if line.get_markerfacecolor() == "white"]
+    assert [len(line.get_xdata()) for line in hollow] == [0, 3]  # 100 examples were not fitted
+    assert "undefined" in texts(drawn["examples"])
 
 
 def test_regimes_show_median_and_range_over_the_repeats(

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from dualgap_jax import figures, terminal
 from dualgap_jax.config import Component, require
+from dualgap_jax.convexity import DEFINITIONS
 from dualgap_jax.experiments import landscape
-from dualgap_jax.experiments.base import Experiment, Report, Tables, execute
+from dualgap_jax.experiments.base import Experiment, Report, Tables
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.landscape_report import partial_notes
-from dualgap_jax.experiments.row import aligned_scores, intervals
-from dualgap_jax.files import load_json, save_json
+from dualgap_jax.experiments.row import intervals, scores_of
+from dualgap_jax.files import save_json
 from dualgap_jax.workdir import Workdir
 
-_CELL = dataclasses.replace(landscape.LANDSCAPE, draw=None)
 _SHOWN = ("barrier_max", "barrier_max_aligned", "envelope_max", "envelope_max_aligned")
 
 
@@ -51,13 +53,13 @@ class ExamplesSpec:
                 f"{name}={values} must be distinct integers of at least {least}, and one at least.",
             )
         require(1 <= self.seeds <= 1000, f"seeds={self.seeds} must lie between 1 and 1,000.")
+
+    def validate(self, tables: Tables) -> None:
+        """As `LandscapeSpec.validate`, for every cell."""
         require(
             "num_examples" in self.cell.data.settings,
             f"data set {self.cell.data.name!r} has no setting num_examples; take one that has, such as 'cifar10'.",
         )
-
-    def validate(self, tables: Tables) -> None:
-        """As `LandscapeSpec.validate`, for every cell."""
         for examples, count in itertools.product(self.num_examples, self.num_branches):
             _cell(self, examples, count, 0).validate(tables)
 
@@ -72,32 +74,39 @@ def landscape_examples(spec: ExamplesSpec, workdir: Workdir, tables: Tables) -> 
     cells: list[dict[str, Any]] = []
     every = list(itertools.product(spec.num_examples, spec.num_branches))
     for number, (examples, count) in enumerate(every, 1):
-        records = []
+        scores: list[dict[str, Any]] = []
+        solutions: list[dict[str, Any]] = []
         for repeat in range(spec.seeds):
             cell = _cell(spec, examples, count, repeat)
             folder = workdir.path / "cells" / f"n_{examples}_I_{count}_seed_{cell.seed}"
             said = f"n = {examples or 'all'}, I = {count:,} ({number} of {len(every)}), seed {cell.seed}"
             with terminal.part(said):
-                execute(_CELL, cell, folder, tables)
-            records.append(load_json(folder / "results" / "landscape.json"))
-        scores = [r["scores"] | aligned_scores(r) for r in records]
+                found, ends = scores_of(cell, folder, tables)
+            scores.append(found)
+            solutions += ends
+        setting = landscape.build(_cell(spec, examples, count, 0), tables)
         cells.append(
             {
-                "num_examples": records[0]["samples"]["of"],
+                "num_examples": len(setting.dataset.y),
                 "num_branches": count,
-                "num_parameters": records[0]["num_parameters"],
-                "num_outputs": records[0]["num_outputs"],
-                "zero_loss": records[0]["zero_loss"],
+                "num_parameters": landscape.num_parameters(setting.net, setting.dataset),
+                "num_outputs": setting.dataset.num_outputs,
                 "scores": scores,
                 "intervals": intervals(scores),
-                "losses": [s["loss"] for r in records for s in r["solutions"]],
-                "statuses": [s["status"] for r in records for s in r["solutions"]],
+                "losses": [s["loss"] for s in solutions],
+                "statuses": [s["status"] for s in solutions],
             }
         )
         document = {"title": spec.title, "paper_item": spec.paper_item, "seeds": spec.seeds, "cells": cells}
-        document |= {"data": records[0]["data"], "definitions": records[0]["definitions"]}
+        document |= {"data": setting.dataset.info, "definitions": DEFINITIONS}
         save_json(workdir.results / "examples.json", document)
     return _report(spec, document)
+
+
+def _range(losses: Sequence[float | None]) -> str:
+    """The least and the largest loss; of a run that diverged a loss may not be a number."""
+    finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    return f"{min(finite):.3g} to {max(finite):.3g}" if len(finite) == len(losses) else "not finite"
 
 
 def _report(spec: ExamplesSpec, document: dict[str, Any]) -> Report:
@@ -112,7 +121,7 @@ def _report(spec: ExamplesSpec, document: dict[str, Any]) -> Report:
         rows.append(
             [
                 *(cell["num_examples"], cell["num_branches"], cell["num_parameters"] / labels),
-                *(f"{min(cell['losses']):.3g} to {max(cell['losses']):.3g}", f"{fitted}/{len(cell['statuses'])}"),
+                *(_range(cell["losses"]), f"{fitted}/{len(cell['statuses'])}"),
                 *means,
             ]
         )

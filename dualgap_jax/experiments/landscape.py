@@ -213,8 +213,6 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
     record: dict[str, Any] = {
         "title": spec.title.replace("{I}", f"{spec.num_branches:,}"),
         "num_branches": spec.num_branches,
-        "num_parameters": num_parameters(net, dataset),
-        "num_outputs": dataset.num_outputs,
         "regime": regime(spec),
         "precision": dataclasses.asdict(spec.precision),
         "samples": {"used": len(measured.y), "of": len(dataset.y)},

@@ -16,15 +16,13 @@ import numpy as np
 from dualgap_jax import figures, terminal
 from dualgap_jax.config import Component, require
 from dualgap_jax.convexity import DEFINITIONS
-from dualgap_jax.experiments import landscape
-from dualgap_jax.experiments.base import Experiment, Report, Tables, execute
+from dualgap_jax.experiments.base import Experiment, Report, Tables
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.landscape_report import partial_notes
-from dualgap_jax.files import load_json, save_json
+from dualgap_jax.experiments.row import scores_of
+from dualgap_jax.files import save_json
 from dualgap_jax.training import LearningRateScaling
 from dualgap_jax.workdir import Workdir
-
-_CELL = dataclasses.replace(landscape.LANDSCAPE, draw=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,27 +101,12 @@ def regimes(spec: RegimesSpec, workdir: Workdir, tables: Tables) -> Report:
         folder = workdir.path / "cells" / f"{init}_{scaling}_{reduce}_{count}_{repeat}"
         entry = {"init": init, "lr_scaling": scaling, "reduce": reduce, "num_branches": count, "repeat": repeat}
         with terminal.part(f"{init} {scaling} {reduce} I = {count:,} ({number} of {len(every)})"):
-            cells.append({**entry, **_scores(cell, folder, tables)})
+            scores, solutions = scores_of(cell, folder, tables)
+        ends = {"losses": [s["loss"] for s in solutions], "statuses": [s["status"] for s in solutions]}
+        cells.append({**entry, "scores": scores, **ends})
     document = {"title": spec.title, "score": spec.score, "cells": cells, "definitions": DEFINITIONS}
     save_json(workdir.results / "regimes.json", document)
     return _report(spec, cells)
-
-
-def _scores(cell: LandscapeSpec, folder: Any, tables: Tables) -> dict[str, Any]:
-    """The scores of one cell; a cell whose runs diverged has none, and says so."""
-    try:
-        execute(_CELL, cell, folder, tables)
-    except landscape.DivergedError:
-        solutions = load_json(folder / "results" / "solutions.json")["solutions"]
-        scores: dict[str, Any] = {}
-    else:
-        record = load_json(folder / "results" / "landscape.json")
-        solutions, scores = record["solutions"], record["scores"]
-    return {
-        "scores": scores,
-        "losses": [s["loss"] for s in solutions],
-        "statuses": [s["status"] for s in solutions],
-    }
 
 
 def median(values: Sequence[float | None]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +72,19 @@ def aligned_scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """The scores of the aligned surface by names of their own; none where there is no such surface."""
     scores = record.get("aligned", {}).get("scores", {})
     return {f"{name}_aligned": scores[name] for name in ALIGNED_SCORES if name in scores}
+
+
+_CELL = dataclasses.replace(landscape.LANDSCAPE, draw=None)
+
+
+def scores_of(cell: LandscapeSpec, folder: Path, tables: Tables) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The scores of one landscape of many, not drawn, and how its solutions ended; no scores where one diverged."""
+    try:
+        execute(_CELL, cell, folder, tables)
+    except landscape.DivergedError:
+        return {}, load_json(folder / "results" / "solutions.json")["solutions"]
+    record = load_json(folder / "results" / "landscape.json")
+    return record["scores"] | aligned_scores(record), record["solutions"]
 
 
 def intervals(every: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -28,9 +28,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dualgap_jax.figures.averages import shapley_folkman
+from dualgap_jax.figures.barriers import examples
 from dualgap_jax.figures.certificates import certify
 from dualgap_jax.figures.duality import duality_gap
-from dualgap_jax.figures.examples import examples
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.page import any_backend
 from dualgap_jax.figures.scores import regimes
