@@ -2,6 +2,7 @@
 
     python scripts/run.py --config=configs/figure1.py
     python scripts/run.py --config=configs/figure1.py:seeds=5,scale=common
+    python scripts/run.py --config=configs/figure1.py:preset=authors
     python scripts/run.py --config=configs/figure1.py:I=2/5/10/20/50,seed=1,data_seed=3
 
 Each panel is synthetic_relu.py at that I, in its regime; every solution converges.  Expect the envelope distance and
@@ -17,8 +18,8 @@ from dualgap_jax.experiments.row import RowSpec
 
 
 def get_config(arg=None):
-    args = parse_arg(arg, I=(10, 30, 70, 1000), seed=0, seeds=1, data_seed=1, scale="own", smoke=False)
-    same = f"seed={args.seed},data_seed={args.data_seed},smoke={args.smoke}"
+    args = parse_arg(arg, I=(10, 30, 70, 1000), seed=0, seeds=1, data_seed=1, scale="own", preset="paper", smoke=False)
+    same = f"seed={args.seed},data_seed={args.data_seed},preset={args.preset},smoke={args.smoke}"
     cell = load(Path(__file__).with_name("synthetic_relu.py"), same)
     row = RowSpec(
         title="Loss landscapes on synthetic ReLU data",

@@ -60,9 +60,13 @@ def test_aligned_networks_compute_the_same_and_come_nearer(name: str, rng: np.ra
         assert sorted(found.permutations[k].branches) == list(range(4))
 
 
+@pytest.mark.parametrize("by", landscape.alignment.BY)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_planted_permutation_is_found(name: str, rng: np.random.Generator) -> None:
+def test_a_planted_permutation_is_found(name: str, by: str, rng: np.random.Generator) -> None:
     branch, shape = NETWORKS[name]
+    if by == "activations" and name == "affine":
+        return
+    how = by
     net, (network,), x = drawn(branch, shape, 5, rng, 1)
     known = symmetries.symmetry(network.params, network.state)
     by = symmetries.random_permutation(known, 5, rng)
@@ -70,7 +74,7 @@ def test_a_planted_permutation_is_found(name: str, rng: np.random.Generator) -> 
     noisy = InMemory(
         jax.tree.map(lambda a: a + 1e-3 * rng.standard_normal(a.shape).astype(a.dtype), moved.params), moved.state
     )
-    found = landscape.align(net, [network, noisy], x)
+    found = landscape.align(net, [network, noisy], x, by=how)
     back: Any = found.networks[1]
     for a, b in zip(jax.tree.leaves(network.params), jax.tree.leaves(back.params), strict=True):
         np.testing.assert_allclose(a, b, atol=0.01)
@@ -120,6 +124,64 @@ def test_activations_are_matched_as_brute_force_does(rng: np.random.Generator) -
 
     best = max(map(value, itertools.permutations(range(6))))
     assert value(found.permutations[1].units[0].reshape(-1)) == pytest.approx(best, abs=1e-5)
+
+
+def test_activations_of_deep_branches_are_matched_as_brute_force_does(rng: np.random.Generator) -> None:
+    """Each layer of each pair of branches by itself, then the branches, all by trying every permutation."""
+    net, networks, x = drawn(mlp((3, 2), 2, activation="tanh"), (4,), 3, rng)
+    found = landscape.align(net, networks, x, by="activations")
+
+    def layers(network: Any, branch: int) -> list[np.ndarray]:
+        own = [(p["kernel"][branch], p["bias"][branch]) for p in network.params[:2]]
+        first, second = ([np.asarray(leaf, np.float64) for leaf in pair] for pair in own)
+        z = first[0] @ np.asarray(x, np.float64).T + first[1][:, None]
+        return [z, second[0] @ np.tanh(z) + second[1][:, None]]
+
+    def value(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+        total = 0.0
+        for left, right in zip(a, b, strict=True):
+            size = len(left)
+            table = np.corrcoef(left, right)[:size, size:]
+            total += max(table[range(size), order].sum() for order in itertools.permutations(range(size)))
+        return total
+
+    table = np.asarray([[value(layers(networks[0], i), layers(networks[1], j)) for j in range(3)] for i in range(3)])
+    best = max(table[range(3), order].sum() for order in itertools.permutations(range(3)))
+    assert table[range(3), found.permutations[1].branches].sum() == pytest.approx(best, abs=1e-5)
+    for i, branch in enumerate(found.permutations[1].branches):
+        moved = [
+            layer[units[i] % len(layer)]
+            for layer, units in zip(layers(networks[1], branch), found.permutations[1].units, strict=True)
+        ]
+        pairs = [p for a, b in zip(layers(networks[0], i), moved, strict=True) for p in zip(a, b, strict=True)]
+        here = sum(np.corrcoef(a, b)[0, 1] for a, b in pairs)
+        assert here == pytest.approx(table[i, branch], abs=1e-5)
+
+
+@pytest.mark.parametrize("over", landscape.alignment.OVER)
+def test_controls_permute_otherwise_or_shrink_to_the_same_distances(over: str, rng: np.random.Generator) -> None:
+    net, networks, x = drawn(mlp((3,), 2), (4,), 4, rng, 3)
+    found = landscape.align(net, networks, x, over=over, to=1)
+    made = landscape.controls(networks, found, seed=3)
+    for kind in (made.random, made.crossed):
+        for k, network in enumerate(kind):
+            y, z = (np.asarray(net.apply(n.params, n.state, x)[0]) for n in (networks[k], network))
+            np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-4)
+            assert (network is networks[1]) == (k == 1)
+            assert k == 1 or distance(network, networks[1]) > found.distances[k, 1]
+    by = found.permutations[2]
+    np.testing.assert_array_equal(
+        made.crossed[0].params[0]["kernel"], symmetries.permuted(networks[0], found.symmetry, by).params[0]["kernel"]
+    )
+    for k in (0, 2):
+        assert distance(made.shrunk[k], networks[1]) == pytest.approx(found.distances[k, 1], rel=1e-5)
+        whole = found.distances[k, 0]
+        assert distance(made.shrunk[k], networks[k]) == pytest.approx(whole - found.distances[k, 1], rel=1e-4)
+    disk = landscape.controls([OnDisk(n) for n in networks], found, seed=3)
+    for kind, same in zip(disk, made, strict=True):
+        np.testing.assert_array_equal(kind[2].read(1, 2)[0][1]["kernel"], same[2].read(1, 2)[0][1]["kernel"])
+    with pytest.raises(ValueError, match="three at least"):
+        landscape.controls(networks[:2], found)
 
 
 def test_deep_branches_end_where_no_exchange_of_two_units_brings_them_nearer(rng: np.random.Generator) -> None:
@@ -198,8 +260,9 @@ def test_mistakes_are_named(rng: np.random.Generator) -> None:
         landscape.align(net, networks, x, over="layers")
     with pytest.raises(ValueError, match="one hidden layer"):
         landscape.align(net, networks, x, over="units")
-    with pytest.raises(ValueError, match="one hidden layer"):
-        landscape.align(net, networks, x, by="activations")
+    affine, others, _ = drawn(mlp((), 2), (4,), 3, rng)
+    with pytest.raises(ValueError, match="needs the hidden layers"):
+        landscape.align(affine, others, x, by="activations")
     with pytest.raises(ValueError, match="at least two"):
         landscape.align(net, networks[:1], x)
     with pytest.raises(ValueError, match="block=0"):

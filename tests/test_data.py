@@ -41,7 +41,7 @@ def slow_teacher(a: np.ndarray, w: np.ndarray, point: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
-@pytest.mark.parametrize("labels", ["sign", "real"])
+@pytest.mark.parametrize("labels", ["sign", "class", "real"])
 def test_synthetic_labels_are_the_teachers(seed: int, labels: str) -> None:
     dataset = data.synthetic_relu(n=60, d=4, teacher_width=5, teacher_scale=2.5, seed=seed, labels=labels)
     a, w = data.relu_teacher(d=4, teacher_width=5, teacher_scale=2.5, seed=seed)
@@ -53,11 +53,15 @@ def test_synthetic_labels_are_the_teachers(seed: int, labels: str) -> None:
         assert dataset.task == "binary"
         np.testing.assert_array_equal(dataset.y, np.sign(expected))
         assert dataset.info["positive_fraction"] == (expected > 0).mean()
+    elif labels == "class":
+        assert dataset.task == "multiclass"
+        np.testing.assert_array_equal(dataset.y, expected > 0)
     else:
         assert dataset.task == "regression"
         np.testing.assert_allclose(dataset.y, expected, rtol=1e-6)
     assert dataset.x.shape == (60, 4)
-    assert (dataset.x.dtype, dataset.y.dtype, dataset.num_outputs) == (np.float32, np.float32, 1)
+    of_labels = (np.int32, 2) if labels == "class" else (np.float32, 1)
+    assert (dataset.x.dtype, dataset.y.dtype, dataset.num_outputs) == (np.float32, *of_labels)
     np.testing.assert_array_equal(dataset.mean, np.zeros(4))
     np.testing.assert_array_equal(dataset.std, np.ones(4))
     json.dumps(dataset.info)

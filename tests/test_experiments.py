@@ -588,9 +588,11 @@ def test_a_report_reads_as_a_table() -> None:
 
 @pytest.mark.parametrize("align", ["branches", "units", "activations"])
 def test_the_aligned_surface_goes_through_the_same_functions(align: Any, tmp_path: Path) -> None:
-    cell = tiny(plane=PlaneSpec(points=5, edge_points=4, align=align))
+    controls = align == "branches"
+    cell = tiny(plane=PlaneSpec(points=5, edge_points=4, align=align, controls=controls))
     report, workdir, _ = run(RowSpec(num_branches=(1, 3), cell=cell), tmp_path / "w", "landscape_row")
-    assert [row[0] for row in report.rows] == [1, "1 aligned", 3, "3 aligned"]
+    names = ("aligned", "random", "crossed", "shrunk") if controls else ("aligned",)
+    assert [row[0] for row in report.rows] == [1, *(f"1 {n}" for n in names), 3, *(f"3 {n}" for n in names)]
     assert any("Aligned:" in note for note in report.notes)
     for folder in ("I_1", "I_3"):
         results = workdir.path / folder / "results"
@@ -612,6 +614,15 @@ def test_the_aligned_surface_goes_through_the_same_functions(align: Any, tmp_pat
 
 
 RECORDS = ((load_json, "landscape.json"), (load_npz, "landscape.npz"), (load_npz, "aligned.npz"))
+
+
+def test_deep_branches_are_aligned_by_activations_and_controls_need_an_alignment(tmp_path: Path) -> None:
+    plane = PlaneSpec(points=5, edge_points=4, align="activations")
+    _, workdir, _ = run(tiny(branch=Component("mlp", {"hidden": (2, 2)}), plane=plane), tmp_path / "w")
+    aligned = load_json(workdir.results / "landscape.json")["aligned"]
+    assert (aligned["over"], aligned["by"]) == ("branches", "activations")
+    with pytest.raises(ConfigError, match="set plane"):
+        PlaneSpec(controls=True)
 
 
 def test_units_of_deep_branches_are_not_aligned_across_branches(tmp_path: Path) -> None:

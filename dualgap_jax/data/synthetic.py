@@ -11,7 +11,7 @@ from jaxtyping import Float
 from dualgap_jax import registry, seeds
 from dualgap_jax.data.dataset import Dataset, validate
 
-LABELS = ("sign", "real")
+LABELS = ("sign", "class", "real")
 _DRAWS_PER_EXAMPLE = 100  # synthetic_relu gives up after this many draws per example asked for
 
 
@@ -82,8 +82,9 @@ def synthetic_relu(
       teacher_width: hidden units of the teacher.
       teacher_scale: standard deviation of the teacher's output weights; `f` is proportional to it.
       seed: of teacher and points.
-      labels: 'sign' for `y = sign f(x)` (binary), 'real' for `y = f(x)` (regression).
-      min_margin: with 'sign', points with `|f(x)| <= min_margin * std(f)` are dropped and drawn again, std(f) being
+      labels: 'sign' for `y = sign f(x)` (binary), 'class' for the classes 1 and 0 of the same, for losses of two
+        outputs, 'real' for `y = f(x)` (regression).
+      min_margin: not with 'real', points with `|f(x)| <= min_margin * std(f)` are dropped and drawn again, std(f) being
         that of `teacher_std`.  At 0 this drops only points where f is exactly 0 (no unit active), which have no sign;
         so the teacher always separates the labels, and a multiple of it has hinge loss 0.
 
@@ -99,7 +100,7 @@ def synthetic_relu(
     if labels == "real" and min_margin > 0:
         raise ValueError(f"min_margin={min_margin} needs labels='sign'; with labels='real' leave it at 0.")
     teacher = relu_teacher(d=d, teacher_width=teacher_width, teacher_scale=teacher_scale, seed=seed)
-    threshold = min_margin * teacher_std(teacher) if labels == "sign" else -1.0
+    threshold = -1.0 if labels == "real" else min_margin * teacher_std(teacher)
     rng = seeds.generator(seed, 1)
     points, outputs = [], []
     kept = drawn = 0
@@ -118,6 +119,8 @@ def synthetic_relu(
         )
     x, f = np.concatenate(points)[:n], np.concatenate(outputs)[:n]
     y = (np.where(f > 0, 1.0, -1.0) if labels == "sign" else f).astype(np.float32)
+    if labels == "class":
+        y = (f > 0).astype(np.int32)
     info = {
         "source": "synthetic: x ~ N(0, 1), w_ij ~ N(0, 1), a_i ~ N(0, teacher_scale^2)",
         "num_examples": n,
@@ -139,8 +142,8 @@ def synthetic_relu(
             y=y,
             mean=np.zeros(d, np.float32),
             std=np.ones(d, np.float32),
-            num_outputs=1,
-            task="binary" if labels == "sign" else "regression",
+            num_outputs=2 if labels == "class" else 1,
+            task={"sign": "binary", "class": "multiclass", "real": "regression"}[labels],
             info=info,
         )
     )

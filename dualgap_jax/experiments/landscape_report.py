@@ -72,6 +72,7 @@ def report(records: list[dict[str, Any]]) -> Report:
         rows.append(_row(r, r["num_branches"], r))
         if "aligned" in r:
             rows.append(_row(r, f"{r['num_branches']} aligned", r["aligned"]))
+        rows += [_row(r, f"{r['num_branches']} {name}", control) for name, control in r.get("controls", {}).items()]
     first = records[0]
     notes = [
         f"Regime: {first['regime']}.",
@@ -80,6 +81,11 @@ def report(records: list[dict[str, Any]]) -> Report:
     ]
     notes += sorted({_state_note(r) for r in records if r.get("state") is not None})
     notes += sorted({_aligned_note(r["aligned"]) for r in records if "aligned" in r})
+    if any("controls" in r for r in records):
+        notes.append(
+            "Controls: solutions 1 and 2 permuted at random; by one another's permutations (crossed); moved straight"
+            " towards solution 0 to the distances of the aligned ones (shrunk)."
+        )
     outside = [f"I = {r['num_branches']:,}: {r['solutions_outside']}" for r in records if r.get("solutions_outside")]
     if outside:
         notes.append(f"Outside the window lie solutions {'; '.join(outside)}: plane.window=solutions lets it grow.")

@@ -20,10 +20,10 @@ from dualgap_jax.workdir import Workdir
 
 _MAX_POINTS = 10_000  # along a side or an edge
 # Names of a config for what is permuted, and by what it is compared; see `landscape.align`.
-ALIGNMENTS = {
+_ALIGNMENTS = {
     "branches": ("branches", "weights"),
     "units": ("units", "weights"),
-    "activations": ("units", "activations"),
+    "activations": ("branches", "activations"),
 }
 PAPER_HALF_WIDTH = 0.6  # the window that Figure 1 shows, in the authors' axes
 _MARGIN = 1.1  # of a window that grows, over the farthest coordinate of a solution
@@ -48,8 +48,11 @@ class PlaneSpec:
         every point, 'interpolate' takes them along linearly.
       state_samples: over how many examples they are estimated, spread evenly over those of the surface.
       align: whether a second surface goes through the solutions aligned to the first: 'none'; 'branches', permuted
-        whole and in their hidden units; 'units', the hidden units of all branches by weights, 'activations', by
-        activations, both for one hidden layer; see `landscape.align`.
+        whole and in their hidden units; 'units', the hidden units of all branches by weights, for one hidden layer;
+        'activations', by activations, the units of all branches, or of deep networks branches and the units of each
+        layer; see `landscape.align`.
+      controls: whether the same is measured of networks permuted at random, by one another's permutations, and moved
+        straight to the distances of the aligned ones; see `landscape.controls`.
       window: 'fixed', or 'solutions': the window grows, where it must, until all three solutions lie in it.
       hessian: eigenvalues at each end of the spectrum of the Hessian at solution 0, its trace and density; 0 is none.
         Like the next four it is of the raw solutions, over the examples of the surface.
@@ -70,6 +73,7 @@ class PlaneSpec:
     state: Literal["estimate", "interpolate"] = "estimate"
     state_samples: int = 256
     align: Literal["none", "branches", "units", "activations"] = "none"
+    controls: bool = False
     window: Literal["fixed", "solutions"] = "fixed"
     hessian: int = 0
     hessian_branches: bool = False
@@ -88,6 +92,10 @@ class PlaneSpec:
             value = getattr(self, name)
             require(value >= 0, f"plane.{name}={value} must be >= 0 (0: {none}).")
         require(
+            not self.controls or self.align != "none",
+            "plane.controls are of an alignment: set plane.align too, to branches, units or activations.",
+        )
+        require(
             self.trajectory == 0 or self.trajectory >= 3,
             f"plane.trajectory={self.trajectory} must be 0 (none) or at least 3 snapshots.",
         )
@@ -98,13 +106,19 @@ def inputs(dataset: Dataset, count: int) -> Any:
     return standardise(dataset.x[:count], dataset.mean, dataset.std)
 
 
+def _alignment(plane: PlaneSpec, net: Network, x: Any) -> tuple[str, str]:
+    """What is permuted, and by what it is compared.  Raises ValueError where the network does not allow it."""
+    over, by = _ALIGNMENTS[plane.align]
+    known = landscape.exchangeable(net, x, over=over, by=by)
+    return ("units" if plane.align == "activations" and len(known.groups) == 1 else over), by
+
+
 def check_alignable(plane: PlaneSpec, net: Network, dataset: Dataset) -> None:
     """Raises ConfigError where the solutions could not be aligned as the spec wants it."""
     if plane.align == "none":
         return
-    over, by = ALIGNMENTS[plane.align]
     try:
-        landscape.exchangeable(net, inputs(dataset, 32), over=over, by=by)
+        _alignment(plane, net, inputs(dataset, 32))
     except ValueError as error:
         raise ConfigError(
             f"plane.align={plane.align!r} does not fit this branch: {error} Take plane.align=branches or none."
@@ -148,12 +162,19 @@ def measure(
         measured["state"] = {"how": spec.plane.state, "samples": examples}
     measured |= _surface(spec, workdir, dataset, net, loss, networks, "landscape", zero_loss)
     if spec.plane.align != "none":
-        over, by = ALIGNMENTS[spec.plane.align]
-        found = landscape.align(net, networks, inputs(dataset, spec.plane.sample_chunk), over=over, by=by)
+        x = inputs(dataset, spec.plane.sample_chunk)
+        over, by = _alignment(spec.plane, net, x)
+        found = landscape.align(net, networks, x, over=over, by=by)
         aligned = _surface(spec, workdir, dataset, net, loss, found.networks, "aligned", zero_loss)
         aligned.pop("definitions")
         measured["aligned"] = {"over": over, "by": by, "distances": found.distances.tolist(), "blocks": found.blocks}
         measured["aligned"] |= aligned
+        if spec.plane.controls:
+            measured["controls"] = {}
+            for name, others in landscape.controls(networks, found, seed=spec.seed)._asdict().items():
+                control = _surface(spec, workdir, dataset, net, loss, others, f"control_{name}", zero_loss)
+                control.pop("definitions")
+                measured["controls"][name] = control
     return measured
 
 

@@ -18,6 +18,7 @@ surfaces and paths to ParaView.
 """
 
 from dualgap_jax.landscape.alignment import Alignment, align, exchangeable
+from dualgap_jax.landscape.controls import Controls, controls
 from dualgap_jax.landscape.curves import Curve, curve
 from dualgap_jax.landscape.planes import AXES, Block, Plane, at, plane_through, random_plane
 from dualgap_jax.landscape.points import ACCUMULATOR_BYTES, ROUTES, evaluate_points
@@ -35,6 +36,7 @@ __all__ = [
     "STATES",
     "Alignment",
     "Block",
+    "Controls",
     "Curve",
     "DegeneratePlaneError",
     "Plane",
@@ -44,6 +46,7 @@ __all__ = [
     "Trajectory",
     "align",
     "at",
+    "controls",
     "curve",
     "edges",
     "evaluate",

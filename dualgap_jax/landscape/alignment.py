@@ -19,7 +19,8 @@ from scipy.optimize import linear_sum_assignment
 
 from dualgap_jax import trees
 from dualgap_jax.landscape import symmetry as symmetries
-from dualgap_jax.landscape.symmetry import Permutation, Symmetry, Units, permuted
+from dualgap_jax.landscape.activations import activations
+from dualgap_jax.landscape.symmetry import Parts, Permutation, Symmetry, Units, permuted
 from dualgap_jax.networks.sources import blocks, check_source
 from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.terminal import Progress
@@ -32,8 +33,6 @@ EXACT_UNITS = 16_384
 _PAIR_NUMBERS = 2**25  # numbers of products of pairs of branches at a time
 _SWEEPS = 100
 
-Parts = dict[tuple[int, ...], np.ndarray]
-
 
 class Alignment(NamedTuple):
     """Networks that compute what they did, with branches and units in the places of one of them.
@@ -43,12 +42,17 @@ class Alignment(NamedTuple):
       permutations: where the branches and units of each came from.
       distances: `[k, 2]`: the Euclidean distance of the parameters of each to those of network `to`, before and after.
       blocks: among how many branches each was placed: I, or fewer where I is large.
+      symmetry: the units that change places.
+      over, to: as given.
     """
 
     networks: tuple[BranchSource, ...]
     permutations: tuple[Permutation, ...]
     distances: np.ndarray
     blocks: int
+    symmetry: Symmetry
+    over: str
+    to: int
 
 
 def align(
@@ -73,16 +77,17 @@ def align(
         are compared.
       over: 'branches': whole branches change places, and units within a branch; 'units': the hidden units of all
         branches, of networks with one hidden layer.
-      by: 'weights': the largest inner product of all parameters; 'activations': the largest sum of correlations of
-        pre-activations of the hidden units over x, of networks with one hidden layer and a stem.
+      by: 'weights': the largest inner product of all parameters; 'activations': the largest sum of correlations of the
+        hidden units' inputs over x (of channels, over x and positions), layer by layer, each exact given the branches;
+        of `mlp` and of Linen modules.
       to: which of the networks stays as it is.
       units: what units there are, where the network is no chain of layers that is known; see `symmetry.symmetry`.
       block: among how many branches a place is looked for; None: all I up to 5,000 branches (16,384 units), else
         blocks of that many, consecutive ones, of each network: an approximation.
 
     Raises:
-      ValueError: for fewer than two networks, `to` out of range, a block below 1, units that are not exchangeable, or
-        more than one hidden layer where one is asked for.
+      ValueError: for fewer than two networks, `to` out of range, a block below 1, units that are not exchangeable,
+        activations that cannot be read, or more than one hidden layer for over='units'.
       TypeError: for networks that are not handles.
       UnknownNameError: for an unknown `over` or `by`.
     """
@@ -104,11 +109,10 @@ def align(
         pieces = []
         for first, count in blocks(total, block):
             pair = networks[to].read(first, count), network.read(first, count)
-            (a, _), (b, _) = pair
-            parts = _parts(a, known), _parts(b, known)
+            parts = _parts(pair[0][0], known), _parts(pair[1][0], known)
             compared = parts
             if by == "activations":
-                compared = _activations(net, a, x, known), _activations(net, b, x, known)
+                compared = activations(net, pair[0], x, known), activations(net, pair[1], x, known)
             match = _units if over == "units" else _branches
             piece = match(*compared, known, f"align {number + 1} of {len(networks)}")
             pieces.append(_shifted(piece, first, known))
@@ -118,7 +122,7 @@ def align(
         network if number == to else permuted(network, known, by_)
         for number, (network, by_) in enumerate(zip(networks, found, strict=True))
     )
-    return Alignment(moved, tuple(found), np.sqrt(distances), block)
+    return Alignment(moved, tuple(found), np.sqrt(distances), block, known, over, to)
 
 
 def exchangeable(
@@ -143,12 +147,12 @@ def exchangeable(
     like = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape), leaf.dtype), shapes)
     params, state = like
     known = symmetries.symmetry(params, state, units)
-    if (over == "units" or by == "activations") and len(known.groups) != 1:
+    if over == "units" and len(known.groups) != 1:
         raise ValueError(
             f"over={over!r}, by={by!r} is for networks with one hidden layer; this one has {len(known.groups)}."
         )
     if by == "activations":
-        _activations(net, params, x, known)
+        activations(net, like, x, known)
     symmetries.check(net, known, (params, state), x, over)
     return known
 
@@ -199,19 +203,6 @@ def _parts(params: Any, known: Symmetry) -> Parts:
         flat = canonical.reshape(*canonical.shape[: 1 + len(groups)], -1)
         gathered.setdefault(groups, []).append(flat)
     return {groups: np.concatenate(flats, axis=-1) for groups, flats in gathered.items()}
-
-
-def _activations(net: Network, params: Any, x: Any, known: Symmetry) -> Parts:
-    """Pre-activations of the hidden units over x, each centred and of length 1: `[I, size, n]`."""
-    stem = net.stacked.branch.stem if net.stacked is not None else None
-    if stem is None:
-        raise ValueError("by='activations' needs a network that names its stem; take by='weights'.")
-    z = np.asarray(jax.vmap(stem.preactivation, (0, None))(params, jnp.asarray(x)))
-    if z.ndim != 3 or z.shape[1] != known.groups[0].size:
-        raise ValueError(f"by='activations' needs pre-activations [units, batch], got {z.shape[1:]}; take 'weights'.")
-    z = z - z.mean(-1, keepdims=True)
-    norms = np.linalg.norm(z, axis=-1, keepdims=True)
-    return {(0,): (z / np.where(norms > 0, norms, 1)).astype(np.float32)}
 
 
 def _units(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:

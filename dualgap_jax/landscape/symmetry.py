@@ -25,6 +25,7 @@ from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.types import BranchSource, Network, Params, PyTree, State
 
 Units = Mapping[str, int]
+Parts = dict[tuple[int, ...], np.ndarray]  # by groups of units, outer one first: `[I, *sizes, numbers]`
 _CHECKED = 3  # branches that the check draws
 _TOLERANCE = 1e-3  # relative; units that do not belong together change outputs by their own size
 
