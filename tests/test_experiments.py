@@ -24,6 +24,7 @@ from dualgap_jax.data import DATASETS, Dataset
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
 from dualgap_jax.experiments import landscape as landscape_experiments
+from dualgap_jax.experiments.architecture import ArchitectureSpec, narrowed
 from dualgap_jax.experiments.examples import ExamplesSpec
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
 from dualgap_jax.experiments.planes import window
@@ -33,7 +34,7 @@ from dualgap_jax.metrics import read_metrics
 from dualgap_jax.networks import BRANCHES, from_functions
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import SettingError, UnknownNameError
-from dualgap_jax.training import TrainingSpec
+from dualgap_jax.training import TrainingSpec, train
 from dualgap_jax.workdir import Workdir, WorkdirError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -720,3 +721,61 @@ def test_a_window_grows_to_hold_the_solutions_or_says_which_lie_outside(
     assert window(PlaneSpec(), points) == (1.0, fixed)
     half, outside = window(PlaneSpec(window="solutions"), points)
     assert (round(half, 9), outside) == (grown, [])
+
+
+# --- architecture -----------------------------------------------------------------------------------------------------
+
+
+def test_the_narrower_branch_is_the_nearest_in_parameters(tfds_dir: Path) -> None:
+    dataset = DATASETS.build("mnist", num_examples=20)
+    for name, width, value in (("mlp", "hidden", (12, 6)), ("conv", "channels", (8, 4))):
+        cell = tiny(branch=Component(name, {width: value}))
+        spec = ArchitectureSpec(width=width, cell=cell)
+
+        def size(branch: Component) -> int:
+            net = BRANCHES.build(branch.name, **{**branch.settings, "out": 10})
+            params, _ = net.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+            return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+        whole = size(cell.branch)
+        for count in (1, 2, 3):
+            half = value[1] / value[0]
+            others = [Component(name, {width: (w, max(1, round(half * w)))}) for w in range(1, value[0] + 1)]
+            off = min(abs(count * size(other) - whole) for other in others)
+            if off > whole / 4:
+                with pytest.raises(ConfigError, match=f"^{count} branches"):
+                    narrowed(spec, count, dataset, TABLES)
+                continue
+            branch, total = narrowed(spec, count, dataset, TABLES)
+            assert (total, abs(total - whole)) == (count * size(branch), off)
+        with pytest.raises(ConfigError, match=r"500 branches have .* take fewer branches"):
+            narrowed(spec, 500, dataset, TABLES)
+
+
+def test_architecture_measures_the_solutions_on_the_test_split(tfds_dir: Path, tmp_path: Path) -> None:
+    config = config_lib.load(ROOT / "configs" / "architecture.py", "smoke,seeds=2,I=2")
+    report, workdir, _ = experiments.run(config, workdir=tmp_path / "w")
+    spec = spec_of(config)
+    (cell,) = load_json(workdir.results / "architecture.json")["cells"]
+    records = [load_json(workdir.path / f"I_2_seed_{s}" / "results" / "landscape.json") for s in (0, 1)]
+    accuracies = [[s["test_accuracy"] for s in record["solutions"]] for record in records]
+    assert cell["scores"]["test_accuracy"] == pytest.approx(np.mean(accuracies))
+    assert cell["scores"]["barrier_max_aligned"] == pytest.approx(
+        np.mean([record["aligned"]["scores"]["barrier_max"] for record in records])
+    )
+    low, high = scipy.stats.t.interval(0.95, 1, np.mean(accuracies), scipy.stats.sem(np.mean(accuracies, axis=1)))
+    np.testing.assert_allclose(cell["intervals"]["test_accuracy"][1:], [low, high])
+    made = dataclasses.replace(spec.cell, num_branches=2, branch=narrowed(spec, 2, DATASETS.build("mnist"), TABLES)[0])
+    setting = landscape_experiments.build(made, TABLES)
+    solutions = train(setting.net, setting.loss, setting.dataset, **made.training.arguments(2))
+    test = DATASETS.build("mnist", **{**made.data.settings, "split": "test"})
+    again = [evaluate(setting.net, setting.loss, test, s.network).accuracy for s in solutions]
+    np.testing.assert_allclose(accuracies[0], again)
+    assert "±" in report.rows[0][3]
+
+
+def test_an_architecture_needs_widths_and_a_test_split() -> None:
+    with pytest.raises(ConfigError, match="must name a setting of the branch"):
+        ArchitectureSpec(width="depth")
+    with pytest.raises(SettingError, match="split"):
+        ArchitectureSpec(cell=tiny()).validate(TABLES)

@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dualgap_jax.config import ConfigError, check_numbers, require, spec_of
+from dualgap_jax.experiments.architecture import ARCHITECTURE
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute, identity
 from dualgap_jax.experiments.certify import CERTIFY
 from dualgap_jax.experiments.duality_gap import DUALITY_GAP
@@ -32,6 +33,7 @@ EXPERIMENTS: Table[Experiment] = Table(
             LANDSCAPE,
             LANDSCAPE_ROW,
             LANDSCAPE_EXAMPLES,
+            ARCHITECTURE,
             LINEAR_DUAL,
             REGIMES,
             SHAPLEY_FOLKMAN,

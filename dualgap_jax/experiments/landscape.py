@@ -67,6 +67,7 @@ class LandscapeSpec:
       seed: of initialisations and orders; the three solutions have independent keys.
       branch: an entry of the branch table and its settings; the number of outputs comes from the data.
       data, loss: entries of their tables.
+      test: data on which the loss and accuracy of each solution are measured too; its name 'none' is none.
       training, plane: how solutions are found, and what is drawn through them.
       mesh: devices that share the branches and the batches in training.
       precision: number formats of the training.
@@ -80,6 +81,7 @@ class LandscapeSpec:
     branch: Component = Component("mlp", {"hidden": (8,)})
     data: Component = Component("synthetic_relu", {})
     loss: Component = Component("binary_hinge", {})
+    test: Component = Component("none", {})
     training: TrainingSpec = TrainingSpec()
     plane: PlaneSpec = PlaneSpec()
     mesh: MeshSpec = MeshSpec()
@@ -96,6 +98,8 @@ class LandscapeSpec:
         tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
         tables.datasets.check(self.data.name, **self.data.settings)
         seeds.check(self.data.settings.get("seed", 0), "data.seed")
+        if self.test.name != "none":
+            tables.datasets.check(self.test.name, **self.test.settings)
         self.training.arguments(self.num_branches)
 
 
@@ -207,6 +211,11 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
         for s, e in zip(solutions, evaluations, strict=True)
     ]
+    if spec.test.name != "none":
+        test = tables.datasets.build(spec.test.name, **spec.test.settings)
+        for row, network in zip(rows, networks, strict=True):
+            seen = evaluate(net, loss, test, network)
+            row |= {"test_loss": seen.loss, "test_accuracy": seen.accuracy}
     save_json(workdir.results / "solutions.json", {"solutions": rows})
     _check_not_diverged(spec, solutions)
     margins = np.concatenate([e.margins for e in evaluations if e.margins is not None] or [np.zeros(0)])

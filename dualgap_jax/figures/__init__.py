@@ -9,6 +9,7 @@ A work folder holds records in `results/`; each record kind has one function her
 | the same, `aligned.npz` | `aligned` | beside it the plane through the solutions aligned, on one scale |
 | the same, `spectrum`, `trajectory`, `curve.npz` | of these names | a solution's Hessian, path, way to another |
 | `row.json` | `row`, `scores`, `row_aligned` | a row of Figures 1 and 4; each convexity score against I |
+| `architecture.json` | `architecture` | accuracy and scores against I at an equal number of parameters |
 | `duality_gap.json` | `duality_gap` | Theorem 1: gap and bound against I, value function, dual, trained networks |
 | `examples.json` | `examples` | the barrier between solutions against I, for several numbers of examples |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
@@ -33,7 +34,7 @@ from dualgap_jax.figures.certificates import certify
 from dualgap_jax.figures.duality import duality_gap
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.page import any_backend
-from dualgap_jax.figures.scores import regimes
+from dualgap_jax.figures.scores import architecture, regimes
 from dualgap_jax.figures.spectra import spectral
 from dualgap_jax.figures.surfaces import landscape, row
 from dualgap_jax.registry import Table
@@ -44,6 +45,7 @@ FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
         "landscape.json": landscape,
         "row.json": row,
         "examples.json": examples,
+        "architecture.json": architecture,
         "regimes.json": regimes,
         "shapley_folkman.json": shapley_folkman,
         "spectral.json": spectral,

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # The panels of the scores chart: title, label of the vertical axis, score name -> label of its line.
 _SCORE_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Test accuracy", "share of examples", {"test_accuracy": ""}),
+    ("Loss of the solutions", "loss", {"train_loss": "training", "test_loss": "test"}),
     (
         "Distance to the lower convex envelope",
         "loss",
@@ -99,7 +101,27 @@ def _is_number_or_null(scores: Mapping[str, Any], name: str) -> bool:
     return name in scores and (scores[name] is None or isinstance(scores[name], int | float))
 
 
-def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[Path]:
+def architecture(workdir: str | Path) -> list[Path]:
+    """Accuracy and convexity scores against the number of branches at an equal number of parameters.
+
+    Reads `results/architecture.json` (`title`, `paper_item`, `note`, `seeds`, `cells`, `score_names`); each of the
+    `cells` has `num_branches`, `scores` and `intervals`.
+
+    Returns:
+      The paths of `figures/architecture.png` and `.pdf`.
+
+    Raises:
+      ValueError: the record is missing or malformed, or has no cells.
+    """
+    workdir, name = Path(workdir), "architecture.json"
+    record = read_record(workdir, name, ("title", "paper_item", "note", "cells", "score_names"))
+    cells = read_cells(record, workdir, name, ("num_branches", "scores", "intervals"))
+    return draw_scores(workdir, record, cells, "architecture")
+
+
+def draw_scores(
+    workdir: Path, record: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], stem: str = "scores"
+) -> list[Path]:
     """`figures/scores`: small multiples of the convexity scores against the number of branches."""
     counts = [cell["num_branches"] for cell in cells]
     panels = _score_panels(record["score_names"], cells)
@@ -111,12 +133,14 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
     tables = [{name: np.asarray([_shown(cell, name) for cell in cells]) for name in p[2]} for p in panels]
     partial = [bool(left_out(cell["scores"])) for cell in cells]
     caption = value_notes(np.concatenate([values for table in tables for values in table.values()]))
+    caption.append(plain(record.get("note", "")))
     if any(cell.get("intervals") for cell in cells):
         caption.append(f"Means over {record['seeds']} seeds, with 95 % t-intervals as bars.")
     caption += _partial_note([(f"I = {c['num_branches']:,}", c["scores"]) for c in cells])
     across = min(3, len(panels))
     with page(0.4 + 3.3 * max(across, 2), 0.75 + 2.5 * math.ceil(len(panels) / across), caption) as figure:
-        head(figure, f"{record['title']}: convexity scores", plain(record["paper_item"]))
+        named = {"scores": f"{record['title']}: convexity scores"}
+        head(figure, named.get(stem, record["title"]), plain(record["paper_item"]))
         for index, ((title, label, lines), table) in enumerate(zip(panels, tables, strict=True)):
             place = (0.8 + 3.3 * (index % across), 1.15 + 2.5 * (index // across), 2.5, 1.55)
             axes = figure.add_axes(box(figure, *place))
@@ -139,7 +163,10 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
                 )
                 mark_undefined(axes, counts, values, str(style["color"]))
             branch_axis(axes, counts)
-            value_axis(axes, np.concatenate(ends))
+            if "test_accuracy" in lines:
+                axes.margins(y=0.4)
+            else:
+                value_axis(axes, np.concatenate(ends))
             tidy(axes)
             axes.set_title(title, loc="left", pad=16 if len(lines) > 1 else 6)
             axes.set(xlabel="number of branches $I$", ylabel=label)
@@ -152,7 +179,7 @@ def draw_scores(workdir: Path, record: Mapping[str, Any], cells: Sequence[Mappin
                     columnspacing=1.2 if len(lines) < 3 else 0.8,
                     handlelength=2.0 if len(lines) < 3 else 1.6,
                 )
-        return save(figure, workdir, "scores")
+        return save(figure, workdir, stem)
 
 
 def _shown(cell: Mapping[str, Any], name: str) -> float:
