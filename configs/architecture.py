@@ -5,9 +5,10 @@
     python scripts/run.py --config=configs/architecture.py:I=1/4/16/64,seeds=3,num_examples=60000
 
 The paper recommends many branches for the landscape; this asks what they cost in accuracy.  `branch=mlp`: one hidden
-layer on MNIST, 64 units in all, which compute the same however they are divided, aligned over all units; `branch=vgg9`: VGG-9 on CIFAR-10, width 16 at I = 1.  Each network has about as many
-parameters as the single branch; `hidden=64/64` has two layers.  Small by default: 5,000 images, one seed, surfaces over 1,000 of them.  Rates are
-those of mnist_1layer.py and cifar_vgg9.py.  A few minutes on two CPU cores; VGG-9 wants a GPU.
+layer on MNIST, 64 units in all, which compute the same however they are divided, aligned over all units; `hidden=64/64`
+has two layers.  `branch=vgg9`: VGG-9 on CIFAR-10, width 16 at I = 1.  Each network has about as many parameters as the
+single branch.  Small by default: 5,000 images, one seed, surfaces over 1,000 of them.  Rates are those of
+mnist_1layer.py and cifar_vgg9.py.  A minute of CPU time; VGG-9 wants a GPU.
 """
 
 import dataclasses

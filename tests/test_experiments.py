@@ -777,5 +777,5 @@ def test_architecture_measures_the_solutions_on_the_test_split(tfds_dir: Path, t
 def test_an_architecture_needs_widths_and_a_test_split() -> None:
     with pytest.raises(ConfigError, match="must name a setting of the branch"):
         ArchitectureSpec(width="depth")
-    with pytest.raises(SettingError, match="split"):
+    with pytest.raises(UnknownNameError, match="split"):
         ArchitectureSpec(cell=tiny()).validate(TABLES)
