@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,13 @@ def surface(surface: Any, *, plane: Any = None, title: str = "") -> Figure:
         panels.colour_bar(figure, flat, panels.draw_map(flat, sheet, scale), scale)
         flat.set(xlabel="$a$", ylabel="$b$")
         figure.canvas.draw()  # in the house style, which ends with this block
+
+    def as_png() -> bytes:
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=100)
+        return out.getvalue()
+
+    figure._repr_png_ = as_png  # type: ignore[attr-defined]  # how IPython asks for a picture
     return figure
 
 

@@ -29,36 +29,37 @@
 # notebook draws that picture on the synthetic data and turns "more convex" into numbers.
 
 # %% [markdown]
-# ## Set-up
-#
-# The cell below does something on Colab only: it installs the package with the right `jax` for a TPU, a GPU or a CPU.
-# When it has upgraded `jax`, restart the runtime once.
+# The first cell installs the package where it is missing, as on Colab, for the chip that it finds, and says what it did.
 
 # %%
+import glob
+import importlib.util
 import os
 import subprocess
 import sys
 
-if "COLAB_RELEASE_TAG" in os.environ:
-    if "COLAB_TPU_ADDR" in os.environ or "TPU_WORKER_ID" in os.environ or os.path.exists("/dev/accel0"):
-        extra = "tpu"
-    elif os.path.exists("/proc/driver/nvidia/version"):
-        extra = "cuda"
-    else:
-        extra = "tensorboard"
-    url = "git+https://github.com/dualgap-jax/dualgap_jax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"dualgap_jax[{extra}] @ {url}"], check=True)
+RELEASE = ""  # a tag, such as "v0.2.0"; "" is the newest version
+
+if importlib.util.find_spec("dualgap_jax") is None:
+    tpu = glob.glob("/dev/vfio/[0-9]*") + glob.glob("/dev/accel[0-9]*")
+    chip = "tpu" if tpu else "cuda" if os.path.exists("/proc/driver/nvidia/version") else "cpu"
+    extras = "report" if chip == "cpu" else f"report,{chip}"
+    url = "git+https://github.com/dualgap-jax/dualgap_jax" + (f"@{RELEASE}" if RELEASE else "")
+    print(f"found {chip}; installing dualgap_jax[{extras}] from {url}")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"dualgap_jax[{extras}] @ {url}"], check=True)
+
+import jax
+
+import dualgap_jax as dg
+
+print(f"dualgap_jax {dg.__version__}, jax {jax.__version__} on {jax.devices()[0].device_kind}")
 
 # %%
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-import dualgap_jax as dg
 from dualgap_jax import convexity, data, evaluation, landscape, training
 from dualgap_jax.config import Component
-
-print(jax.devices())
 
 # DUALGAP_SMOKE=1 runs everything in seconds, with fewer steps and points.
 SMOKE = os.environ.get("DUALGAP_SMOKE") == "1"

@@ -30,6 +30,7 @@ def test_a_picture_of_any_surface(plane: Any, tmp_path: Path) -> None:
     marks = [t.get_text() for t in flat.texts]
     assert marks == ([] if plane is None else ["0", "1", "2"])
     assert any("Outside the window: solution 2" in t.get_text() for t in figure.texts) == (plane is not None)
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
     figure.savefig(tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10_000
 

@@ -68,13 +68,16 @@ def _scan(run: Run, equation: Equation, args: list[Jet]) -> list[Jet]:
         raise UnsupportedPrimitiveError(
             f"a scan of {length} steps is too long for interval rules; up to {_LONGEST_SCAN}."
         )
-    consts, carry = args[: p["num_consts"]], args[p["num_consts"] :][: p["num_carry"]]
-    rows = args[p["num_consts"] + p["num_carry"] :]
+    if "num_consts" in p:
+        fixed, moving = p["num_consts"], p["num_carry"]
+    else:  # JAX 0.12 on: trees of constants, carry and rows
+        fixed, moving, _ = map(len, p["ft_in"].unpack())
+    consts, carry, rows = args[:fixed], args[fixed : fixed + moving], args[fixed + moving :]
     outputs: list[list[Jet]] = []
     for t in range(length)[:: -1 if p["reverse"] else 1]:
         results = _evaluate(run, body, [*consts, *carry, *(jets.taken(row, t, 0) for row in rows)])
-        carry = results[: p["num_carry"]]
-        outputs.append(results[p["num_carry"] :])
+        carry = results[:moving]
+        outputs.append(results[moving:])
     if p["reverse"]:
         outputs.reverse()
     return [*carry, *(jets.stacked(run.order, list(column)) for column in zip(*outputs, strict=True))]

@@ -143,6 +143,7 @@ def draw_solid(axes: Any, surface: Surface, scale: Scale) -> None:
     """The 3-D surface with the solutions inside the window; cells of non-finite points lie grey on the floor."""
     from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.patheffects import withStroke
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
     height = scale.cap - scale.low
@@ -172,7 +173,8 @@ def draw_solid(axes: Any, surface: Surface, scale: Scale) -> None:
             top = min(loss, scale.cap)
             axes.plot([a, a], [b, b], [floor, top], color="black", linewidth=0.7, zorder=3)
             axes.plot([a], [b], [top], "o", color="white", markeredgecolor="black", markersize=4.5, zorder=4)
-            axes.text(a, b, top + 0.07 * height, str(index), fontsize=8.5, ha="center", va="bottom", zorder=5)
+            label = axes.text(a, b, top + 0.07 * height, str(index), fontsize=8.5, ha="center", va="bottom", zorder=5)
+            label.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
     axes.set(xlim=surface.xs[[0, -1]], ylim=surface.ys[[0, -1]], zlim=(floor, scale.cap))
     power = _power(max(abs(floor), abs(scale.cap)))
     for axis, bins, prune, unit in (
