@@ -142,8 +142,8 @@ def _quads(surface: Surface, cap: float) -> Float[np.ndarray, "quads 4 3"]:
 def draw_solid(axes: Any, surface: Surface, scale: Scale) -> None:
     """The 3-D surface with the solutions inside the window; cells of non-finite points lie grey on the floor."""
     from matplotlib import colormaps
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
     from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
     height = scale.cap - scale.low
