@@ -525,10 +525,12 @@ def test_a_replaced_apply_is_what_is_evaluated_and_drawn(kind: str, route: str, 
         assert new.computed().apply is new.apply
 
 
-def test_a_replaced_sum_is_not_aligned_by_the_branches_it_had(rng: np.random.Generator) -> None:
+def test_a_replaced_sum_is_not_taken_apart_into_the_branches_it_had(rng: np.random.Generator) -> None:
     net = multi_branch(networks.mlp((4,), 1), 3)
     x = rng.standard_normal((9, 5)).astype(np.float32)
     solutions = [networks.InMemory(*net.init(jax.random.key(k), jnp.asarray(x))) for k in range(2)]
     landscape.align(net, solutions, x)
     with pytest.raises(ValueError, match="needs a network made by multi_branch"):
         landscape.align(doubled(net), solutions, x)
+    with pytest.raises(ValueError, match="per_branch needs a network of multi_branch"):
+        landscape.hessian(doubled(net), losses.squared(), (x, np.ones(9, np.float32)), solutions[0], per_branch=True)

@@ -109,7 +109,7 @@ def hessian(
         not finite, parameters that are complex, or more memory than there is.
       TypeError: for what is no network or handle.
     """
-    net, loss, dataset = check_network(net, "landscape.hessian"), as_loss(loss), as_dataset(dataset)
+    net, loss, dataset = check_network(net, "landscape.hessian").computed(), as_loss(loss), as_dataset(dataset)
     check_source(net, network)
     for name, value in {"k": k, "probes": probes, "steps": steps, "batch_size": batch_size}.items():
         if value < 1:
