@@ -12,13 +12,22 @@ import pytest
 from dualgap_jax import experiments
 from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality import SearchSpec, ValueFunction, branch_problem, closed_forms, deltas, theorem, verify
+from dualgap_jax.duality import (
+    SearchSpec,
+    ValueFunction,
+    branch_problem,
+    closed_forms,
+    deltas,
+    proofs,
+    theorem,
+    verify,
+    verify_gap,
+)
 from dualgap_jax.duality import verify_closed_forms as forms
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.duality.verdict import Instance
 from dualgap_jax.duality.verify import Verified, verify_function
-from dualgap_jax.experiments import duality_proofs
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json
 from dualgap_jax.networks import mlp
@@ -170,7 +179,7 @@ def test_what_is_not_proven_again_is_estimated_and_says_why(tmp_path: Any, monke
     assert record["verified"] == {"function": True, "boxes": record["verified"]["boxes"], "rows": 3, "failures": []}
     assert {t["status"] for t in [*record["rows"], *record["trained"], record["delta"]]} == {"certified"}
     assert any("Proven once more" in note for note in report.notes)
-    monkeypatch.setattr(duality_proofs, "verify_function", lambda *a, **k: Verified(False, "it took too long", 7))
+    monkeypatch.setattr(proofs, "verify_function", lambda *a, **k: Verified(False, "it took too long", 7))
     report, folder, _ = experiments.run(experiment_config("duality_gap", spec()), workdir=tmp_path / "v")
     record = load_json(folder.results / "duality_gap.json")
     assert record["verified"] == {"function": False, "boxes": 7, "rows": 0, "failures": ["it took too long"]}
@@ -184,14 +193,12 @@ def test_a_bound_on_q_that_was_not_proven_is_not_used(rng: np.random.Generator) 
     delta = deltas.on_segment(one, f)
     (row,) = theorem.verdicts(f, 0.9, [1000], delta_lower=delta)
     counts = Instance([f], 0.9).allocation([1000]).counts[0]
-    checker = duality_proofs.verify_gap.Checker(duality_proofs.premises(one, f, delta))
-    proven = duality_proofs._proven_by(checker, row, counts, {row.multiplier: row.dual_value})
-    assert proven is not None
+    checker = verify_gap.Checker(proofs.premises(one, f, delta))
+    proven = proofs.proven_by(checker, row, counts, {row.multiplier: row.dual_value})
     assert proven["dual_lower"] == "weak duality"
     for duals in ({}, {row.multiplier: row.dual_value - 1e-12}, {2 * row.multiplier: row.dual_value}):
         with pytest.raises(ValueError, match="dual_lower"):
-            duality_proofs._proven_by(checker, row, counts, duals)
-    assert duality_proofs._proven_by(None, row, counts, {}) is None
+            proofs.proven_by(checker, row, counts, duals)
 
 
 def test_boxes_are_proven_again_in_the_experiment(tmp_path: Any) -> None:

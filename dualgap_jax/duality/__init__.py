@@ -18,10 +18,12 @@ without which `clipped` bounds the hinge as it is; `verify` proves value functio
 
 from dualgap_jax.duality.allocation import Allocation, allocate
 from dualgap_jax.duality.branch_and_bound import BoundSpec, certify
+from dualgap_jax.duality.constrained import ConstrainedProblem, constrained_problem
 from dualgap_jax.duality.gap import Gap, branch_weights, gap_from_value_function
 from dualgap_jax.duality.problem import Problem, branch_problem
 from dualgap_jax.duality.risk import primal_risk
 from dualgap_jax.duality.search import SearchSpec
+from dualgap_jax.duality.sets import ball, box, product
 from dualgap_jax.duality.theorem import Effort, Theorem, theorem1
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Verdict, verdicts
@@ -29,6 +31,7 @@ from dualgap_jax.duality.verdict import Verdict, verdicts
 __all__ = [
     "Allocation",
     "BoundSpec",
+    "ConstrainedProblem",
     "Effort",
     "Gap",
     "Problem",
@@ -37,11 +40,15 @@ __all__ = [
     "ValueFunction",
     "Verdict",
     "allocate",
+    "ball",
+    "box",
     "branch_problem",
     "branch_weights",
     "certify",
+    "constrained_problem",
     "gap_from_value_function",
     "primal_risk",
+    "product",
     "theorem1",
     "verdicts",
 ]

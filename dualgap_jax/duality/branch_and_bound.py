@@ -9,7 +9,8 @@ kept as a `Proof`, so that `verify` can go through it with arithmetic of its own
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from dualgap_jax.terminal import Progress
 MAX_PARAMETERS = 6
 _BATCH = 1024
 _STEPS = 16  # blocks of budgets in which a box's bound is looked at
-_SPARE = 2.0**-43  # share of the bounds left to those who prove them again with other roundings
+SPARE = 2.0**-43  # share of the bounds left to those who prove them again with other roundings
 _SHARP_BELOW = 0.3  # side of a box, in units of the radius, below which derivatives are worth their price
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -123,7 +124,7 @@ class Proof(NamedTuple):
     dual: dict[float, tuple[Tree, float]]
 
 
-class _Grown(NamedTuple):
+class Grown(NamedTuple):
     """What a run proved at each budget, the best values, their points, boxes seen, and how many were left open."""
 
     lower: np.ndarray
@@ -131,19 +132,36 @@ class _Grown(NamedTuple):
     points: np.ndarray
     boxes: int
     left_open: int
-    tree: Tree
+    splits: tuple[np.ndarray, ...]  # of `Tree`
+
+
+class Start(NamedTuple):
+    """What a tree grows from: a box `lo, hi [p]` around W, kernels for large boxes and for small ones, and the budgets.
+
+    A lower bound at a budget is one over the points of W whose size (`||w||^2`, or h) is at most `sizes [m]` there; a
+    middle of a box counts as a point of a budget where `cost [n]` of it is at most `limits [m]`.  Boxes smaller than
+    `sharp_below` are small.
+    """
+
+    lo: np.ndarray
+    hi: np.ndarray
+    kernels: tuple[Any, Any]
+    sizes: np.ndarray
+    limits: np.ndarray
+    cost: Callable[[np.ndarray], np.ndarray]
+    sharp_below: float
 
 
 class _Best:
     """The least values known at each budget, and their points."""
 
-    def __init__(self, squares: np.ndarray, upper: np.ndarray, points: np.ndarray) -> None:
-        self._squares, self.upper, self.points = squares, upper.copy(), points.copy()
+    def __init__(self, limits: np.ndarray, upper: np.ndarray, points: np.ndarray) -> None:
+        self._limits, self.upper, self.points = limits, upper.copy(), points.copy()
 
-    def look(self, middle: np.ndarray, value: np.ndarray) -> None:
-        """Takes over values at points `[n, p]` that are better."""
-        where = np.searchsorted(self._squares, np.sum(middle**2, axis=1) * (1 + 1e-14))
-        known = np.flatnonzero((where < len(self._squares)) & np.isfinite(value))
+    def look(self, middle: np.ndarray, cost: np.ndarray, value: np.ndarray) -> None:
+        """Takes over values at points `[n, p]`, of these costs, that are better."""
+        where = np.searchsorted(self._limits, cost)
+        known = np.flatnonzero((where < len(self._limits)) & np.isfinite(value))
         better = known[value[known] < self.upper[where[known]]]
         for k in better:
             if value[k] < self.upper[where[k]]:
@@ -161,38 +179,31 @@ def _halved(lo: np.ndarray, hi: np.ndarray, split: np.ndarray) -> tuple[np.ndarr
     return np.concatenate([lo, right_lo]), np.concatenate([left_hi, hi])
 
 
-def _grow(
-    problem: Problem,
-    squares: np.ndarray,
-    upper: np.ndarray,
-    points: np.ndarray,
-    spec: BoundSpec,
-    lam0: float,
-    label: str | None,
-) -> _Grown:
-    """Branch and bound at the squared radii `squares [m]`, increasing."""
-    p, edge = problem.size, float(np.sqrt(squares[-1]) * (1 + 1e-15))
-    lo, hi = np.full((1, p), -edge), np.full((1, p), edge)
+def grow(start: Start, upper: np.ndarray, points: np.ndarray, spec: BoundSpec, lam0: float, label: str | None) -> Grown:
+    """Branch and bound on `g + lam0 h`, from the best values `upper [m]` known and their points `[m, p]`."""
+    p, sizes, (crude, sharp) = len(start.lo), start.sizes, start.kernels
+    lo, hi = start.lo[None], start.hi[None]
     codes: list[np.ndarray] = []
     for axis in range(p):  # the orthants, on which a bias-free ReLU with one input is linear
         codes.append(np.full(len(lo), axis, np.int8))
         lo, hi = _halved(lo, hi, codes[-1])
-    best, (crude, sharp) = _Best(squares, upper, points), kernels(ByProgram(problem))
-    closed_bound, open_bound = _Least(squares), _Least(squares)
+    best = _Best(start.limits, upper, points)
+    closed_bound, open_bound = _Least(sizes), _Least(sizes)
     boxes = left_open = 0
     with Progress(spec.max_boxes, label or "boxes", at_most=True, first="compiling") as line, jax.enable_x64(True):
         while len(lo):
-            open_bound, splits = _Least(squares), np.full(len(lo), -1, np.int8)
+            open_bound, splits = _Least(sizes), np.full(len(lo), -1, np.int8)
             for first in range(0, len(lo), _BATCH):
                 rows = slice(first, first + _BATCH)
-                kernel = crude if (hi[rows] - lo[rows]).max() > _SHARP_BELOW * edge else sharp
+                kernel = crude if (hi[rows] - lo[rows]).max() > start.sharp_below else sharp
                 n = len(lo[rows])
                 pad = ((0, _BATCH - n), (0, 0))
                 out = Bounds(
                     *(a[:n] for a in jax.device_get(kernel(np.pad(lo[rows], pad), np.pad(hi[rows], pad), lam0)))
                 )
-                best.look(0.5 * (lo[rows] + hi[rows]), out.value)
-                part = _at_budgets(out, squares, lam0)
+                middle = 0.5 * (lo[rows] + hi[rows])
+                best.look(middle, start.cost(middle), out.value)
+                part = _at_budgets(out, sizes, lam0)
                 closed = part.closed(best.upper - spec.tolerance)
                 closed_bound.add(part, closed)
                 open_bound.add(part, ~closed)
@@ -211,8 +222,19 @@ def _grow(
         lower = np.minimum(lower, open_bound.proven())
     # v does not rise, so a bound at a larger budget holds at a smaller one.
     lower = np.maximum.accumulate(np.minimum(lower, best.upper)[::-1])[::-1]
-    lower = np.where(np.isfinite(lower), lower - _SPARE * (1 + np.abs(lower)), -np.inf)
-    return _Grown(lower, best.upper, best.points, boxes, left_open, Tree(edge, tuple(codes)))
+    lower = np.where(np.isfinite(lower), lower - SPARE * (1 + np.abs(lower)), -np.inf)
+    return Grown(lower, best.upper, best.points, boxes, left_open, tuple(codes))
+
+
+def _in_ball(problem: Problem, squares: np.ndarray) -> Start:
+    """The cube around the ball of a problem, at the squared radii `squares [m]`, increasing."""
+    edge = float(np.sqrt(squares[-1]) * (1 + 1e-15))
+    corner = np.full(problem.size, edge)
+
+    def cost(points: np.ndarray) -> np.ndarray:
+        return np.asarray(np.sum(points**2, axis=1) * (1 + 1e-14))
+
+    return Start(-corner, corner, kernels(ByProgram(problem)), squares, squares, cost, _SHARP_BELOW * edge)
 
 
 def _checked(problem: Problem, found: ValueFunction) -> np.ndarray:
@@ -270,16 +292,17 @@ def certify(
         norms = np.maximum(np.linalg.norm(w, axis=1), np.finfo(np.float64).tiny)
         points = w * (np.minimum(norms, radii) / norms)[:, None]
         values = point_values(problem, points)
-        return monotone(values + _SPARE * (1 + np.abs(values)), points)
+        return monotone(values + SPARE * (1 + np.abs(values)), points)
 
-    grown = _grow(problem, squares, *proven_at(minimisers), spec, 0.0, label)
+    start = _in_ball(problem, squares)
+    grown = grow(start, *proven_at(minimisers), spec, 0.0, label)
     upper, points = proven_at(grown.points)
     if not (np.isfinite(grown.lower).all() and np.isfinite(upper).all()):
         raise ValueError(
             f"with {grown.boxes:,} boxes no finite bound was proven: the branch may be undefined or infinite somewhere"
             " on W; give a branch that is defined on all of W, or allow more boxes."
         )
-    proof = Proof(grown.tree, {})
+    proof = Proof(Tree(float(start.hi[0]), grown.splits), {})
 
     def lagrangian(lam: float) -> float:
         if not 0 <= lam < np.inf:
@@ -288,8 +311,9 @@ def certify(
             costs = upper + lam * found.budgets
             best = slice(int(np.argmin(costs)), int(np.argmin(costs)) + 1)
             name = None if label is None else f"{label}, dual"
-            one = _grow(problem, squares[-1:], costs[best], points[best], dual or spec, lam, name)
-            proof.dual[lam] = one.tree, float(one.lower[0])
+            alone = start._replace(sizes=squares[-1:], limits=squares[-1:])
+            one = grow(alone, costs[best], points[best], dual or spec, lam, name)
+            proof.dual[lam] = Tree(proof.primal.edge, one.splits), float(one.lower[0])
         return proof.dual[lam][1]
 
     state = "closed" if not grown.left_open else f"{grown.left_open:,} left open"
@@ -345,15 +369,21 @@ def penalised_minimum(
     inside = points * (ball / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), ball))
     costs = point_values(problem, inside) + lam * np.sum(inside**2, axis=1) * (1 + 16 * _EPS)
     best = slice(int(np.argmin(costs)), int(np.argmin(costs)) + 1)
-    start = costs[best] + _SPARE * (1 + np.abs(costs[best]))
-    squares = np.array([problem.radius**2 * (1 + 1e-13)])
-    grown = _grow(problem, squares, start, inside[best], spec, lam, label)
+    known = costs[best] + SPARE * (1 + np.abs(costs[best]))
+    start = _in_ball(problem, np.array([problem.radius**2 * (1 + 1e-13)]))
+    grown = grow(start, known, inside[best], spec, lam, label)
     if not np.isfinite(grown.lower[0]):
         raise ValueError(
             f"with {grown.boxes:,} boxes no finite bound was proven: the branch may be undefined or infinite somewhere"
             " on W; give a branch that is defined on all of W, or allow more boxes."
         )
-    return Minimum(float(grown.lower[0]), float(grown.upper[0]), grown.points[0], grown.tree, grown.boxes)
+    return Minimum(
+        float(grown.lower[0]),
+        float(grown.upper[0]),
+        grown.points[0],
+        Tree(float(start.hi[0]), grown.splits),
+        grown.boxes,
+    )
 
 
 def upper_values(problem: Problem, w: Float64[np.ndarray, "k p"]) -> Float64[np.ndarray, " k"]:

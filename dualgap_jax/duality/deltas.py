@@ -19,15 +19,14 @@ from scipy.spatial import ConvexHull, QhullError
 
 from dualgap_jax.convexity import lower_hull
 from dualgap_jax.duality.branch_and_bound import point_values, upper_values
+from dualgap_jax.duality.constrained import AnyProblem, ConstrainedProblem
 from dualgap_jax.duality.envelope import envelope
-from dualgap_jax.duality.problem import Problem, subject_of, values_at
+from dualgap_jax.duality.problem import Problem, above, subject_of, values_at
 from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.values import Provable, ValueFunction, proven
 from dualgap_jax.identity import arrays_digest
 
 _LP_PARAMETERS = 64  # with more, points in general position have no combination at a given target
-_EPS = float(np.finfo(np.float64).eps)
-_NEAR = 1e-9  # a point of W is moved inside when it is outside by this share, and refused beyond
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,44 +87,17 @@ def _value_below(function: ValueFunction, budget: float, norm: float) -> tuple[f
     return (sloping, None) if sloping > below else (below, index)
 
 
-def _inside(problem: Problem, points: np.ndarray) -> np.ndarray:
-    """The points, those outside W by no more than a rounding or so moved into it.  Raises ValueError beyond."""
-    norms = np.linalg.norm(points, axis=1)
-    if not np.isfinite(points).all():
-        raise ValueError("the points of a combination must be finite; one has a coordinate that is not.")
-    longest = float(norms.max())
-    if longest > problem.radius * (1 + _NEAR):
-        raise ValueError(f"a point has norm {longest:.6g}, outside W, the ball of radius {problem.radius:.6g}.")
-    limit = Fraction(problem.radius) ** 2
-    moved = points.copy()
-    for k in np.flatnonzero(norms > problem.radius * (1 - 1e-12)):
-        while _square(moved[k]) > limit:
-            moved[k] *= min(1.0, problem.radius / float(np.linalg.norm(moved[k]))) * (1 - 4 * _EPS)
-    return moved
-
-
-def _square(w: np.ndarray) -> Fraction:
-    """`||w||^2`, exactly."""
-    return sum((Fraction(x) ** 2 for x in w.tolist()), Fraction(0))
-
-
-def _above(value: Fraction) -> float:
-    """A float that is not below a rational number."""
-    near = float(value)
-    return near if Fraction(near) >= value else math.nextafter(near, math.inf)
-
-
-def _values(problem: Problem, function: ValueFunction, points: np.ndarray) -> tuple[np.ndarray, bool]:
+def _values(problem: AnyProblem, function: ValueFunction, points: np.ndarray) -> tuple[np.ndarray, bool]:
     """Upper bounds on g at points, and whether they are proven."""
     if function.status == "certified" and function.subject == subject_of(problem):
         try:
-            return np.asarray(point_values(problem, points)), True
+            return np.asarray(point_values(problem.one, points)), True
         except UnsupportedPrimitiveError:
             pass
-    return upper_values(problem, points), False
+    return upper_values(problem.one, points), False
 
 
-def combination(problem: Problem, function: ValueFunction, points: np.ndarray, weights: np.ndarray) -> Combination:
+def combination(problem: AnyProblem, function: ValueFunction, points: np.ndarray, weights: np.ndarray) -> Combination:
     """The bound that given points and weights prove.
 
     It is certified when the value function is, for this very problem, and the values at the points are proven.
@@ -149,21 +121,22 @@ def combination(problem: Problem, function: ValueFunction, points: np.ndarray, w
     ):
         raise ValueError(f"need points [k, p] and weights [k] >= 0, got shapes {points.shape} and {weights.shape}.")
     problem.check_budgets(function.budgets)
-    points = _inside(problem, points)
+    if not np.isfinite(points).all():
+        raise ValueError("the points of a combination must be finite; one has a coordinate that is not.")
+    points = problem.inside(points)
     values, certain = _values(problem, function, points)
     if not np.isfinite(values).all():
         raise ValueError("g has no finite value at a point of the combination; leave the point out.")
     weights = weights / weights.sum()
     exact = [Fraction(a) for a in weights.tolist()]
     whole = sum(exact)
-    convexified = _above(
+    convexified = above(
         sum((a * Fraction(v) for a, v in zip(exact, values.tolist(), strict=True)), Fraction(0)) / whole
     )
     columns = [[Fraction(x) for x in column] for column in points.T.tolist()]
     middle = [sum((a * x for a, x in zip(exact, column, strict=True)), Fraction(0)) / whole for column in columns]
-    # Its h is taken a little larger, where v is smaller; the powers and roots of floats are good to a few ulps.
-    norm = math.sqrt(_above(sum((x * x for x in middle), Fraction(0)))) * (1 + 1e-12) + 1e-14 * min(1.0, problem.radius)
-    restricted, index = _value_below(function, norm**problem.power * (1 + 16 * _EPS), norm)
+    # Its h is taken a little larger, where v is smaller.
+    restricted, index = _value_below(function, *problem.cost_above(middle))
     delta = max(0.0, math.nextafter(restricted - convexified, -math.inf))
     rounded = np.array([float(x) for x in middle])
     made = Combination(points, weights, values, rounded, restricted, index, convexified, delta)
@@ -191,7 +164,7 @@ def on_segment(problem: Problem, function: ValueFunction) -> Combination:
     return combination(problem, function, points, np.array([1 - a, a]))
 
 
-def from_envelope(problem: Problem, function: ValueFunction) -> Combination:
+def from_envelope(problem: AnyProblem, function: ValueFunction) -> Combination:
     """The largest `v(b) - v**(b)`: the two minimisers whose budgets carry the envelope at b."""
     if function.minimisers is None:
         raise ValueError("from_envelope needs a value function with minimisers.")
@@ -203,7 +176,9 @@ def from_envelope(problem: Problem, function: ValueFunction) -> Combination:
     return combination(problem, function, function.minimisers[[p, q]], np.array([a, 1 - a]))
 
 
-def at_target(problem: Problem, function: ValueFunction, cloud: np.ndarray, target: np.ndarray) -> Combination | None:
+def at_target(
+    problem: AnyProblem, function: ValueFunction, cloud: np.ndarray, target: np.ndarray
+) -> Combination | None:
     """The best combination of the cloud's points at one target, by linear programming; None if it is outside the hull.
 
     Args:
@@ -211,7 +186,7 @@ def at_target(problem: Problem, function: ValueFunction, cloud: np.ndarray, targ
       cloud: `[k, p]` points of W.
       target: `[p]`.
     """
-    values = values_at(problem, cloud)
+    values = values_at(problem.one, cloud)
     equations = np.concatenate([cloud.T, np.ones((1, len(cloud)))])
     result = linprog(values, A_eq=equations, b_eq=np.append(target, 1.0), bounds=(0, None), method="highs")
     if result.status != 0:
@@ -220,7 +195,7 @@ def at_target(problem: Problem, function: ValueFunction, cloud: np.ndarray, targ
     return combination(problem, function, cloud[used], result.x[used])
 
 
-def by_hull(problem: Problem, function: ValueFunction, samples: np.ndarray) -> Combination | None:
+def by_hull(problem: AnyProblem, function: ValueFunction, samples: np.ndarray) -> Combination | None:
     """The best combination at any of the sampled points, from the lower hull of the sampled epigraph (p <= 3).
 
     Exact for the sampled points: no combination of them gives more at one of them.  None if they are degenerate.
@@ -230,7 +205,7 @@ def by_hull(problem: Problem, function: ValueFunction, samples: np.ndarray) -> C
     """
     if problem.size > 3:
         raise ValueError(f"the epigraph's hull is computed for up to 3 parameters, the branch has {problem.size}.")
-    values = values_at(problem, samples)
+    values = values_at(problem.one, samples)
     restricted = np.array([value_below(function, b) for b in problem.h(samples)])
     if problem.size == 1:
         order = np.argsort(samples[:, 0])
@@ -249,7 +224,7 @@ def by_hull(problem: Problem, function: ValueFunction, samples: np.ndarray) -> C
     return combination(problem, function, simplex, np.maximum(weights, 0.0))
 
 
-def best_lower_bound(problem: Problem, function: ValueFunction, cloud: np.ndarray | None = None) -> Combination:
+def best_lower_bound(problem: AnyProblem, function: ValueFunction, cloud: np.ndarray | None = None) -> Combination:
     """The best of all combinations known here.
 
     Args:
@@ -257,12 +232,13 @@ def best_lower_bound(problem: Problem, function: ValueFunction, cloud: np.ndarra
       cloud: `[k, p]` further points of W with small g, for instance all ends of a search: with several minimisers (the
         symmetries of a network) their middle is often 0, which gives the largest Delta that there can be.
     """
-    found = [on_segment(problem, function), from_envelope(problem, function)]
+    found = [] if isinstance(problem, ConstrainedProblem) else [on_segment(problem, function)]
+    found.append(from_envelope(problem, function))
     if function.minimisers is not None and problem.size <= _LP_PARAMETERS:
         picked = function.minimisers[np.linspace(0, len(function.budgets) - 1, 33).astype(int)]
         points = picked if cloud is None else np.concatenate([picked, cloud])
-        end = function.minimisers[-1]
-        for target in [np.zeros(problem.size), *(a * end for a in (0.25, 0.5, 0.75))]:
+        start, end = function.minimisers[0], function.minimisers[-1]
+        for target in [start + a * (end - start) for a in (0.0, 0.25, 0.5, 0.75)]:
             one = at_target(problem, function, points, target)
             found += [] if one is None else [one]
         if problem.size <= 3:

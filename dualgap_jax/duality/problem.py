@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,7 @@ from dualgap_jax.identity import function_digest
 from dualgap_jax.types import Network, PyTree
 
 _EPS = float(np.finfo(np.float64).eps)
+NEAR = 1e-9  # a point of W is moved inside when it is outside by this share, and refused beyond
 
 
 class Problem(NamedTuple):
@@ -73,6 +76,11 @@ class Problem(NamedTuple):
         return np.asarray(np.linalg.norm(np.asarray(w, np.float64), axis=-1) ** self.power)
 
     @property
+    def constraint(self) -> str:
+        """W and h, for a digest."""
+        return f"{float(self.radius)!r} {float(self.power)!r}"
+
+    @property
     def largest_budget(self) -> float:
         """`max h` over W, from which on the constraint is idle (Remark 3)."""
         return self.radius**self.power
@@ -96,9 +104,40 @@ class Problem(NamedTuple):
             raise ValueError(f"a grid of budgets needs at least 2 points, got {points}.")
         return np.linspace(0.0, self.largest_budget, points)
 
+    @property
+    def one(self) -> Problem:
+        """What belongs to the branch alone: the problem itself; who takes it does not ask for W and h."""
+        return self
+
+    def inside(self, points: Float64[np.ndarray, "k p"]) -> Float64[np.ndarray, "k p"]:
+        """The points, those outside W by no more than a rounding or so moved into it.  Raises ValueError beyond."""
+        norms = np.linalg.norm(points, axis=1)
+        longest = float(norms.max())
+        if longest > self.radius * (1 + NEAR):
+            raise ValueError(f"a point has norm {longest:.6g}, outside W, the ball of radius {self.radius:.6g}.")
+        limit = Fraction(self.radius) ** 2
+        moved = points.copy()
+        for k in np.flatnonzero(norms > self.radius * (1 - 1e-12)):
+            while sum((Fraction(x) ** 2 for x in moved[k].tolist()), Fraction(0)) > limit:
+                moved[k] *= min(1.0, self.radius / float(np.linalg.norm(moved[k]))) * (1 - 4 * _EPS)
+        return moved
+
+    def cost_above(self, point: Sequence[Fraction]) -> tuple[float, float]:
+        """A little more than h at a point of W, given in rational numbers, and than its norm."""
+        # Powers and roots of floats are good to a few ulps.
+        square = above(sum((x * x for x in point), Fraction(0)))
+        norm = math.sqrt(square) * (1 + 1e-12) + 1e-14 * min(1.0, self.radius)
+        return norm**self.power * (1 + 16 * _EPS), norm
+
     def radii(self, budgets: Float64[np.ndarray, " m"]) -> Float64[np.ndarray, " m"]:
         """The radius of `{w: h(w) <= b}`, a rounding below, so that points projected on it are feasible."""
         return np.maximum(budgets, 0.0) ** (1 / self.power) * (1 - 1e-14 - 4e-16 * abs(math.log(self.radius)))
+
+
+def above(value: Fraction) -> float:
+    """A float that is not below a rational number."""
+    near = float(value)
+    return near if Fraction(near) >= value else math.nextafter(near, math.inf)
 
 
 def functional(dataset: Dataset) -> tuple[Float64[np.ndarray, "n out"], float]:
@@ -182,7 +221,7 @@ class ByProgram:
 class ByIdentity:
     """A problem as a key of a cache: two problems are equal when they are the same object."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Any) -> None:
         self.problem = problem
 
     def __hash__(self) -> int:
@@ -204,15 +243,15 @@ def subject_from(program: str, offset: Any, radius: Any, power: Any) -> str:
     return text_digest(f"{program} {float(offset)!r} {float(radius)!r} {float(power)!r}")
 
 
-def subject_of(problem: Problem) -> str:
+def subject_of(problem: Any) -> str:
     """A digest of the one-branch problem: branch, data, tau, W and h, but not how it was made."""
     return _subject(ByIdentity(problem))
 
 
 @functools.lru_cache(maxsize=32)
 def _subject(key: ByIdentity) -> str:
-    problem = key.problem
-    return subject_from(program_of(problem), problem.offset, problem.radius, problem.power)
+    one = key.problem.one
+    return text_digest(f"{program_of(one)} {float(one.offset)!r} {key.problem.constraint}")
 
 
 def values_at(problem: Problem, w: np.ndarray, *, batch: int = 64) -> Float64[np.ndarray, " k"]:

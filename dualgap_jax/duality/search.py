@@ -84,20 +84,22 @@ def _descend(key: ByProgram, steps: int) -> Any:
     return jax.jit(jax.vmap(descent(key.problem.g, steps)))
 
 
-def descent(objective: Callable[..., Array], steps: int) -> Callable[..., tuple[Array, Array]]:
+def descent(
+    objective: Callable[..., Array], steps: int, project: Callable[[Array, Array], Array] = _project
+) -> Callable[..., tuple[Array, Array]]:
     """`(w [p], radius, *arguments) -> (w, value)`: monotone projected gradient on `objective(w, *arguments)`.
 
-    The value is NaN if the objective was not a number anywhere on the way.
+    The value is NaN if the objective was not a number anywhere on the way.  `project(w, radius)` leads into the set.
     """
     value_and_grad = jax.value_and_grad(objective)
 
     def one(w: Array, radius: Array, *arguments: Array) -> tuple[Array, Array]:
-        w = _project(w, radius)
+        w = project(w, radius)
         value, gradient = value_and_grad(w, *arguments)
 
         def move(_: Array, particle: _Particle) -> _Particle:
             norm = jnp.maximum(jnp.linalg.norm(particle.gradient), jnp.finfo(w.dtype).tiny)
-            trial = _project(particle.w - particle.step * radius * particle.gradient / norm, radius)
+            trial = project(particle.w - particle.step * radius * particle.gradient / norm, radius)
             value, gradient = value_and_grad(trial, *arguments)
             better = value < particle.value
             broken = particle.broken | jnp.isnan(value)

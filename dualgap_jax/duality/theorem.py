@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.duality import closed_forms, deltas
+from dualgap_jax.duality import closed_forms, constrained_bounds, constrained_search, deltas
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, certify
+from dualgap_jax.duality.constrained import AnyProblem, ConstrainedProblem
 from dualgap_jax.duality.margins import recognise
 from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.proofs import Proven, prove
 from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
 from dualgap_jax.duality.units import as_counts
-from dualgap_jax.duality.values import ValueFunction
-from dualgap_jax.duality.verdict import Verdict, verdicts
+from dualgap_jax.duality.values import ValueFunction, number
+from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
 from dualgap_jax.registry import unknown
 
 Route = Literal["auto", "closed_form", "bound", "search"]
@@ -51,11 +54,19 @@ class Effort:
 
 
 class Theorem(NamedTuple):
-    """What `theorem1` found: the value function, the combination behind Delta, and a verdict a number of branches."""
+    """What `theorem1` found.
+
+    Attributes:
+      function: the value function.
+      delta: the combination behind Delta.
+      rows: a verdict a number of branches; 'certified' is only what was proven again.
+      proof: what the independent checkers proved again, and why not where they did not.
+    """
 
     function: ValueFunction
     delta: deltas.Combination
     rows: list[Verdict]
+    proof: Proven
 
 
 def _kappa(problem: Problem, spec: SearchSpec, seed: int) -> closed_forms.Kappa | None:
@@ -72,7 +83,7 @@ def _kappa(problem: Problem, spec: SearchSpec, seed: int) -> closed_forms.Kappa 
     return kappa_by_search(problem, spec, seed=seed, degree=len(widths) + 1)
 
 
-def _dual_effort(spec: BoundSpec, problem: Problem, found: ValueFunction, num_branches: int) -> BoundSpec:
+def _dual_effort(spec: BoundSpec, problem: AnyProblem, found: ValueFunction, num_branches: int) -> BoundSpec:
     """How sharp sup(D) has to be: at most a tenth of `(2 / I) Delta` at the largest I, where it is least."""
     needed = 0.2 / num_branches * deltas.best_lower_bound(problem, found).delta
     tolerance = min(spec.tolerance, needed) if needed > 0 else spec.tolerance
@@ -80,10 +91,11 @@ def _dual_effort(spec: BoundSpec, problem: Problem, found: ValueFunction, num_br
 
 
 def value_function(
-    problem: Problem,
+    problem: AnyProblem,
     points: int,
     effort: Effort = Effort(),
     *,
+    budget: float = math.inf,
     num_branches: int = 1,
     seed: int = 0,
     quick: bool = False,
@@ -95,6 +107,7 @@ def value_function(
       problem: the one-branch problem.
       points: of the grid of budgets.
       effort: the route, and how hard to try.
+      budget: K; with h of one's own the grid is laid so that K is a point of it.
       num_branches: the largest I that verdicts are wanted for.
       seed: of the search.
       quick: no branch and bound, and a quarter of the starts; for repetitions on fresh samples.
@@ -103,6 +116,8 @@ def value_function(
     Raises:
       ValueError: for a route that does not apply.
     """
+    if isinstance(problem, ConstrainedProblem):
+        return _constrained(problem, points, effort, budget, num_branches, seed, label)
     budgets = problem.grid(points)
     kappa = _kappa(problem, effort.search, seed) if effort.route in ("auto", "closed_form") else None
     if kappa is not None and kappa.degree is not None:
@@ -128,14 +143,33 @@ def value_function(
     return certify(problem, found, effort.bound, dual=dual, label=None if label is None else f"{label}branch and bound")
 
 
-def find_delta(problem: Problem, function: ValueFunction, spec: SearchSpec, *, seed: int = 0) -> deltas.Combination:
+def _constrained(
+    problem: ConstrainedProblem, points: int, effort: Effort, budget: float, num_branches: int, seed: int,
+    label: str | None,
+) -> ValueFunction:  # fmt: skip
+    """The value function with h and W of one's own: a search, and branch and bound where the route asks for it."""
+    if effort.route == "closed_form":
+        raise ValueError("route='closed_form' needs h and W that are those of a norm; see `branch_problem`.")
+    sizes = constrained_bounds.sizes(problem, seed=seed)
+    budgets = constrained_bounds.grid(sizes, budget, points)
+    found = constrained_search.search(problem, budgets, sizes, effort.search, seed=seed)
+    if effort.route == "search" or (effort.route == "auto" and problem.size > _BOUND_UP_TO):
+        return found
+    dual = _dual_effort(effort.dual, problem, found, num_branches)
+    name = None if label is None else f"{label}branch and bound"
+    return constrained_bounds.certify(problem, found, sizes, effort.bound, dual=dual, label=name)
+
+
+def find_delta(problem: AnyProblem, function: ValueFunction, spec: SearchSpec, *, seed: int = 0) -> deltas.Combination:
     """The best lower bound on Delta, with the local minima of g among the points where the branch is small."""
+    if isinstance(problem, ConstrainedProblem):
+        return deltas.best_lower_bound(problem, function)
     cloud = local_minima(problem, spec, seed=seed) if problem.size <= _CLOUD_UP_TO else None
     return deltas.best_lower_bound(problem, function, cloud)
 
 
 def theorem1(
-    problem: Problem,
+    problem: AnyProblem,
     budget: Any,
     num_branches: Sequence[int] | int,
     *,
@@ -147,7 +181,7 @@ def theorem1(
     """Theorem 1 on one instance: value function, Delta and verdicts, with the effort that the largest I needs.
 
     Args:
-      problem: the one-branch problem, from `branch_problem`.
+      problem: the one-branch problem, from `branch_problem` or, with h and W of one's own, `constrained_problem`.
       budget: K, the bound on the mean h of the branches; bounds are sharpest where it is a point of
         `problem.grid(points)`.  inf drops the constraint.
       num_branches: the values of I.
@@ -157,12 +191,23 @@ def theorem1(
       label: shows progress under names that begin with it, such as ''; None is silent.
 
     Returns:
-      The rows in the order of `num_branches`; `status` and `verdict` say what is proven.
+      The rows in the order of `num_branches`; `status` and `verdict` say what is proven.  What the solver proved and
+      the checkers did not is 'estimated', and `proof.failures` says why.
 
     Raises:
       ValueError: for numbers out of range, or a branch whose outputs are not finite on W.
     """
-    counts = as_counts(num_branches)
-    function = value_function(problem, points, effort, num_branches=max(counts), seed=seed, label=label)
+    counts, limit = as_counts(num_branches), number("budget K", budget, infinite=True)
+    function = value_function(problem, points, effort, budget=limit, num_branches=max(counts), seed=seed, label=label)
     delta = find_delta(problem, function, effort.search, seed=seed)
-    return Theorem(function, delta, verdicts(function, budget, counts, delta_lower=delta))
+    rows = verdicts(function, limit, counts, delta_lower=delta)
+    instance = Instance([function], limit)
+    again = prove(problem, function, delta, rows, [instance.allocation([n]) for n in counts])
+    if not again.premises:  # a copy carries no mark
+        function, delta = dataclasses.replace(function), dataclasses.replace(delta)
+    for k, row in enumerate(rows):
+        if again.rows[k] is None:
+            rows[k] = row._replace(status="estimated", verdict="undecided")
+        elif row.verdict == "refuted" and isinstance(problem, ConstrainedProblem):
+            rows[k] = row._replace(verdict="undecided")  # that h is convex is not proven
+    return Theorem(function, delta, rows, again)

@@ -138,6 +138,7 @@ class ValueFunction(Provable):
       concave: whether v is concave, which makes a lower bound on inf(P) sharp.
       margin: a bound on all margins over W, in units of tau; Assumption 1 holds where it is below 1.  None: unknown.
       proof: what the bounds were proven with, for whoever checks them again; or None.
+      floor: a lower bound on h over W where it may lie below the first budget; None: nowhere does it.
 
     Raises:
       ValueError: for budgets that are no uniform grid, bounds that are not finite or of another length, a lower bound
@@ -154,6 +155,7 @@ class ValueFunction(Provable):
     concave: bool = False
     margin: float | None = None
     proof: Any = None
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("budgets", "lower", "upper"):
@@ -176,6 +178,8 @@ class ValueFunction(Provable):
             object.__setattr__(self, "minimisers", frozen("minimisers", self.minimisers, 2))
             if len(self.minimisers) != len(self.budgets):
                 raise ValueError(f"need one minimiser a budget, got {len(self.minimisers)} for {len(self.budgets)}.")
+        if self.floor is not None and not number("floor", self.floor) <= self.budgets[0]:
+            raise ValueError(f"floor={self.floor} must not lie above the first budget, {self.budgets[0]:.6g}.")
         for name in ("slope", "margin"):
             if getattr(self, name) is not None and not number(name, getattr(self, name)) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0, or None where it is unknown.")
@@ -184,6 +188,13 @@ class ValueFunction(Provable):
     def tolerance(self) -> float:
         """The largest distance of the two bounds."""
         return float(np.max(self.upper - self.lower))
+
+    @property
+    def below(self) -> float:
+        """What a branch may cost less than the first budget."""
+        if self.floor is None or self.floor == self.budgets[0]:
+            return 0.0
+        return float(np.nextafter(self.budgets[0] - self.floor, math.inf))
 
     def step_below(self) -> Values:
         """`[m]` numbers u with `v(b) >= u[j]` for every b above `budgets[j]` up to `budgets[j + 1]`, by monotony."""

@@ -98,6 +98,7 @@ def dual_lower(functions: Sequence[ValueFunction], budget: float, counts: Sequen
     for f, n in zip(functions, counts, strict=True):
         lower = f.step_below() if f.status == "certified" else f.lower
         best = float(np.min(lower + lam * f.budgets))
+        best -= lam * f.below * (1 + 4 * _EPS) if lam > 0 else 0.0
         other = f.lagrangian(lam) if f.lagrangian is not None else -math.inf
         best = other if other > best else best
         size = np.where(np.isfinite(f.lower), np.abs(f.lower), np.abs(f.upper)).max()
@@ -164,7 +165,9 @@ class Instance:
         """A lower bound on inf(P) over all budgets, on the grid and between its points."""
         best = -math.inf
         if all(np.isfinite(b).all() for b in self.belows):
-            _, limit = whole_units(self.spread, self.budget, counts, 0.0)
+            below = max(f.below for f in self.functions)
+            more = math.nextafter(self.budget + below, math.inf) if below > 0 else self.budget
+            _, limit = whole_units(self.spread, more, counts, 0.0)
             problem = in_units(self.grids, self.belows, self.budget, counts)._replace(units=limit)
             best = solve(problem, self.method, self.paths[1]).lower
         if len(self.functions) == 1 and self.functions[0].concave:

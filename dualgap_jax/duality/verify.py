@@ -41,19 +41,21 @@ class Verified(NamedTuple):
     duals: Mapping[float, float] = MappingProxyType({})
 
 
-def _down(a: np.ndarray) -> np.ndarray:
+def down(a: np.ndarray) -> np.ndarray:
+    """The next number below."""
     return np.nextafter(a, -np.inf)
 
 
-def _up(a: np.ndarray) -> np.ndarray:
+def up(a: np.ndarray) -> np.ndarray:
+    """The next number above."""
     return np.nextafter(a, np.inf)
 
 
-def _sum(terms: np.ndarray, up: bool) -> np.ndarray:
+def sum_of(terms: np.ndarray, upward: bool) -> np.ndarray:
     """A sum over the last axis, rounded outward at each step."""
     total = terms[..., 0]
     for k in range(1, terms.shape[-1]):
-        total = (_up if up else _down)(total + terms[..., k])
+        total = np.nextafter(total + terms[..., k], np.inf if upward else -np.inf)
     return total
 
 
@@ -61,7 +63,7 @@ def _norms(lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bounds on `||w||^2` over boxes `[n, p]`."""
     far = np.maximum(np.abs(lo), np.abs(hi))
     near = np.where((lo <= 0) & (hi >= 0), 0.0, np.minimum(np.abs(lo), np.abs(hi)))
-    return np.maximum(_sum(_down(near * near), False), 0.0), _sum(_up(far * far), True)
+    return np.maximum(sum_of(down(near * near), False), 0.0), sum_of(up(far * far), True)
 
 
 class _Bound(NamedTuple):
@@ -77,18 +79,18 @@ class _Bound(NamedTuple):
     spread: np.ndarray  # [n, p], what a coordinate adds to the width
 
 
-def _parabola(slope: np.ndarray, bend: np.ndarray, r: np.ndarray) -> np.ndarray:
+def parabola(slope: np.ndarray, bend: np.ndarray, r: np.ndarray) -> np.ndarray:
     """A lower bound on `min over |t| <= r of slope t + bend t^2 / 2` for the worst slope of the size given."""
     with np.errstate(all="ignore"):
-        ends = _down(_down(0.5 * bend * r * r * (1 - np.copysign(4e-15, bend))) - _up(slope * r * (1 + 4e-15)))
-        inner = -_up(_up(slope * slope) / _down(2 * bend)) * (1 + 4e-15)
-        least = np.where((bend > 0) & (_down(bend * r) >= _up(slope)), np.minimum(inner, 0.0), ends)
+        ends = down(down(0.5 * bend * r * r * (1 - np.copysign(4e-15, bend))) - up(slope * r * (1 + 4e-15)))
+        inner = -up(up(slope * slope) / down(2 * bend)) * (1 + 4e-15)
+        least = np.where((bend > 0) & (down(bend * r) >= up(slope)), np.minimum(inner, 0.0), ends)
     return np.where(np.isnan(least), -np.inf, least)
 
 
 def _bound(walker: Walker, lo: np.ndarray, hi: np.ndarray, lam0: float) -> _Bound:
     m = 0.5 * (lo + hi)
-    r = _up(np.maximum(_up(hi - m), _up(m - lo)))
+    r = up(np.maximum(up(hi - m), up(m - lo)))
     at, box = walker(m, m), walker(lo, hi)
     h_lo, h_hi = _norms(lo, hi)
     size_lo = _norms(m, m)[0]
@@ -110,20 +112,20 @@ def _bound(walker: Walker, lo: np.ndarray, hi: np.ndarray, lam0: float) -> _Boun
     def base(lam: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
             twice = 2 * lam[:, None]
-            first = np.maximum(np.abs(_down(at.first[0] + _down(twice * m))), np.abs(_up(at.first[1] + _up(twice * m))))
-            bend = _down(np.einsum("nkk->nk", box.second[0]) + twice)
+            first = np.maximum(np.abs(down(at.first[0] + down(twice * m))), np.abs(up(at.first[1] + up(twice * m))))
+            bend = down(np.einsum("nkk->nk", box.second[0]) + twice)
             off = np.maximum(np.abs(box.second[0]), np.abs(box.second[1])) * (1 - np.eye(m.shape[1]))
             off = np.where(np.isnan(off), np.inf, off)
-            bend = _down(bend - (_up(off * r[:, None, :] / r[:, :, None]).sum(2) * (1 + 1e-14)))
-            curved = _sum(_parabola(_up(first), bend, r), False)
+            bend = down(bend - (up(off * r[:, None, :] / r[:, :, None]).sum(2) * (1 + 1e-14)))
+            curved = sum_of(parabola(up(first), bend, r), False)
             flat = np.minimum(_ray(d_lo, m, r, lam), _ray(-d_hi, -m, r, lam))
-            change = np.maximum(curved, _sum(flat, False))
-            found = _down(_down(at.lower + _down(lam * size_lo)) + change)
+            change = np.maximum(curved, sum_of(flat, False))
+            found = down(down(at.lower + down(lam * size_lo)) + change)
         return np.where(np.isnan(found), -np.inf, found)
 
     with np.errstate(all="ignore"):
         still = np.full(len(lo), lam0)
-        plain = np.maximum(np.where(np.isnan(box.lower), -np.inf, _down(box.lower + _down(lam0 * h_lo))), base(still))
+        plain = np.maximum(np.where(np.isnan(box.lower), -np.inf, down(box.lower + down(lam0 * h_lo))), base(still))
         slope = np.sqrt((np.maximum(np.abs(d_lo), np.abs(d_hi)) ** 2).sum(1)) * (1 + 1e-14)
         curved = np.maximum(np.abs(box.second[0]), np.abs(box.second[1]))
         spread = (
@@ -132,16 +134,16 @@ def _bound(walker: Walker, lo: np.ndarray, hi: np.ndarray, lam0: float) -> _Boun
             )
             * r
         )
-    return _Bound(h_lo, h_hi, plain, base(lam), _up(lam - lam0), nowhere, slope, np.nan_to_num(spread, nan=np.inf))
+    return _Bound(h_lo, h_hi, plain, base(lam), up(lam - lam0), nowhere, slope, np.nan_to_num(spread, nan=np.inf))
 
 
 def _ray(d: np.ndarray, m: np.ndarray, r: np.ndarray, lam: np.ndarray) -> np.ndarray:
     """A lower bound on `min over t in [0, r] of d t + lam ((m + t)^2 - m^2)`."""
     lam = lam[:, None]
-    a = _down(d + _down(2 * lam * m))
-    whole = _down(_down(a * r) + _down(lam * r * r * (1 - 4e-16)))
-    inner = -_up(_up(a * a) / np.maximum(4 * lam, 1e-290)) * (1 + 4e-15)
-    least = np.where((lam > 0) & (_down(-a) < _up(2 * lam * r)), np.maximum(inner, _down(a * r)), whole)
+    a = down(d + down(2 * lam * m))
+    whole = down(down(a * r) + down(lam * r * r * (1 - 4e-16)))
+    inner = -up(up(a * a) / np.maximum(4 * lam, 1e-290)) * (1 + 4e-15)
+    least = np.where((lam > 0) & (down(-a) < up(2 * lam * r)), np.maximum(inner, down(a * r)), whole)
     return np.where(a >= 0, 0.0, np.where(np.isnan(least), -np.inf, least))
 
 
@@ -155,16 +157,10 @@ def _through(
     p, steepest, seen = walker.size, 0.0, 0
     if not tree.edge**2 * (1 - 1e-15) >= squares[-1]:
         return f"the cube of half side {tree.edge} does not contain W", 0, np.inf
-    lo, hi = np.full((1, p), -tree.edge), np.full((1, p), tree.edge)
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
-    for split in tree.splits:
-        if split.shape != (len(lo),) or split.max(initial=-1) >= p:
-            return "the tree's splits do not fit its boxes", seen, np.inf
-        leaf = split < 0
-        waiting.append((lo[leaf], hi[leaf]))
-        lo, hi = _children(lo[~leaf], hi[~leaf], split[~leaf])
-    if len(lo):
-        return f"the tree leaves {len(lo)} boxes without a bound", seen, np.inf
+    corner = np.full(p, tree.edge)
+    waiting = halves(tree.splits, -corner, corner)
+    if isinstance(waiting, str):
+        return waiting, 0, np.inf
     while waiting:
         lo, hi = waiting.pop()
         again: list[tuple[np.ndarray, np.ndarray]] = []
@@ -174,26 +170,39 @@ def _through(
             seen += len(out.plain)
             reach = np.minimum(squares, out.h_hi[:, None])
             with np.errstate(all="ignore"):
-                fitted = _down(out.base[:, None] - _up(out.extra[:, None] * reach))
+                fitted = down(out.base[:, None] - up(out.extra[:, None] * reach))
             best = np.maximum(out.plain[:, None], np.where(np.isnan(fitted), -np.inf, fitted))
             fine = np.asarray(((best >= claims) | (squares < out.h_lo[:, None])).all(1) | out.nowhere)
             steepest = max(steepest, float(out.slope.max()))
             if not fine.all():
-                again.append(
-                    _children(lo[rows][~fine], hi[rows][~fine], _widest(out.spread, lo[rows], hi[rows])[~fine])
-                )
+                again.append(children(lo[rows][~fine], hi[rows][~fine], widest(out.spread, lo[rows], hi[rows])[~fine]))
         waiting += again
         if seen > effort:
             return f"a bound was not reached again with {seen} boxes", seen, steepest
     return "", seen, steepest
 
 
-def _widest(spread: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+def halves(splits: Sequence[np.ndarray], lo: np.ndarray, hi: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | str:
+    """The boxes that a tree of halves of the box `lo, hi [p]` ends in, by levels; or what is wrong with the tree."""
+    lo, hi = lo[None], hi[None]
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for split in splits:
+        if split.shape != (len(lo),) or split.max(initial=-1) >= lo.shape[1]:
+            return "the tree's splits do not fit its boxes"
+        leaf = split < 0
+        found.append((lo[leaf], hi[leaf]))
+        lo, hi = children(lo[~leaf], hi[~leaf], split[~leaf])
+    return f"the tree leaves {len(lo)} boxes without a bound" if len(lo) else found
+
+
+def widest(spread: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """The coordinate to halve: the widest of those with at least a quarter of the largest spread."""
     counts = spread >= 0.25 * spread.max(1, keepdims=True)
     return np.argmax(np.where(counts, hi - lo, -1.0), axis=1)
 
 
-def _children(lo: np.ndarray, hi: np.ndarray, split: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def children(lo: np.ndarray, hi: np.ndarray, split: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two halves of each box, cut in the middle of the coordinate `split [n]`: all lower ones, then all upper."""
     rows, upper, lower = np.arange(len(lo)), hi.copy(), lo.copy()
     upper[rows, split] = lower[rows, split] = (0.5 * (lo + hi))[rows, split]
     return np.concatenate([lo, lower]), np.concatenate([upper, hi])
@@ -311,7 +320,7 @@ def verify_boxes(problem: Problem, function: ValueFunction, *, effort: int = 4) 
 
 def verify_minimum(problem: Problem, lam: float, tree: Tree, claim: float, *, effort: int = 4) -> Verified:
     """Proves `g + lam ||w||^2 >= claim` on W again, from the tree of boxes of `penalised_minimum`."""
-    squares = _up(np.array([problem.radius**2]))
+    squares = up(np.array([problem.radius**2]))
     most = effort * max(1000, sum(int((s < 0).sum()) for s in tree.splits))
     try:
         reason, boxes, _ = _through(Walker(problem), tree, squares, np.array([claim]), lam, most)

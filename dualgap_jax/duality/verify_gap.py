@@ -43,6 +43,9 @@ class Premises(NamedTuple):
       slope: `g(0) - g(w) <= slope ||w||` over W, or None.
       radius, power: of W and h.
       points: `[k, p]`, `weights [k]`, `values [k]`: the combination, and upper bounds on g at its points.
+      floor: a lower bound on h over W, where the first budget is none.
+      middle: for W and h that are not those of a norm: the points lie in W, and their combination costs at most the
+        budget of this index.
     """
 
     budgets: np.ndarray
@@ -55,6 +58,8 @@ class Premises(NamedTuple):
     points: np.ndarray
     weights: np.ndarray
     values: np.ndarray
+    floor: float | None = None
+    middle: int | None = None
 
 
 class Row(NamedTuple):
@@ -102,6 +107,9 @@ class Checker:
         self._upper = [Fraction(x) for x in arrays[2].tolist()]
         self._arrays = arrays
         self._bounded = bool(np.isfinite(arrays[1]).all())
+        self._floor = self._b[0] if premises.floor is None else Fraction(premises.floor)
+        if self._floor > self._b[0] or (premises.concave and self._floor < self._b[0]):
+            raise NotProvenError("the bound on h lies above the first budget, or below it for a v that is concave.")
         self._low = [Fraction(x) for x in arrays[1].tolist()] if self._bounded else []
         # v is at least this above budget j up to the next one, and does not rise.
         below = [*self._low[1:], *self._low[-1:]]
@@ -120,12 +128,14 @@ class Checker:
         if min(shares, default=Fraction(-1)) < 0 or _sum(shares) <= 0:
             raise NotProvenError("the combination has negative weights, or none.")
         shares = [a / _sum(shares) for a in shares]
+        above = _sum(a * Fraction(v) for a, v in zip(shares, np.asarray(self._of.values).tolist(), strict=True))
+        if self._of.middle is not None:
+            return max(Fraction(0), self._low[self._of.middle] - above)
         exact = [[Fraction(x) for x in row] for row in points]
         for row in exact:
             if _sum(x * x for x in row) > Fraction(self._of.radius) ** 2:
                 raise NotProvenError("a point of the combination lies outside W.")
         middle = _sum(_sum(a * row[k] for a, row in zip(shares, exact, strict=True)) ** 2 for k in range(len(exact[0])))
-        above = _sum(a * Fraction(v) for a, v in zip(shares, np.asarray(self._of.values).tolist(), strict=True))
         index = next((j for j, b in enumerate(self._b) if self._reaches(b, middle)), None)
         if index is None:
             raise NotProvenError("the middle of the combination costs more than the largest budget.")
@@ -162,7 +172,8 @@ class Checker:
             raise NotProvenError(f"the multiplier {row.multiplier} is none.")
         found = [Fraction(row.dual_value)] if math.isfinite(row.dual_value) else []
         if self._bounded:
-            found.append(min(v + lam * b for v, b in zip(self._below, self._b, strict=True)))
+            least = min(v + lam * b for v, b in zip(self._below, self._b, strict=True))
+            found.append(least - lam * (self._b[0] - self._floor))
             if self._of.concave:  # v + lam b is, and least at an end
                 found.append(min(self._low[0] + lam * self._b[0], self._low[-1] + lam * self._b[-1]))
         if not found:
@@ -174,7 +185,7 @@ class Checker:
         if not math.isfinite(row.budget):
             return row.num_branches * (len(self._b) - 1)
         least = min((b - self._b[0]) / j for j, b in enumerate(self._b) if j)
-        left = row.num_branches * (Fraction(row.budget) - self._b[0])
+        left = row.num_branches * (Fraction(row.budget) - self._floor)
         return min(row.num_branches * (len(self._b) - 1), math.floor(left / least))
 
     def _by_concavity(self, row: Row) -> Fraction | None:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.duality import deltas, verify_gap
+from dualgap_jax.duality import deltas
 from dualgap_jax.duality.allocation import Allocation
 from dualgap_jax.duality.clipped import Clipped, clipped_hinge, verify_clipped
 from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.proofs import prove
 from dualgap_jax.duality.theorem import Effort
 from dualgap_jax.duality.values import Status, ValueFunction
 from dualgap_jax.duality.verdict import Verdict
-from dualgap_jax.duality.verify import verify_function
 from dualgap_jax.terminal import Progress
 
 
@@ -48,58 +48,23 @@ def proven_rows(
       found: the verdicts.
       allocations: of the same numbers of branches.
     """
-    claimed = any(verdict.status == "certified" for verdict in found)
-    record: dict[str, Any] = {"function": False, "boxes": 0, "rows": 0, "failures": []}
-    checker, duals = None, {}
-    if claimed:
-        multipliers = sorted({verdict.multiplier for verdict in found})
-        with Progress(None, "independent proof"):
-            again = verify_function(
-                problem, function, multipliers=multipliers, points=delta.points, values=delta.values
-            )
-        duals = dict(again.duals)
-        record |= {"function": again.holds, "boxes": again.boxes}
-        try:
-            if not again.holds:
-                raise verify_gap.NotProvenError(again.reason)
-            checker = verify_gap.Checker(premises(problem, function, delta))
-        except verify_gap.NotProvenError as error:
-            record["failures"].append(str(error))
+    with Progress(None, "independent proof"):
+        again = prove(problem, function, delta, found, allocations)
     rows: list[dict[str, Any]] = []
-    for verdict, allocation in zip(found, allocations, strict=True):
-        row: dict[str, Any] = {**verdict._asdict(), "proven_by": None}
+    for verdict, allocation, by in zip(found, allocations, again.rows, strict=True):
+        row: dict[str, Any] = {**verdict._asdict(), "proven_by": by}
+        if verdict.status == "certified" and by is None:
+            row |= {"status": "estimated", "verdict": "undecided"}
         counts = allocation.counts[0]
-        if verdict.status == "certified":
-            try:
-                row["proven_by"] = _proven_by(checker, verdict, counts, duals)
-            except verify_gap.NotProvenError as error:
-                record["failures"].append(str(error))
-            if row["proven_by"] is None:
-                row |= {"status": "estimated", "verdict": "undecided"}
         budgets = [[float(function.budgets[j]), counts[j]] for j in sorted(counts)]
         rows.append({**row, "allocation": budgets, "method": allocation.method})
-    record["rows"] = sum(row["proven_by"] is not None for row in rows)
-    return Rows(rows, "certified" if checker is not None else "estimated", record)
-
-
-def premises(problem: Problem, function: ValueFunction, delta: deltas.Combination) -> verify_gap.Premises:
-    """What `verify_gap` takes as proven of one kind of branch."""
-    return verify_gap.Premises(
-        function.budgets, function.lower, function.upper, function.concave, function.slope, problem.radius,
-        problem.power, delta.points, delta.weights, delta.values,
-    )  # fmt: skip
-
-
-def _proven_by(
-    checker: verify_gap.Checker | None, verdict: Verdict, counts: dict[int, int], duals: dict[float, float]
-) -> dict[str, str] | None:
-    """The argument for each bound of a row; None without premises.  Raises `NotProvenError`."""
-    if checker is None:
-        return None
-    row = verify_gap.row_of(verdict._asdict(), counts)
-    if not row.dual_value <= duals.get(row.multiplier, -float("inf")):
-        row = row._replace(dual_value=-float("inf"))  # then only the grid's own bound on Q counts
-    return checker.check(row)
+    record = {
+        "function": again.premises,
+        "boxes": again.boxes,
+        "rows": sum(by is not None for by in again.rows),
+        "failures": again.failures,
+    }
+    return Rows(rows, "certified" if again.premises else "estimated", record)
 
 
 def hinge_rows(

@@ -1,0 +1,351 @@
+"""What the operations of a program make of ranges, for the checkers: a second set of rules, on purpose.
+
+A value is a `Jet`, a `Truth`, or an array of integers or truth values that do not depend on the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dualgap_jax.duality.numpy_jets import Calculus, Jet, Truth, linear
+from dualgap_jax.duality.numpy_moves import MOVES, convolved, dot, windows
+from dualgap_jax.duality.numpy_pairs import (
+    OUTSIDE,
+    SMOOTH,
+    Pair,
+    add,
+    mul,
+    neg,
+    out,
+    plus,
+    raised,
+    reciprocal,
+    summed,
+)
+
+Value = Jet | Truth | np.ndarray
+_EPS = float(np.finfo(np.float64).eps)
+_STEPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"sign": np.sign, "floor": np.floor, "ceil": np.ceil}
+_INDEXED = ("gather", "dynamic_slice")
+_PASSIVE = ("convert_element_type", "copy", "stop_gradient", "concatenate", "split")
+
+
+class Unsupported(NotImplementedError):
+    """A branch with operations that are not known here."""
+
+
+def constant(value: Any) -> Value:
+    """A known array: a jet of floats, or the integers or truth values as they are."""
+    array = np.asarray(value)
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    array = array.astype(np.float64)[None, None]
+    return Jet((array, array))
+
+
+def entry(x: Value, k: int) -> Value:
+    """Entry k along the first axis."""
+    if isinstance(x, np.ndarray):
+        return np.asarray(x[k])
+    if isinstance(x, Truth):
+        return Truth(x.lo[:, :, k], x.hi[:, :, k])
+    return linear(lambda a: (a[0][:, :, k], a[1][:, :, k]), x)
+
+
+def stacked(calculus: Calculus, parts: list[Value]) -> Value:
+    """Values along a new first axis."""
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.stack(parts)  # type: ignore[arg-type]
+    jets = [part for part in parts if isinstance(part, Jet)]
+    if len(jets) != len(parts):
+        raise Unsupported("truth values that depend on the weights, kept by a scan, are not known to the checker.")
+    return calculus.joined([linear(lambda a: (a[0][:, :, None], a[1][:, :, None]), jet) for jet in jets], 2)
+
+
+def spread(x: Jet, shape: tuple[int, ...]) -> Jet:
+    """Operands as they are where they have all axes, some perhaps of length 1; a single number gets the axes."""
+    if x.value[0].ndim - 2 == len(shape):
+        return x
+
+    def axes(a: Pair) -> Pair:
+        lo, hi = (e.reshape(*e.shape[:2], *[1] * len(shape)) for e in a)
+        return lo, hi
+
+    return linear(axes, x)
+
+
+def _truth(value: Value, ndim: int) -> Truth:
+    if isinstance(value, Jet):
+        raise Unsupported("a choice by a number is not known to the checker.")
+    if isinstance(value, np.ndarray):
+        value = Truth(value.astype(bool)[None, None], value.astype(bool)[None, None])
+    if value.lo.ndim - 2 == ndim:
+        return value
+    lo, hi = (e.reshape(*e.shape[:2], *[1] * ndim) for e in value)
+    return Truth(lo, hi)
+
+
+def applied(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]:
+    """The results of an operation.  Raises `Unsupported`, which names it, where there is no rule."""
+    name, p, shapes = equation.primitive.name, equation.params, [v.aval for v in equation.outvars]
+    known = [a for a in args if isinstance(a, np.ndarray)]
+    if len(known) == len(args) and (args or name == "iota"):
+        with jax.enable_x64(True):
+            found = equation.primitive.bind(*known, **p)
+        return [constant(f) for f in (found if equation.primitive.multiple_results else [found])]
+    if name in ("eq", "ne") and equation.invars[0] is equation.invars[1]:  # the test for NaN, of which there are none
+        return [np.full(shapes[0].shape, name == "eq")]
+    if name == "select_n":
+        which, *cases = args
+        if len(cases) != 2 or not all(isinstance(case, Jet) for case in cases):
+            raise Unsupported("a choice of other than two numbers is not known to the checker.")
+        if_not, if_so = (spread(case, shapes[0].shape) for case in cases if isinstance(case, Jet))
+        chosen = _truth(which, len(shapes[0].shape))
+        if _is_nan(if_not) or _is_nan(if_so):
+            calculus.undefined(np.isnan(if_not.value[0]) & ~chosen.lo | np.isnan(if_so.value[0]) & chosen.hi)
+        return [calculus.chosen(chosen, if_not, if_so)]
+    if name in ("and", "or", "not"):
+        truths = [_truth(a, len(shapes[0].shape)) for a in args]
+        return [_logic(name, truths)]
+    if name == "convert_element_type" and isinstance(args[0], Truth) and np.issubdtype(shapes[0].dtype, np.floating):
+        zero, one = (Jet((np.full_like(args[0].lo, v, float),) * 2) for v in (0.0, 1.0))
+        return [calculus.chosen(args[0], zero, one)]
+    if name == "sort" and all(
+        isinstance(a, np.ndarray) or (a.first is None and not _is_nan(a)) for a in args if not isinstance(a, Truth)
+    ):
+        return _sorted(equation, args)
+    if name in _INDEXED and isinstance(args[0], Jet) and len(known) == len(args) - 1:
+        return [_picked(equation, args[0], known)]
+    if not all(isinstance(a, Jet) for a in args):
+        raise Unsupported(f"the operation {name} of truth values or integers is not known to the checker.")
+    jets = [a for a in args if isinstance(a, Jet)]
+    if name not in {*MOVES, *_PASSIVE} and any(_is_nan(jet) for jet in jets):
+        raise Unsupported(f"{name} of a constant that is not a number is not known to the checker.")
+    if name == "split":
+        return [*_parts(p, jets[0])]
+    return [_one(calculus, equation, name, p, jets, shapes[0])]
+
+
+def _sorted(equation: Any, args: list[Value]) -> list[Value]:
+    """Known arrays in the order of the first of them."""
+    with jax.enable_x64(True):
+        known = [a.value[0][0, 0] if isinstance(a, Jet) else a for a in args]
+        return [constant(f) for f in equation.primitive.bind(*known, **equation.params)]
+
+
+def _is_nan(x: Jet) -> bool:
+    """Whether a constant has entries that are not numbers; nothing else can."""
+    return x.first is None and bool(np.isnan(x.value[0]).any())
+
+
+def _logic(name: str, truths: list[Truth]) -> Truth:
+    if name == "not":
+        return Truth(~truths[0].hi, ~truths[0].lo)
+    f = np.logical_and if name == "and" else np.logical_or
+    return Truth(f(truths[0].lo, truths[1].lo), f(truths[0].hi, truths[1].hi))
+
+
+def _picked(equation: Any, x: Jet, places: list[np.ndarray]) -> Jet:
+    """Entries at known places."""
+
+    def move(e: np.ndarray) -> np.ndarray:
+        with jax.enable_x64(True):
+            one = jax.vmap(jax.vmap(lambda a: equation.primitive.bind(a, *places, **equation.params)))(e)
+        found = np.asarray(one)
+        if np.isnan(found).any():
+            raise Unsupported(f"{equation.primitive.name} beyond the ends of an array is not known to the checker.")
+        return found
+
+    return linear(lambda a: (move(a[0]), move(a[1])), x)
+
+
+def _one(calculus: Calculus, equation: Any, name: str, p: Any, args: list[Jet], aval: Any) -> Value:
+    shape = aval.shape
+    if name in _BINARY:
+        a, b = (spread(x, shape) for x in args)
+        same = equation.invars[0] is equation.invars[1]
+        return _BINARY[name](calculus, a, b, same)
+    if name in _COMPARED:
+        (a_lo, a_hi), (b_lo, b_hi) = (spread(x, shape).value for x in args)
+        return _COMPARED[name](a_lo, a_hi, b_lo, b_hi)
+    if name in SMOOTH:
+        if name in OUTSIDE:
+            calculus.undefined(OUTSIDE[name](args[0].value[0]))
+        return calculus.through(*SMOOTH[name](args[0].value), args[0])
+    if name in _STEPS or (name == "round" and p["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN):
+        return calculus.stepped(_STEPS.get(name, np.rint), args[0])
+    if name in _UNARY:
+        return _UNARY[name](calculus, p, args[0])
+    if name == "is_finite":
+        lo, hi = args[0].value
+        return Truth(np.isfinite(lo) & np.isfinite(hi), np.ones_like(lo, bool))
+    if name == "convert_element_type" and aval.dtype == np.float64:
+        return args[0]
+    if name == "pow" and args[1].first is None and args[1].value[0].size == 1:
+        return _to_the(calculus, args[0], float(args[1].value[0].reshape(-1)[0]))
+    if name == "pow":
+        a, b = (spread(x, shape) for x in args)
+        calculus.undefined(a.value[0] <= 0)
+        power = calculus.product(mul, b, calculus.through(*SMOOTH["log"](a.value), a))
+        return calculus.through(*SMOOTH["exp"](power.value), power)
+    if name == "integer_pow":
+        return _to_the(calculus, args[0], p["y"])
+    if name == "clamp":
+        low, x, high = (spread(a, shape) for a in args)
+        return _smaller(calculus, calculus.larger(low, x), high)
+    if name == "dot_general":
+        return calculus.product(lambda a, b: dot(a, b, p["dimension_numbers"]), *args)
+    if name == "conv_general_dilated":
+        return calculus.product(lambda a, b: convolved(a, b, p), *args)
+    if name == "concatenate":
+        return calculus.joined(args, p["dimension"] + 2)
+    if name == "stack":
+        axis = p.get("axis", 0) + 2
+        apart = [linear(lambda a: (np.expand_dims(a[0], axis), np.expand_dims(a[1], axis)), x) for x in args]
+        return calculus.joined(apart, axis)
+    if name == "pad":
+        return _padded(p, *args)
+    move = MOVES.get(name)
+    if move is None or len(args) != 1:
+        raise Unsupported(f"the operation {name} is not known to the checker.")
+    return linear(lambda a: (move(a[0], p, shape), move(a[1], p, shape)), args[0])
+
+
+def _smaller(calculus: Calculus, a: Jet, b: Jet) -> Jet:
+    return linear(neg, calculus.larger(linear(neg, a), linear(neg, b)))
+
+
+def _plus(calculus: Calculus, a: Jet, b: Jet, same: bool) -> Jet:
+    return Jet(add(a.value, b.value), plus(a.first, b.first), plus(a.second, b.second))
+
+
+def _over(calculus: Calculus, a: Jet, b: Jet, same: bool) -> Jet:
+    return calculus.product(mul, a, _inverse(calculus, b))
+
+
+def _inverse(calculus: Calculus, x: Jet) -> Jet:
+    calculus.undefined((x.value[0] <= 0) & (x.value[1] >= 0))
+    return calculus.through(*reciprocal(x.value), x)
+
+
+_BINARY: dict[str, Callable[[Calculus, Jet, Jet, bool], Jet]] = {
+    "add": _plus,
+    "add_any": _plus,
+    "sub": lambda calculus, a, b, same: _plus(calculus, a, linear(neg, b), same),
+    "mul": lambda calculus, a, b, same: calculus.power(a, 2) if same else calculus.product(mul, a, b),
+    "div": _over,
+    "max": lambda calculus, a, b, same: calculus.larger(a, b),
+    "min": lambda calculus, a, b, same: _smaller(calculus, a, b),
+}
+_COMPARED: dict[str, Callable[..., Truth]] = {
+    "gt": lambda a, b, c, d: Truth(a > d, b > c),
+    "ge": lambda a, b, c, d: Truth(a >= d, b >= c),
+    "lt": lambda a, b, c, d: Truth(b < c, a < d),
+    "le": lambda a, b, c, d: Truth(b <= c, a <= d),
+    "eq": lambda a, b, c, d: Truth((a == d) & (b == c), (a <= d) & (b >= c)),
+    "ne": lambda a, b, c, d: Truth((b < c) | (a > d), ~((a == d) & (b == c))),
+}
+
+
+def _absolute(calculus: Calculus, p: Any, x: Jet) -> Jet:
+    found = calculus.larger(x, linear(neg, x))
+    return found._replace(value=(np.maximum(found.value[0], 0.0), found.value[1]))
+
+
+def _to_the(calculus: Calculus, x: Jet, y: int | float) -> Jet:
+    if float(y).is_integer() and 1 <= y <= 64:
+        return calculus.power(x, int(y))
+    if float(y).is_integer() and -64 <= y < 0:
+        return _to_the(calculus, _inverse(calculus, x), -y)
+    calculus.undefined(x.value[0] <= 0 if y < 0 else x.value[0] < 0)
+    return calculus.through(*raised(x.value, y), x)
+
+
+def _extreme(sign: int) -> Callable[[Calculus, Any, Jet], Jet]:
+    def rule(calculus: Calculus, p: Any, x: Jet) -> Jet:
+        x = x if sign > 0 else linear(neg, x)
+        for axis in sorted(p["axes"], reverse=True):
+            x = _largest(calculus, x, axis)
+        return x if sign > 0 else linear(neg, x)
+
+    return rule
+
+
+def _largest(calculus: Calculus, x: Jet, axis: int) -> Jet:
+    """The maximum along an axis of the program."""
+    count = x.value[0].shape[axis + 2]
+    parts = [linear(lambda a, k=k: (np.take(a[0], k, axis + 2), np.take(a[1], k, axis + 2)), x) for k in range(count)]  # type: ignore[misc]
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = [calculus.larger(a, b) for a, b in pairs] + ([parts[-1]] if len(parts) % 2 else [])
+    return parts[0]
+
+
+def _cumulative(calculus: Calculus, p: Any, x: Jet) -> Jet:
+    axis = p["axis"] + 2
+
+    def one(a: Pair) -> Pair:
+        flip = (lambda e: np.flip(e, axis)) if p["reverse"] else (lambda e: e)
+        lo, hi, size = (flip(np.cumsum(flip(e), axis)) for e in (*a, np.maximum(np.abs(a[0]), np.abs(a[1]))))
+        size = (a[0].shape[axis] + 1) * _EPS * size + 1e-300
+        return out(lo - size, hi + size)
+
+    return linear(one, x)
+
+
+def _window_max(calculus: Calculus, p: Any, x: Jet) -> Jet:
+    value = windows(x.value, p, -np.inf)
+    first, second = (None if d is None else windows(d, p, 0.0) for d in (x.first, x.second))
+    return _largest(calculus, Jet(value, first, second), value[0].ndim - 3)
+
+
+def _window_sum(calculus: Calculus, p: Any, x: Jet) -> Jet:
+    return linear(lambda a: summed(windows(a, p, 0.0), (a[0].ndim,)), x)
+
+
+_UNARY: dict[str, Callable[[Calculus, Any, Jet], Jet]] = {
+    "neg": lambda calculus, p, x: linear(neg, x),
+    "abs": _absolute,
+    "square": lambda calculus, p, x: calculus.power(x, 2),
+    "stop_gradient": lambda calculus, p, x: x,
+    "copy": lambda calculus, p, x: x,
+    "optimization_barrier": lambda calculus, p, x: x,
+    "reduce_sum": lambda calculus, p, x: linear(lambda a: summed(a, tuple(k + 2 for k in p["axes"])), x),
+    "reduce_max": _extreme(1),
+    "reduce_min": _extreme(-1),
+    "reduce_window_max": _window_max,
+    "reduce_window_sum": _window_sum,
+    "cumsum": _cumulative,
+}
+
+
+def _padded(p: Any, x: Jet, value: Jet) -> Jet:
+    def around(a: Pair, by: Pair) -> Pair:
+        def one(e: np.ndarray, v: np.ndarray) -> np.ndarray:
+            with jax.enable_x64(True):
+                config = [(0, 0, 0), (0, 0, 0), *p["padding_config"]]
+                return np.asarray(jax.lax.pad(e, np.asarray(v).reshape(-1)[0], config))
+
+        return one(a[0], by[0]), one(a[1], by[1])
+
+    if value.first is not None or value.value[0].size != 1:
+        raise Unsupported("padding with a number that depends on the weights is not known to the checker.")
+    zero = np.zeros(1), np.zeros(1)
+    first, second = (None if d is None else around(d, zero) for d in (x.first, x.second))
+    return Jet(around(x.value, value.value), first, second)
+
+
+def _parts(p: Any, x: Jet) -> list[Jet]:
+    axis, stops = p["axis"] + 2, np.cumsum(p["sizes"])
+
+    def cut(e: np.ndarray, stop: int, size: int) -> np.ndarray:
+        return e[(*[slice(None)] * axis, slice(stop - size, stop))]
+
+    return [
+        linear(lambda a, t=stop, s=size: (cut(a[0], t, s), cut(a[1], t, s)), x)  # type: ignore[misc]
+        for stop, size in zip(stops.tolist(), p["sizes"], strict=True)
+    ]

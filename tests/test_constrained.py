@@ -1,0 +1,285 @@
+"""Theorem 1 with h and W of one's own, against brute force over grids of weights, and against the built-in ball."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualgap_jax import duality, networks
+from dualgap_jax.data import Dataset, from_arrays
+from dualgap_jax.duality import BoundSpec, ConstrainedProblem, Effort, SearchSpec, sets
+from dualgap_jax.duality.rules import UnsupportedPrimitiveError
+from dualgap_jax.duality.theorem import Theorem
+from dualgap_jax.duality.verify_constrained import verify_constrained
+
+EFFORT = Effort(search=SearchSpec(6, 12, 40, 1, 4), bound=BoundSpec(4e-3, 20_000), dual=BoundSpec(1e-4, 20_000))
+BRANCH = networks.mlp((1,), 1, activation="tanh", use_bias=False)
+
+
+def leaves(f: Callable[[jax.Array], jax.Array]) -> Callable[[Any], jax.Array]:
+    return lambda params: sum((jnp.sum(f(leaf)) for leaf in jax.tree.leaves(params)), jnp.zeros(()))
+
+
+SIZES: dict[str, Any] = {
+    "l1": leaves(jnp.abs),
+    "largest": lambda params: jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(params)])),
+    "shifted": lambda params: leaves(lambda w: (w - 0.3) ** 2)(params) - 2.0,
+    "one and a half": leaves(lambda w: jnp.abs(w) ** 1.5),
+}
+CASES: dict[str, tuple[str, Any, float]] = {
+    "l1 on a disc": ("l1", duality.ball(2.0), 0.8),
+    "largest in a box": ("largest", duality.box(-1.5, 2.0), 0.9),
+    "shifted on a product": ("shifted", duality.product(duality.box(-1.0, 1.5), duality.ball(1.7, 1)), -1.1),
+    "powers in a diamond": ("one and a half", duality.ball(2.0, 1), 0.6),
+}
+
+
+def labelled(rng: np.random.Generator, n: int = 12) -> Dataset:
+    return from_arrays(rng.standard_normal((n, 1)).astype(np.float32), rng.choice([-1.0, 1.0], n))
+
+
+class Case(NamedTuple):
+    problem: ConstrainedProblem
+    budget: float
+    found: Theorem
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    size, domain, budget = CASES[request.param]
+    problem = duality.constrained_problem(
+        BRANCH, labelled(np.random.default_rng(3)), tau=5.0, size=SIZES[size], domain=domain
+    )
+    return Case(problem, budget, duality.theorem1(problem, budget, [1, 2, 3, 100], points=33, effort=EFFORT))
+
+
+def net(problem: ConstrainedProblem, side: int = 601) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points of W on a fine grid, their g and h in float64."""
+    axes = [np.linspace(lo, hi, side) for lo, hi in zip(problem.set.lower, problem.set.upper, strict=True)]
+    w = np.stack([a.ravel() for a in np.meshgrid(*axes)], 1)
+    w = w[np.isfinite(problem.costs(w))]
+    with jax.enable_x64(True):
+        return w, np.asarray(jax.jit(jax.vmap(problem.one.g))(jnp.asarray(w))), problem.h(w)
+
+
+def test_bounds_hold_at_every_budget_and_are_proven_again(case: Case) -> None:
+    f, (_, g, h) = case.found.function, net(case.problem)
+    assert f.status == "certified", case.found.proof.failures
+    assert case.found.proof.premises
+    assert {row.status for row in case.found.rows} == {"certified"}
+    assert {row.objective for row in case.found.rows} == {"hinge"}
+    best = np.array([g[h <= b].min(initial=math.inf) for b in f.budgets])
+    assert (f.lower <= best + 1e-12).all()
+    assert (f.upper[2:] <= best[2:] + 6e-3).all()  # up to the grid and the tolerance
+    assert f.floor is not None
+    assert f.floor <= h.min() + 1e-12
+    assert f.budgets[0] <= f.floor + 1e-9
+    assert np.abs(f.budgets - case.budget).min() == 0
+    for row in case.found.rows:
+        sup_d = min(g[k] + row.multiplier * (h[k] - case.budget) for k in [int(np.argmin(g + row.multiplier * h))])
+        assert row.dual_lower <= sup_d + 1e-12
+        assert row.primal_lower <= row.primal_upper
+    one = case.found.rows[0]
+    assert one.primal_lower <= g[h <= case.budget].min() + 1e-12
+    assert case.found.delta.delta <= f.largest_delta()
+    assert all(case.problem.set.contains(p) for p in case.found.delta.points)
+    share = case.found.delta.weights / case.found.delta.weights.sum()
+    middle = share @ case.found.delta.points
+    assert case.found.delta.convexified >= share @ np.asarray([float(case.problem.one.g(jnp.asarray(p))) for p in
+                                                               case.found.delta.points]) - 1e-5  # fmt: skip
+    assert case.found.delta.restricted <= g[h <= case.problem.h(middle[None])[0] * (1 + 1e-9)].min(initial=1.0) + 6e-3
+
+
+def test_two_branches_against_all_pairs(case: Case) -> None:
+    """inf(P) for I = 2 by brute force: sorted by cost, the best partner of every point is a running minimum."""
+    _, g, h = net(case.problem, 201)
+    order = np.argsort(h)
+    costs, least = h[order], np.minimum.accumulate(g[order])
+    partner = np.searchsorted(costs, 2 * case.budget - h, side="right") - 1
+    pairs = np.where(partner >= 0, g + least[np.maximum(partner, 0)], math.inf) / 2
+    row = case.found.rows[1]
+    assert row.primal_lower <= pairs.min() + 1e-12
+    assert row.primal_upper <= pairs.min() + 8e-3
+
+
+def test_claims_that_were_tampered_with_do_not_hold(case: Case) -> None:
+    f = case.found.function
+    assert f.floor is not None
+    assert f.margin is not None
+    assert f.lagrangian is not None
+    lam = case.found.rows[0].multiplier
+
+    def again(**change: Any) -> str:
+        found = verify_constrained(case.problem, dataclasses.replace(f, **change), multipliers=[lam], effort=2)
+        assert found.holds == (not found.reason)
+        return found.reason
+
+    assert again() == ""
+    raised = np.minimum.accumulate(np.minimum(f.lower + 0.02, f.upper.max() + 1))
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"lower": raised, "upper": np.maximum(f.upper, raised)}, "bounded again|reached again|larger value"),
+        ({"floor": f.floor + 1e-9, "budgets": f.budgets + 1e-9}, "reached again|costs more"),
+        ({"upper": f.upper - 1e-3, "lower": f.lower - 1e-3}, "larger value"),
+        ({"margin": f.margin / 20}, "margins"),
+        ({"minimisers": f.minimisers * 30}, "lie in W"),
+        ({"minimisers": f.minimisers[::-1]}, "costs more"),
+        ({"minimisers": None}, "no point for each budget"),
+        ({"concave": True}, "do not prove"),
+        ({"slope": 1.0}, "do not prove"),
+        ({"floor": None}, "do not prove"),
+        ({"proof": None}, "no proof"),
+        ({"proof": f.proof._replace(primal=f.proof.primal[:-1])}, "without a bound|do not fit|reached again"),
+        ({"proof": f.proof._replace(dual={lam: (f.proof.dual[lam][0], f.proof.dual[lam][1] + 0.02)})}, "reached again"),
+    ]
+    for change, reason in changes:
+        found = again(**change)
+        assert re.search(reason, found), (sorted(change), found)
+    points = case.found.delta.points
+    low = verify_constrained(case.problem, f, points=points, values=case.found.delta.values - 1e-6)
+    assert low.reason == "a point of the combination has a larger value than claimed"
+
+
+def test_the_ball_and_its_square_as_ones_own_are_the_built_in_ones(rng: np.random.Generator) -> None:
+    data = labelled(rng)
+    own = duality.constrained_problem(BRANCH, data, tau=5.0, size=leaves(jnp.square), domain=duality.ball(1.5))
+    built_in = duality.branch_problem(BRANCH, data, tau=5.0, radius=1.5)
+    budget = built_in.grid(33)[12]
+    ours, theirs = (duality.theorem1(p, budget, [1, 7], points=33, effort=EFFORT) for p in (own, built_in))
+    assert ours.function.status == theirs.function.status == "certified"
+    for one, two in zip(ours.rows, theirs.rows, strict=True):
+        for name in ("primal", "dual", "gap"):
+            assert getattr(one, f"{name}_lower") <= getattr(two, f"{name}_upper") + 1e-12
+            assert getattr(two, f"{name}_lower") <= getattr(one, f"{name}_upper") + 1e-12
+
+
+def test_what_the_checker_does_not_know_is_estimated_by_name(rng: np.random.Generator) -> None:
+    branch = networks.from_functions(
+        lambda key, x: {"w": jnp.zeros(2)}, lambda params, x: params["w"][1] * jnp.arctan(params["w"][0] * x)
+    )
+    problem = duality.constrained_problem(
+        branch, labelled(rng, 6), tau=5.0, size=leaves(jnp.abs), domain=duality.box(-1, 1)
+    )
+    found = duality.theorem1(problem, 0.5, 3, points=17, effort=EFFORT)
+    assert found.proof.failures == ["the operation atan is not known to the checker."]
+    assert (found.function.status, found.delta.status, found.rows[0].status) == ("estimated",) * 3
+    assert found.rows[0].verdict == "undecided"
+
+
+def test_more_parameters_rest_on_a_search(rng: np.random.Generator) -> None:
+    branch = networks.mlp((3,), 1)
+    problem = duality.constrained_problem(
+        branch, labelled(rng), tau=9.0, size=leaves(jnp.abs), domain=duality.ball(2.0, 3)
+    )
+    found = duality.theorem1(problem, 1.0, [1, 10], points=17, effort=EFFORT)
+    assert {row.status for row in found.rows} == {"estimated"}
+    assert (problem.h(found.function.minimisers) <= found.function.budgets).all()
+    assert found.rows[1].primal_upper < 1
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (leaves(lambda w: jnp.sqrt(jnp.abs(w))), "not convex"),
+        (leaves(lambda w: -(w**2)), "not convex"),
+        (leaves(lambda w: jnp.floor(jnp.abs(w))), "may jump.*floor"),
+        (leaves(lambda w: (jnp.abs(w) > 0.5).astype(w.dtype)), "cases do not meet|may jump|not convex"),
+        (leaves(lambda w: jnp.where(w > 0.5, 1.0, 0.0)), "cases do not meet"),
+        (lambda params: jnp.zeros(()), "does not depend"),
+        (lambda params: jnp.ones(3) * leaves(jnp.abs)(params), "one real number"),
+        (leaves(lambda w: jnp.log(w)), "not finite"),
+        ("l1", "must be a function"),
+    ],
+)
+def test_sizes_that_the_theorem_does_not_allow_are_refused(size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        duality.constrained_problem(
+            BRANCH, labelled(np.random.default_rng(0)), tau=5.0, size=size, domain=duality.box(-1.0, 1.0)
+        )
+
+
+def test_operations_without_a_rule_and_budgets_out_of_range_are_refused(rng: np.random.Generator) -> None:
+    def made(f: Callable[[jax.Array], jax.Array]) -> ConstrainedProblem:
+        return duality.constrained_problem(BRANCH, labelled(rng), tau=5.0, size=leaves(f), domain=duality.box(-1, 1))
+
+    with pytest.raises(UnsupportedPrimitiveError, match="lgamma"):
+        made(lambda w: jax.lax.lgamma(w + 3.0))
+    problem = made(lambda w: jnp.abs(w) + 1)
+    for budget in (1.9, 2.0, -1.0):
+        with pytest.raises(ValueError, match="not above the least h"):
+            duality.theorem1(problem, budget, 2, points=9, effort=EFFORT)
+    with pytest.raises(ValueError, match="or inf for no constraint"):
+        duality.theorem1(problem, math.nan, 2, points=9, effort=EFFORT)
+    with pytest.raises(ValueError, match="closed_form"):
+        duality.theorem1(problem, 3.0, 2, points=9, effort=dataclasses.replace(EFFORT, route="closed_form"))
+    idle = duality.theorem1(problem, math.inf, [1, 50], points=9, effort=EFFORT)
+    assert idle.rows[0].gap_upper < 0.02
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: duality.box(1, 1), "lower < upper"),
+        (lambda: duality.box(0, math.inf), "compact"),
+        (lambda: duality.box(math.nan, 1), "lower < upper"),
+        (lambda: duality.box("a", 1), "numbers or arrays"),
+        (lambda: duality.ball(-1), "radius"),
+        (lambda: duality.ball(1, 0.5), "not convex"),
+        (lambda: duality.ball(math.inf), "radius"),
+        (lambda: duality.product(duality.box(0, 1), 3), "boxes and balls"),  # type: ignore[arg-type]
+        (lambda: sets.placed(duality.product(duality.box(0, 1)), [(2,), (3, 1)]), "one set a leaf"),
+        (lambda: sets.placed(duality.box(np.zeros(3), 1), [(2,)]), "does not fit"),
+        (lambda: sets.placed(7, [(2,)]), "box, ball or product"),  # type: ignore[arg-type]
+    ],
+)
+def test_sets_that_are_none_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("order", [1, 1.5, 2, 3, 7.25, math.inf])
+@pytest.mark.parametrize("radius", [1e-30, 1.7, 1e30])
+def test_membership_is_exact_and_projections_are_inside(order: float, radius: float, rng: np.random.Generator) -> None:
+    w = sets.placed(sets.product(sets.ball(radius, order), sets.box(-radius, 2 * radius)), [(3,), (2,)])
+    points = radius * rng.uniform(-3, 3, (200, 5))
+    points[:50] *= 0.2
+    with jax.enable_x64(True):
+        near = np.asarray(jax.vmap(w.nearest)(jnp.asarray(points)))
+    inside = w.inside(near)
+    assert np.abs(inside - near).max() <= 1e-12 * radius
+    for raw, point in zip(points, inside, strict=True):
+        assert w.contains(point)
+        ball = [Fraction(v) / Fraction(radius) for v in raw[:3].tolist()]
+        if math.isinf(order):
+            true = max(map(abs, ball)) <= 1
+        else:
+            shares = [Decimal(abs(v).numerator) / Decimal(abs(v).denominator) for v in ball]
+            true = sum(s ** Decimal(order) for s in shares) <= 1
+        assert w.contains(raw) == (true and bool(((raw[3:] >= -radius) & (raw[3:] <= 2 * radius)).all()))
+    lo = w.lower + (w.upper - w.lower) * rng.uniform(0, 1, (500, 5))
+    hi = np.minimum(lo + radius * rng.uniform(0, 0.5, (500, 5)), w.upper)
+    apart = np.asarray(w.apart(lo, hi, np))
+    nearest = np.clip(0.0, lo, hi)
+    assert [w.contains(p) for p in nearest] == (~apart).tolist()
+    assert math.isinf(order) or apart.any()
+
+
+def test_the_readmes_own_branch(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(# Theorem 1 for a branch.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    rows = scope["found"].rows
+    assert {row.status for row in rows} == {"certified"}
+    assert rows[0].verdict == "verified"
