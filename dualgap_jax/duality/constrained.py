@@ -36,7 +36,7 @@ from dualgap_jax.data import Dataset
 from dualgap_jax.duality.problem import Problem, above, branch_problem
 from dualgap_jax.duality.programs import JUMPS, Program, trace
 from dualgap_jax.duality.ranges import extension
-from dualgap_jax.duality.sets import Blocks, Domain, placed
+from dualgap_jax.duality.sets import Blocks, placed
 from dualgap_jax.files import text_digest
 from dualgap_jax.identity import function_digest
 from dualgap_jax.types import Network, PyTree
@@ -63,7 +63,7 @@ class ConstrainedProblem(NamedTuple):
         """p."""
         return self.one.size
 
-    def h_at(self, w: Float[Array, " p"]) -> Float[Array, ""]:
+    def h_at(self, w: Float[Array, " p"]) -> Array:
         """h of a flat vector, in its precision."""
         like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, w.dtype), self.one.template)
         return jnp.asarray(self.cost(ravel_pytree(like)[1](w)))
@@ -145,7 +145,7 @@ def box_around(point: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def constrained_problem(
-    branch: Network, dataset: Dataset, *, tau: Any, size: Callable[[PyTree], Array], domain: Domain, seed: int = 0
+    branch: Network, dataset: Dataset, *, tau: Any, size: Any, domain: Any, seed: int = 0
 ) -> ConstrainedProblem:
     """The one-branch problem of a branch on a data set, with h and W of one's own.
 
@@ -164,10 +164,10 @@ def constrained_problem(
       UnsupportedPrimitiveError: if h uses an operation without an interval rule; the message names it.
     """
     one = branch_problem(branch, dataset, tau=tau, radius=1.0, seed=seed)
-    where = placed(domain, [leaf.shape for leaf in jax.tree.leaves(one.template)])
-    problem = ConstrainedProblem(one._replace(radius=where.radius), size, where)
     if not callable(size):
         raise ValueError(f"size must be a function of the branch's parameters, got {size!r:.60}.")
+    where = placed(domain, [leaf.shape for leaf in jax.tree.leaves(one.template)])
+    problem = ConstrainedProblem(one._replace(radius=where.radius), size, where)
     with jax.enable_x64(True):
         shape = jax.eval_shape(problem.h_at, jnp.zeros(one.size, jnp.float64))
         if shape.shape != () or not jnp.issubdtype(shape.dtype, jnp.floating):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 
 from dualgap_jax.duality.values import number
 
@@ -45,9 +45,6 @@ class Product(NamedTuple):
     """One set for each leaf of the parameters."""
 
     parts: tuple[Box | Ball, ...]
-
-
-Domain = Box | Ball | Product
 
 
 def box(lower: Any, upper: Any) -> Box:
@@ -82,7 +79,7 @@ def ball(radius: Any, order: Any = 2) -> Ball:
     return Ball(size, kind)
 
 
-def product(*parts: Box | Ball) -> Product:
+def product(*parts: Any) -> Product:
     """One set for each leaf of a branch's parameters, in the order of `jax.tree.leaves`.
 
     Raises:
@@ -170,7 +167,7 @@ class Blocks(NamedTuple):
             for part in [point[b.start : b.stop]]
         )
 
-    def apart(self, lo: Any, hi: Any, np: Any = jnp) -> Bool[Array, ""]:
+    def apart(self, lo: Any, hi: Any, np: Any = jnp) -> Any:
         """Whether boxes `[..., p]` within that around W are proven to hold no point of W; `np` is the array module."""
         found = np.zeros(lo.shape[:-1], bool)
         for b in self.blocks:
@@ -205,7 +202,7 @@ def _in_ball(w: np.ndarray, b: Block) -> bool:
         return bool(shares <= 1 - Decimal("1e-40"))
 
 
-def placed(domain: Domain, shapes: Sequence[tuple[int, ...]]) -> Blocks:
+def placed(domain: Any, shapes: Sequence[tuple[int, ...]]) -> Blocks:
     """The blocks of a set for parameters whose leaves have these shapes.
 
     Raises:

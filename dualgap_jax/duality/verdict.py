@@ -105,9 +105,9 @@ def dual_lower(functions: Sequence[ValueFunction], budget: float, counts: Sequen
         scale = max(scale, float(size) + lam * float(np.abs(f.budgets).max()))
         parts.append(n * best)
     # A little more than K is charged, which covers the roundings of the products.
-    free = lam * budget * (1 + 4e-12) if lam > 0 else 0.0
+    free = lam * (budget + 4e-12 * abs(budget)) if lam > 0 else 0.0
     value = math.fsum(parts) / total if all(map(math.isfinite, parts)) else -math.inf
-    return _DualBound(value - free - _ROUNDING * max(1.0, scale + free), lam, value - _ROUNDING * max(1.0, scale))
+    return _DualBound(value - free - _ROUNDING * max(1.0, scale + abs(free)), lam, value - _ROUNDING * max(1.0, scale))
 
 
 def _concave_lower(function: ValueFunction, budget: float, count: int) -> float:
