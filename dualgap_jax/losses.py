@@ -179,9 +179,7 @@ def crammer_singer(tau: int | float = 1.0) -> Loss:
     tau = _check_tau(tau)
 
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
-        difference, own = _differences(outputs, labels)
-        least = jnp.min(jnp.where(own, jnp.inf, difference), axis=-1)
-        return jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, _positive_part(1 - least / tau))
+        return _positive_part(1 - _class_margin(outputs, labels) / tau)
 
     slope = functools.partial(conjugates.crammer_singer_slope, tau=tau)
     return Loss(per_example, _class_margin, tau, ("multiclass",), conjugates.crammer_singer_conjugate(tau), slope)

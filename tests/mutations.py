@@ -43,6 +43,11 @@ FIT = "tests/test_spectral_verify.py -k bad_fit"
 EXACT = "tests/test_spectral_certificate.py -k charged_and|low_rank"
 
 
+OWN = "tests/test_constrained.py -k shifted"
+SETS = "tests/test_constrained.py -k membership"
+UNDEFINED = "tests/test_numpy_ranges.py -k undefined"
+
+
 class Mutation(NamedTuple):
     """What is done to a file of the package, and which tests should see it."""
 
@@ -97,6 +102,12 @@ MUTATIONS = [
     _of("duality", "verify_gap", "a wrong residue", "int(lengths[rest % (q - p)]) * unit", "int(lengths.max()) * unit", RESIDUES),
     _of("duality", "verify_closed_forms", "a dropped sign", "for sign in (1.0, -1.0):\n        corners", "for sign in (1.0,):\n        corners", FORMS),
     _of("duality", "verify_closed_forms", "dropped terms", "open_ * np.maximum(c, 0.0)", "0.0 * open_ * np.maximum(c, 0.0)", TERMS),
+    # h and W of one's own.
+    _of("duality", "constrained_bounds", "boxes that are taken to lie apart", "lam0, value, jnp.argmax(hi - lo), apart)", "lam0, value, jnp.argmax(hi - lo), ~apart)", OWN),
+    _of("duality", "verdict", "a rounding direction", "free = lam * (budget + 4e-12 * abs(budget))", "free = lam * budget * (1 + 4e-12)", OWN),
+    _of("duality", "verify_constrained", "one claim for all", "| (sizes < out.h_lo[:, None])).all(axis=1)", "| (sizes < out.h_lo[:, None])).any(axis=1)", OWN),
+    _of("duality", "sets", "a larger ball", "<= Fraction(b.radius) ** order)", "<= 2 * Fraction(b.radius) ** order)", SETS),
+    _of("duality", "numpy_rules", "a place where nothing is defined", "    calculus.undefined(x.value[0] <= 0 if y < 0 else x.value[0] < 0)\n", "    pass\n", UNDEFINED),
     # Theorem 2.
     _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + projection) * _ROOM_EPS", LINEAR),
     _of("spectral", "verify", "a missing charge", "0.5 * (top + projection + charge) * _ROOM_EPS", "0.5 * (top + charge) * _ROOM_EPS", FIT),

@@ -31,16 +31,6 @@ def leaves(f: Callable[[jax.Array], jax.Array]) -> Callable[[Any], jax.Array]:
     return lambda params: sum((jnp.sum(f(leaf)) for leaf in jax.tree.leaves(params)), jnp.zeros(()))
 
 
-SIZES: dict[str, Any] = {
-    "shifted": leaves(lambda w: (w - 0.3) ** 2 - 1.0),
-    "one and a half": leaves(lambda w: jnp.abs(w) ** 1.5),
-}
-CASES: dict[str, tuple[str, Any, float]] = {
-    "shifted on a product": ("shifted", duality.product(duality.box(-1.0, 1.5), duality.ball(1.7, 1)), -1.1),
-    "powers in a diamond": ("one and a half", duality.ball(2.0, 1), 0.6),
-}
-
-
 def labelled(rng: np.random.Generator, n: int = 12) -> Dataset:
     return from_arrays(rng.standard_normal((n, 1)).astype(np.float32), rng.choice([-1.0, 1.0], n))
 
@@ -51,13 +41,31 @@ class Case(NamedTuple):
     found: Theorem
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
+def shifted() -> Case:
+    """A size that is negative in part, on a product of a box and a ball of another norm."""
+    domain = duality.product(duality.box(-1.0, 1.5), duality.ball(1.7, 1))
+    size = leaves(lambda w: (w - 0.3) ** 2 - 1.0)
+    data = labelled(np.random.default_rng(3))
+    problem = duality.constrained_problem(BRANCH, data, tau=5.0, size=size, domain=domain)
+    return Case(problem, -1.1, duality.theorem1(problem, -1.1, [1, 2, 3, 100], points=33, effort=EFFORT))
+
+
+def readme() -> Case:
+    """The ten lines of the README."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(# Theorem 1 for a branch.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    return Case(scope["problem"], scope["found"].rows[0].budget, scope["found"])
+
+
+MADE = {"shifted": shifted, "readme": readme}
+
+
+@pytest.fixture(scope="module", params=sorted(MADE))
 def case(request: pytest.FixtureRequest) -> Case:
-    size, domain, budget = CASES[request.param]
-    problem = duality.constrained_problem(
-        BRANCH, labelled(np.random.default_rng(3)), tau=5.0, size=SIZES[size], domain=domain
-    )
-    return Case(problem, budget, duality.theorem1(problem, budget, [1, 2, 3, 100], points=33, effort=EFFORT))
+    return MADE[request.param]()
 
 
 def net(problem: ConstrainedProblem, side: int = 601) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -75,6 +83,7 @@ def test_bounds_hold_at_every_budget_and_are_proven_again(case: Case) -> None:
     assert case.found.proof.premises
     assert {row.status for row in case.found.rows} == {"certified"}
     assert {row.objective for row in case.found.rows} == {"hinge"}
+    assert case.found.rows[0].verdict == "verified"
     best = np.array([g[h <= b].min(initial=math.inf) for b in f.budgets])
     assert (f.lower <= best + 1e-12).all()
     assert (f.upper[2:] <= best[2:] + 6e-3).all()  # up to the grid and the tolerance
@@ -111,6 +120,8 @@ def test_two_branches_against_all_pairs(case: Case) -> None:
 
 def test_claims_that_were_tampered_with_do_not_hold(case: Case) -> None:
     f = case.found.function
+    if f.budgets[0] > -1:
+        pytest.skip("one case is enough")
     assert f.floor is not None
     assert f.margin is not None
     assert f.lagrangian is not None
@@ -158,12 +169,11 @@ def test_what_the_checker_does_not_know_is_estimated_by_name(rng: np.random.Gene
     assert found.rows[0].verdict == "undecided"
 
 
-def test_more_parameters_rest_on_a_search(rng: np.random.Generator) -> None:
-    branch = networks.mlp((2,), 1)
+def test_a_search_is_estimated_and_its_points_are_feasible(rng: np.random.Generator) -> None:
     problem = duality.constrained_problem(
-        branch, labelled(rng), tau=9.0, size=leaves(jnp.abs), domain=duality.ball(2.0, 3)
+        BRANCH, labelled(rng), tau=5.0, size=leaves(lambda w: jnp.abs(w) ** 1.5), domain=duality.ball(2.0, 3)
     )
-    found = duality.theorem1(problem, 1.0, [1, 10], points=17, effort=EFFORT)
+    found = duality.theorem1(problem, 1.0, [1, 10], points=17, effort=dataclasses.replace(EFFORT, route="search"))
     assert {row.status for row in found.rows} == {"estimated"}
     assert (problem.h(found.function.minimisers) <= found.function.budgets).all()
     assert found.rows[1].primal_upper < 1
@@ -260,14 +270,3 @@ def test_membership_is_exact_and_projections_are_inside(order: float, radius: fl
     nearest = np.clip(0.0, lo, hi)
     assert [w.contains(p) for p in nearest] == (~apart).tolist()
     assert math.isinf(order) or apart.any()
-
-
-def test_the_readmes_own_branch(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(# Theorem 1 for a branch.*?)```", text, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    scope: dict[str, Any] = {}
-    exec(code, scope)
-    rows = scope["found"].rows
-    assert {row.status for row in rows} == {"certified"}
-    assert rows[0].verdict == "verified"

@@ -71,8 +71,7 @@ class Path(NamedTuple):
 
     cost: np.ndarray
     arc: np.ndarray  # residue of the arc, -1 at the origin
-    arc_cost: np.ndarray  # of the cheapest arc of each residue
-    which: np.ndarray  # class of that arc, -1 for an unused unit
+    which: np.ndarray  # by residue of an arc, the class of the cheapest one, -1 for an unused unit
     choice: np.ndarray  # and the index that it takes in the class's grid
 
 
@@ -103,7 +102,7 @@ def _shortest_paths(values: Sequence[np.ndarray], base: Sequence[int], edge: Edg
         better = through < cost
         cost[better], open_cost[better] = through[better], through[better]
         arc[better] = (np.flatnonzero(better) - node) % size
-    return Path(cost, arc, cheapest, which, choice)
+    return Path(cost, arc, which, choice)
 
 
 def _by_group(problem: Units, start: _Start, edge: Edge, path: Path) -> tuple[float, list[Counter[int]] | None]:
