@@ -196,6 +196,22 @@ def write_certify(workdir: Path) -> Path:
     return workdir
 
 
+def write_architecture(workdir: Path) -> Path:
+    cells = [
+        {
+            "num_branches": count,
+            "scores": {"test_accuracy": 0.9, "barrier_max": 0.3 / count, "barrier_max_aligned": math.nan},
+            "intervals": {"test_accuracy": [0.9, 0.85, 0.95]} if count == 1 else {},
+        }
+        for count in (1, 4)
+    ]
+    record = {"title": "A title for $5", "paper_item": "mlp branches", "note": "Widths: $5.", "seeds": 3}
+    record |= {"cells": cells, "score_names": ["test_accuracy", "barrier_max", "barrier_max_aligned"]}
+    (workdir / "results").mkdir(parents=True)
+    save_json(workdir / "results" / "architecture.json", record)
+    return workdir
+
+
 def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
     """A work folder that holds a record of the given name."""
     scores = {1: {"envelope_max": 2.0}, 10: {"envelope_max": 0.5}}
@@ -203,6 +219,7 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "landscape.json": lambda: write_landscape(workdir),
         "row.json": lambda: write_row(workdir, scores, ["envelope_max"]),
         "examples.json": lambda: write_examples(workdir),
+        "architecture.json": lambda: write_architecture(workdir),
         "regimes.json": lambda: write_regimes(workdir, rng),
         "shapley_folkman.json": lambda: write_averages(workdir),
         "spectral.json": lambda: write_spectral(workdir),
