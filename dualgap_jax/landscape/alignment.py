@@ -84,7 +84,7 @@ def align(
       units: what units there are, where the network is no chain of layers that is known; see `symmetry.symmetry`.
       block: among how many branches a place is looked for; None: all I up to 5,000 branches (16,384 units), else
         blocks of that many, consecutive ones, of each network: an approximation.  Ten blocks kept nine tenths of what
-        an exact matching takes off the squared distance (MNIST, I = 1,000; `WORKSPACE.md`).
+        an exact matching takes off the squared distance (MNIST, I = 1,000; docs/results.md).
 
     Raises:
       ValueError: for fewer than two networks, `to` out of range, a block below 1, units that are not exchangeable,
