@@ -160,7 +160,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _document(spec: ArchitectureSpec, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    said = "; ".join(f"I = {c['num_branches']:,}: {_width(c)}, {c['parameters']:,} parameters" for c in cells)
+    said = "; ".join(f"I = {c['num_branches']:,}: {_width(c)} ({c['parameters']:,} parameters)" for c in cells)
     return {
         "title": spec.title,
         "paper_item": f"{spec.cell.branch.name} branches",
