@@ -97,6 +97,7 @@ def _parser(description: str | None, program: str = "run.py") -> _Parser:
     once("--config", "config file, with the argument of its get_config after a colon", metavar="FILE:ARG")
     parser.add_argument("--config.KEY", dest="_", metavar="VALUE", help="change a leaf of the config; may be repeated")
     once("--workdir", "folder to work in; by default runs/NAME-HASH of the configuration", metavar="DIR")
+    once("--certify", "say how far the networks of a finished run are from the optimum, and exit", metavar="WORKDIR")
     parser.add_argument("--list", action="store_true", help="print the experiments and the config files, and exit")
     parser.add_argument(
         "--extend",
@@ -283,6 +284,16 @@ def _compared(config: ConfigDict, given: str | None) -> dict[str, str]:
     }
 
 
+def certify(workdir: str | Path, tables: Tables) -> None:
+    """Prints how far the networks of a finished run are from the global optimum, and writes its report anew."""
+    from dualgap_jax.experiments.certify_run import certify_run  # which few commands need
+
+    found = certify_run(workdir, tables, lambda line: print(line, flush=True))
+    print("\n".join(found.notes))
+    if (shown := _page(Path(workdir), anew=True)) is not None:
+        print(f"report: {shown}")
+
+
 def _page(folder: Path, anew: bool) -> Path | None:
     """The HTML report of a run, written if it is new or gone; None where it could not be: that is no reason to fail."""
     path = folder / "report.html"
@@ -345,6 +356,9 @@ def main(argv: Sequence[str], description: str | None = None) -> None:
         tables = extended(flags.extend)
         if flags.list:
             print(listing(tables))
+        elif flags.certify is not None:
+            require(flags.config is None, "--certify reads the config of the run: give it without --config.")
+            certify(flags.certify, tables)
         else:
             run(flags.config, flags.name, flags.workdir, tables, argv, flags.given)
         sys.stdout.flush()

@@ -5,6 +5,7 @@ Examples:
   python scripts/run.py --config=configs/figure1.py
   python scripts/run.py --config=configs/mnist_1layer.py:I=100 --config.training.learning_rate=0.05
   python scripts/run.py --config=configs/figure4.py:row=cifar_1layer,I=1/3/5
+  python scripts/run.py --certify=runs/mnist_1layer-12345678
 
 The same command again resumes an unfinished run, or prints the results of a finished one.  Exit status: 0; 2 for
 mistakes and full disks, with one message; 1 for a defect; 130 after Ctrl-C; 143 after SIGTERM.

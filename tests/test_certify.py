@@ -265,6 +265,29 @@ def test_the_checker_refuses_what_does_not_follow(rng: Any) -> None:
         assert dataclasses.replace(found, value=found.value - 1.0).status == "estimated"  # no copy is a proof
 
 
+def test_the_spectral_bound_with_rows_of_the_same_lengths(rng: Any) -> None:
+    """No unit of many has a larger sum, and rows without a dual vector do not count."""
+    for slope in (0.0, 0.01):
+        data = drawn(rng, 40, 6, 4)
+        one = problem(data, "multi_margin", penalty=1.0, activation="leaky_relu" if slope else "relu")
+        alpha = one.slope(rng.standard_normal(one.shape))
+        alpha[rng.random(40) < 0.5] = 0.0
+        found = ceiling(one, alpha, "spectral")
+        assert found is not None
+        u = rng.standard_normal((4000, 6))
+        u /= np.linalg.norm(u, axis=1, keepdims=True)
+        t = u @ np.asarray(one.one.x, np.float64).T
+        seen = 0.5 * np.linalg.norm(np.where(t > 0, t, slope * t) @ alpha, axis=1).max() / 40
+        assert seen <= found.upper <= 4 * seen
+        bound = lower_bound(one, alpha, engine="spectral")
+        assert verify_bound(one, bound).holds
+        assert bound.kappa is not None
+        assert not verify_bound(one, dataclasses.replace(bound, kappa=0.99 * bound.kappa)).holds
+        a, b = np.linalg.norm(alpha, 2), np.linalg.norm(np.asarray(one.one.x, np.float64), 2)
+        mean = np.linalg.norm(alpha.T @ np.asarray(one.one.x, np.float64) / 40, 2)
+        assert found.upper < 0.5 * ((1 + slope) / 2 * mean + (1 - slope) / 2 * a * b / 40)
+
+
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 CASES = [

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from certify_oracles import convex_program, drawn, group_lasso, problem
+from certify_oracles import convex_program, drawn, group_lasso, problem, rho_by_arcs
 from scipy.optimize import minimize
 
 from dualgap_jax import certify
 from dualgap_jax.certify import OptimumSpec, RiskProblem, optimum, verify_bound
+from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.reduced import solve
 from dualgap_jax.certify.search import best_units
 from dualgap_jax.config import ConfigError
@@ -149,6 +150,46 @@ def test_units_rise(rng: Any) -> None:
     after = np.linalg.norm(sums, axis=1)
     assert (after >= before - 1e-12).all()
     assert after.max() > 1.05 * before.max()
+
+
+def test_units_reach_the_maxima_where_ridges_meet(rng: Any) -> None:
+    """In the plane the largest sum is known exactly; a search along gradients stops short of it at kinks."""
+    for _ in range(5):
+        x, alpha = rng.standard_normal((60, 2)), rng.standard_normal((60, 1))
+        _, sums = best_units(x * 1e60, alpha * 1e-60, rng.standard_normal((16, 2)), 0.0)
+        assert np.abs(sums).max() == pytest.approx(rho_by_arcs(x, alpha[:, 0]), rel=1e-4)
+
+
+def test_an_estimate_above_the_risk_of_a_network_is_none(rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = problem(drawn(rng, 12, 4), "squared", penalty=0.01)
+    found = optimum(one, spec=OptimumSpec(units=8, rounds=2, starts=8), prove=False)
+    assert found.lower_estimated is not None
+    assert found.lower_estimated <= found.upper
+
+    def blind(x: Any, alpha: Any, units: Any, slope: float, steps: int = 0) -> Any:
+        u = units / np.linalg.norm(units, axis=1, keepdims=True)
+        return u, 1e-3 * np.maximum(u @ x.T, 0) @ alpha / len(x)
+
+    monkeypatch.setattr("dualgap_jax.certify.search.best_units", blind)
+    missed = certify.distance(one, found.weights)
+    assert missed.search_missed
+    assert missed.lower_estimated is missed.gap_estimated is None
+    assert "no estimate: the search has missed" in missed.as_text()
+
+
+def test_the_relaxation_moves_the_dual_vectors_of_optimum(rng: Any) -> None:
+    for loss in ("squared", "logistic", "binary_hinge"):
+        one = problem(drawn(rng, 20, 5), loss, penalty=0.02)
+        found = optimum(one, spec=OptimumSpec(units=12, rounds=3, starts=16))
+        checked(one, found, 1.0)
+        assert found.method == "moments"
+        alone = certify.lower_bound(one, one.slope(risk_of(one, found)), engine="moments")
+        assert found.lower >= alone.value - 1e-3 * abs(alone.value)
+        assert found.gap < 0.1 * found.upper
+
+
+def risk_of(one: RiskProblem, found: certify.Certificate) -> np.ndarray:
+    return np.asarray(risk(one, found.weights, found.shares).outputs)
 
 
 @pytest.mark.parametrize("settings", [{"rounds": 0}, {"units": 0}, {"tolerance": -1.0}, {"seconds": float("nan")}])

@@ -12,6 +12,7 @@ branch and bound from `duality`); `optimum` finds the measure and the dual vecto
 `search`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
 """
 
+from dualgap_jax.certify.assess import Assessment, assess
 from dualgap_jax.certify.bounds import Bound, lower_bound, lower_estimated
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import distance
@@ -20,10 +21,12 @@ from dualgap_jax.certify.problem import RiskProblem, risk_problem
 from dualgap_jax.certify.verify import verify_bound
 
 __all__ = [
+    "Assessment",
     "Bound",
     "Certificate",
     "OptimumSpec",
     "RiskProblem",
+    "assess",
     "distance",
     "lower_bound",
     "lower_estimated",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from dualgap_jax.certify.engines import CEILINGS, ceiling
+from dualgap_jax.certify.engines import CEILINGS, Ceiling, ceiling, relaxed
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, Minimum, penalised_minimum
@@ -245,6 +245,19 @@ def least_losses(problem: RiskProblem) -> Bound:
     return proven(made, subject_of(problem.branch_problem(rows)))
 
 
+def _from_ceiling(problem: RiskProblem, alpha: np.ndarray, top: Ceiling, scale: bool = True) -> Bound:
+    at, lam, pieces, kappa = from_kappa(problem, alpha, top.upper, scale=scale)
+    made = Bound(total(pieces), at, lam, pieces, kappa, top.evidence, top.point, top.method)
+    return proven(made, subject_of(problem.branch_problem(at)))
+
+
+def best_proven(problem: RiskProblem, alpha: np.ndarray, spec: BoundSpec, label: str | None = None) -> Bound:
+    """The best bound that can be proven from `alpha` on: with dual vectors moved by the relaxation where it applies."""
+    if ceiling(problem, alpha, "cells") is None and (joint := relaxed(problem, alpha)) is not None:
+        return max(_from_ceiling(problem, *joint), least_losses(problem), key=lambda bound: bound.value)
+    return lower_bound(problem, alpha, spec=spec, label=label)
+
+
 def lower_bound(
     problem: RiskProblem,
     alpha: Any,
@@ -289,9 +302,7 @@ def lower_bound(
     if engine != "branch and bound":
         top = ceiling(problem, rows, engine)
         if top is not None and math.isfinite(top.upper):
-            at, lam, pieces, kappa = from_kappa(problem, rows, top.upper, scale=scale)
-            made = Bound(total(pieces), at, lam, pieces, kappa, top.evidence, top.point, top.method)
-            found.append(proven(made, subject_of(problem.branch_problem(at))))
+            found.append(_from_ceiling(problem, rows, top, scale))
             exact = top.method in ("linear", "cells")
         elif engine != "auto":
             raise ValueError(f"the engine {engine!r} does not apply to this branch and these data.")
@@ -321,13 +332,24 @@ def lower_estimated(
     """
     rows = problem.checked(alpha)
     look = BranchSearch(problem, starts=starts, steps=steps, seed=seed)
-    name = f"search, {starts} starts"
-    if problem.structure is not None:
-        points, values = look.kappa(rows, np.zeros((0, problem.one.size)))
-        return bound_from(problem, rows, float(values[0]), points[0], name)
     lam = problem.penalty if problem.penalty is not None else multiplier
-    lam = _estimated_multiplier(problem, rows, seed) if lam is None else number("multiplier", lam)
-    ends, values = look(rows, lam, problem.radius)
+    if problem.structure is None:
+        lam = _estimated_multiplier(problem, rows, seed) if lam is None else number("multiplier", lam)
+    return searched(problem, look, rows, lam or 0.0, np.zeros((0, problem.one.size)))[0]
+
+
+def searched(
+    problem: RiskProblem, look: BranchSearch, alpha: np.ndarray, lam: float, points: np.ndarray
+) -> tuple[Bound, np.ndarray, np.ndarray]:
+    """The estimated bound of dual vectors, and the branches `[k, p]` that a search from `points` found, the best first.
+
+    The multiplier `lam` counts for branches that are not homogeneous.  The third is what the search made least, `[k]`:
+    phi, or minus kappa for a homogeneous branch, whose points have norm 1.
+    """
+    if problem.structure is not None:
+        ends, values = look.kappa(alpha, points)
+        return bound_from(problem, alpha, float(values[0]), ends[0], "search"), ends, -values
+    ends, values = look(alpha, lam, problem.radius, points)
     cost = lam * problem.budget if problem.budget is not None else 0.0
-    pieces = Pieces(problem.conjugate.upper_mean(rows, problem.y), float(values[0]), cost)
-    return Bound(total(pieces), rows, lam, pieces, None, None, ends[0], name)
+    pieces = Pieces(problem.conjugate.upper_mean(alpha, problem.y), float(values[0]), cost)
+    return Bound(total(pieces), alpha, lam, pieces, None, None, ends[0], "search"), ends, values

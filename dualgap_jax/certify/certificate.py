@@ -19,7 +19,8 @@ class Certificate:
     Attributes:
       upper: the regularised risk of `weights`, with its rounding; F* is at most this.
       bound: the best proven lower bound, with what it was proven from.
-      lower_estimated: the same with a search in the place of the proof, at most `upper`; None where none was asked for.
+      lower_estimated: the same with a search in the place of the proof, at most `upper`; None where none was asked for,
+        or the search gave more than `upper`, so that it has missed the best branch (`search_missed`).
       upper_proven: whether `upper` allows for all rounding.
       weights: `[k, p]`, the branches behind `upper`.
       shares: `[k]`, the share of each; they add up to 1 at most (the rest is the branch with weights 0).
@@ -43,6 +44,7 @@ class Certificate:
     entering: np.ndarray | None
     entering_slope: float
     history: tuple[dict[str, Any], ...] = ()
+    search_missed: bool = False
 
     @property
     def lower(self) -> float:
@@ -86,4 +88,6 @@ class Certificate:
         parts = [f"risk {self.upper:.6g}", f"optimum >= {self.lower:.6g} ({how}): within {self.gap:.3g}{share}"]
         if self.lower_estimated is not None:
             parts.append(f"optimum >= {self.lower_estimated:.6g} (estimated)")
+        elif self.search_missed:
+            parts.append("no estimate: the search has missed the best branch")
         return "; ".join(parts)

@@ -58,6 +58,8 @@ def assembled(
 ) -> Certificate:
     """The certificate of a measure from its risk and the bounds."""
     feasible = check_feasible(problem, weights, found)
+    # More than the risk of a network is no bound: the search behind it has missed the best branch.
+    missed = estimated is not None and estimated.value > found.upper + 1e-9 * (1 + abs(found.upper))
     lam, alpha = bound.multiplier, bound.alpha
     costs = np.linalg.norm(weights, axis=1) ** problem.power
     phi = branch_sums(problem, weights, alpha) + lam * costs
@@ -80,8 +82,8 @@ def assembled(
     return Certificate(
         upper=found.upper,
         bound=bound,
-        # A search that has missed the best branch may give more than the risk of a network, which is no bound.
-        lower_estimated=None if estimated is None else min(estimated.value, found.upper),
+        lower_estimated=None if estimated is None or missed else min(estimated.value, found.upper),
+        search_missed=missed,
         upper_proven=found.proven and feasible,
         weights=weights,
         shares=shares,

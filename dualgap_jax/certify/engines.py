@@ -5,7 +5,8 @@ By Hoelder's inequality kappa is `rho L^(-L/2)`, where rho is the largest sum th
 * linear: rho is the largest singular value of `(1/n) sum_j alpha_j x_j^T` (its norm for L = 1), exact in any dimension;
 * cells: one ReLU or leaky unit in up to three dimensions, exact (`cells`);
 * spectral: `psi(t) = (1+s)/2 t + (1-s)/2 |t|` for the slope s, so for one hidden layer
-  `rho <= (1+s)/2 sigma_1((1/n) alpha^T X) + (1-s)/2 sigma_1(alpha) sigma_1(X) / n`: any size, loose;
+  `rho <= (1+s)/2 sigma_1((1/n) alpha^T X) + (1-s)/2 sigma_1(G alpha) sigma_1(G^-1 X) / n` for any positive diagonal G:
+  1, or what gives both matrices rows of the same lengths (`balanced`).  Any size and number of outputs, loose;
 * moments: one hidden layer of ReLU or leaky units, any size, by a semidefinite relaxation (`moments`);
 * norms: `rho <= (1/n) sum_j ||alpha_j|| ||x_j||`: any depth, looser still.
 
@@ -22,10 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dualgap_jax.certify import cells, moments
+from dualgap_jax.certify.moments_joint import relaxation
+from dualgap_jax.certify.moments_start import FORMS
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
 
 _EPS = float(np.finfo(np.float64).eps)
+LARGEST_RELAXATION = 2**27  # numbers in x times outputs, up to which 'auto' relaxes: some minutes for each side
 _SPARE = 2.0**-38  # share of the sizes that is left to those who prove the bound again with other roundings
 
 
@@ -126,13 +130,24 @@ def _cells(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None
     )
 
 
+def balanced(x: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`G alpha` and `G^-1 x` with rows of the same lengths; rows where one of both is 0 add nothing and become 0."""
+    a, b = np.linalg.norm(alpha, axis=1, keepdims=True), np.linalg.norm(x, axis=1, keepdims=True)
+    used = (a > 1e-140) & (b > 1e-140)
+    g = np.sqrt(np.where(used, b, 1.0) / np.where(used, a, 1.0))
+    # Where a length is too small to be divided by, both rows stay as they are.
+    idle = (a == 0) | (b == 0)
+    return np.where(idle, 0.0, alpha * g), np.where(idle, 0.0, x / g)
+
+
 def _spectral(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
     if known.degree != 2:
         return None
     points, weights, exponent = _rescaled(x, alpha)
     slope, margin = known.negative_slope, (len(x) + 8) * _EPS * sizes(points, weights)
     straight = (1 + slope) / 2 * (_top(moment(points, weights)) + margin)
-    bent = (1 - slope) / 2 * _top(weights) * _top(points) / len(x)
+    pairs = (weights, points), balanced(points, weights)
+    bent = (1 - slope) / 2 * min(_top(a) * _top(b) for a, b in pairs) / len(x)
     spare = _SPARE * 2 * (straight + bent)
     return Ceiling(
         _above(_restored(straight + bent + spare, exponent) * _share(known), 64 * _EPS), 0.0, None, "spectral"
@@ -149,12 +164,33 @@ class Relaxed(NamedTuple):
 def _moments(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
     if known.degree != 2 or known.activation == "identity" or not np.any(alpha):
         return None
-    points, weights = cells.with_leak(x, alpha, known.negative_slope)
-    found = moments.ball_bound(points, weights)
+    return _relaxed(known, x, alpha, moments.ball_bound(*cells.with_leak(x, alpha, known.negative_slope)))
+
+
+def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, found: moments.BallBound) -> Ceiling:
+    """What a relaxation proves of kappa."""
     one, two, exponent = _rescaled(x, alpha)
+    doubled = 1 if known.negative_slope == 0 else 2
     spare = _restored(_SPARE * sizes(one, two), exponent)
-    upper = _above((found.upper * (len(points) / len(x)) + spare) * _share(known), 16 * _EPS)
+    upper = _above((found.upper * doubled + spare) * _share(known), 16 * _EPS)
     return Ceiling(upper, 0.0, None, "moments", Relaxed(alpha, found))
+
+
+def relaxed(problem: RiskProblem, alpha: np.ndarray) -> tuple[np.ndarray, Ceiling] | None:
+    """Dual vectors `[n, 1]` that the relaxation raises together with its multipliers, from `alpha`, and their bound.
+
+    None where `moments_joint` does not apply: it takes one hidden ReLU layer with one output, a penalty and no ball.
+    """
+    known, kind = problem.structure, problem.conjugate.kind
+    fits = known is not None and (known.widths[1:], known.activation) == ((), "relu") and problem.shape[1] == 1
+    fits = fits and problem.penalty is not None and problem.scale_free and problem.loss.tau in (None, 1.0)
+    if known is None or problem.penalty is None or not fits or kind not in FORMS or not np.any(alpha):
+        return None
+    x = known.inputs(problem.one.x)
+    labels = np.asarray(problem.y, np.float64)
+    found = relaxation(x, labels, kind, penalty=problem.penalty, alpha=alpha[:, 0])
+    rows = found.alpha[:, None]
+    return rows, _relaxed(known, x, rows, found.bound)
 
 
 def _norms(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
@@ -187,6 +223,8 @@ def ceiling(problem: RiskProblem, alpha: np.ndarray, engine: str = "auto") -> Ce
     known, best = problem.structure, None
     x = known.inputs(problem.one.x)
     for name in CEILINGS if engine == "auto" else [engine]:
+        if engine == "auto" and name == "moments" and x.size * alpha.shape[1] > LARGEST_RELAXATION:
+            continue
         found = CEILINGS[name](known, x, alpha)
         if found is not None and (best is None or found.upper < best.upper):
             best = found

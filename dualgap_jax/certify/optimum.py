@@ -19,13 +19,13 @@ import numpy as np
 
 from dualgap_jax.certify.bounds import (
     Bound,
-    Pieces,
+    best_proven,
     bound_from,
     boxes_apply,
     by_boxes,
     least_losses,
     lower_bound,
-    total,
+    searched,
 )
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import assembled
@@ -86,6 +86,7 @@ class _Solver:
         self.guess: Bound | None = None
         self.weights = np.zeros((1, problem.one.size))
         self.shares = np.ones(1)
+        self.seen = np.zeros((0, problem.one.size))  # the best branches of all searches
         self.bias = np.zeros(problem.shape[1])  # that all branches share, where scales are free
 
     def outputs(self, weights: np.ndarray) -> np.ndarray:
@@ -125,28 +126,35 @@ class _Solver:
     def bound(self, found: Reduced) -> np.ndarray:
         """Bounds F* by the dual vectors, and returns the branches `[m, p]` that would help."""
         problem, alpha = self.problem, found.alpha
+        guess, ends, values = searched(problem, self.look, alpha, found.multiplier, self.weights)
         if problem.structure is not None:
-            ends, values = self.look.kappa(alpha, self.weights)
             exact = ceiling(problem, alpha, "linear") or ceiling(problem, alpha, "cells")
             if exact is not None and exact.point is not None:
                 made = lower_bound(problem, alpha, engine=exact.method)
                 self.proven = made if self.proven is None or made.value > self.proven.value else self.proven
                 self.lower = self.proven.value
-                ends = np.concatenate([exact.point[None], ends])
-                values = np.append(exact.lower, values)
-            best = int(np.argmax(values))
-            guess = bound_from(problem, alpha, float(values[best]), ends[best], "search")
-            values = -values
-        else:
-            lam = found.multiplier
-            ends, values = self.look(alpha, lam, problem.radius, self.weights)
-            cost = 0.0 if problem.budget is None else lam * problem.budget
-            pieces = Pieces(problem.conjugate.upper_mean(alpha, problem.y), float(values[0]), cost)
-            guess = Bound(total(pieces), alpha, lam, pieces, None, None, ends[0], "search")
-        if self.guess is None or guess.value > self.guess.value:
-            self.guess = guess
-            self.lower = max(self.lower, guess.value) if self.proven is None else self.lower
+                ends, values = np.concatenate([exact.point[None], ends]), np.append(-exact.lower, values)
+                if exact.lower > -values[1]:
+                    guess = bound_from(problem, alpha, exact.lower, exact.point, "search")
+        self.seen = np.concatenate([self.seen, ends[:4]])[-512:]
+        if self.proven is not None:
+            self.guess = guess if self.guess is None or guess.value > self.guess.value else self.guess
+        elif self.guess is None or guess.value > self.guess.value or self.guess.value > self.upper:
+            self.guess = self._searched_again(guess)
+            self.lower = self.guess.value
         return self._distinct(ends, values)
+
+    def _searched_again(self, guess: Bound) -> Bound:
+        """The better of the best estimate so far and a new one, both by all branches that any search has come upon.
+
+        The largest of many estimates is one whose search has missed the best branch, unless each is searched again.
+        """
+        again = [
+            min(bound, searched(self.problem, self.look, bound.alpha, bound.multiplier, self.seen)[0], key=_value)
+            for bound in (guess, self.guess)
+            if bound is not None
+        ]
+        return max(again, key=_value)
 
     def _distinct(self, ends: np.ndarray, values: np.ndarray) -> np.ndarray:
         """The best few of these branches that are not copies of one another."""
@@ -162,6 +170,10 @@ class _Solver:
             ball = self.problem.radius if math.isfinite(self.problem.radius) else 1.0
             rows = np.concatenate([rows / norms * ball * share for share in (1.0, 0.5)])
         return rows
+
+
+def _value(bound: Bound) -> float:
+    return bound.value
 
 
 def _feasible(
@@ -262,7 +274,7 @@ def optimum(
             history.append({"round": k, "upper": solver.upper, "lower": solver.lower, "branches": len(solver.shares)})
             if label is not None:
                 line.update(k + 1, f"{solver.lower:.8g} to {solver.upper:.8g}")
-            if solver.upper - solver.lower <= spec.tolerance * scale:
+            if -1e-9 * scale <= solver.upper - solver.lower <= spec.tolerance * scale:
                 break
             if spec.seconds and time.monotonic() - begun > spec.seconds:
                 break
@@ -283,7 +295,7 @@ def _proven(
 ) -> Bound | None:
     """The bound of the best dual vectors, proven; None where no engine applies."""
     if problem.structure is not None:
-        return lower_bound(problem, guess.alpha, spec=spec.bound, label=label)
+        return best_proven(problem, guess.alpha, spec.bound, label)
     if not boxes_apply(problem):
         return None
     starts = points if guess.point is None else np.concatenate([guess.point[None], points])

@@ -7,6 +7,7 @@ that one compiled program serves all of them.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,11 @@ from jax import Array
 
 from dualgap_jax import seeds
 from dualgap_jax.certify.problem import RiskProblem
+
+_TOGETHER = 32  # units that are raised together
+_MEMORY = 10  # steps that L-BFGS remembers
+_CORNERS = (1e-1, 1e-2, 1e-3, 1e-4)  # of the size of the inputs
+_NUMBERS = 2**21  # of the inputs that a first search looks at
 
 
 @functools.lru_cache(maxsize=16)
@@ -132,7 +138,12 @@ class BranchSearch:
                 -1, rows.shape[1]
             )
             starts = self._generator.standard_normal((self._starts, rows.shape[1]))
-            directions, sums = best_units(rows, -alpha, np.concatenate([units, starts]), known.negative_slope)
+            every = -(-rows.size // _NUMBERS)
+            part, slope, steps = (rows[::every], -alpha[::every]), known.negative_slope, 60
+            starts = np.concatenate([_largest(*part, units, slope, self._starts), starts])
+            if every > 1:  # the best of what a part of the examples says, raised over all of them
+                starts, steps = _largest(rows, -alpha, best_units(*part, starts, slope)[0], slope, 4), 20
+            directions, sums = best_units(rows, -alpha, starts, slope, steps)
             values = np.linalg.norm(sums, axis=1)
             order = np.argsort(-values, kind="stable")[: 2 * self._starts]
             heads = sums / np.maximum(values, 1e-300)[:, None]
@@ -142,40 +153,90 @@ class BranchSearch:
         return ends / np.maximum(np.linalg.norm(ends, axis=1, keepdims=True), 1e-300), np.maximum(0.0, -values)
 
 
+def _largest(x: np.ndarray, alpha: np.ndarray, units: np.ndarray, slope: float, count: int) -> np.ndarray:
+    """The `count` of these units `[k, d]` whose sums are largest for their length."""
+    if len(units) <= count:
+        return units
+    values = np.zeros(len(units))
+    for first in range(0, len(units), 64):
+        part = units[first : first + 64]
+        t = part @ x.T
+        sums = np.linalg.norm(np.where(t > 0, t, slope * t) @ alpha, axis=1)
+        values[first : first + 64] = sums / np.maximum(np.linalg.norm(part, axis=1), 1e-300)
+    return units[np.argsort(-values, kind="stable")[:count]]
+
+
 def best_units(
-    x: np.ndarray, alpha: np.ndarray, units: np.ndarray, slope: float, steps: int = 100
+    x: np.ndarray, alpha: np.ndarray, units: np.ndarray, slope: float, steps: int = 60
 ) -> tuple[np.ndarray, np.ndarray]:
     """Local maxima of `||(1/n) sum_j alpha_j psi(u.x_j)||` over unit vectors, `[k, d]`, and the sums `[k, out]` there.
 
-    In a cell the sum is `A u`, so each step goes a part of the way to the direction `A^T A u`, or the whole way to
-    begin with; a step that does not raise the value is halved.
+    Examples with a negative coefficient make ridges, and the maxima lie where ridges meet, so that steps along a
+    gradient stop short of them.  Corners are rounded with four widths, each a tenth of the one before, and units are
+    raised by L-BFGS, each with its own steps, many at once.  A unit that ends lower than it began stays where it was.
     """
-
-    def at(u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        t = u @ x.T
-        gates = np.where(t > 0, 1.0, slope)
-        sums = (gates * t) @ alpha / len(x)
-        return sums, np.linalg.norm(sums, axis=1), ((sums @ alpha.T) * gates) @ x
-
     norms = np.linalg.norm(units, axis=1, keepdims=True)
-    u = units[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
-    sums, values, ascent = at(u)
-    part = np.ones(len(u))
+    found = units[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
+    points, weights = x / (np.abs(x).max(initial=0.0) or 1.0), alpha / (np.abs(alpha).max(initial=0.0) or 1.0)
+    width = math.sqrt(float(np.mean(points**2))) or 1.0
+
+    def at(u: np.ndarray, corner: float) -> tuple[np.ndarray, np.ndarray]:
+        """The rounded sizes, in units of what they may be, and minus their slopes along the sphere."""
+        t = u @ points.T
+        rounded = np.sqrt(t * t + corner * corner)
+        sums = (0.5 * (1 + slope) * t + 0.5 * (1 - slope) * rounded) @ weights / (len(x) * width)
+        values = np.linalg.norm(sums, axis=1)
+        gates = 0.5 * (1 + slope) + 0.5 * (1 - slope) * t / rounded
+        pull = ((sums / np.maximum(values, 1e-300)[:, None]) @ weights.T * gates) @ points / (len(x) * width)
+        return values, u * (pull * u).sum(axis=1, keepdims=True) - pull
+
+    def sums_at(u: np.ndarray) -> np.ndarray:
+        t = u @ x.T
+        return np.where(t > 0, t, slope * t) @ alpha / len(x)
+
+    sums = np.zeros((len(found), alpha.shape[1]))
+    for first in range(0, len(found), _TOGETHER):
+        rows = slice(first, first + _TOGETHER)
+        before, u = sums_at(found[rows]), found[rows]
+        for share in _CORNERS:
+            u = _ascended(functools.partial(at, corner=share * width), u, steps)
+        after = sums_at(u)
+        better = np.linalg.norm(after, axis=1, keepdims=True) > np.linalg.norm(before, axis=1, keepdims=True)
+        found[rows], sums[rows] = np.where(better, u, found[rows]), np.where(better, after, before)
+    return found, sums
+
+
+def _ascended(at: Any, u: np.ndarray, steps: int) -> np.ndarray:
+    """Unit vectors `[k, d]` raised by L-BFGS, each for itself; `at(u)` gives values and minus their slopes.
+
+    A step that does not raise a value is halved; the two-loop recursion is that of Nocedal and Wright, section 7.2.
+    """
+    value, slope = at(u)
+    moves: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # steps, changes of the slope, 1 over their products
+    length = 0.1 / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-300)
+    part, way = np.ones((len(u), 1)), -slope * length
     for _ in range(steps):
-        going = part > 1e-9
-        if not going.any():
+        trial = u + part * way
+        trial /= np.linalg.norm(trial, axis=1, keepdims=True)
+        found, there = at(trial)
+        better = (found > value)[:, None]
+        if not better.any() and part.max() < 1e-6:
             break
-        way = ascent[going] / np.maximum(np.linalg.norm(ascent[going], axis=1, keepdims=True), 1e-300)
-        trial = u[going] + part[going, None] * (way - u[going])
-        trial /= np.maximum(np.linalg.norm(trial, axis=1, keepdims=True), 1e-300)
-        new_sums, new_values, new_ascent = at(trial)
-        better = new_values > values[going]
-        rows = np.flatnonzero(going)[better]
-        u[rows], sums[rows], values[rows], ascent[rows] = (
-            trial[better],
-            new_sums[better],
-            new_values[better],
-            new_ascent[better],
-        )
-        part[going] = np.where(better, np.minimum(1.0, 2 * part[going]), 0.5 * part[going])
-    return u, sums
+        step, change = np.where(better, trial - u, 0.0), np.where(better, there - slope, 0.0)
+        product = (step * change).sum(axis=1, keepdims=True)
+        square = (change * change).sum(axis=1, keepdims=True)
+        curved = product > 1e-12 * np.sqrt(square * (step * step).sum(axis=1, keepdims=True))
+        moves = [*moves[1 - _MEMORY :], (step, change, np.where(curved, 1 / np.where(curved, product, 1.0), 0.0))]
+        length = np.where(curved, product / np.where(curved, square, 1.0), length)
+        u, slope = np.where(better, trial, u), np.where(better, there, slope)
+        value, part = np.where(better[:, 0], found, value), np.where(better, 1.0, 0.5 * part)
+        q, used = slope, []
+        for s, y, rho in reversed(moves):
+            used.append(rho * (s * q).sum(axis=1, keepdims=True))
+            q = q - used[-1] * y
+        q = q * length
+        for (s, y, rho), a in zip(moves, reversed(used), strict=True):
+            q = q + (a - rho * (y * q).sum(axis=1, keepdims=True)) * s
+        down = (q * slope).sum(axis=1, keepdims=True) > 0
+        way = np.where(down, -q, -slope * length)
+    return u

@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from dualgap_jax.certify.bounds import Bound
-from dualgap_jax.certify.engines import Relaxed
+from dualgap_jax.certify.engines import Relaxed, balanced
 from dualgap_jax.certify.moments_verify import VerificationError, verify_ball_bound
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
@@ -115,7 +115,9 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
         else:
             holds = lambda: top_at_most(mean, rho, error)  # noqa: E731
     elif method == "spectral" and known.degree == 2:
-        parts = (1 + slope) / 2 * (_top(mean) + error) + (1 - slope) / 2 * _top(weights) * _top(points) / len(x)
+        pairs = (weights, points), balanced(points, weights)
+        bent = min(_top(a) * _top(b) for a, b in pairs) / len(x)
+        parts = (1 + slope) / 2 * (_top(mean) + error) + (1 - slope) / 2 * bent
         holds = lambda: parts * (1 + 16 * _EPS) <= rho  # noqa: E731
     elif method == "cells":
         narrow = known.degree == 2 or (max(known.widths) == 1 and known.activation == "relu")

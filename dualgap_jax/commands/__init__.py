@@ -22,6 +22,7 @@ COMMANDS = {
     "list": ("run", "print the experiments, the parts they are made of, and the configs"),
     "plot": ("plot", "draw the figures of finished runs again: dualgap plot WORKDIR ..."),
     "report": ("report", "show runs on one page that opens offline: dualgap report WORKDIR ... [--csv=FILE]"),
+    "certify": ("certify", "say how far a run's networks are from the optimum: dualgap certify WORKDIR ..."),
     "prepare-data": ("prepare", "download and prepare MNIST or CIFAR-10: dualgap prepare-data mnist"),
     "doctor": ("doctor", "say what this machine has, and what is missing"),
 }

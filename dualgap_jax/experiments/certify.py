@@ -178,6 +178,12 @@ def _bounds(problem: RiskProblem, found: Certificate) -> dict[str, Any]:
     }
 
 
+def _estimate(lower: float | None) -> str:
+    if lower is None:
+        return "the search gives no estimate, since it has missed the best branch."
+    return f"F* is at least {lower:.6g} by the search (estimated)."
+
+
 def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
     columns = [
         "regime",
@@ -207,7 +213,7 @@ def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
             )
     notes = [
         f"{cell['regime']}: {cell['method']}, proven again: {'yes' if cell['verified'] else 'no, ' + cell['reason']};"
-        f" F* is at least {cell['lower_estimated']:.6g} by the search (estimated)."
+        f" {_estimate(cell['lower_estimated'])}"
         for cell in document["cells"]
     ]
     notes.append("best: the least risk found for I branches; trained: the median over random starts.")

@@ -108,6 +108,9 @@ def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
     if report is not None:
         said.append("<h2>Results</h2>" + page.table(report["columns"], report["rows"]))
         said.append(page.paragraphs(report["notes"]))
+    if (certified := _record(folder / "results" / "certificate.json")) is not None:
+        said.append(f"<h2>{page.text(certified['title'])}</h2>")
+        said.append(page.table(certified["columns"], certified["rows"]) + page.paragraphs(certified["notes"]))
     said.append(_surfaces(folder, plots))
     pictures = sorted((folder / "figures").glob("*.png"))
     if pictures:

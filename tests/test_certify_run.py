@@ -1,0 +1,141 @@
+"""Certificates of finished runs: the numbers against the run's own definitions, the command in a process, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from certify_oracles import convex_program
+
+from dualgap_jax import checkpoints, cli, experiments
+from dualgap_jax.config import Component, experiment_config
+from dualgap_jax.experiments import TABLES
+from dualgap_jax.experiments.certify_run import CertifyRunError, certify_run
+from dualgap_jax.experiments.landscape import LandscapeSpec, build
+from dualgap_jax.experiments.landscape import PlaneSpec as Plane
+from dualgap_jax.experiments.row import RowSpec
+from dualgap_jax.files import load_json
+from dualgap_jax.training import TrainingSpec
+
+ROOT = Path(__file__).parents[1]
+SPEC = LandscapeSpec(
+    num_branches=4,
+    branch=Component("mlp", {"hidden": (2,), "use_bias": False}),
+    data=Component("synthetic_relu", {"n": 24, "d": 2}),
+    training=TrainingSpec(batch_size=0, max_steps=60, learning_rate=0.3, weight_decay=0.02, check_every=30),
+    plane=Plane(points=3, edge_points=3),
+)
+
+
+def finished(spec: Any, folder: Path, name: str = "landscape") -> Path:
+    experiments.run(experiment_config(name, spec), workdir=folder)
+    return folder
+
+
+def network(spec: LandscapeSpec, folder: Path, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Data, labels, outputs and leaves of a solution, read and run without the code under test."""
+    setting = build(spec, TABLES)
+    data = setting.dataset
+    state = checkpoints.load(folder / "checkpoints" / f"solution_{k}").state
+    params = state["carry"]["params"]
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    first, last = sorted(leaves, key=lambda leaf: -leaf.shape[-1] * (leaf.shape[-2] == 2))
+    x = (np.asarray(data.x, np.float64) - data.mean) / data.std
+    outputs = np.einsum("koh,khn->on", last, np.maximum(first @ x.T, 0)) / len(first)
+    return x, np.asarray(data.y, np.float64), outputs[0], leaves
+
+
+def test_with_weight_decay_the_risk_is_what_sgd_descends(tmp_path: Path) -> None:
+    folder = finished(SPEC, tmp_path / "w")
+    said: list[str] = []
+    report = certify_run(folder, TABLES, said.append)
+    assert len(said) == len(report.rows) == 3
+    record = load_json(folder / "results" / "certificate.json")["solutions"]
+    for k, value in enumerate(record):
+        x, y, outputs, leaves = network(SPEC, folder, k)
+        squares = sum(float((leaf**2).sum()) for leaf in leaves)
+        loss = np.maximum(0, 1 - y * outputs).mean()
+        assert value["risk"] == pytest.approx(loss + 0.01 * squares, rel=1e-6)
+        assert value["penalty"] == pytest.approx(0.04)
+        best = convex_program(x, y, "binary_hinge", penalty=0.04)
+        assert value["lower"] <= best + 1e-6
+        assert best <= value["risk"] + 1e-6
+        assert value["lower"] > 0.2 * best  # the best of several dual vectors proves something
+        assert value["lower"] <= value["lower_estimated"] <= value["risk"]
+        assert value["verified"]
+        assert (value["status"], value["method"]) == ("certified", "cells")
+        assert f"risk {value['risk']:.4g}" in said[k]
+        assert "(certified, cells)" in said[k]
+        assert "(estimated)" in said[k]
+
+
+def test_without_it_against_networks_of_no_larger_weights_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = dataclasses.replace(SPEC, training=dataclasses.replace(SPEC.training, weight_decay=0.0, max_steps=200))
+    row = finished(RowSpec(num_branches=(4,), cell=spec), tmp_path / "w", "landscape_row")
+    done = subprocess.run(
+        [sys.executable, "-m", "dualgap_jax", "certify", str(row)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = row / "I_4"
+    record = load_json(folder / "results" / "certificate.json")
+    for k, value in enumerate(record["solutions"]):
+        x, y, outputs, leaves = network(spec, folder, k)
+        squares = sum(float((leaf**2).sum()) for leaf in leaves) / 4
+        assert value["risk"] == pytest.approx(np.maximum(0, 1 - y * outputs).mean(), abs=1e-6)
+        assert squares <= value["budget"] <= squares * 1.0001
+        best = convex_program(x, y, "binary_hinge", budget=value["budget"])
+        assert value["lower"] <= best + 1e-6
+        # Networks of smaller weights than the least budget are worse than this one.
+        assert 0 < value["least_budget"] <= squares
+        assert convex_program(x, y, "binary_hinge", budget=value["least_budget"]) >= value["risk"] - 1e-6
+        assert f"I_4: solution {k}: {value['said']}" in done.stdout
+    assert "Distance from the global optimum" in (row / "report.html").read_text()
+
+    def never(*arguments: Any, **settings: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("dualgap_jax.experiments.certify_run._solution", never)
+    said: list[str] = []
+    again = certify_run(row, TABLES, said.append)
+    assert [f"I_4: solution {k}: {value['said']}" for k, value in enumerate(record["solutions"])] == said
+    assert len(again.rows) == 3
+    assert experiments.run(experiment_config("landscape", spec), workdir=folder)[2]  # complete as before
+
+
+def test_what_no_engine_covers_is_said(tmp_path: Path) -> None:
+    deep = dataclasses.replace(SPEC, branch=Component("mlp", {"hidden": (2, 2)}))
+    folder = finished(deep, tmp_path / "w")
+    said: list[str] = []
+    report = certify_run(folder, TABLES, said.append)
+    assert all("nothing can be proven: give a radius: the branch is not known to be homogeneous" in s for s in said)
+    assert [row[3] for row in report.rows] == [None] * 3
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CertifyRunError, match="holds no run"):
+        certify_run(tmp_path, TABLES)
+    (tmp_path / "config.json").write_text('{"experiment": "shapley_folkman"}')
+    with pytest.raises(CertifyRunError, match="'shapley_folkman', which keeps no trained networks"):
+        certify_run(tmp_path, TABLES)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run.py", f"--certify={tmp_path}"])
+    assert ended.value.code == 2
+    assert "keeps no trained networks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["run.py", f"--certify={tmp_path}", f"--config={ROOT / 'configs' / 'figure1.py'}"])
+    assert "without --config" in capsys.readouterr().err
