@@ -2,7 +2,10 @@
 
     python scripts/run.py --config=configs/certify.py
     python scripts/run.py --config=configs/certify.py:loss=hinge
+    python scripts/run.py --config=configs/certify.py:loss=squared,along=30
     python scripts/run.py --config=configs/certify.py:data=mnist,n=100,share=0.5,loss=squared
+
+`along=30` follows the branches of a network of 30 under SGD: how much worse each is than the best possible branch.
 
 Three regimes on synthetic data in R^2: tanh units with weight decay in a ball (branch and bound proves F*), chains of
 three ReLU layers with a budget (cells), ReLU units with weight decay (cells).  On images (even against odd digits) only
@@ -26,7 +29,7 @@ SOURCES = ("synthetic", "mnist", "cifar10")
 
 def get_config(arg=None):
     args = parse_arg(
-        arg, data="synthetic", loss="squared", n=16, share=0.1, I=(1, 2, 5, 10, 100, 1000), seed=0, smoke=False
+        arg, data="synthetic", loss="squared", n=16, share=0.1, I=(1, 2, 5, 10, 100, 1000), along=0, seed=0, smoke=False
     )
     for key, allowed in (("data", SOURCES), ("loss", NAMES)):
         if getattr(args, key) not in allowed:
@@ -47,6 +50,8 @@ def get_config(arg=None):
         seeds=1 if args.smoke else 3,
         steps=20 if args.smoke else 500,
         optimum=OptimumSpec(units=4, rounds=1, steps=20, starts=4) if args.smoke else OptimumSpec(seconds=120.0),
+        along=args.along,
+        along_steps=100 if args.smoke else 10_000,
         seed=args.seed,
     )
     return experiment_config("certify", spec)

@@ -11,7 +11,7 @@ import pytest
 from certify_oracles import drawn, problem
 
 from dualgap_jax import experiments
-from dualgap_jax.certify import OptimumSpec, distance, optimum
+from dualgap_jax.certify import OptimumSpec, distance, excess_along, optimum
 from dualgap_jax.certify.trained import Network, rounded
 from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.experiments.certify import CertifySpec, binary, regime_problem
@@ -27,6 +27,8 @@ def test_record(tmp_path: Path) -> None:
         num_branches=(1, 2, 4),
         seeds=2,
         steps=60,
+        along=5,
+        along_steps=30,
         optimum=TINY,
     )
     report, workdir, _ = experiments.run(experiment_config("certify", spec), workdir=tmp_path / "w")
@@ -40,7 +42,46 @@ def test_record(tmp_path: Path) -> None:
         for row in cell["rows"]:
             assert row["best"] >= cell["lower"]
             assert row["best"] <= min(row["trained"])
+        along = cell["along"]
+        assert np.shape(along["excess"]) == (len(along["steps"]), 5)
+        assert along["steps"][0] == 0
+        assert along["steps"][-1] == 30
     assert (workdir.path / "figures" / "certify.png").exists()
+    assert (workdir.path / "figures" / "excess.png").exists()
+
+
+@pytest.mark.parametrize("settings", [{"penalty": 0.05}, {"budget": 0.5, "radius": 1.5, "hidden": (1, 1)}])
+def test_the_mean_excess_is_the_gap_at_every_step(settings: Any, rng: Any) -> None:
+    one = problem(drawn(rng, 10, 2), "squared", **settings)
+    best = optimum(one, spec=TINY)
+    network = Network(one, 6)
+    start = 0.4 * rng.standard_normal((6, one.one.size))
+    path = list(network.path(start, (0, 1, 50, 400), rate=0.05, batch=10))
+    for bound in (None, best.bound):
+        found = excess_along(one, path, bound=bound)
+        parts = found.excess.mean(axis=1) + found.multiplier * found.slack + found.fenchel
+        np.testing.assert_allclose(found.gap, parts, atol=1e-9)
+        assert (found.excess >= -1e-9).all()
+        assert found.steps.tolist() == [0, 1, 50, 400]
+        assert found.gap[-1] < 0.7 * found.gap[0]
+        if bound is None:
+            assert np.abs(found.fenchel).max() < 1e-9 or "penalty" in settings  # there alpha is scaled down
+    # One step of all examples is a step of gradient descent.
+    w, v = path[0][1], path[1][1]
+
+    def value(w: np.ndarray) -> float:
+        return distance(one, w, estimate=False, alpha=best.alpha).upper
+
+    if "penalty" in settings:
+        for i, j in ((0, 0), (5, one.one.size - 1)):
+            step = np.zeros_like(w)
+            step[i, j] = 1e-5
+            slope = (value(w + step) - value(w - step)) / 2e-5
+            assert (w - v)[i, j] == pytest.approx(0.05 * 6 * slope, rel=1e-4, abs=1e-9)
+    with pytest.raises(ValueError, match="give one run"):
+        excess_along(one, [(0, w), (1, w[:3])])
+    with pytest.raises(ValueError, match="at least one"):
+        excess_along(one, [])
 
 
 def test_networks_are_feasible_and_no_better_than_the_optimum(rng: Any) -> None:

@@ -171,7 +171,7 @@ def test_an_estimate_above_the_risk_of_a_network_is_none(rng: Any, monkeypatch: 
         return u, 1e-3 * np.maximum(u @ x.T, 0) @ alpha / len(x)
 
     monkeypatch.setattr("dualgap_jax.certify.search.best_units", blind)
-    missed = certify.distance(one, found.weights)
+    missed = certify.distance(one, found.weights * np.sqrt(found.shares * len(found.shares))[:, None])
     assert missed.search_missed
     assert missed.lower_estimated is missed.gap_estimated is None
     assert "no estimate: the search has missed" in missed.as_text()

@@ -7,11 +7,13 @@
     certify.verify_bound(problem, found.bound)                    # proven again, with arithmetic of its own
 
 `F*` is the least regularised risk over all probability measures of branches, so at most that of I branches for every I.
+`assess` tries several dual vectors on a trained network, `excess_along` follows its branches through training.
 `bounds` proves lower bounds on it from dual vectors, over what `engines` prove about one branch (`cells`, `moments`,
 branch and bound from `duality`); `optimum` finds the measure and the dual vectors (over `sliding`, `reduced` and
 `search`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
 """
 
+from dualgap_jax.certify.along import Excess, excess_along
 from dualgap_jax.certify.assess import Assessment, assess
 from dualgap_jax.certify.bounds import Bound, lower_bound, lower_estimated
 from dualgap_jax.certify.certificate import Certificate
@@ -24,10 +26,12 @@ __all__ = [
     "Assessment",
     "Bound",
     "Certificate",
+    "Excess",
     "OptimumSpec",
     "RiskProblem",
     "assess",
     "distance",
+    "excess_along",
     "lower_bound",
     "lower_estimated",
     "optimum",

@@ -7,6 +7,7 @@ risk of the end is that of the loss itself.  What is found are upper bounds on i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax import Array
 from scipy.optimize import minimize
 
+from dualgap_jax import seeds
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.problem import RiskProblem
@@ -73,8 +75,25 @@ class Network:
             outputs = jnp.mean(jax.vmap(lambda v: one.outputs(v, x))(w), axis=0)
             return loss(outputs, eps) + (problem.penalty or 0.0) * cost
 
+        def stepped(w: Array, key: Array, rate: Array, steps: int, batch: int) -> Array:
+            """Projected SGD on the loss itself; a branch's gradient counts I times, as in the mean-field scaling."""
+
+            def move(w: Array, key: Array) -> tuple[Array, None]:
+                picked = jax.random.choice(key, len(x), (batch,), replace=False)
+
+                def part(w: Array) -> Array:
+                    outputs = jnp.mean(jax.vmap(lambda v: one.outputs(v, jnp.asarray(x)[picked]))(w), axis=0)
+                    cost = jnp.mean((jnp.sum(w * w, axis=1) + 1e-300) ** (power / 2))
+                    losses = problem.loss.per_example(outputs, jnp.asarray(problem.y)[picked])
+                    return jnp.mean(losses) + (problem.penalty or 0.0) * cost
+
+                return self._inside(w - rate * count * jax.grad(part)(w)), None
+
+            return jax.lax.scan(move, self._inside(w), jax.random.split(key, steps))[0]
+
         with jax.enable_x64(True):
             self._both = jax.jit(jax.value_and_grad(objective))
+            self._stepped = jax.jit(stepped, static_argnums=(3, 4))
 
     def _inside(self, w: Array) -> Array:
         """The weights, scaled into the ball and to the budget."""
@@ -102,6 +121,21 @@ class Network:
         with jax.enable_x64(True):
             w = np.asarray(self._inside(jnp.asarray(w)))
         return w, risk(self._problem, w, np.full(len(w), 1 / len(w))).upper
+
+    def path(
+        self, weights: np.ndarray, looks: Sequence[int], *, rate: float, batch: int, seed: int = 0
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """SGD from these weights `[I, p]`: the step and the weights at each of `looks`, increasing numbers of steps."""
+        done, key = 0, seeds.key(seed)
+        with jax.enable_x64(True):
+            w = jnp.asarray(weights, jnp.float64)
+        for look in looks:
+            with jax.enable_x64(True):
+                if look > done:
+                    w = self._stepped(w, jax.random.fold_in(key, look), rate, look - done, batch)
+                done = look
+                now = np.asarray(self._inside(w))
+            yield look, now
 
     def from_random(self, generator: np.random.Generator, steps: int) -> tuple[np.ndarray, float]:
         """The same from random weights."""

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from dualgap_jax import figures, seeds
-from dualgap_jax.certify import Certificate, OptimumSpec, RiskProblem, optimum, risk_problem, verify_bound
+from dualgap_jax.certify import (
+    Certificate,
+    OptimumSpec,
+    RiskProblem,
+    excess_along,
+    optimum,
+    risk_problem,
+    verify_bound,
+)
 from dualgap_jax.certify.engines import ceiling
 from dualgap_jax.certify.trained import Network, rounded
 from dualgap_jax.config import Component, require
@@ -32,6 +40,8 @@ DEFINITIONS = {
     "lower_estimated": "the same with a search over branches in the place of the proof",
     "verified": "whether the lower bound was proven again from its dual vectors with arithmetic of its own",
     "best": "least regularised risk found of a network of I branches (an upper bound on inf(P_I))",
+    "excess": "how much worse a branch of the network under SGD is than the best possible branch, by the dual vectors"
+    " of the optimum; the mean, with what the budget leaves and the dual vectors lose, is the risk above the bound on F*",
     "trained": "regularised risks from random starts, one a seed",
 }
 
@@ -51,6 +61,9 @@ class CertifySpec:
       num_branches: the values of I.
       seeds: random starts for each I.
       steps: of L-BFGS from each start.
+      along: branches of a network that plain SGD trains and whose excess is followed; 0 for none.
+      along_steps: of SGD.
+      along_rate: of SGD, times I.
       optimum: how hard F* is looked for.
       seed: of all random draws.
     """
@@ -64,6 +77,9 @@ class CertifySpec:
     num_branches: tuple[int, ...] = (1, 2, 5, 10, 100, 1000)
     seeds: int = 3
     steps: int = 500
+    along: int = 0
+    along_steps: int = 10_000
+    along_rate: float = 0.05
     optimum: OptimumSpec = OptimumSpec()
     seed: int = 0
 
@@ -77,7 +93,9 @@ class CertifySpec:
             len(self.num_branches) > 0 and min(self.num_branches) >= 1,
             f"num_branches={self.num_branches} must be positive integers, at least one.",
         )
-        for name in ("seeds", "steps"):
+        require(self.along >= 0, f"along={self.along} must be at least 0.")
+        require(0 < self.along_rate < math.inf, f"along_rate={self.along_rate} must be positive and finite.")
+        for name in ("seeds", "steps", "along_steps"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
 
     def validate(self, tables: Tables) -> None:
@@ -160,7 +178,18 @@ def _cell(spec: CertifySpec, regime: str, data: Dataset, loss: Any) -> dict[str,
         "zero_network": float(problem.losses(np.zeros(problem.shape)).mean()),
         **_bounds(problem, found),
         "rows": rows,
+        "along": _along(spec, problem, found) if spec.along else None,
     }
+
+
+def _along(spec: CertifySpec, problem: RiskProblem, found: Certificate) -> dict[str, Any]:
+    """The excess of each branch of a network while SGD trains it, by the dual vectors of the optimum."""
+    looks = sorted({0, *np.geomspace(1, spec.along_steps, 40).astype(int).tolist()})
+    generator = seeds.generator(spec.seed)
+    start = generator.standard_normal((spec.along, problem.one.size)) / math.sqrt(problem.one.size)
+    batch = max(1, min(32, problem.shape[0] // 2))
+    path = Network(problem, spec.along).path(start, looks, rate=spec.along_rate, batch=batch, seed=spec.seed)
+    return {**excess_along(problem, path, bound=found.bound)._asdict()}
 
 
 def _bounds(problem: RiskProblem, found: Certificate) -> dict[str, Any]:
@@ -182,6 +211,14 @@ def _estimate(lower: float | None) -> str:
     if lower is None:
         return "the search gives no estimate, since it has missed the best branch."
     return f"F* is at least {lower:.6g} by the search (estimated)."
+
+
+def _worst(along: dict[str, Any] | None) -> str:
+    if along is None:
+        return ""
+    last = np.asarray(along["excess"])[-1]
+    share = np.sort(last)[::-1][: max(1, len(last) // 10)].sum() / max(float(last.sum()), 1e-300)
+    return f" Under SGD the worst tenth of {len(last)} branches ends with {share:.0%} of the excess."
 
 
 def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
@@ -213,7 +250,7 @@ def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
             )
     notes = [
         f"{cell['regime']}: {cell['method']}, proven again: {'yes' if cell['verified'] else 'no, ' + cell['reason']};"
-        f" {_estimate(cell['lower_estimated'])}"
+        f" {_estimate(cell['lower_estimated'])}{_worst(cell['along'])}"
         for cell in document["cells"]
     ]
     notes.append("best: the least risk found for I branches; trained: the median over random starts.")

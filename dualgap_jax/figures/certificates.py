@@ -36,7 +36,7 @@ def certify(workdir: str | Path) -> list[Path]:
     Reads `results/certify.json` (`title`, `loss`, `data`, `cells`).
 
     Returns:
-      The paths of `figures/certify.png` and `.pdf`.
+      The paths of `figures/certify.png` and `.pdf`, and of `excess.png` and `.pdf` where branches were followed.
 
     Raises:
       ValueError: the record is missing or malformed, or has no cells.
@@ -51,7 +51,44 @@ def certify(workdir: str | Path) -> list[Path]:
         for k, cell in enumerate(cells):
             axes = figure.add_axes(box(figure, 0.95 + 3.6 * k, 1.05, 2.75, 2.45))
             _draw(axes, cell, legend=k == 0)
-        return save(figure, workdir, "certify")
+        paths = save(figure, workdir, "certify")
+    return [*paths, *_along(workdir, record["title"], [cell for cell in cells if cell.get("along")])]
+
+
+def _along(workdir: Path, title: str, cells: list[Mapping[str, Any]]) -> list[Path]:
+    """The excess of each branch under SGD, one panel a regime; nothing where none was followed."""
+    if not cells:
+        return []
+    caption = [
+        "Excess: how much worse a branch is than the best possible one, by the dual vectors of the optimum.",
+        "Its mean over branches, with what the budget leaves and the dual vectors lose, is the risk above F*'s bound.",
+    ]
+    with page(1.0 + 3.6 * len(cells), 4.1, caption) as figure:
+        count = len(cells[0]["along"]["excess"][0])
+        head(figure, plain(title), plain(f"each branch of a network of {count:,} under SGD"))
+        for k, cell in enumerate(cells):
+            axes = figure.add_axes(box(figure, 0.95 + 3.6 * k, 1.05, 2.75, 2.45))
+            _draw_along(axes, cell, legend=k == 0)
+        return save(figure, workdir, "excess")
+
+
+def _draw_along(axes: Axes, cell: Mapping[str, Any], *, legend: bool) -> None:
+    tidy(axes)
+    along, unit = cell["along"], value_of(cell, "zero_network")
+    steps, excess = np.asarray(along["steps"], float), np.asarray(along["excess"], float) / unit
+    gap = (np.asarray(along["risk"], float) - np.asarray(along["lower"], float)) / unit
+    least = max(1e-9, 1e-6 * float(np.nanmax(gap)))
+    axes.plot(steps + 1, np.maximum(excess, least), color=_BAND, lw=0.6, alpha=0.6)
+    axes.plot([], [], color=_BAND, lw=0.6, label="each branch")
+    axes.plot(steps + 1, np.maximum(excess.mean(axis=1), least), color=_BEST["color"], lw=1.6, label="mean of branches")
+    axes.plot(steps + 1, np.maximum(gap, least), "--", color=_TRAINED, lw=1.2, label="risk above F*, at most")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("SGD step + 1")
+    axes.set_title(plain(cell["name"]), fontsize=9)
+    if legend:
+        axes.set_ylabel("excess, over the zero network's risk")
+        axes.legend(fontsize=7, frameon=False)
 
 
 def _caption(cells: list[Mapping[str, Any]]) -> list[str]:
