@@ -41,7 +41,7 @@ DEFINITIONS = {
     "verified": "whether the lower bound was proven again from its dual vectors with arithmetic of its own",
     "best": "least regularised risk found of a network of I branches (an upper bound on inf(P_I))",
     "excess": "how much worse a branch of the network under SGD is than the best possible branch, by the dual vectors"
-    " of the optimum; the mean, with what the budget leaves and the dual vectors lose, is the risk above the bound on F*",
+    " of the optimum; the mean, with what budget and dual vectors lose, is the risk above the bound on F*",
     "trained": "regularised risks from random starts, one a seed",
 }
 
