@@ -18,7 +18,7 @@ from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Report, Tables, confirm_data
 from dualgap_jax.experiments.landscape import LandscapeSpec, Setting
 from dualgap_jax.files import DamagedFileError, load_json, save_json
-from dualgap_jax.metrics import Progress
+from dualgap_jax.terminal import Progress
 from dualgap_jax.training.batches import example_input
 from dualgap_jax.types import BranchSource
 from dualgap_jax.workdir import Workdir
