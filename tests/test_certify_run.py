@@ -21,7 +21,7 @@ from dualgap_jax.experiments.certify_run import CertifyRunError, certify_run
 from dualgap_jax.experiments.landscape import LandscapeSpec, build
 from dualgap_jax.experiments.landscape import PlaneSpec as Plane
 from dualgap_jax.experiments.row import RowSpec
-from dualgap_jax.files import load_json
+from dualgap_jax.files import load_json, save_json
 from dualgap_jax.training import TrainingSpec
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def test_what_no_engine_covers_is_said(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CertifyRunError, match="holds no run"):
         certify_run(tmp_path, TABLES)
-    (tmp_path / "config.json").write_text('{"experiment": "shapley_folkman"}')
+    save_json(tmp_path / "config.json", {"experiment": "shapley_folkman"})
     with pytest.raises(CertifyRunError, match="'shapley_folkman', which keeps no trained networks"):
         certify_run(tmp_path, TABLES)
     with pytest.raises(SystemExit) as ended:
