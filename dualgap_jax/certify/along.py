@@ -1,7 +1,7 @@
 """Training as the certificate sees it: how much worse each branch is than the best possible one, step by step.
 
 With one lower bound for all steps, such as that of `optimum`, a step costs one pass over the data; with each network's
-own dual vectors the third term below is 0, and every step has a lower bound of its own.
+own dual vectors, or the best multiple of them, every step has a lower bound of its own.
 """
 
 from __future__ import annotations
