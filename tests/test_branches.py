@@ -634,3 +634,54 @@ def test_every_entry_gives_the_outputs_asked_for_and_a_gradient(name: str, rng: 
     assert y.shape == (3, 4)
     assert y.dtype == jnp.float32
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+class _Pooled(nn.Module):
+    """What may hide a NaN: a maximum with 0, a largest entry of a window, a choice, and a clip."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.max_pool(nn.relu(nn.Conv(2, (3, 3))(x)), (2, 2), strides=(2, 2))
+        x = nn.Dense(3)(x.reshape(len(x), -1))
+        return nn.Dense(3)(jnp.clip(jnp.where(x > 0, x, 0.1 * x), -5.0, 5.0))
+
+
+class _Units(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(6, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.last(nnx.relu(self.first(x)))
+
+
+FAMILIES: dict[str, tuple[Callable[[], Network], tuple[int, ...]]] = {
+    "relu": (lambda: networks.mlp((4,), 3), (6,)),
+    "leaky_relu": (lambda: networks.mlp((4,), 3, activation="leaky_relu"), (6,)),
+    "gelu": (lambda: networks.mlp((4,), 3, activation="gelu"), (6,)),
+    "conv": (lambda: networks.conv(out=3, channels=(2, 3)), (8, 8, 1)),
+    "gru": (lambda: networks.gru(out=3), (5, 3)),
+    "linen": (lambda: networks.from_linen(_Pooled()), (6, 6, 1)),
+    "nnx": (lambda: networks.from_nnx(_Units), (6,)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_nan_in_any_parameter_or_input_reaches_the_outputs(family: str, rng: np.random.Generator) -> None:
+    """In compiled batches of one and of many, whichever leaf it stands in; other examples of the batch stay clean."""
+    make, shape = FAMILIES[family]
+    net = networks.multi_branch(make(), 3)
+    x = rng.standard_normal((33, *shape)).astype(np.float32)
+    params, state = net.init(jax.random.key(0), jnp.asarray(x[:1]))
+    run = jax.jit(lambda params, x: net.apply(params, state, x)[0])
+    leaves, tree = jax.tree.flatten(params)
+    for k, leaf in enumerate(leaves):
+        spoilt = np.array(leaf)
+        spoilt[tuple(rng.integers(0, n) for n in leaf.shape)] = np.nan
+        changed = jax.tree.unflatten(tree, [*leaves[:k], jnp.asarray(spoilt), *leaves[k + 1 :]])
+        for size in (1, 33):
+            assert np.isnan(run(changed, x[:size])).any(axis=1).all(), (k, size)
+    x[(7, *(rng.integers(0, n) for n in shape))] = np.nan
+    assert np.isnan(run(params, x)).any(axis=1).tolist() == [i == 7 for i in range(33)]
