@@ -205,7 +205,7 @@ def report(results: Mapping[str, Any], columns: Mapping[str, str], notes: Sequen
     where = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{where['device']}, {where['cores']} cores, load {where['load_average']:.2f}, {where['date']}\n{versions}\n")
-    print(table(list(columns.values()), [[text(row[key]) for key in columns] for row in results["rows"]]))
+    print(table(list(columns.values()), [[text(row[key]) for key in columns] for row in results["rows"]], width=1000))
     print("\n" + "\n".join(notes))
     for row in results["rows"]:
         for key, target in row["targets"].items():

@@ -19,6 +19,7 @@ from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.files import leaves, load_json
 from dualgap_jax.interrupts import Terminated
 
+pytestmark = pytest.mark.usefixtures("children_share_programs")
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = """
 from dualgap_jax.networks import mlp

@@ -24,6 +24,7 @@ from dualgap_jax.networks import mlp, multi_branch
 from dualgap_jax.sharding import join
 from dualgap_jax.training import train
 
+pytestmark = pytest.mark.usefixtures("children_share_programs")
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = 16 * 3 * 4  # bytes of a batch of 16 examples times 3 outputs in float32
 

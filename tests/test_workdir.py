@@ -27,6 +27,7 @@ from dualgap_jax.files import load_json, save_json
 from dualgap_jax.interrupts import Terminated
 from dualgap_jax.workdir import Workdir, WorkdirError, default_workdir
 
+pytestmark = pytest.mark.usefixtures("children_share_programs")
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {
     "experiment": "mine",
