@@ -696,7 +696,7 @@ def test_wrong_settings_of_a_plane_are_refused(setting: dict[str, Any], words: s
 
 
 def test_a_row_over_seeds_has_the_intervals_of_the_runs_at_these_seeds(tmp_path: Path) -> None:
-    row = RowSpec(num_branches=(1, 2), seeds=3, scale="common", cell=tiny(seed=5))
+    row = RowSpec(num_branches=(2,), seeds=3, scale="common", cell=tiny(seed=5))
     report, workdir, _ = run(row, tmp_path / "w", "landscape_row")
     cells = load_json(workdir.results / "row.json")["cells"]
     for cell in cells:

@@ -8,6 +8,7 @@ first components of the eigenvectors of the tridiagonal matrix they are Gauss qu
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from dualgap_jax.landscape.lanczos import Tridiagonal, lanczos
 from dualgap_jax.losses import Loss, as_loss
 from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import check_network, upcast
-from dualgap_jax.networks.sources import check_source
+from dualgap_jax.networks.sources import blocks, check_source
 from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network, PyTree
 
@@ -179,7 +180,6 @@ class _Products:
     Attributes:
       flat: `[I, numbers of a branch]` the floating parameters; `[1, numbers]` of a network that is no sum of branches.
       shape: `(G, size)`.
-      active: how many examples there are.
     """
 
     def __init__(
@@ -238,15 +238,24 @@ class _Products:
 
             return total + jax.vmap(product)(vectors)
 
-        self._rest, self._add, self._dataset, self._batch = (still, state), add, dataset, batch_size
-        everything = np.arange(len(dataset.y))
+        self._rest, self._feels, self._add = (still, state), feels, add
+        self._dataset, self._batch = dataset, batch_size
+
+    @functools.cached_property
+    def _felt(self) -> np.ndarray:
+        """The examples that the loss feels, found by one pass when they are first asked for."""
+        portions = blocks(len(self._dataset.y), self._batch)
         with jax.default_matmul_precision("highest"):
             felt = [
-                np.asarray(feels(self.flat, self._rest, *self._examples(chunk)))
-                for chunk in (everything[i : i + batch_size] for i in range(0, len(everything), batch_size))
+                np.asarray(self._feels(self.flat, self._rest, *self._examples(np.arange(first, first + count))))
+                for first, count in portions
             ]
-        self._felt = everything[np.concatenate(felt)]
-        self.active = len(self._felt)
+        return np.flatnonzero(np.concatenate(felt))
+
+    @property
+    def active(self) -> int:
+        """How many they are."""
+        return len(self._felt)
 
     def _examples(self, which: np.ndarray) -> tuple[Array, Array]:
         data = self._dataset
