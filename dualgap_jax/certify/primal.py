@@ -88,9 +88,13 @@ def _blocks(problem: RiskProblem, count: int) -> list[slice]:
 def _layers(known: Structure, x: np.ndarray, kernels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The inputs of the last layer, `[k, width, n]`, and bounds on their errors."""
     a, error = np.broadcast_to(x.T, (len(kernels[0]), *x.T.shape)), np.zeros((1, 1, 1))
-    for kernel in kernels[:-1]:
-        z = kernel @ a
-        size = np.abs(kernel) @ np.abs(a)
+    for depth, kernel in enumerate(kernels[:-1]):
+        if depth == 0:  # one large product; what bounds the sizes of its terms is Cauchy's inequality
+            z = (kernel.reshape(-1, kernel.shape[2]) @ x.T).reshape(*kernel.shape[:2], len(x))
+            lengths = np.linalg.norm(x, axis=1) * (1 + (x.shape[1] + 8) * _EPS)
+            size = np.linalg.norm(kernel, axis=2, keepdims=True) * (1 + (x.shape[1] + 8) * _EPS) * lengths
+        else:
+            z, size = kernel @ a, np.abs(kernel) @ np.abs(a)
         slack = (kernel.shape[2] + 4) * _EPS * size + 1e-300
         if error.any():
             slack = slack + (np.abs(kernel) @ np.broadcast_to(error, a.shape)) * (1 + (kernel.shape[2] + 4) * _EPS)
@@ -128,10 +132,10 @@ def _outputs(problem: RiskProblem, weights: np.ndarray, shares: np.ndarray) -> t
             kernels, bias = known.layers(weights[rows], (x.shape[1] - known.use_bias, problem.shape[1]))
             a, slack = _layers(known, x, kernels)
             head = shares[rows][:, None, None] * kernels[-1]
-            total += np.einsum("koh,khn->no", head, a) + shares[rows] @ bias
-            size += np.einsum("koh,khn->no", np.abs(head), np.abs(a)) + shares[rows] @ np.abs(bias)
+            total += np.tensordot(a, head, ((0, 1), (0, 2))) + shares[rows] @ bias
+            size += np.tensordot(np.abs(a), np.abs(head), ((0, 1), (0, 2))) + shares[rows] @ np.abs(bias)
             if slack.any():
-                error += np.einsum("koh,khn->no", np.abs(head), np.broadcast_to(slack, a.shape))
+                error += np.tensordot(np.broadcast_to(slack, a.shape), np.abs(head), ((0, 1), (0, 2)))
         width = max(known.widths, default=1)
         terms = len(weights) * (width + 1) + x.shape[1] + 16
         return total, error * (1 + terms * _EPS) + terms * _EPS * size + 1e-300, True
