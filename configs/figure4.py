@@ -8,7 +8,8 @@
 
 Rows: mnist (top; I = 1, 3, 5, 100), cifar_1layer (middle; the same I), cifar_3layer (bottom; the paper's last I is
 50,000: 5 GB of memory and 30 GB of disk; see cifar_3layer.py).  Each panel is the config of that row at that I.
-Expect the envelope distance to fall with I on MNIST in units of loss, and not to fall on CIFAR-10.
+Expect the envelope distance to fall with I on MNIST in units of loss, and not to fall on CIFAR-10, whose 50,000 images
+small networks cannot fit; figure4_examples.py shows from where on it does.
 """
 
 from pathlib import Path
