@@ -4,7 +4,7 @@ Images stay uint8, on the host and on the device; `standardise` turns a mini-bat
 TFDS reads `array_record` files without TensorFlow; only `scripts/prepare_data.py`, which writes them, needs TensorFlow.
 The decoded arrays are cached below the user's cache folder, so a second start neither decodes nor imports TFDS.
 
-In order: `dataset` (what a data set is), `own` (npz and CSV files), `synthetic`, `prepared` (TFDS folders), `cache`,
+In order: `dataset` (what a data set is), `from_file` (npz and CSV), `synthetic`, `prepared` (TFDS folders), `cache`,
 `images`.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from dualgap_jax.data.cache import cache_dir
 from dualgap_jax.data.dataset import Dataset, as_dataset, from_arrays, standardise, take, validate
+from dualgap_jax.data.from_file import own
 from dualgap_jax.data.images import cifar10, mnist
-from dualgap_jax.data.own import own
 from dualgap_jax.data.prepared import DataNotFoundError, find_prepared, resolve_data_dir
 from dualgap_jax.data.synthetic import Teacher, relu_teacher, synthetic_relu, teacher_outputs, teacher_std
 from dualgap_jax.registry import Table
