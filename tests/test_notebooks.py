@@ -15,7 +15,8 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.p
 def test_the_pair_agrees(source: Path) -> None:
     pair = source.with_suffix(".ipynb")
     written, paired = jupytext.read(source), jupytext.read(pair)
-    cells = [[(c.cell_type, c.source) for c in book.cells] for book in (written, paired)]
+    # The formatter keeps two blank lines before a class in the one, and none in the other.
+    cells = [[(c.cell_type, c.source.strip()) for c in book.cells] for book in (written, paired)]
     assert cells[0] == cells[1], f"run: jupytext --sync {pair}"
     assert paired.metadata["accelerator"] == "TPU"
     assert "colab.research.google.com" in paired.cells[0].source
