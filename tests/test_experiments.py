@@ -22,7 +22,7 @@ from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
 from dualgap_jax.data import DATASETS, Dataset
 from dualgap_jax.evaluation import evaluate
-from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base
+from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base, planes
 from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.architecture import ArchitectureSpec, narrowed
 from dualgap_jax.experiments.examples import ExamplesSpec
@@ -239,7 +239,7 @@ def test_solutions_on_disk_are_measured_as_those_in_memory(tmp_path: Path) -> No
     for name, solutions in (("memory", networks), ("disk", [Held(n.params, n.state) for n in networks])):
         workdir = Workdir.open(tmp_path / name, {})
         losses = [evaluate(net, loss, dataset, s).loss for s in solutions]
-        record = landscape_experiments._measure(spec, workdir, dataset, net, loss, solutions)
+        record = planes.measure(spec, workdir, dataset, net, loss, solutions)
         measured.append((load_npz(workdir.results / "landscape.npz"), record, losses))
     (arrays, record, losses), (on_disk, other, streamed) = measured
     assert record == other
@@ -636,14 +636,14 @@ def test_units_of_deep_branches_are_not_aligned_across_branches(tmp_path: Path) 
 def test_images_are_aligned_as_the_networks_get_them(
     branch: str, align: Any, tfds_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, real = [], landscape_experiments.landscape.align
+    seen, real = [], planes.landscape.align
     data = DATASETS.build("mnist", num_examples=20)
 
     def watched(net: Any, networks: Any, x: Any, **options: Any) -> Any:
         seen.append(np.asarray(x))
         return real(net, networks, x, **options)
 
-    monkeypatch.setattr(landscape_experiments.landscape, "align", watched)
+    monkeypatch.setattr(planes.landscape, "align", watched)
     settings = {"mlp": {"hidden": (2,)}, "conv": {"channels": (2,)}}[branch]
     spec = tiny(
         num_branches=2,
