@@ -45,6 +45,25 @@ def raised() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Lets a signal that comes meanwhile wait until the block is done: a second one leaves no record half made."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, lambda received, frame: waiting.append(received))
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        if waiting:
+            signal.raise_signal(waiting[-1])
+
+
 def leave() -> None:
     """For a process on its way out: further signals change neither that nor its exit status.
 

@@ -337,11 +337,15 @@ class Workdir:
                     " give another folder with --workdir, or change its permissions"
                 ) from error
             start = time.monotonic()
-            status, reason, files = "complete", None, {}
+            # What stands if a second signal cuts the clause short that says better.
+            status: str = "interrupted"
+            reason: str | None = "KeyboardInterrupt"
+            files: dict[str, Any] = {}
             try:
                 with interrupts.raised():
                     yield
                     files = self._outputs()
+                    status, reason = "complete", None
             except BaseException as error:
                 status, reason = "failed", f"{type(error).__name__}: {error}"
                 if (interruption := interrupts.behind(error)) is not None:
@@ -349,8 +353,9 @@ class Workdir:
                     reason = "SIGTERM" if isinstance(interruption, interrupts.Terminated) else "KeyboardInterrupt"
                 raise
             finally:
-                seconds = round(time.monotonic() - start, 3)
-                self._card.end(status=status, reason=reason, seconds=seconds, files=files)
+                with interrupts.deferred():
+                    seconds = round(time.monotonic() - start, 3)
+                    self._card.end(status=status, reason=reason, seconds=seconds, files=files)
 
     @contextlib.contextmanager
     def repair(self) -> Iterator[None]:

@@ -116,7 +116,7 @@ def test_the_listing_names_everything() -> None:
         (["--config=configs/figure1.py", "-config.cell.seed=1"], "write --config.cell.seed=1"),
         (["config=configs/figure1.py"], "write --config=configs/figure1.py"),
         (["--config=configs/figure1.py", "workdir=x"], "write --workdir=x"),
-        (["--config=configs/figure1.py", "x"], "unknown argument 'x'. Allowed: --config"),
+        (["--config=configs/figure1.py", "x"], "unknown argument 'x'. Allowed: --"),
         (["--config=configs/figure1.py", "--wokdir=x"], "unknown argument '--wokdir=x'. Did you mean --workdir?"),
         (["--config=configs/figure1.py", "--work=x"], "unknown argument '--work=x'"),
         (["--config=configs/figure1.py", "--", "--workdir=x"], "argument"),

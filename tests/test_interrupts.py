@@ -129,3 +129,25 @@ def test_an_interruption_that_comes_out_as_another_error_is_known() -> None:
     loop.__context__ = ValueError("c")
     loop.__context__.__context__ = loop
     assert interrupts.behind(loop) is None
+
+
+def test_what_is_deferred_is_done_first() -> None:
+    done = []
+
+    def work() -> None:
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("the record")
+        done.append("what comes after")
+
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        work()
+    assert done == ["the record"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_is_raised_where_no_signal_came() -> None:
+    with interrupts.deferred():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -346,6 +346,19 @@ def test_sigterm_interrupts_and_the_handler_is_put_back(workdir: Workdir) -> Non
     assert (card(workdir)["status"], card(workdir)["reason"]) == ("interrupted", "SIGTERM")
 
 
+def test_a_second_signal_while_the_card_is_written_waits(workdir: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cards.RunCard.end
+
+    def end(self: Any, **fields: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(self, **fields)
+
+    monkeypatch.setattr(cards.RunCard, "end", end)
+    with pytest.raises(KeyboardInterrupt), workdir.session():
+        signal.raise_signal(signal.SIGTERM)
+    assert (card(workdir)["status"], card(workdir)["reason"]) == ("interrupted", "SIGTERM")
+
+
 def test_a_session_works_in_another_thread(workdir: Workdir) -> None:
     def work() -> None:
         with workdir.session():

@@ -69,7 +69,7 @@ class Loop:
             if self.snapshot is not None and r.steps == 0:
                 self.snapshot(i, 0, self.engine.network(r.carry, None))
         label = "training" if len(runs) > 1 else f"solution {next(iter(runs))}"
-        with Progress(self.max_steps, label, done, at_most=self.tolerance > 0) as progress:
+        with Progress(self.max_steps, label, done, at_most=bool(self.tolerance > 0)) as progress:
             while standing := [r.steps for r in runs.values() if self.is_under_way(r)]:
                 first = min(standing)
                 together = [
