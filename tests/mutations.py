@@ -38,6 +38,7 @@ TREE = "tests/test_branch_and_bound.py -k below_all_weights&tanh&2.0"
 TREE_CHECK = "tests/test_branch_and_bound.py -k tampered|gone_through_again|covers_the_set"
 FORMS = "tests/test_verify.py -k cones&1.0|one_line"
 EXPONENT = "tests/test_verify.py -k rounding_of_an_exponent"
+BALANCED = "tests/test_certify.py -k spectral_bound"
 LINEAR = "tests/test_spectral_verify.py -k what_is_proven|dependencies"
 FIT = "tests/test_spectral_verify.py -k bad_fit"
 EXACT = "tests/test_spectral_certificate.py -k charged_and|low_rank"
@@ -116,6 +117,8 @@ MUTATIONS = [
     _of("spectral", "verify", "a wrong factor", "return (misfit + ceiling / depth * penalty) * powers", "return (misfit + ceiling / (depth + 1) * penalty) * powers", LINEAR),
     _of("spectral", "certificate", "a missing charge", "0.5 * (top + projection + charge) - rounding", "0.5 * (top + projection) - rounding", EXACT),
     _of("spectral", "in_memory", "a rounding direction", "wrong = (near.astype(jnp.float64) - value) * towards < 0", "wrong = (near.astype(jnp.float64) - value) * towards > 0", EXACT),
+    # How far from the optimum.
+    _of("certify", "engines", "a factor too small", "np.where(idle, 0.0, alpha * g)", "np.where(idle, 0.0, 0.97 * alpha * g)", BALANCED),
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from dualgap_jax.certify.bounds import Bound
-from dualgap_jax.certify.engines import Relaxed, balanced
+from dualgap_jax.certify.engines import Relaxed
 from dualgap_jax.certify.moments_verify import VerificationError, verify_ball_bound
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
@@ -93,6 +93,16 @@ def _top(matrix: np.ndarray) -> float:
     return math.inf
 
 
+def _scaled_product(a: np.ndarray, b: np.ndarray) -> float:
+    """A proven upper bound on `sigma_1(G a) sigma_1(G^-1 b)` for a positive diagonal G, without rows where one is 0."""
+    lengths = [np.array([math.hypot(*row) for row in m.tolist()]) for m in (a, b)]
+    used = (lengths[0] > 0) & (lengths[1] > 0)
+    g = np.sqrt(np.clip(lengths[1][used] / lengths[0][used], 1e-200, 1e200))[:, None]
+    scaled = a[used] * g, b[used] / g
+    # Each entry is off by a rounding, or by the smallest number there is.
+    return math.prod(_top(m) + _EPS * float(np.linalg.norm(m)) * (1 + (m.size + 8) * _EPS) + 1e-290 for m in scaled)
+
+
 def _power_of_two(array: np.ndarray) -> int:
     return math.frexp(float(np.abs(array).max(initial=0.0)))[1]
 
@@ -115,8 +125,7 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
         else:
             holds = lambda: top_at_most(mean, rho, error)  # noqa: E731
     elif method == "spectral" and known.degree == 2:
-        pairs = (weights, points), balanced(points, weights)
-        bent = min(_top(a) * _top(b) for a, b in pairs) / len(x)
+        bent = min(_top(weights) * _top(points), _scaled_product(weights, points)) / len(x)
         parts = (1 + slope) / 2 * (_top(mean) + error) + (1 - slope) / 2 * bent
         holds = lambda: parts * (1 + 16 * _EPS) <= rho  # noqa: E731
     elif method == "cells":
