@@ -16,7 +16,9 @@ from certify_oracles import convex_program
 
 from dualgap_jax import checkpoints, cli, experiments
 from dualgap_jax.config import Component, experiment_config
+from dualgap_jax.duality.verify import Verified
 from dualgap_jax.experiments import TABLES
+from dualgap_jax.experiments import certify_run as module
 from dualgap_jax.experiments.certify_run import CertifyRunError, certify_run
 from dualgap_jax.experiments.landscape import LandscapeSpec, build
 from dualgap_jax.experiments.landscape import PlaneSpec as Plane
@@ -52,7 +54,7 @@ def network(spec: LandscapeSpec, folder: Path, k: int) -> tuple[np.ndarray, np.n
     return x, np.asarray(data.y, np.float64), outputs[0], leaves
 
 
-def test_with_weight_decay_the_risk_is_what_sgd_descends(tmp_path: Path) -> None:
+def test_with_weight_decay_the_risk_is_what_sgd_descends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished(SPEC, tmp_path / "w")
     said: list[str] = []
     report = certify_run(folder, TABLES, said.append)
@@ -74,6 +76,18 @@ def test_with_weight_decay_the_risk_is_what_sgd_descends(tmp_path: Path) -> None
         assert f"risk {value['risk']:.4g}" in said[k]
         assert "(certified, cells)" in said[k]
         assert "(estimated)" in said[k]
+
+    # A bound that the checker does not follow is none, in the record, in the sentence and in the table.
+    monkeypatch.setattr("dualgap_jax.experiments.certify.verify_bound", lambda *_: Verified(False, "it is off", 0))
+    setting = build(SPEC, TABLES)
+    handle = module._opened(setting, folder / "checkpoints" / "solution_0")
+    value = module._solution(SPEC, setting, setting.dataset, handle)
+    assert (value["status"], value["proven"], value["verified"]) == ("estimated", False, False)
+    assert "certified" not in value["said"]
+    assert "NOT proven again: it is off" in value["said"]
+    doubted = module._report(SPEC, "", [value])
+    assert dict(zip(doubted.columns, doubted.rows[0], strict=True))["optimum, at least (certified)"] is None
+    assert "it is off" in doubted.notes
 
 
 def test_without_it_against_networks_of_no_larger_weights_and_resumed(
@@ -105,6 +119,13 @@ def test_without_it_against_networks_of_no_larger_weights_and_resumed(
         assert convex_program(x, y, "binary_hinge", budget=value["least_budget"]) >= value["risk"] - 1e-6
         assert f"I_4: solution {k}: {value['said']}" in done.stdout
     assert "Distance from the global optimum" in (row / "report.html").read_text()
+    setting = build(spec, TABLES)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            sys.modules["dualgap_jax.certify.assess"], "verify_bound", lambda *_: Verified(False, "it is off", 0)
+        )
+        handle = module._opened(setting, folder / "checkpoints" / "solution_0")
+        assert module._solution(spec, setting, setting.dataset, handle)["least_budget"] is None
 
     def never(*arguments: Any, **settings: Any) -> Any:
         raise AssertionError("computed again")

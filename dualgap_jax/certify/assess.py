@@ -26,6 +26,7 @@ from dualgap_jax.certify.primal import as_weights, risk
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.sliding import smoothed
+from dualgap_jax.certify.verify import verify_bound
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 
 _WIDTHS = (0.03, 0.3)  # over which the corners of a hinge are rounded, in margins
@@ -85,7 +86,7 @@ def dual_vectors(problem: RiskProblem, outputs: np.ndarray) -> list[np.ndarray]:
 
 
 def least_budget(problem: RiskProblem, alphas: list[np.ndarray], loss: float) -> float | None:
-    """A proven lower bound on the mean h that a mean loss of at most `loss` needs; None where none is found.
+    """A lower bound on the mean h that a mean loss of at most `loss` needs, proven twice; None where none is found.
 
     For any alpha with `kappa(alpha) <= k`, a network of mean h at most K has a mean loss of at least
     `-(1/n) sum l*(alpha) - k K`, less what an output bias gains.
@@ -105,6 +106,7 @@ def least_budget(problem: RiskProblem, alphas: list[np.ndarray], loss: float) ->
             continue
         tight = dataclasses.replace(problem, budget=worth / top.upper * (1 - 1e-6))
         proof: Bound = lower_bound(tight, alpha, engine=top.method)
-        if proof.value > loss and (best is None or (tight.budget or 0.0) > best):
+        better = proof.value > loss and (best is None or (tight.budget or 0.0) > best)
+        if better and verify_bound(tight, proof).holds:
             best = tight.budget
     return best

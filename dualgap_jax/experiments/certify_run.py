@@ -16,6 +16,7 @@ from dualgap_jax.config import spec_of
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Report, Tables, confirm_data
+from dualgap_jax.experiments.certify import bounds_of
 from dualgap_jax.experiments.landscape import LandscapeSpec, Setting
 from dualgap_jax.files import DamagedFileError, load_json, save_json
 from dualgap_jax.terminal import Progress
@@ -152,22 +153,18 @@ def _solution(spec: LandscapeSpec, setting: Setting, data: Dataset, network: Bra
         return {**facts, "proven": False, "reason": why, "said": f"nothing can be proven: {why}"}
     made = found.certificate
     zero = float(problem.losses(problem.one.c * 0.0).mean())
-    checked = certify.verify_bound(problem, made.bound)
-    said = _sentence(made, zero, found.least_budget, facts["mean_square"])
+    bounds = bounds_of(problem, made)
+    said = _sentence(made, bounds["status"], zero, found.least_budget, facts["mean_square"])
     return {
         **facts,
-        "proven": made.status == "certified",
-        "risk": made.upper,
-        "lower": made.lower,
-        "lower_estimated": made.lower_estimated,
+        **bounds,
+        "proven": bounds["status"] == "certified",
+        "risk": bounds["upper"],
         "zero_network": zero,
-        "status": made.status,
-        "method": made.method,
-        "verified": checked.holds,
         "least_budget": found.least_budget,
         "worst_excess": float(made.excess.max()),
         "mean_excess": float(made.excess.mean()),
-        "said": said + ("" if checked.holds else f"; NOT proven again: {checked.reason}"),
+        "said": said + ("" if bounds["verified"] else f"; NOT proven again: {bounds['reason']}"),
     }
 
 
@@ -180,14 +177,14 @@ def _share(gap: float, whole: float) -> str:
     return f"{100 * gap / whole:.3g} %" if whole > 0 else "0 %"
 
 
-def _sentence(made: certify.Certificate, zero: float, least: float | None, own: float) -> str:
+def _sentence(made: certify.Certificate, status: str, zero: float, least: float | None, own: float) -> str:
     """One line of a terminal."""
     estimate = "no estimate, the search has missed the best branch" if made.search_missed else "no estimate"
     if made.lower_estimated is not None:
         estimate = f">= {_rounded(made.lower_estimated):.4g} (estimated)"
     parts = [
         f"risk {made.upper:.4g}",
-        f"optimum >= {_rounded(made.lower):.4g} ({made.status}, {made.method}), {estimate}",
+        f"optimum >= {_rounded(made.lower):.4g} ({status}, {made.method}), {estimate}",
         f"within {_share(made.gap, made.upper)} of the optimum, {_share(made.gap, zero)} of the zero network's loss",
     ]
     if least is not None:
@@ -202,8 +199,11 @@ def _report(spec: LandscapeSpec, prefix: str, found: list[dict[str, Any]]) -> Re
         if "risk" not in value:
             rows.append([*row, None, None, None, None, "none"])
             continue
-        within = 100 * (value["risk"] - value["lower"]) / value["risk"] if value["risk"] > 0 else 0.0
-        bounds = [None if v is None else _rounded(v) for v in (value["lower"], value["lower_estimated"])]
+        lower = within = None
+        if value["verified"]:
+            lower, risk = value["lower"], value["risk"]
+            within = 100 * (risk - lower) / risk if risk > 0 else 0.0
+        bounds = [None if v is None else _rounded(v) for v in (lower, value["lower_estimated"])]
         rows.append([*row, value["risk"], *bounds, within, value["method"]])
     decay = spec.training.weight_decay
     notes = [
@@ -216,5 +216,5 @@ def _report(spec: LandscapeSpec, prefix: str, found: list[dict[str, Any]]) -> Re
             "Least losses: no engine proves more than that no loss is below its least value, 0; networks of these"
             " weights may fit all examples, or the relaxation of one branch is too loose to exclude it."
         )
-    notes += list(dict.fromkeys(value["reason"] for value in found if "reason" in value))
+    notes += list(dict.fromkeys(value["reason"] for value in found if value.get("reason")))
     return Report(_TITLE, COLUMNS, rows, notes)
