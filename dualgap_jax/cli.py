@@ -244,6 +244,7 @@ def run(
         raise ConfigError(
             "no config given: use --config=configs/NAME.py:KEY=VALUE or dualgap run NAME:KEY=VALUE; --list prints them."
         )
+    compared = _compared(config, given)  # before the run: a config file that is edited meanwhile changes nothing
     began = time.monotonic()
     with terminal.spoken(sharding.is_first_process()):
         report, folder, was_complete = experiments.run(
@@ -260,12 +261,7 @@ def run(
         print(
             f"Complete already; nothing was computed. To start over, delete {folder.path} or give another --workdir.\n"
         )
-    for line in summary.lines(
-        report,
-        folder.path,
-        page=shown,
-        **_compared(config, given),
-    ):
+    for line in summary.lines(report, folder.path, page=shown, **compared):
         print(line)
 
 

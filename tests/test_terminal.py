@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from dualgap_jax import cli, summary, terminal
+from dualgap_jax import cli, experiments, summary, terminal
 from dualgap_jax.terminal import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +197,22 @@ def test_what_was_reduced_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli._compared(flags.config, flags.given) == {"changed": ""}
 
 
+def test_a_config_that_is_edited_during_the_run_does_not_spoil_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mine.py"
+    config.write_text((ROOT / "configs" / "figure3.py").read_text())
+    flags, real = cli.parse([f"--config={config}:smoke"]), experiments.run
+
+    def edited(*arguments: Any, **settings: Any) -> Any:
+        config.write_text("not Python")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(experiments, "run", edited)
+    cli.run(flags.config, flags.name, str(tmp_path / "w"), experiments.TABLES, [], flags.given)
+    assert "reduced (smoke): " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("in_a_terminal", [False, True])
 def test_a_run_says_what_it_does(in_a_terminal: bool, tmp_path: Path) -> None:
@@ -232,7 +248,7 @@ def test_a_run_says_what_it_does(in_a_terminal: bool, tmp_path: Path) -> None:
     for number, count in enumerate((2, 3), 1):
         for stage in ("data", "training", "landscape", "drawing"):
             assert f"I = {count} ({number} of 2), {stage}" in stages
-    assert re.match(r"done in \d+ s, peak memory", lines[-1])
+    assert re.match(r"done in (\d+ min )?\d+(\.\d)? s, peak memory", lines[-1])
     assert max(map(len, lines)) <= 100
     table = out.splitlines()
     assert max(len(line) for line in table if not line.startswith(("figure:", "workdir:", "report:", "next:"))) <= 100
