@@ -6,24 +6,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dualgap_jax import figures, terminal, trees
+from dualgap_jax import figures, terminal
 from dualgap_jax.config import Component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.planes import PlaneSpec
-from dualgap_jax.experiments.row import intervals
+from dualgap_jax.experiments.row import ALIGNED_SCORES, aligned_scores, intervals
 from dualgap_jax.files import load_json, save_json
-from dualgap_jax.training.batches import example_input
 from dualgap_jax.workdir import Workdir
 
-_CELL = dataclasses.replace(landscape.LANDSCAPE, draw=None)
 _OFF = 0.25  # how far from the number of parameters at I = 1 a network may be, as a share of it
-_SCORES = ("envelope_max", "midpoint_violation_rate", "negative_curvature_share", "barrier_max")
 _COLUMNS = {
     "test_accuracy": "test acc.",
     "test_loss": "test loss",
@@ -96,8 +92,7 @@ def narrowed(spec: ArchitectureSpec, count: int, dataset: Dataset, tables: Table
     def size(width: int) -> int:
         made = branch(width)
         net = tables.branches.build(made.name, **{**made.settings, "out": dataset.num_outputs})
-        params, _ = jax.eval_shape(net.init, jax.random.key(0), example_input(dataset))
-        return trees.num_bytes(params) // 4
+        return landscape.num_parameters(net, dataset)
 
     wanted = size(first)
     low, high = 1, first  # sizes grow with the width
@@ -128,7 +123,7 @@ def architecture(spec: ArchitectureSpec, workdir: Workdir, tables: Tables) -> Re
             cell = dataclasses.replace(spec.cell, num_branches=count, branch=branch, seed=seed, test=test)
             folder = workdir.path / f"I_{count}_seed_{seed}"
             with terminal.part(f"I = {count:,}, seed {seed}"):
-                _, inner, _ = execute(_CELL, cell, folder, tables)
+                _, inner, _ = execute(landscape.UNDRAWN, cell, folder, tables)
             every.append(_scores(load_json(inner.results / "landscape.json")))
         cells.append(
             {
@@ -154,8 +149,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
             ("train", "loss", "loss"),
         )
     }
-    surfaces = {"": record["scores"], "_aligned": record.get("aligned", {}).get("scores", {})}
-    found = {f"{n}{end}": scores[n] for end, scores in surfaces.items() for n in _SCORES if n in scores}
+    found = {n: record["scores"][n] for n in ALIGNED_SCORES if n in record["scores"]} | aligned_scores(record)
     return {**means, **{name: float("nan") if value is None else float(value) for name, value in found.items()}}
 
 

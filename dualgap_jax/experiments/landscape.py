@@ -245,3 +245,4 @@ def _check_not_diverged(spec: LandscapeSpec, solutions: Sequence[Solution]) -> N
 
 
 LANDSCAPE = Experiment("landscape", LandscapeSpec, landscape_experiment, figures.landscape, distributed=True)
+UNDRAWN = dataclasses.replace(LANDSCAPE, draw=None)  # one of many, whose scores are what is drawn

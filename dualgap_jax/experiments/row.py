@@ -74,13 +74,10 @@ def aligned_scores(record: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{name}_aligned": scores[name] for name in ALIGNED_SCORES if name in scores}
 
 
-_CELL = dataclasses.replace(landscape.LANDSCAPE, draw=None)
-
-
 def scores_of(cell: LandscapeSpec, folder: Path, tables: Tables) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The scores of one landscape of many, not drawn, and how its solutions ended; no scores where one diverged."""
     try:
-        execute(_CELL, cell, folder, tables)
+        execute(landscape.UNDRAWN, cell, folder, tables)
     except landscape.DivergedError:
         return {}, load_json(folder / "results" / "solutions.json")["solutions"]
     record = load_json(folder / "results" / "landscape.json")
