@@ -178,7 +178,7 @@ def test_an_estimate_above_the_risk_of_a_network_is_none(rng: Any, monkeypatch: 
 
 
 def test_the_relaxation_moves_the_dual_vectors_of_optimum(rng: Any) -> None:
-    for loss in ("squared", "logistic"):
+    for loss in ("squared", "logistic", "binary_hinge"):
         one = problem(drawn(rng, 20, 5), loss, penalty=0.02)
         found = optimum(one, spec=OptimumSpec(units=12, rounds=3, starts=16))
         checked(one, found, 1.0)
