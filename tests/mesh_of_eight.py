@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -26,6 +27,7 @@ from dualgap_jax.losses import multi_margin  # noqa: E402
 from dualgap_jax.networks import conv, mlp, multi_branch  # noqa: E402
 from dualgap_jax.sharding import MeshSpec  # noqa: E402
 from dualgap_jax.training import Solution, TrainingSpec  # noqa: E402
+from dualgap_jax.training.engine import all_finite  # noqa: E402
 from dualgap_jax.training.streamed import Streamed  # noqa: E402
 
 _BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "bf16": 2}
@@ -102,6 +104,20 @@ def same_as_one_device() -> dict[str, Any]:
     return found
 
 
+def finite_over_devices() -> dict[str, list[bool]]:
+    """A NaN in one of sixteen rows over the devices, an infinity in one of eight lanes: whether all, or each, is."""
+    mesh = jax.make_mesh((8,), ("branch",))
+    found = {}
+    for name, along in (("sharded", "branch"), ("replicated", None)):
+        rows, lanes = np.zeros((16, 3), np.float32), np.zeros((8, 3), np.float32)
+        rows[11, 2], lanes[5, 1] = np.nan, -np.inf
+        sharding = NamedSharding(mesh, PartitionSpec(along))
+        whole, bad = jax.device_put((np.zeros_like(rows), rows), sharding)
+        lanes = jax.device_put(lanes, sharding)
+        found[name] = [all_finite(whole), all_finite(bad), *(all_finite(lanes, lane) for lane in range(8))]
+    return found
+
+
 def across_meshes(folder: Path) -> dict[str, Any]:
     """A run that goes on on another mesh every few steps, beside one that stays on one device."""
     net, data = multi_branch(mlp((4, 4), 3), 11), images(5)
@@ -147,7 +163,13 @@ def main() -> None:
     }
     print(
         json.dumps(
-            {"same": same_as_one_device(), "moves": across_meshes(Path(sys.argv[1])), "traffic": traffic}, default=str
+            {
+                "same": same_as_one_device(),
+                "moves": across_meshes(Path(sys.argv[1])),
+                "traffic": traffic,
+                "finite": finite_over_devices(),
+            },
+            default=str,
         )
     )
 

@@ -77,6 +77,11 @@ def test_a_run_goes_on_on_other_meshes(eight: dict[str, Any]) -> None:
     assert moved["losses"] < 1e-6
 
 
+def test_what_is_not_finite_is_found_on_any_device(eight: dict[str, Any]) -> None:
+    expected = [True, False, *(lane != 5 for lane in range(8))]
+    assert eight["finite"] == {"sharded": expected, "replicated": expected}
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from dualgap_jax.optimizers import for_network
 from dualgap_jax.sharding import Layout, MeshSpec
 from dualgap_jax.training import Solution, TrainingSpec, plan
 from dualgap_jax.training.branch_step import Shard, branch_step
-from dualgap_jax.training.engine import Carry
+from dualgap_jax.training.engine import Carry, all_finite
 from dualgap_jax.training.placement import Placement
 from dualgap_jax.training.streamed import Streamed
 from dualgap_jax.training.together import step
@@ -400,6 +400,23 @@ def test_every_branch_lies_on_one_shard(seed: int) -> None:
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_one_number_that_is_not_finite_is_found_anywhere(rng: np.random.Generator, dtype: str, bad: float) -> None:
+    largest = jnp.finfo(dtype).max
+    signs = rng.integers(-1, 2, (5, 300))
+    tree = {"a": jnp.asarray(signs, dtype) * largest, "none": jnp.zeros((0, 3), dtype), "steps": jnp.arange(3)}
+    assert all_finite(tree)
+    for place in [*rng.integers(0, 1500, 5).tolist(), 0, 1499]:
+        assert not all_finite(tree | {"a": tree["a"].ravel().at[place].set(bad)})
+
+
+def test_of_several_lanes_the_one_that_is_not_finite_is_found(rng: np.random.Generator) -> None:
+    numbers = jnp.asarray(rng.normal(size=(3, 4, 5))).at[1, 2, 3].set(jnp.inf)
+    assert [all_finite({"w": numbers}, lane) for lane in range(3)] == [True, False, True]
+
 
 _MEMORY = """
     import json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -130,11 +130,37 @@ def tree_bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@jax.jit
-def all_finite(tree: PyTree) -> Array:
-    """Whether every number in a tree is finite."""
+_AT_ONCE = 2**20  # numbers
+
+
+def all_finite(tree: PyTree, lane: int | None = None) -> bool:
+    """Whether every number is finite that this process holds of a tree, or of one lane of its leaves `[lanes, ...]`.
+
+    On CPU the numbers are read where they lie, a few at a time: a program would write a byte or more for each.
+    """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in leaves]))
+    return all(bool(_all_finite(block)) for leaf in leaves for block in _blocks(leaf, lane))
+
+
+def _blocks(leaf: Array, lane: int | None) -> Iterator[np.ndarray | Array]:
+    """The numbers of a leaf in this process that no other device has the duty for."""
+    for shard in leaf.addressable_shards:
+        first, stop, _ = shard.index[0].indices(leaf.shape[0]) if lane is not None else (0, 1, 1)
+        if shard.replica_id != 0 or not first <= (lane or 0) < stop:
+            continue
+        on_host = shard.device.platform == "cpu"
+        part = np.asarray(shard.data) if on_host else shard.data  # the view is of this handle: the leaf can be donated
+        part = part[lane - first] if lane is not None else part
+        yield from np.array_split(part.reshape(-1), 1 + part.size // _AT_ONCE) if on_host else [part]
+
+
+def _all_finite(numbers: np.ndarray | Array) -> Any:
+    return np.isfinite(numbers).all() if isinstance(numbers, np.ndarray) else _all_finite_on_device(numbers)
+
+
+@jax.jit
+def _all_finite_on_device(numbers: Array) -> Array:
+    return jnp.isfinite(numbers).all()
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

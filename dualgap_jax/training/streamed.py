@@ -23,7 +23,7 @@ from dualgap_jax.losses import Loss
 from dualgap_jax.networks import draw_branches, multi_branch
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.schedules import Schedule, constant
-from dualgap_jax.sharding import BRANCH, DATA, MeshSpec
+from dualgap_jax.sharding import BRANCH, DATA, MeshSpec, on_all
 from dualgap_jax.training import plan
 from dualgap_jax.training.batches import example_input
 from dualgap_jax.training.branch_step import branch_step
@@ -218,7 +218,7 @@ class Streamed:
 
     def is_finite(self, lanes: Carry, lane: int) -> bool:
         del lane
-        return bool(np.asarray(all_finite((lanes.params, lanes.state))))
+        return on_all(all_finite((lanes.params, lanes.state)))
 
     def advance(self, lanes: Carry, steps: Steps) -> tuple[Carry, np.ndarray]:
         losses = []

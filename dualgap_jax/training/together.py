@@ -172,7 +172,7 @@ class Together:
         return InMemory(carry.params, carry.state)
 
     def is_finite(self, carry: Carry, lane: int) -> bool:
-        return bool(all_finite(item((carry.params, carry.state), lane)))
+        return all_finite((carry.params, carry.state), lane)
 
     def advance(self, carry: Carry, steps: Steps) -> tuple[Carry, np.ndarray]:
         states, keys, base_rate, indices, first, length = steps
