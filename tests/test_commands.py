@@ -49,6 +49,16 @@ def test_help_imports_neither_jax_nor_flax() -> None:
     assert done.stdout.endswith("False\n")
 
 
+def test_what_only_some_experiments_need_is_imported_when_they_run() -> None:
+    """All experiments are known by then, their modules imported."""
+    program = "import sys; from dualgap_jax import commands; commands.main(['list']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "dualgap_jax.experiments.certify" in imported
+    heavy = {"scipy.optimize", "scipy.stats", "scipy.spatial", "scipy.sparse", "flax", "matplotlib", "plotly", "orbax"}
+    assert not heavy & imported
+
+
 def test_a_run_by_name_from_another_folder(tmp_path: Path) -> None:
     first = dualgap("run", "figure3:smoke", cwd=tmp_path)
     assert first.returncode == 0, first.stderr

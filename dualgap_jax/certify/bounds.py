@@ -18,7 +18,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+import scipy
 
 from dualgap_jax.certify.engines import CEILINGS, Ceiling, ceiling, relaxed
 from dualgap_jax.certify.problem import RiskProblem
@@ -184,7 +184,9 @@ def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: 
     theta = min(1.0, limit)
     if (scale or limit < 1) and np.any(alpha):
         top = min(_largest_multiple(problem, alpha), limit)
-        found = minimize_scalar(lambda t: -dual(t), bounds=(0.0, top), method="bounded", options={"xatol": 1e-11 * top})
+        found = scipy.optimize.minimize_scalar(
+            lambda t: -dual(t), bounds=(0.0, top), method="bounded", options={"xatol": 1e-11 * top}
+        )
         theta = max((t for t in (theta, float(found.x), top) if t <= limit), key=dual)
     x = np.linalg.norm(known.inputs(problem.one.x), axis=1)
     for _ in range(4):

@@ -14,8 +14,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float64
-from scipy.sparse import csr_array
 
 from dualgap_jax.certify.moments_cover import Effort, multipliers
 from dualgap_jax.certify.moments_proof import Multipliers, Points, prove, scaled_points
@@ -46,7 +46,7 @@ class Side(NamedTuple):
     delta: Float64[np.ndarray, " n"]
     kappa: Float64[np.ndarray, " n"]
     curvature: Float64[np.ndarray, " n"]
-    cover: csr_array | None
+    cover: scipy.sparse.csr_array | None
     mu: float
     beta: float
     exponent: int
@@ -152,6 +152,6 @@ def side_of(points: Points, found: Multipliers, sign: int) -> Side:
     if found.cover is not None:
         entries = found.cover.tocoo()
         place = points.rows[points.positive][entries.row], points.rows[~points.positive][entries.col]
-        cover = csr_array((entries.data, place), shape=(points.total, points.total))
+        cover = scipy.sparse.csr_array((entries.data, place), shape=(points.total, points.total))
     delta, kappa, curvature = arrays
     return Side(upper, sign, delta, kappa, curvature, cover, found.mu, found.beta, points.exponent)

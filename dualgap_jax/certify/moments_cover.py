@@ -15,10 +15,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float64
-from scipy.linalg import lapack
-from scipy.optimize import minimize
-from scipy.sparse import csc_array, csr_array
 
 from dualgap_jax.certify import moments_search
 from dualgap_jax.certify.moments_proof import Multipliers, Points
@@ -85,7 +83,7 @@ class Value(NamedTuple):
     gradient: Shares
     positive: Float64[np.ndarray, "p r"]
     negative: Float64[np.ndarray, "m r"]
-    cover: csc_array
+    cover: scipy.sparse.csc_array
     kappa: np.ndarray
     curvature: np.ndarray
     delta: np.ndarray
@@ -111,7 +109,9 @@ def evaluate(
     lengths = np.maximum(np.sqrt(np.sum(vn**2, axis=1)), 1e-300)
     weights, signs, kappa_sign = _softmax(pairs, shares)
     w_pair, w_kappa, w_curve = weights
-    cover = csc_array((w_pair * signs, pairs.rows, np.append(pairs.starts, len(pairs.rows))), shape=pairs.shape)
+    cover = scipy.sparse.csc_array(
+        (w_pair * signs, pairs.rows, np.append(pairs.starts, len(pairs.rows))), shape=pairs.shape
+    )
     kappa, delta = w_kappa * kappa_sign, np.exp(shares.delta)
     residual = vp - cover @ vn
     slope = 0.5 * vp.sum(axis=0) - 0.5 * (1 + kappa) @ vn
@@ -178,11 +178,11 @@ def _barrier(slope: np.ndarray, form: np.ndarray, eps: float, mu: float) -> _Bar
     low, high = -math.inf, math.inf
     mu = max(mu, float(np.diagonal(form).max()) + eps)
     for _ in range(100):
-        factor, failed = lapack.dpotrf(mu * np.eye(size) - form, lower=1, clean=0)
+        factor, failed = scipy.linalg.lapack.dpotrf(mu * np.eye(size) - form, lower=1, clean=0)
         if failed:
             low, guess = mu, mu + max(0.3 * abs(mu), eps)
         else:
-            inverse = lapack.dpotri(factor, lower=1)[0]
+            inverse = scipy.linalg.lapack.dpotri(factor, lower=1)[0]
             inverse = np.tril(inverse) + np.tril(inverse, -1).T
             mean = 0.5 * (inverse @ slope)
             load = float(mean @ mean + eps * np.trace(inverse))
@@ -226,7 +226,7 @@ def descend(
     flat = np.concatenate(shares)
     for share in levels:
         eps = share * size / vp.shape[1]
-        flat = minimize(objective, flat, (eps,), "L-BFGS-B", jac=True, options=options(steps)).x
+        flat = scipy.optimize.minimize(objective, flat, (eps,), "L-BFGS-B", jac=True, options=options(steps)).x
     shares = Shares(*np.split(flat, layout))
     return shares, evaluate(vp, vn, pairs, shares, eps, mu[0])
 
@@ -241,9 +241,9 @@ def principal(v: Float64[np.ndarray, "k r"], width: int) -> Float64[np.ndarray, 
     return np.linalg.eigh(v.T @ v)[1][:, ::-1][:, :width]
 
 
-def kept(cover: csc_array) -> csr_array:
+def kept(cover: scipy.sparse.csc_array) -> scipy.sparse.csr_array:
     """A cover without the entries that hardly matter."""
-    cover = csr_array(cover)
+    cover = scipy.sparse.csr_array(cover)
     cover.data[np.abs(cover.data) < _SMALL] = 0.0
     cover.eliminate_zeros()
     return cover

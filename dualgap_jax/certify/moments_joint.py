@@ -17,9 +17,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float64
-from scipy.optimize import minimize
-from scipy.sparse import csr_array
 
 from dualgap_jax import losses
 from dualgap_jax.certify import moments_cover, moments_search
@@ -123,7 +122,7 @@ class _Found(NamedTuple):
     delta: np.ndarray
     kappa: np.ndarray
     curvature: np.ndarray
-    covers: tuple[csr_array, csr_array]
+    covers: tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]
 
 
 class _Descent:
@@ -217,7 +216,7 @@ class _Descent:
                 self.basis = self.whole[:, :width]
                 eps = share / self.basis.shape[1]
                 options = moments_cover.options(max(most, 1))
-                flat = minimize(self.objective, flat, (eps,), "L-BFGS-B", jac=True, options=options).x
+                flat = scipy.optimize.minimize(self.objective, flat, (eps,), "L-BFGS-B", jac=True, options=options).x
             sizes, values = self.sides(flat, eps)
         theta = _best(
             self.signs * sizes, self.y, self.form, self.limit / max(1e-12, *(value.value for value in values))
@@ -229,7 +228,7 @@ class _Descent:
             kappa[~positive], curvature[~positive] = value.kappa, value.curvature
             entries = moments_cover.kept(value.cover).tocoo()
             place = np.flatnonzero(positive)[entries.row], np.flatnonzero(~positive)[entries.col]
-            covers.append(csr_array((entries.data, place), shape=(len(sizes), len(sizes))))
+            covers.append(scipy.sparse.csr_array((entries.data, place), shape=(len(sizes), len(sizes))))
         return _Found(theta * self.signs * sizes, delta, kappa, curvature, (covers[0], covers[1]))
 
 
@@ -279,7 +278,7 @@ def _side(x: np.ndarray, alpha: np.ndarray, sign: int, live: np.ndarray, found: 
         return side_of(points, moments_cover.multipliers(points, _EFFORT), sign)
     rows = np.searchsorted(np.flatnonzero(live), points.rows)
     plus, minus = rows[positive], rows[~positive]
-    cover = csr_array(found.covers[0 if sign == 1 else 1][plus][:, minus])
+    cover = scipy.sparse.csr_array(found.covers[0 if sign == 1 else 1][plus][:, minus])
     weights, powers = np.frexp(np.abs(alpha[points.rows[positive]]))
     delta = np.ldexp(found.delta[plus] * weights, powers - points.exponent)
     reduced = moments_search.reduce(v, positive, cover)

@@ -34,8 +34,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float64
-from scipy.sparse import csr_array
 
 _UNIT = 2.0**-53
 _ROOM = 4.0
@@ -76,7 +76,7 @@ class Multipliers(NamedTuple):
     delta: Float64[np.ndarray, " p"]
     kappa: Float64[np.ndarray, " m"]
     curvature: Float64[np.ndarray, " m"]
-    cover: csr_array | None
+    cover: scipy.sparse.csr_array | None
     mu: float
     beta: float
 

@@ -17,9 +17,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float64
-from scipy.optimize import brentq, minimize
-from scipy.sparse import csr_array
 
 from dualgap_jax.certify.moments_proof import Multipliers, norms
 
@@ -103,7 +102,7 @@ def ascend(reduced: Reduced, rank: int, steps: int) -> Float64[np.ndarray, "r k"
     for width in (1e-1, 1e-2, 1e-3):
         flat = (moment / np.linalg.norm(moment)).ravel()
         options = {"maxiter": steps, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-12}
-        found = minimize(objective, flat, (width * scale,), "L-BFGS-B", jac=True, options=options)
+        found = scipy.optimize.minimize(objective, flat, (width * scale,), "L-BFGS-B", jac=True, options=options)
         moment = found.x.reshape(r, rank)
     return moment / np.linalg.norm(moment)
 
@@ -121,7 +120,7 @@ def settle(
     delta: Float64[np.ndarray, " p"],
     kappa: Float64[np.ndarray, " m"],
     curvature: Float64[np.ndarray, " m"],
-    cover: csr_array | None,
+    cover: scipy.sparse.csr_array | None,
 ) -> Multipliers:
     """These multipliers with a little room in their conditions, and the best mu and beta for them."""
     residual, negative, weight, slope, lengths_n = reduced
@@ -151,7 +150,10 @@ def trust_region(slope: Float64[np.ndarray, " r"], form: Float64[np.ndarray, "r 
         return 1 - float(np.sum(square / (mu - values) ** 2))
 
     low, high = top + 1e-9 * (top + size), top + 2 * size
-    mu = low if excess(low) >= 0 else float(brentq(excess, low, max(high, low), xtol=1e-12 * (top + size)))
+    if excess(low) >= 0:
+        mu = low
+    else:
+        mu = float(scipy.optimize.brentq(excess, low, max(high, low), xtol=1e-12 * (top + size)))
     return mu, float(np.sum(square / (mu - values)))
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float64
-from scipy.optimize import minimize
-from scipy.special import expit, xlogy
 
 from dualgap_jax.certify import moments_search
 from dualgap_jax.certify.moments_cover import options
@@ -49,7 +48,7 @@ def _squared_gain(alpha: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _logistic_gain(alpha: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     q = -alpha * y
     inside = np.clip(q, _EDGE, 1 - _EDGE)
-    value = -xlogy(inside, inside) - xlogy(1 - inside, 1 - inside)
+    value = -scipy.special.xlogy(inside, inside) - scipy.special.xlogy(1 - inside, 1 - inside)
     first, second = np.log1p(-inside) - np.log(inside), -1 / (inside * (1 - inside))
     beyond = q - inside
     return value + beyond * (first + 0.5 * second * beyond), -y * (first + second * beyond)
@@ -76,7 +75,10 @@ FORMS = {
         lambda z, y: 0.5 * (z - y) ** 2, lambda z, y: z - y, _squared_gain, lambda low, high, y: np.clip(y, low, high)
     ),
     "logistic": Form(
-        lambda z, y: np.logaddexp(0.0, -y * z), lambda z, y: -y * expit(-y * z), _logistic_gain, _outermost
+        lambda z, y: np.logaddexp(0.0, -y * z),
+        lambda z, y: -y * scipy.special.expit(-y * z),
+        _logistic_gain,
+        _outermost,
     ),
     "hinge": Form(
         _soft_hinge, lambda z, y: -y * np.clip((1 - y * z) / _SLACK + 0.5, 0.0, 1.0), _hinge_gain, _outermost
@@ -134,7 +136,7 @@ def first_alpha(x: Float64[np.ndarray, "n d"], y: Vector, form: Form, price: flo
     with np.errstate(all="ignore"):
         for width in (1e-1, 1e-2, 1e-3):
             scale = width * unit * float(np.linalg.norm(flat))
-            flat = minimize(objective, flat, (scale,), "L-BFGS-B", jac=True, options=options(steps)).x
+            flat = scipy.optimize.minimize(objective, flat, (scale,), "L-BFGS-B", jac=True, options=options(steps)).x
         found = [parts(moment, scale) for moment in flat.reshape(2, r, rank)]
     (low_p, high_p, size_p), (low_m, high_m, size_m) = (f[5:] for f in found)
     low = size_p * low_p - size_m * high_m

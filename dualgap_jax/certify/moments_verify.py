@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy
 
 from dualgap_jax.certify.moments import BallBound, Side, checked, combined
 from dualgap_jax.certify.moments_joint import Relaxation

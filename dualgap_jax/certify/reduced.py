@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_array, hstack
+import scipy
 
 from dualgap_jax.certify.problem import RiskProblem
 
@@ -69,15 +68,17 @@ def _linear(
         weight = 1 / n if single else 1 / (n * out)
     slacks = int(which.max()) + 1
     # Every row has one slack: -xi_which.
-    picks = csr_array((np.full(len(which), -1.0), (np.arange(len(which)), which)), shape=(len(which), slacks))
-    table, right = hstack([csr_array(rows), picks]).tocsr(), -np.ones(len(which)) - known
+    picks = scipy.sparse.csr_array(
+        (np.full(len(which), -1.0), (np.arange(len(which)), which)), shape=(len(which), slacks)
+    )
+    table, right = scipy.sparse.hstack([scipy.sparse.csr_array(rows), picks]).tocsr(), -np.ones(len(which)) - known
     goal = np.concatenate([(problem.penalty or 0.0) * costs, np.full(slacks, weight)])
     if problem.budget is not None:
         spent = np.concatenate([costs, np.zeros(slacks)])
         table = _stacked(table, spent)
         right = np.append(right, most)
     sums = None if free else np.concatenate([np.ones(k), np.zeros(slacks)])[None]
-    answer = linprog(
+    answer = scipy.optimize.linprog(
         goal, A_ub=table, b_ub=right, A_eq=sums, b_eq=None if sums is None else np.ones(1), method="highs",
         options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )  # fmt: skip
@@ -94,10 +95,10 @@ def _linear(
     return Reduced(np.maximum(answer.x[:k], 0.0), alpha, max(0.0, float(lam)))
 
 
-def _stacked(table: csr_array, row: np.ndarray) -> csr_array:
+def _stacked(table: scipy.sparse.csr_array, row: np.ndarray) -> scipy.sparse.csr_array:
     at = np.flatnonzero(row)
-    last = csr_array((row[at], (np.zeros(len(at), int), at)), shape=(1, len(row)))
-    return csr_array(hstack([table.T, last.T]).T)
+    last = scipy.sparse.csr_array((row[at], (np.zeros(len(at), int), at)), shape=(1, len(row)))
+    return scipy.sparse.csr_array(scipy.sparse.hstack([table.T, last.T]).T)
 
 
 # --- smooth losses: an interior point method --------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax import Array
-from scipy.optimize import minimize
 
 from dualgap_jax.certify.problem import RiskProblem
 
@@ -96,7 +96,8 @@ class Slide:
             return float(value), np.concatenate([dw.reshape(-1), dt])
 
         options: dict[str, Any] = {"maxiter": steps, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-11}
-        end = minimize(both, np.concatenate([w.reshape(-1), t]), jac=True, method="L-BFGS-B", options=options).x
+        start = np.concatenate([w.reshape(-1), t])
+        end = scipy.optimize.minimize(both, start, jac=True, method="L-BFGS-B", options=options).x
         w, t = end[: w.size].reshape(w.shape), end[w.size :]
         if free:
             assert self._problem.structure is not None

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax import Array
-from scipy.optimize import minimize
 
 from dualgap_jax import seeds
 from dualgap_jax.certify.certificate import Certificate
@@ -117,7 +117,8 @@ class Network:
                 return float(value), slope.reshape(-1)
 
             options: dict[str, Any] = {"maxiter": steps, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-10}
-            w = minimize(both, w.reshape(-1), jac=True, method="L-BFGS-B", options=options).x.reshape(shape)
+            end = scipy.optimize.minimize(both, w.reshape(-1), jac=True, method="L-BFGS-B", options=options).x
+            w = end.reshape(shape)
         with jax.enable_x64(True):
             w = np.asarray(self._inside(jnp.asarray(w)))
         return w, risk(self._problem, w, np.full(len(w), 1 / len(w))).upper

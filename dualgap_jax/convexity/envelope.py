@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Float64, Int
-from scipy.spatial import ConvexHull
 
 from dualgap_jax.convexity.grids import checked, grid_units
 from dualgap_jax.convexity.hull import lower_hull
@@ -101,7 +101,7 @@ def _lower_triangles(
     points = np.stack([base[:, 0], base[:, 1], z], axis=1)
     # A point above everything else makes the hull three-dimensional even when the samples are coplanar.
     apex = points.mean(axis=0) + np.array([0.0, 0.0, 3.0])
-    hull = ConvexHull(np.concatenate([points, apex[None]]))
+    hull = scipy.spatial.ConvexHull(np.concatenate([points, apex[None]]))
     # Facets that are upright up to rounding may stay: they only offer further convex combinations.
     lower = (hull.equations[:, 2] < 1e-9) & (hull.simplices < len(points)).all(axis=1)
     return hull.simplices[lower].astype(np.int64)

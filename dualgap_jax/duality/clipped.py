@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array, Float64
-from scipy.optimize import linprog
 
 from dualgap_jax import seeds
 from dualgap_jax.duality.numpy_ranges import Unsupported, Walker
@@ -134,7 +134,7 @@ def _master(scores: np.ndarray, costs: np.ndarray, budget: float, tau: float) ->
     if math.isfinite(budget):
         rows.append(np.concatenate([costs / share_of, np.zeros(n)])[None])
         right.append(np.array([budget / share_of]))
-    found = linprog(
+    found = scipy.optimize.linprog(
         np.concatenate([np.zeros(k), np.full(n, unit / n)]),
         A_ub=np.concatenate(rows), b_ub=np.concatenate(right), A_eq=np.concatenate([np.ones(k), np.zeros(n)])[None],
         b_eq=[1.0], bounds=(0, None), method="highs",

@@ -13,9 +13,8 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import scipy
 from jaxtyping import Float64
-from scipy.optimize import linprog
-from scipy.spatial import ConvexHull, QhullError
 
 from dualgap_jax.convexity import lower_hull
 from dualgap_jax.duality.branch_and_bound import point_values, upper_values
@@ -188,7 +187,9 @@ def at_target(
     """
     values = values_at(problem.one, cloud)
     equations = np.concatenate([cloud.T, np.ones((1, len(cloud)))])
-    result = linprog(values, A_eq=equations, b_eq=np.append(target, 1.0), bounds=(0, None), method="highs")
+    result = scipy.optimize.linprog(
+        values, A_eq=equations, b_eq=np.append(target, 1.0), bounds=(0, None), method="highs"
+    )
     if result.status != 0:
         return None
     used = result.x > 1e-12
@@ -211,8 +212,8 @@ def by_hull(problem: AnyProblem, function: ValueFunction, samples: np.ndarray) -
         order = np.argsort(samples[:, 0])
         samples, values, restricted = samples[order], values[order], restricted[order]
     try:
-        faces = ConvexHull(np.column_stack([samples, values]))
-    except QhullError:
+        faces = scipy.spatial.ConvexHull(np.column_stack([samples, values]))
+    except scipy.spatial.QhullError:
         return None
     lower = faces.equations[:, -2] < -1e-12
     planes, simplices = faces.equations[lower], faces.simplices[lower]

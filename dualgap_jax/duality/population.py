@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from jaxtyping import Float64
-from scipy.stats import t as student
 
 from dualgap_jax.duality.risk import Risk
 
@@ -32,7 +32,7 @@ def summary(
       with.
     """
     samples = len(gaps)
-    quantile = float(student.ppf(0.975, samples - 1)) / math.sqrt(samples)
+    quantile = float(scipy.stats.t.ppf(0.975, samples - 1)) / math.sqrt(samples)
     rows = []
     for k, (count, risk) in enumerate(zip(num_branches, risks, strict=True)):
         ratios = gaps[:, k] / (2 / count * deltas) if (deltas > 0).all() else None

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array
-from scipy.stats import norm
 
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality.problem import ByProgram, Problem, functional
@@ -88,6 +88,7 @@ def primal_risk(
         margins = loss.margin(outputs, labels) if loss.margin is not None else jnp.zeros(1)
         check = check_assumption_1(loss, margins, bound=output_bound)
         terms = offset - np.sum(c * np.asarray(outputs), axis=1) / problem.tau
-    half = float(norm.ppf(0.5 + confidence / 2) * terms.std(ddof=1) / math.sqrt(len(terms))) if len(terms) > 1 else 0.0
+    quantile = float(scipy.special.ndtri(0.5 + confidence / 2))
+    half = quantile * float(terms.std(ddof=1)) / math.sqrt(len(terms)) if len(terms) > 1 else 0.0
     linear = float(terms.mean())
     return Risk(linear, float(hinge.mean()), float(hinge.mean() - linear), half, check)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from dualgap_jax import figures, hitting
 from dualgap_jax.config import Component, require
@@ -123,7 +123,7 @@ def rank_correlation(widths: Sequence[int], rates: Sequence[float]) -> dict[str,
     """Spearman's rho, Kendall's tau-b and two-sided p-values of rate with width; None where all rates are equal."""
     if len(set(rates)) < 2 or len(widths) < 3:
         return dict.fromkeys(("spearman", "spearman_p", "kendall", "kendall_p"))
-    rho, tau = stats.spearmanr(widths, rates), stats.kendalltau(widths, rates)
+    rho, tau = scipy.stats.spearmanr(widths, rates), scipy.stats.kendalltau(widths, rates)
     return {
         "spearman": float(rho.statistic),
         "spearman_p": float(rho.pvalue),
@@ -138,7 +138,7 @@ def row(hidden: int, hits: int, runs: int, diverged: int = 0) -> dict[str, Any]:
     A run that diverged is a run without a hit.  Where one did, the rate says how often SGD ran at all, and is not
     compared with the paper's.
     """
-    interval = stats.binomtest(hits, runs).proportion_ci(0.95, method="wilson")
+    interval = scipy.stats.binomtest(hits, runs).proportion_ci(0.95, method="wilson")
     low, high = float(interval.low), float(interval.high)
     paper = PAPER_HITS.get(hidden)
     return {
@@ -256,7 +256,7 @@ def trend(teachers: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], wi
         "rising": up,
         "falling": down,
         "undefined": len(teachers) - len(rhos),
-        "sign_test_p": float(stats.binomtest(up, up + down, alternative="greater").pvalue) if up + down else None,
+        "sign_test_p": float(scipy.stats.binomtest(up, up + down, alternative="greater").pvalue) if up + down else None,
         "mean_spearman": float(np.mean(rhos)) if rhos else None,
         "mean_kendall": float(np.mean(taus)) if taus else None,
         "mean_rate": mean,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from dualgap_jax import figures, hitting
 from dualgap_jax.config import Component, require
@@ -119,7 +119,7 @@ def log_likelihood(rows: Sequence[dict[str, Any]]) -> float:
     Unlike the binomial at our rates it knows that our own counts are a sample, and never is minus infinity.
     """
     terms = [
-        stats.betabinom.logpmf(r["paper_hits"], PAPER_RUNS, r["hits"] + 0.5, r["seeds"] - r["hits"] + 0.5)
+        scipy.stats.betabinom.logpmf(r["paper_hits"], PAPER_RUNS, r["hits"] + 0.5, r["seeds"] - r["hits"] + 0.5)
         for r in rows
         if r["paper_hits"] is not None
     ]

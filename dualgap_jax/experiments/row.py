@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import t as student
+import scipy
 
 from dualgap_jax import figures, terminal
 from dualgap_jax.config import require
@@ -95,7 +95,7 @@ def intervals(every: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         values = [float(v) for v in given if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(values) == len(given) and all(map(math.isfinite, values)):
             mean = float(np.mean(values))
-            half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+            half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
             found[name] = [mean, mean - half, mean + half]
     return found
 

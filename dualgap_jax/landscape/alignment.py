@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+import scipy
 
 from dualgap_jax import trees
 from dualgap_jax.landscape import symmetry as symmetries
@@ -211,7 +211,7 @@ def _units(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:
     del label
     total, size = a[(0,)].shape[:2]
     flat = [part[(0,)].reshape(total * size, -1) for part in (a, b)]
-    _, places = linear_sum_assignment(flat[0] @ flat[1].T, maximize=True)
+    _, places = scipy.optimize.linear_sum_assignment(flat[0] @ flat[1].T, maximize=True)
     return Permutation(np.arange(total), (places.reshape(total, size),))
 
 
@@ -221,7 +221,7 @@ def _assigned(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = scores.reshape(-1, size, size).astype(np.float64)
     columns = np.empty((len(flat), size), np.intp)
     for k, matrix in enumerate(flat):
-        columns[k] = linear_sum_assignment(matrix, True)[1]
+        columns[k] = scipy.optimize.linear_sum_assignment(matrix, True)[1]
     values = np.take_along_axis(flat, columns[..., None], -1).sum((-1, -2))
     return columns.reshape(*lead, size), values.reshape(lead)
 
@@ -281,7 +281,7 @@ def _branches(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:
     """The best places of branches, the units of each pair of branches in the best places found for them."""
     total = next(iter(a.values())).shape[0]
     if not known.groups:
-        partners = linear_sum_assignment(a[()] @ b[()].T, maximize=True)[1]
+        partners = scipy.optimize.linear_sum_assignment(a[()] @ b[()].T, maximize=True)[1]
         return Permutation(partners, ())
     sizes = [g.size for g in known.groups]
     scores = np.zeros((total, total), np.float32)
@@ -305,7 +305,7 @@ def _branches(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:
     finally:
         if progress is not None:
             progress.close()
-    partners = linear_sum_assignment(scores, maximize=True)[1] if total > 1 else np.zeros(1, np.intp)
+    partners = scipy.optimize.linear_sum_assignment(scores, maximize=True)[1] if total > 1 else np.zeros(1, np.intp)
     matched = {groups: part[partners] for groups, part in b.items()}
     base = {k: np.zeros((total, h, h), np.float32) for k, h in enumerate(sizes) if (k,) not in a}
     units, _ = _places(a, matched, known, _SWEEPS, base)

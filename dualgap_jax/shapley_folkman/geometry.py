@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Float64
-from scipy.spatial import Delaunay, QhullError
 
 from dualgap_jax.shapley_folkman.measured import Measured, checked_points
 
@@ -90,8 +90,8 @@ def inner_radius(points: Float[np.ndarray, "k 2"], members: Bool[np.ndarray, "k 
     """
     points = checked_points(points, "points")
     try:
-        corners = Delaunay(points).simplices
-    except (QhullError, ValueError):  # all on one line, or fewer than three
+        corners = scipy.spatial.Delaunay(points).simplices
+    except (scipy.spatial.QhullError, ValueError):  # all on one line, or fewer than three
         spread = points - points.mean(axis=0)
         direction = np.linalg.svd(spread, full_matrices=False)[2][0]
         order = np.argsort(spread @ direction)

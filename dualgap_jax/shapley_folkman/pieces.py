@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Float64, Int
-from scipy.spatial import cKDTree
 
 from dualgap_jax.shapley_folkman.geometry import convex_hull, inner_radius, largest, signed_distance, smallest_circle
 from dualgap_jax.shapley_folkman.measured import Measured, Radii, SetError, Shape, checked_copies, checked_points
@@ -157,7 +157,7 @@ class Pieces:
         """The function `x [k, 2] -> dist(x, A_n)`; inside, minus a lower bound on the depth.  1-Lipschitz."""
         vertices, radii = self.sums(n)
         if self._only_a_tree:
-            tree = cKDTree(vertices[:, 0])
+            tree = scipy.spatial.cKDTree(vertices[:, 0])
             return lambda x: tree.query(x)[0] - radii[0]
 
         def evaluate(x: Float[np.ndarray, "k 2"]) -> Float64[np.ndarray, " k"]:
