@@ -326,3 +326,52 @@ def test_growth_is_told_between_the_two_largest(monkeypatch: pytest.MonkeyPatch)
     assert "From I=10 to I=40 (x 4)" in text
     assert "x 4.5" in text
     assert "adds 1.5 bytes" in text
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def spread(median: float, half: float) -> dict[str, float]:
+    return {"median": median, "min": median - half, "max": median + half}
+
+
+def test_a_ratio_has_moved_when_the_ranges_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = load("all", monkeypatch).moved
+    assert moved(spread(1.2, 0.05), spread(1.0, 0.05)) == "+20 %"
+    assert moved(spread(0.8, 0.05), spread(1.0, 0.05)) == "-20 %"
+    assert moved(spread(1.2, 0.15), spread(1.0, 0.1)) == ""  # the ranges meet
+    assert moved(spread(1.03, 0.001), spread(1.0, 0.001)) == ""  # by less than a twentieth
+    assert moved(spread(1.0, 0.1), None) == "new"
+    assert moved(None, spread(1.0, 0.1)) == ""
+
+
+def test_all_in_one_and_what_moved_against_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record in which one ratio was half of what is found, and one case is no longer there."""
+    module = load("all", monkeypatch)
+    found = module.measure("theorem 1", smoke=True)
+    assert {row["case"].split(",")[0] for row in found} == {"inf(P)", "search"}
+    limited = next(row for row in found if row["of_limit"])
+    monkeypatch.setattr(module, "measure", lambda work, smoke: found)
+    half = {name: value / 2 for name, value in limited["of_limit"].items()} | {"max": limited["of_limit"]["min"] * 0.6}
+    record = tmp_path / "docs" / "speed.json"
+    record.parent.mkdir()
+    record.write_text(json.dumps({"rows": [{**limited, "of_limit": half}, {**limited, "case": "gone"}]}))
+    module.main(["--only", "theorem 1", "--record", str(record), "--publish"])
+    said = capsys.readouterr().out
+    assert "+100 %" in said
+    assert "no longer measured: theorem 1, gone" in said
+    assert json.loads(record.read_text())["rows"] == found
+    assert limited["case"] in record.with_suffix(".md").read_text()
+    assert (record.parent / "figures" / "speed.png").stat().st_size > 5000
+    module.main(["--only", "theorem 1", "--record", str(record)])
+    assert " %" not in capsys.readouterr().out  # the same numbers: nothing moved
+
+
+def test_a_benchmark_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("all", monkeypatch)
+    wrong = module.WORKS["theorem 1"]._replace(script="duality_gap --no-such-flag")
+    monkeypatch.setitem(module.WORKS, "theorem 1", wrong)
+    with pytest.raises(RuntimeError, match=r"duality_gap\.py (.|\n)*unrecognized arguments: --no-such-flag"):
+        module.measure("theorem 1", smoke=True)
