@@ -47,6 +47,9 @@ EXACT = "tests/test_spectral_certificate.py -k charged_and|low_rank"
 OWN = "tests/test_constrained.py -k shifted"
 SETS = "tests/test_constrained.py -k membership"
 UNDEFINED = "tests/test_numpy_ranges.py -k undefined"
+ARRAYS = "tests/test_numpy_ranges.py -k middle|grouped|either"
+POINTS = "tests/test_numpy_ranges.py -k true_value_at_every_point&(atan|asinh)"
+ROUNDED = "tests/test_numpy_ranges.py -k rounded"
 
 
 class Mutation(NamedTuple):
@@ -119,6 +122,12 @@ MUTATIONS = [
     _of("spectral", "in_memory", "a rounding direction", "wrong = (near.astype(jnp.float64) - value) * towards < 0", "wrong = (near.astype(jnp.float64) - value) * towards > 0", EXACT),
     # How far from the optimum.
     _of("certify", "engines", "a factor too small", "np.where(idle, 0.0, alpha * g)", "np.where(idle, 0.0, 0.97 * alpha * g)", BALANCED),
+    # The checkers' rules of choices and orders.
+    _of("duality", "numpy_jets", "a wrong end of an interval", "            high = np.where(may, b[..., None, :], -np.inf).max(-1)\n", "            high = np.where(may, b[..., None, :], np.inf).min(-1)\n", ARRAYS),
+    _of("duality", "numpy_moves", "a sum with terms of another group", "(outputs[0][g], outputs[1][g])", "(outputs[0][0], outputs[1][0])", ARRAYS),
+    _of("duality", "numpy_ranges", "the other branch of a choice", "            results.append(self._walk(branch, operands))", "            results.insert(0, self._walk(branch, operands))", ARRAYS),
+    _of("duality", "numpy_choices", "a constant that is not exact", "bool((x.value[0] == x.value[1]).all())", "True", ROUNDED),
+    _of("duality", "numpy_pairs", "a wrong sign", "    return _rising(np.arctan)(a), slope, neg(", "    return _rising(np.arctan)(a), slope, (", POINTS),
 ]  # fmt: skip
 
 

@@ -97,6 +97,9 @@ SCALAR: dict[str, Callable[..., Any]] = {
     "power": lambda a: (a + 4) ** 2.5, "tower": lambda a: (a + 4) ** (0.3 * a), "base": lambda a: 2.0**a,
     "inverse cube": lambda a: (a + 4.0) ** -3, "max": lambda a: jnp.maximum(a, a * a),
     "root of size": lambda a: jnp.sqrt(jnp.abs(a)), "logaddexp": lambda a: jnp.logaddexp(a, 1 - 2 * a),
+    "arctan": lambda a: jnp.arctan(2 * a), "hyperbolic": lambda a: jnp.sinh(a) - 0.5 * jnp.cosh(2 * a),
+    "arcsinh": lambda a: jnp.arcsinh(3 * a), "powers of two": lambda a: jnp.exp2(a) * a,
+    "cube root": lambda a: jnp.cbrt(a + 4),
 }  # fmt: skip
 JUMPS: dict[str, Callable[..., Any]] = {
     "sign": jnp.sign, "heaviside": lambda a: jnp.heaviside(a, 0.5), "floor": jnp.floor, "ceil": jnp.ceil,
@@ -268,6 +271,29 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
 
         return jax.lax.scan(step, (0, w[1]), None, length=3, reverse=True)[1]
 
+    def either(w: jax.Array) -> jax.Array:
+        """Branches that meet, that do not, and one of three by a known number; the logarithm is not always defined."""
+        meet = jax.lax.cond(w[0] > 0, lambda: w * w[0], lambda: jnp.zeros(3))
+        jump = jax.lax.cond(w[1] + w[2] > 0.5, lambda: jnp.sin(w), lambda: w[::-1])
+
+        def step(k: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            return k + 1, jax.lax.switch(k, [jnp.sin, jnp.cos, lambda v: v * v], w)
+
+        return jnp.concatenate([meet, jump, jax.lax.scan(step, 0, None, length=3)[1].reshape(-1)])
+
+    def grouped(w: jax.Array) -> jax.Array:
+        """Convolutions of groups of channels and of examples, of inputs with gaps, and with an edge taken away."""
+        maps, kernel = jnp.sin(jnp.outer(images[0, :, 0, 0], w)).reshape(1, 6, 3), jnp.outer(w, w).reshape(3, 3, 1)
+        numbers = ("NHC", "HIO", "NHC")
+
+        def conv(*args: Any, **options: Any) -> jax.Array:
+            return jax.lax.conv_general_dilated(*args, **options, dimension_numbers=numbers)
+
+        deep = conv(maps, kernel.transpose(0, 2, 1), (1,), "SAME", feature_group_count=3)
+        gaps = conv(maps, kernel[:2], (1,), ((1, -2),), lhs_dilation=(2,))
+        examples = conv(maps.reshape(3, 6, 1), kernel.transpose(0, 2, 1), (2,), "VALID", batch_group_count=3)
+        return jnp.concatenate([part.reshape(-1) for part in (deep, gaps, examples)])
+
     def centred(w: jax.Array) -> jax.Array:
         return x * w - jnp.mean(x * w, axis=1, keepdims=True)
 
@@ -306,6 +332,12 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
         "select": lambda w: jnp.where(jnp.array([True, False, True]), w, w**2),
         "switch": lambda w: jax.lax.select_n(jnp.array([2, 0, 1]), w, 2 * w, w**2),
         "integers": lambda w: w * jnp.argsort(x[0]) + jnp.arange(3.0),
+        "either": either,
+        "grouped": grouped,
+        "sorted": lambda w: jnp.sort(x * w, axis=0) * w,
+        "middle": lambda w: jnp.sort(jnp.concatenate([w, w**2, jnp.array([0.25])]))[3],
+        "products": lambda w: jnp.prod(x * w, axis=(0, 1)) + jnp.cumprod(w, axis=0) * jnp.prod(x + w, axis=1)[:3],
+        "running": lambda w: jax.lax.cummax(w) - jax.lax.cummin(jnp.sin(3 * w), reverse=True),
         "scalar": lambda w: jnp.maximum(w[0], w) + jnp.minimum(0.3, w) * jnp.clip(w, w[1] - 1, 2.0),
     }  # fmt: skip
 
@@ -378,10 +410,12 @@ def test_a_function_named_logaddexp_is_not_taken_for_it(x64: None, rng: np.rando
 @pytest.mark.parametrize(
     ("f", "name"),
     [
-        (lambda w: jnp.sort(w), "sort"),
+        (lambda w: w[jnp.argsort(w)], "sort by keys .* alone, by jnp.sort"),
         (lambda w: w * jnp.argmax(w), "argmax"),
-        (lambda w: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: s * 2, w), "while"),
-        (lambda w: jax.lax.cond(w[0] > 0, jnp.sin, jnp.cos, w), "cond"),
+        (lambda w: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: s * 2, w), "while.* lax.fori_loop with bounds"),
+        (lambda w: jax.lax.top_k(w, 2)[0], "top_k: write jnp.sort"),
+        (lambda w: jnp.arctan2(w, w + 9), "atan2: write jnp.arctan"),
+        (lambda w: jax.lax.switch(w[0].astype(jnp.int32), [jnp.sin, jnp.cos, jnp.tanh], w), "integers"),
         (lambda w: jax.lax.lgamma(w), "lgamma"),
         (lambda w: w[w[0].astype(jnp.int32)] * w, "depend on the weights"),
         (lambda w: (w.astype(jnp.int32) + 1).astype(w.dtype), "add of integers"),

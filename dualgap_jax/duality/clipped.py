@@ -29,7 +29,8 @@ import scipy
 from jaxtyping import Array, Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.duality.numpy_ranges import Unsupported, Walker
+from dualgap_jax.duality.numpy_pairs import Unsupported
+from dualgap_jax.duality.numpy_ranges import Walker
 from dualgap_jax.duality.problem import ByProgram, Problem
 from dualgap_jax.duality.ranges import UnsupportedPrimitiveError, extension
 from dualgap_jax.duality.search import SearchSpec, descent

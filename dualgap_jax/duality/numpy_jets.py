@@ -142,6 +142,28 @@ class Calculus:
             parts.append(merged(x or (zero, zero), y or (zero, zero), anything))
         return Jet(value, *parts)
 
+    def ordered(self, x: Jet, axis: int) -> Jet:
+        """The entries along an axis from the least to the largest.
+
+        The k-th of them never falls when an entry rises, and changes as one of those does that can be it.
+        """
+        lo, hi = np.sort(x.value[0], axis), np.sort(x.value[1], axis)
+        if x.first is None:
+            return Jet((lo, hi))
+        self.smooth = False
+        last = [np.moveaxis(e, axis, -1) for e in (*x.value, lo, hi)]
+        may = (last[0][..., None, :] <= last[3][..., None]) & (last[1][..., None, :] >= last[2][..., None])
+        alone = may.sum(-1) == 1
+        parts = []
+        for d, count, kinks in ((x.first, self.size, False), (x.second, len(self.i), True)):
+            a, b = (np.moveaxis(e, axis, -1) for e in d or (np.zeros((1, count, *x.value[0].shape[2:])),) * 2)
+            low = np.where(may, a[..., None, :], np.inf).min(-1)
+            high = np.where(may, b[..., None, :], -np.inf).max(-1)
+            if kinks:
+                low, high = np.where(alone, low, -np.inf), np.where(alone, high, np.inf)
+            parts.append((np.moveaxis(low, -1, axis), np.moveaxis(high, -1, axis)))
+        return Jet((lo, hi), *parts)
+
     def stepped(self, f: Callable[[np.ndarray], np.ndarray], x: Jet) -> Jet:
         """A non-decreasing function that is constant between jumps."""
         lo, hi = f(x.value[0]), f(x.value[1])

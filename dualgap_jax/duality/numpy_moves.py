@@ -61,14 +61,28 @@ MOVES: dict[str, Callable[[np.ndarray, Any, Any], np.ndarray]] = {
 }
 
 
+def around(e: np.ndarray, edges: Any, value: float, between: Any = None) -> np.ndarray:
+    """An array with entries of one value `between` its own and at its `edges`, along the program's axes.
+
+    A negative edge takes entries away.
+    """
+    for axis, ((low, high), step) in enumerate(zip(edges, between or (1,) * len(edges), strict=True), start=2):
+        length = (e.shape[axis] - 1) * step + 1 if e.shape[axis] else 0
+        wide = np.full((*e.shape[:axis], max(low + length + high, 0), *e.shape[axis + 1 :]), value, e.dtype)
+        first, stop = -(min(low, 0) // step), min(e.shape[axis], -((low - wide.shape[axis]) // step))
+        if first < stop:
+            at = (slice(None),) * axis
+            wide[(*at, slice(low + first * step, low + (stop - 1) * step + 1, step))] = e[(*at, slice(first, stop))]
+        e = wide
+    return e
+
+
 def windows(a: Pair, p: Any, padding: float) -> Pair:
     """The entries of each window of `lax.reduce_window` along a new last axis.  Padding counts as the number given."""
     sizes, strides, dilation = p["window_dimensions"], p["window_strides"], p["window_dilation"]
-    if any(d != 1 for d in p["base_dilation"]):
-        raise NotImplementedError("windows over a dilated array are not known to the checker.")
 
     def one(e: np.ndarray) -> np.ndarray:
-        full = np.pad(e, [(0, 0), (0, 0), *p["padding"]], constant_values=padding)
+        full = around(e, p["padding"], padding, p["base_dilation"])
         found = []
         for offset in itertools.product(*(range(0, n * d, d) for n, d in zip(sizes, dilation, strict=True))):
             cuts = []
@@ -81,11 +95,8 @@ def windows(a: Pair, p: Any, padding: float) -> Pair:
 
 
 def convolved(a: Pair, b: Pair, p: Any) -> Pair:
-    """`lax.conv_general_dilated` of pairs, without groups and without a dilated input."""
+    """`lax.conv_general_dilated` of pairs: group by group."""
     numbers = p["dimension_numbers"]
-    plain = p["feature_group_count"] == 1 and p["batch_group_count"] == 1 and all(d == 1 for d in p["lhs_dilation"])
-    if not plain:
-        raise NotImplementedError("a convolution in groups, or of a dilated input, is not known to the checker.")
     left, right = (
         tuple(e.transpose(0, 1, *(k + 2 for k in spec)) for e in x)
         for x, spec in ((a, numbers.lhs_spec), (b, numbers.rhs_spec))
@@ -95,13 +106,21 @@ def convolved(a: Pair, b: Pair, p: Any) -> Pair:
         "window_dimensions": (1, 1, *spatial),
         "window_strides": (1, 1, *p["window_strides"]),
         "window_dilation": (1, 1, *p["rhs_dilation"]),
-        "base_dilation": (1,) * (2 + len(spatial)),
+        "base_dilation": (1, 1, *p["lhs_dilation"]),
         "padding": ((0, 0), (0, 0), *p["padding"]),
     }
+    groups, axis = p["feature_group_count"], 3  # of the channels; examples are in groups along the axis before
+    if p["batch_group_count"] > 1:
+        groups, axis = p["batch_group_count"], 2
     patches = windows((left[0], left[1]), over, 0.0)  # [.., batch, channels, places..., offsets]
     kernel = tuple(e.reshape(*e.shape[:4], -1) for e in right)  # [.., out, channels, offsets]
     last = patches[0].ndim - 3
-    lo, hi = dot(patches, (kernel[0], kernel[1]), (((1, last), (1, 2)), ((), ())))  # [.., batch, places..., out]
+    inputs, outputs = ([np.split(e, groups, k) for e in x] for x, k in ((patches, axis), (kernel, 2)))
+    parts = [
+        dot((inputs[0][g], inputs[1][g]), (outputs[0][g], outputs[1][g]), (((1, last), (1, 2)), ((), ())))
+        for g in range(groups)
+    ]
+    lo, hi = (np.concatenate([part[e] for part in parts], -1) for e in (0, 1))  # [.., batch, places..., out]
     order = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
     axes = (0, 1, *(k + 2 for k in order.tolist()))
     return lo.transpose(axes), hi.transpose(axes)

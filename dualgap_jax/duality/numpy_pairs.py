@@ -12,6 +12,10 @@ _LEAST = 1e-300
 Pair = tuple[np.ndarray, np.ndarray]
 
 
+class Unsupported(NotImplementedError):
+    """A branch with operations that the checker does not know."""
+
+
 def out(lo: np.ndarray, hi: np.ndarray, ulps: int = 1) -> Pair:
     """The pair moved outward by some units in the last place; the whole line in place of NaN."""
     if ulps > 1:
@@ -184,6 +188,60 @@ def _wave(shift: float) -> Callable[[Pair], Pair]:
     return rule
 
 
+_ONE, _TWO = (np.asarray(1.0),) * 2, (np.asarray(2.0),) * 2
+
+
+def _larger_by_square(a: Pair) -> Pair:
+    """`1 + x^2`."""
+    return add(_ONE, square(a))
+
+
+def _atan(a: Pair) -> tuple[Pair, Pair, Pair]:
+    slope = reciprocal(_larger_by_square(a))[0]
+    slope = np.maximum(slope[0], 0.0), np.minimum(slope[1], 1.0)
+    return _rising(np.arctan)(a), slope, neg(mul(mul(_TWO, a), square(slope)))
+
+
+def _even(f: Callable[[np.ndarray], np.ndarray], least: float) -> Callable[[Pair], Pair]:
+    """The range of a function that falls up to 0, where it has its least value, and rises from there."""
+
+    def rule(a: Pair) -> Pair:
+        lo, hi = out(np.minimum(f(a[0]), f(a[1])), np.maximum(f(a[0]), f(a[1])), 8)
+        return np.maximum(np.where((a[0] <= 0) & (a[1] >= 0), least, lo), least), hi
+
+    return rule
+
+
+_SINH, _COSH = _rising(np.sinh), _even(np.cosh, 1.0)
+
+
+def _asinh(a: Pair) -> tuple[Pair, Pair, Pair]:
+    slope = raised(_larger_by_square(a), -0.5)[0]
+    return _rising(np.arcsinh)(a), slope, neg(mul(a, mul(slope, square(slope))))
+
+
+def _exp2(a: Pair) -> tuple[Pair, Pair, Pair]:
+    log2 = (np.asarray(np.log(2.0) * (1 - _EPS)), np.asarray(np.log(2.0) * (1 + _EPS)))
+    value = _rising(np.exp2)(a)
+    return value, mul(log2, value), mul(log2, mul(log2, value))
+
+
+def _cbrt(a: Pair) -> tuple[Pair, Pair, Pair]:
+    value = _rising(np.cbrt)(a)
+    slope = reciprocal(mul((np.asarray(3.0),) * 2, square(value)))[0]
+    return value, slope, neg(mul(mul(_TWO, square(slope)), reciprocal(value)[0]))
+
+
+def _square(a: Pair) -> tuple[Pair, Pair, Pair]:
+    full = np.full_like(a[0], 2.0)
+    return square(a), mul(_TWO, a), (full, full)
+
+
+def _less_square(a: Pair) -> tuple[Pair, Pair, Pair]:
+    value, slope, curvature = _square(a)
+    return add(_ONE, neg(value)), neg(slope), neg(curvature)
+
+
 _COS, _SIN = _wave(0.0), _wave(np.pi / 2)
 
 OUTSIDE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -192,6 +250,9 @@ OUTSIDE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 SMOOTH: dict[str, Callable[[Pair], tuple[Pair, Pair, Pair]]] = {
     "tanh": _tanh, "logistic": _logistic, "erf": _erf, "erfc": _erfc, "exp": _exp,
     "expm1": lambda a: (_rising(np.expm1)(a), _EXP(a), _EXP(a)),
+    "exp2": _exp2, "atan": _atan, "asinh": _asinh, "cbrt": _cbrt, "one_minus_square": _less_square,
+    "sinh": lambda a: (_SINH(a), _COSH(a), _SINH(a)),
+    "cosh": lambda a: (_COSH(a), _SINH(a), _COSH(a)),
     "log": _log,
     "log1p": _log1p,
     "sqrt": lambda a: raised(a, 0.5),

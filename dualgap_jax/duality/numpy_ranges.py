@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax.duality.numpy_jets import Calculus, Jet, linear
-from dualgap_jax.duality.numpy_pairs import Pair, add, mul, neg, out, summed
-from dualgap_jax.duality.numpy_rules import Unsupported, Value, applied, constant, entry, stacked
+from dualgap_jax.duality.numpy_choices import Value, chosen, constant
+from dualgap_jax.duality.numpy_jets import Calculus, Jet, Truth, linear
+from dualgap_jax.duality.numpy_pairs import Pair, Unsupported, add, mul, neg, out, summed
+from dualgap_jax.duality.numpy_rules import applied, entry, stacked
 from dualgap_jax.duality.problem import Problem
 
 _LONGEST_SCAN = 256
@@ -115,13 +116,32 @@ class Walker:
             inner = [equation.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in equation.params]
             if name == "scan":
                 results = self._scan(equation.params, inputs)
-            elif inner and name not in ("while", "cond"):
+            elif name == "cond":
+                results = self._cond(equation, inputs)
+            elif inner and name != "while":
                 body = inner[0] if hasattr(inner[0], "consts") else jax.extend.core.ClosedJaxpr(inner[0], ())
                 results = self._walk(body, inputs)
             else:
                 results = applied(self._calculus, equation, inputs)
             known.update(zip(equation.outvars, results, strict=True))
         return [read(a) for a in closed.jaxpr.outvars]
+
+    def _cond(self, equation: Any, args: list[Value]) -> list[Value]:
+        """One of several branches: what is undefined in one counts on the boxes that may take it."""
+        which, *operands = args
+        branches = equation.params["branches"]
+        if isinstance(which, np.ndarray):
+            return self._walk(branches[min(max(int(which), 0), len(branches) - 1)], operands)
+        if not isinstance(which, Truth) or len(branches) != 2:
+            raise Unsupported("a cond by a number that depends on the weights is not known to the checker.")
+        bad, results = self._calculus.bad, []
+        for branch, may in zip(branches, (~which.lo, which.hi), strict=True):
+            self._calculus.bad = np.zeros_like(bad)
+            results.append(self._walk(branch, operands))
+            bad = bad | self._calculus.bad & may.any(axis=tuple(range(1, may.ndim)))
+        self._calculus.bad = bad
+        shapes = [v.aval.shape for v in equation.outvars]
+        return [chosen(self._calculus, which, [*r], s) for *r, s in zip(*results, shapes, strict=True)]
 
     def _scan(self, p: Any, args: list[Value]) -> list[Value]:
         """A loop of known length, one step after another."""

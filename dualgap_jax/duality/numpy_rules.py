@@ -5,18 +5,32 @@ A value is a `Jet`, a `Truth`, or an array of integers or truth values that do n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from dualgap_jax.duality.numpy_choices import (
+    COMPARED,
+    Value,
+    chosen,
+    constant,
+    is_known,
+    is_nan,
+    logic,
+    sorted_known,
+    spread,
+    truth,
+)
 from dualgap_jax.duality.numpy_jets import Calculus, Jet, Truth, linear
-from dualgap_jax.duality.numpy_moves import MOVES, convolved, dot, windows
+from dualgap_jax.duality.numpy_moves import MOVES, around, convolved, dot, windows
 from dualgap_jax.duality.numpy_pairs import (
     OUTSIDE,
     SMOOTH,
     Pair,
+    Unsupported,
     add,
     mul,
     neg,
@@ -26,25 +40,12 @@ from dualgap_jax.duality.numpy_pairs import (
     reciprocal,
     summed,
 )
+from dualgap_jax.duality.programs import remedy
 
-Value = Jet | Truth | np.ndarray
 _EPS = float(np.finfo(np.float64).eps)
 _STEPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"sign": np.sign, "floor": np.floor, "ceil": np.ceil}
 _INDEXED = ("gather", "dynamic_slice")
 _PASSIVE = ("convert_element_type", "copy", "stop_gradient", "concatenate", "split")
-
-
-class Unsupported(NotImplementedError):
-    """A branch with operations that are not known here."""
-
-
-def constant(value: Any) -> Value:
-    """A known array: a jet of floats, or the integers or truth values as they are."""
-    array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.floating):
-        return array
-    array = array.astype(np.float64)[None, None]
-    return Jet((array, array))
 
 
 def entry(x: Value, k: int) -> Value:
@@ -66,29 +67,6 @@ def stacked(calculus: Calculus, parts: list[Value]) -> Value:
     return calculus.joined([linear(lambda a: (a[0][:, :, None], a[1][:, :, None]), jet) for jet in jets], 2)
 
 
-def spread(x: Jet, shape: tuple[int, ...]) -> Jet:
-    """Operands as they are where they have all axes, some perhaps of length 1; a single number gets the axes."""
-    if x.value[0].ndim - 2 == len(shape):
-        return x
-
-    def axes(a: Pair) -> Pair:
-        lo, hi = (e.reshape(*e.shape[:2], *[1] * len(shape)) for e in a)
-        return lo, hi
-
-    return linear(axes, x)
-
-
-def _truth(value: Value, ndim: int) -> Truth:
-    if isinstance(value, Jet):
-        raise Unsupported("a choice by a number is not known to the checker.")
-    if isinstance(value, np.ndarray):
-        value = Truth(value.astype(bool)[None, None], value.astype(bool)[None, None])
-    if value.lo.ndim - 2 == ndim:
-        return value
-    lo, hi = (e.reshape(*e.shape[:2], *[1] * ndim) for e in value)
-    return Truth(lo, hi)
-
-
 def applied(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]:
     """The results of an operation.  Raises `Unsupported`, which names it, where there is no rule."""
     name, p, shapes = equation.primitive.name, equation.params, [v.aval for v in equation.outvars]
@@ -100,53 +78,36 @@ def applied(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]
     if name in ("eq", "ne") and equation.invars[0] is equation.invars[1]:  # the test for NaN, of which there are none
         return [np.full(shapes[0].shape, name == "eq")]
     if name == "select_n":
-        which, *cases = args
-        if len(cases) != 2 or not all(isinstance(case, Jet) for case in cases):
-            raise Unsupported("a choice of other than two numbers is not known to the checker.")
-        if_not, if_so = (spread(case, shapes[0].shape) for case in cases if isinstance(case, Jet))
-        chosen = _truth(which, len(shapes[0].shape))
-        if _is_nan(if_not) or _is_nan(if_so):
-            calculus.undefined(np.isnan(if_not.value[0]) & ~chosen.lo | np.isnan(if_so.value[0]) & chosen.hi)
-        return [calculus.chosen(chosen, if_not, if_so)]
+        return [chosen(calculus, args[0], args[1:], shapes[0].shape)]
     if name in ("and", "or", "not"):
-        truths = [_truth(a, len(shapes[0].shape)) for a in args]
-        return [_logic(name, truths)]
+        if shapes[0].dtype != bool:
+            raise Unsupported(f"{name} of integers that depend on the weights is not known to the checker.")
+        truths = [truth(a, len(shapes[0].shape)) for a in args]
+        return [logic(name, truths)]
     if name == "convert_element_type" and isinstance(args[0], Truth) and np.issubdtype(shapes[0].dtype, np.floating):
         zero, one = (Jet((np.full_like(args[0].lo, v, float),) * 2) for v in (0.0, 1.0))
         return [calculus.chosen(args[0], zero, one)]
-    if name == "sort" and all(
-        isinstance(a, np.ndarray) or (a.first is None and not _is_nan(a)) for a in args if not isinstance(a, Truth)
-    ):
-        return _sorted(equation, args)
+    if name == "convert_element_type" and isinstance(args[0], Truth) and np.issubdtype(shapes[0].dtype, np.integer):
+        return [args[0]]  # as 0 and 1
+    if name in ("reduce_or", "reduce_and") and isinstance(args[0], Truth):
+        f, axes = np.any if name == "reduce_or" else np.all, tuple(k + 2 for k in p["axes"])
+        return [Truth(f(args[0].lo, axes), f(args[0].hi, axes))]
+    if name == "sort" and len(args) > 1:
+        return sorted_known(equation, args)
     if name in _INDEXED and isinstance(args[0], Jet) and len(known) == len(args) - 1:
         return [_picked(equation, args[0], known)]
+    if name == "dynamic_update_slice" and len(known) == len(args) - 2:
+        whole, part = args[:2]
+        if isinstance(whole, Jet) and isinstance(part, Jet):
+            return [_updated(calculus, whole, part, [int(k) for k in known])]
     if not all(isinstance(a, Jet) for a in args):
         raise Unsupported(f"the operation {name} of truth values or integers is not known to the checker.")
     jets = [a for a in args if isinstance(a, Jet)]
-    if name not in {*MOVES, *_PASSIVE} and any(_is_nan(jet) for jet in jets):
+    if name not in {*MOVES, *_PASSIVE} and any(is_nan(jet) for jet in jets):
         raise Unsupported(f"{name} of a constant that is not a number is not known to the checker.")
     if name == "split":
         return [*_parts(p, jets[0])]
     return [_one(calculus, equation, name, p, jets, shapes[0])]
-
-
-def _sorted(equation: Any, args: list[Value]) -> list[Value]:
-    """Known arrays in the order of the first of them."""
-    with jax.enable_x64(True):
-        known = [a.value[0][0, 0] if isinstance(a, Jet) else a for a in args]
-        return [constant(f) for f in equation.primitive.bind(*known, **equation.params)]
-
-
-def _is_nan(x: Jet) -> bool:
-    """Whether a constant has entries that are not numbers; nothing else can."""
-    return x.first is None and bool(np.isnan(x.value[0]).any())
-
-
-def _logic(name: str, truths: list[Truth]) -> Truth:
-    if name == "not":
-        return Truth(~truths[0].hi, ~truths[0].lo)
-    f = np.logical_and if name == "and" else np.logical_or
-    return Truth(f(truths[0].lo, truths[1].lo), f(truths[0].hi, truths[1].hi))
 
 
 def _picked(equation: Any, x: Jet, places: list[np.ndarray]) -> Jet:
@@ -163,15 +124,25 @@ def _picked(equation: Any, x: Jet, places: list[np.ndarray]) -> Jet:
     return linear(lambda a: (move(a[0]), move(a[1])), x)
 
 
+def _updated(calculus: Calculus, whole: Jet, part: Jet, start: list[int]) -> Jet:
+    """An array with a part of it, which begins at a known place inside, replaced."""
+    shape, size = whole.value[0].shape[2:], part.value[0].shape[2:]
+    start = [min(max(k, 0), n - m) for k, n, m in zip(start, shape, size, strict=True)]
+    edges = [(k, n - m - k) for k, n, m in zip(start, shape, size, strict=True)]
+    inside = around(np.ones((1, 1, *size)), edges, 0.0) > 0
+    wide = linear(lambda a: (around(a[0], edges, 0.0), around(a[1], edges, 0.0)), part)
+    return calculus.chosen(Truth(inside, inside), whole, wide)
+
+
 def _one(calculus: Calculus, equation: Any, name: str, p: Any, args: list[Jet], aval: Any) -> Value:
     shape = aval.shape
     if name in _BINARY:
         a, b = (spread(x, shape) for x in args)
         same = equation.invars[0] is equation.invars[1]
         return _BINARY[name](calculus, a, b, same)
-    if name in _COMPARED:
+    if name in COMPARED:
         (a_lo, a_hi), (b_lo, b_hi) = (spread(x, shape).value for x in args)
-        return _COMPARED[name](a_lo, a_hi, b_lo, b_hi)
+        return COMPARED[name](a_lo, a_hi, b_lo, b_hi)
     if name in SMOOTH:
         if name in OUTSIDE:
             calculus.undefined(OUTSIDE[name](args[0].value[0]))
@@ -185,7 +156,7 @@ def _one(calculus: Calculus, equation: Any, name: str, p: Any, args: list[Jet], 
         return Truth(np.isfinite(lo) & np.isfinite(hi), np.ones_like(lo, bool))
     if name == "convert_element_type" and aval.dtype == np.float64:
         return args[0]
-    if name == "pow" and args[1].first is None and args[1].value[0].size == 1:
+    if name == "pow" and args[1].value[0].size == 1 and is_known(args[1]):
         return _to_the(calculus, args[0], float(args[1].value[0].reshape(-1)[0]))
     if name == "pow":
         a, b = (spread(x, shape) for x in args)
@@ -209,9 +180,15 @@ def _one(calculus: Calculus, equation: Any, name: str, p: Any, args: list[Jet], 
         return calculus.joined(apart, axis)
     if name == "pad":
         return _padded(p, *args)
+    if name == "polynomial":
+        x, *coefficients = (spread(a, shape) for a in args)
+        found = coefficients.pop()
+        while coefficients:
+            found = _plus(calculus, calculus.product(mul, found, x), coefficients.pop(), False)
+        return found
     move = MOVES.get(name)
     if move is None or len(args) != 1:
-        raise Unsupported(f"the operation {name} is not known to the checker.")
+        raise Unsupported(f"the operation {name} is not known to the checker.{remedy({name})}")
     return linear(lambda a: (move(a[0], p, shape), move(a[1], p, shape)), args[0])
 
 
@@ -240,14 +217,6 @@ _BINARY: dict[str, Callable[[Calculus, Jet, Jet, bool], Jet]] = {
     "div": _over,
     "max": lambda calculus, a, b, same: calculus.larger(a, b),
     "min": lambda calculus, a, b, same: _smaller(calculus, a, b),
-}
-_COMPARED: dict[str, Callable[..., Truth]] = {
-    "gt": lambda a, b, c, d: Truth(a > d, b > c),
-    "ge": lambda a, b, c, d: Truth(a >= d, b >= c),
-    "lt": lambda a, b, c, d: Truth(b < c, a < d),
-    "le": lambda a, b, c, d: Truth(b <= c, a <= d),
-    "eq": lambda a, b, c, d: Truth((a == d) & (b == c), (a <= d) & (b >= c)),
-    "ne": lambda a, b, c, d: Truth((b < c) | (a > d), ~((a == d) & (b == c))),
 }
 
 
@@ -297,6 +266,42 @@ def _cumulative(calculus: Calculus, p: Any, x: Jet) -> Jet:
     return linear(one, x)
 
 
+def _at(x: Jet, k: int, axis: int) -> Jet:
+    """Entry k along an axis of the program, which stays with length 1."""
+    cut = (slice(None),) * (axis + 2) + (slice(k, k + 1),)
+    return linear(lambda a: (a[0][cut], a[1][cut]), x)
+
+
+def _running(f: Callable[[Calculus, Jet, Jet], Jet]) -> Callable[[Calculus, Any, Jet], Jet]:
+    """Results of an associative operation after each entry of an axis."""
+
+    def rule(calculus: Calculus, p: Any, x: Jet) -> Jet:
+        axis, found = p["axis"], list[Jet]()
+        length = x.value[0].shape[axis + 2]
+        for k in range(length):
+            now = _at(x, length - 1 - k if p["reverse"] else k, axis)
+            found.append(f(calculus, found[-1], now) if found else now)
+        if not found:
+            raise Unsupported("running results of an empty array are not known to the checker.")
+        return calculus.joined(found[:: -1 if p["reverse"] else 1], axis + 2)
+
+    return rule
+
+
+def _times(calculus: Calculus, a: Jet, b: Jet) -> Jet:
+    return calculus.product(mul, a, b)
+
+
+def _product(calculus: Calculus, p: Any, x: Jet) -> Jet:
+    for axis in p["axes"]:
+        factors = [_at(x, k, axis) for k in range(x.value[0].shape[axis + 2])]
+        if not factors:
+            raise Unsupported("the product of an empty array is not known to the checker.")
+        x = functools.reduce(lambda a, b: _times(calculus, a, b), factors)
+    gone = tuple(k + 2 for k in p["axes"])
+    return linear(lambda a: (np.squeeze(a[0], gone), np.squeeze(a[1], gone)), x)
+
+
 def _window_max(calculus: Calculus, p: Any, x: Jet) -> Jet:
     value = windows(x.value, p, -np.inf)
     first, second = (None if d is None else windows(d, p, 0.0) for d in (x.first, x.second))
@@ -320,23 +325,26 @@ _UNARY: dict[str, Callable[[Calculus, Any, Jet], Jet]] = {
     "reduce_window_max": _window_max,
     "reduce_window_sum": _window_sum,
     "cumsum": _cumulative,
+    "cumprod": _running(_times),
+    "cummax": _running(lambda calculus, a, b: calculus.larger(a, b)),
+    "cummin": _running(lambda calculus, a, b: _smaller(calculus, a, b)),
+    "reduce_prod": _product,
+    "sort": lambda calculus, p, x: calculus.ordered(x, p["dimension"] + 2),
 }
 
 
 def _padded(p: Any, x: Jet, value: Jet) -> Jet:
-    def around(a: Pair, by: Pair) -> Pair:
-        def one(e: np.ndarray, v: np.ndarray) -> np.ndarray:
-            with jax.enable_x64(True):
-                config = [(0, 0, 0), (0, 0, 0), *p["padding_config"]]
-                return np.asarray(jax.lax.pad(e, np.asarray(v).reshape(-1)[0], config))
-
-        return one(a[0], by[0]), one(a[1], by[1])
-
     if value.first is not None or value.value[0].size != 1:
         raise Unsupported("padding with a number that depends on the weights is not known to the checker.")
+    edges, steps = [c[:2] for c in p["padding_config"]], [c[2] + 1 for c in p["padding_config"]]
+
+    def wider(a: Pair, by: Pair) -> Pair:
+        lo, hi = (around(e, edges, float(v.reshape(-1)[0]), steps) for e, v in zip(a, by, strict=True))
+        return lo, hi
+
     zero = np.zeros(1), np.zeros(1)
-    first, second = (None if d is None else around(d, zero) for d in (x.first, x.second))
-    return Jet(around(x.value, value.value), first, second)
+    first, second = (None if d is None else wider(d, zero) for d in (x.first, x.second))
+    return Jet(wider(x.value, value.value), first, second)
 
 
 def _parts(p: Any, x: Jet) -> list[Jet]:

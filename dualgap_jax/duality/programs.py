@@ -1,7 +1,8 @@
 """A function as a flat list of primitive operations, all calls opened: what is bounded is what is computed.
 
 `custom_jvp`, `custom_vjp`, `jit` and `checkpoint` are replaced by the operations inside them, so the derivative that a
-program claims for itself plays no part.  The bodies of `scan` stay apart, as programs of their own.
+program claims for itself plays no part.  `cond` and `switch` become a choice among the results of all their branches.
+The bodies of `scan` stay apart, as programs of their own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,29 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 KNOWN, MEETS, JUMPS = range(3)
+
+REMEDIES = {
+    "while": "give the loop a known number of rounds: lax.fori_loop with bounds that are Python integers, or lax.scan",
+    "sort": "sort one array of floats alone, by jnp.sort; an order by other keys that the weights decide has no rule",
+    "top_k": "write jnp.sort(x)[..., -k:]",
+    "argmax": "write a maximum or a softmax: a place that the weights decide has no slope",
+    "argmin": "write a minimum or a softmax: a place that the weights decide has no slope",
+    "atan2": "write jnp.arctan(y / x) where x is not 0 on W",
+    "tan": "write jnp.sin(x) / jnp.cos(x)",
+    "atanh": "write 0.5 * (jnp.log1p(x) - jnp.log1p(-x))",
+    "asin": "write jnp.arctan(x / jnp.sqrt(1 - x * x))",
+    "acos": "write jnp.pi / 2 - jnp.arctan(x / jnp.sqrt(1 - x * x))",
+    "acosh": "write jnp.log(x + jnp.sqrt(x * x - 1))",
+    "erf_inv": "write the branch in terms of erf or of its inverse's argument",
+    "rem": "write x - d * jnp.floor(x / d)",
+    "scatter": "write jnp.concatenate, or jnp.where with a constant mask",
+    "scatter-add": "write a product with a constant matrix of zeros and ones",
+}
+
+
+def remedy(names: set[str]) -> str:
+    """What to write instead of operations without a rule, as sentences; nothing where there is no advice."""
+    return "".join(f"  In place of {name}: {REMEDIES[name]}." for name in sorted(names) if name in REMEDIES)
 
 
 class Known(NamedTuple):
@@ -121,20 +145,48 @@ class _Builder:
                 results = self.open(inner.jaxpr, inner.consts, inputs)
                 known.update(zip(equation.outvars, results, strict=True))
                 continue
+            if name == "cond":
+                known.update(zip(equation.outvars, self._branches(equation, inputs), strict=True))
+                continue
             params = dict(equation.params)
             if name == "scan":
                 params["jaxpr"] = _body(params["jaxpr"])
             elif name in INNER:
                 name, params = "logaddexp", {}
-            depends = any(a in self.dependent for a in inputs if isinstance(a, int))
-            outputs = tuple(self.new(depends) for _ in equation.outvars)
             shapes = tuple(v.aval for v in equation.outvars)
-            choice = self._choice(inputs) if name == "select_n" else KNOWN
-            made = Equation(equation.primitive, name, tuple(inputs), outputs, params, shapes, depends, choice)
-            self.equations.append(made)
-            self.makers.update((number, made) for number in outputs)
+            outputs = self._append(equation.primitive, name, inputs, params, shapes)
             known.update(zip(equation.outvars, outputs, strict=True))
         return [read(a) for a in jaxpr.outvars]
+
+    def _append(
+        self, primitive: Any, name: str, inputs: list[Atom], params: dict[str, Any], shapes: tuple[Any, ...]
+    ) -> tuple[int, ...]:
+        """The numbers of an operation's results."""
+        depends = any(a in self.dependent for a in inputs if isinstance(a, int))
+        outputs = tuple(self.new(depends) for _ in shapes)
+        choice = self._choice(inputs) if name == "select_n" else KNOWN
+        made = Equation(primitive, name, tuple(inputs), outputs, params, shapes, depends, choice)
+        self.equations.append(made)
+        self.makers.update((number, made) for number in outputs)
+        return outputs
+
+    def _branches(self, equation: Any, inputs: list[Atom]) -> list[Atom]:
+        """The results of a `cond`: of the branch that is known, or a choice among those of all branches."""
+        which, *operands = inputs
+        branches = equation.params["branches"]
+        if isinstance(which, Known):
+            taken = branches[min(max(int(np.asarray(which.value)), 0), len(branches) - 1)]
+            return self.open(taken.jaxpr, taken.consts, list(operands))
+        made = self.makers.get(which)
+        if made is not None and made.name == "convert_element_type" and len(branches) == 2:
+            source = made.inputs[0]
+            if isinstance(source, int) and source in self.makers and self.makers[source].shapes[0].dtype == bool:
+                which = source  # the comparison itself, which may tell that the branches meet
+        results = [self.open(branch.jaxpr, branch.consts, list(operands)) for branch in branches]
+        return [
+            self._append(jax.lax.select_n_p, "select_n", [which, *cases], {}, (v.aval,))[0]
+            for v, *cases in zip(equation.outvars, *results, strict=True)
+        ]
 
     def _choice(self, inputs: list[Atom]) -> int:
         if isinstance(inputs[0], Known) or inputs[0] not in self.dependent:

@@ -22,7 +22,7 @@ from dualgap_jax.duality.choices import ARRANGING, CHOICES, arranged
 from dualgap_jax.duality.elementary import FUNCTIONS
 from dualgap_jax.duality.intervals import Interval, constant, is_float
 from dualgap_jax.duality.jets import Jet, Order
-from dualgap_jax.duality.programs import COMPARISONS, Atom, Equation, Known, Program, trace
+from dualgap_jax.duality.programs import COMPARISONS, Atom, Equation, Known, Program, remedy, trace
 from dualgap_jax.duality.rules import ARITHMETIC, Rule, Run, UnsupportedPrimitiveError
 
 _LONGEST_SCAN = 256
@@ -48,9 +48,9 @@ class Range(NamedTuple):
 _RULES: dict[str, Rule] = {**ARITHMETIC, **CHOICES}
 _ON_TRUTHS = {*COMPARISONS, "and", "or", "not", "select_n", "convert_element_type", "stop_gradient", "copy"}
 _KINKS = {
-    "max", "min", "clamp", "sign", "select_n", "reduce_max", "reduce_min", "reduce_window_max", "gt", "ge", "lt",
-    "le", "eq", "ne", "floor", "ceil", "round", "is_finite", "convert_element_type", "reduce_precision",
-    *(name for name, f in FUNCTIONS.items() if not f.smooth),
+    "max", "min", "clamp", "sign", "select_n", "reduce_max", "reduce_min", "reduce_window_max", "cummax", "cummin",
+    "sort", "gt", "ge", "lt", "le", "eq", "ne", "floor", "ceil", "round", "is_finite", "convert_element_type",
+    "reduce_precision", *(name for name, f in FUNCTIONS.items() if not f.smooth),
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def _apply(run: Run, equation: Equation, args: list[Jet]) -> list[Jet]:
         return arranged(run, equation, args)
     if name not in _RULES:
         raise UnsupportedPrimitiveError(_sentence({name}))
-    if name not in _ON_TRUTHS and not all(is_float(x.value.lo) for x in args):
+    if name not in _ON_TRUTHS | {"sort"} and not all(is_float(x.value.lo) for x in args):
         raise UnsupportedPrimitiveError(
             f"{name} of integers or truth values that depend on the weights has no interval rule."
         )
@@ -126,7 +126,7 @@ def _evaluate(run: Run, program: Program, args: list[Jet]) -> list[Jet]:
 
 def _sentence(names: set[str]) -> str:
     rules = sorted({*_RULES, *ARRANGING, "scan"})
-    return f"no interval rule for {', '.join(sorted(names))}; there are rules for {', '.join(rules)}."
+    return f"no interval rule for {', '.join(sorted(names))}; there are rules for {', '.join(rules)}.{remedy(names)}"
 
 
 def is_smooth(f: Callable[[Array], Any], example: Array) -> bool:

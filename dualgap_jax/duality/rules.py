@@ -18,7 +18,7 @@ from dualgap_jax.duality import intervals, jets
 from dualgap_jax.duality.elementary import FUNCTIONS, Elementary, raised
 from dualgap_jax.duality.intervals import Interval, is_float
 from dualgap_jax.duality.jets import Jet, Order
-from dualgap_jax.duality.programs import Equation, Known
+from dualgap_jax.duality.programs import Equation, Known, remedy
 
 
 class UnsupportedPrimitiveError(NotImplementedError):
@@ -162,6 +162,62 @@ def _extreme(sign: int) -> Rule:
     return rule
 
 
+def _filled(equation: Equation, count: int) -> int:
+    if count == 0:
+        raise UnsupportedPrimitiveError(f"{equation.name} of an empty array has no interval rule.")
+    return count
+
+
+def _sort(run: Run, equation: Equation, args: list[Jet]) -> Jet:
+    """One array in order: its k-th entry rises with every entry, and is one of those that its range meets."""
+    if len(args) != 1 or not is_float(args[0].value.lo):
+        raise UnsupportedPrimitiveError(f"sort by keys that the weights decide has no interval rule.{remedy({'sort'})}")
+    (x,), axis = args, equation.params["dimension"]
+    value = x.value.moved(lambda end: jnp.sort(end, axis))
+    if x.first is None:
+        return Jet(value)
+    count = _filled(equation, value.lo.shape[axis])
+    entries = [jets.taken(x, k, axis) for k in range(count)]
+    places = [jets.taken(Jet(value), k, axis).value for k in range(count)]
+    found = [
+        jets.chosen(run.order, at, entries, [(e.value.lo <= at.hi) & (e.value.hi >= at.lo) for e in entries], True)
+        for at in places
+    ]
+    last = jets.stacked(run.order, found)
+    return jets.linear(lambda a: a.moved(lambda end: jnp.moveaxis(end, 0, axis)), last)
+
+
+def _folded(rule: Callable[[Run, Jet, Jet], Jet]) -> Rule:
+    """An associative operation of all entries along an axis, after each of them."""
+
+    def running(run: Run, equation: Equation, args: list[Jet]) -> Jet:
+        (x,), axis = args, equation.params["axis"]
+        count = _filled(equation, x.value.lo.shape[axis])
+        order = range(count)[:: -1 if equation.params["reverse"] else 1]
+        found = [jets.taken(x, order[0], axis)]
+        for k in order[1:]:
+            found.append(rule(run, found[-1], jets.taken(x, k, axis)))
+        whole = jets.stacked(run.order, found[:: -1 if equation.params["reverse"] else 1])
+        return jets.linear(lambda a: a.moved(lambda end: jnp.moveaxis(end, 0, axis)), whole)
+
+    return running
+
+
+def _times(run: Run, a: Jet, b: Jet) -> Jet:
+    return jets.bilinear(run.order, intervals.mul, a, b)
+
+
+def _product(run: Run, equation: Equation, args: list[Jet]) -> Jet:
+    x = args[0]
+    for axis in sorted(equation.params["axes"], reverse=True):
+        parts = [jets.taken(x, k, axis) for k in range(_filled(equation, x.value.lo.shape[axis]))]
+        while len(parts) > 1:
+            pairs = [_times(run, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+            parts = pairs + parts[len(pairs) * 2 :]
+        x = parts[0]
+    return x
+
+
 def _dot(run: Run, equation: Equation, args: list[Jet]) -> Jet:
     return jets.bilinear(run.order, lambda a, b: intervals.dot_general(a, b, equation.params), *args)
 
@@ -186,6 +242,11 @@ ARITHMETIC: dict[str, Rule] = {
     "clamp": _clamp,
     "reduce_sum": _reduce_sum,
     "cumsum": _cumsum,
+    "cumprod": _folded(_times),
+    "cummax": _folded(lambda run, a, b: jets.larger(run.order, a, b)),
+    "cummin": _folded(_smaller),
+    "reduce_prod": _product,
+    "sort": _sort,
     "reduce_max": _extreme(1),
     "reduce_min": _extreme(-1),
     "reduce_window_max": _window_max,

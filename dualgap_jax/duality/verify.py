@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dualgap_jax.duality.branch_and_bound import Proof, Tree
-from dualgap_jax.duality.numpy_ranges import Unsupported, Walker
+from dualgap_jax.duality.numpy_pairs import Unsupported
+from dualgap_jax.duality.numpy_ranges import Walker
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction
 from dualgap_jax.duality.verify_closed_forms import verify_closed_form, verify_margin

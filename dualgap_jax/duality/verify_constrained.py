@@ -16,7 +16,8 @@ import numpy as np
 
 from dualgap_jax.duality.constrained import ConstrainedProblem, box_around
 from dualgap_jax.duality.constrained_bounds import ConstrainedProof
-from dualgap_jax.duality.numpy_ranges import Unsupported, Walker
+from dualgap_jax.duality.numpy_pairs import Unsupported
+from dualgap_jax.duality.numpy_ranges import Walker
 from dualgap_jax.duality.sets import Blocks
 from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction
 from dualgap_jax.duality.verify import Verified, children, down, halves, parabola, sum_of, up, widest
