@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say 
     plane = landscape.plane_through
     surface = landscape.evaluate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = (
     "certify",

@@ -193,7 +193,8 @@ def listing(tables: Tables = TABLES, configs: Path | None = None) -> str:
     lines = []
     each: tuple[Table[Any], ...] = tables
     for title, table in zip(("Experiments", "Branches", "Data sets", "Losses", "Planar sets"), each, strict=True):
-        lines += [f"{title}:", *(f"  {name:<16} {table.describe(name)}" for name in table), ""]
+        width = max(16, *map(len, table))
+        lines += [f"{title}:", *(f"  {name:<{width}} {table.describe(name)}" for name in table), ""]
     configs = shipped() if configs is None else configs
     lines.append("Configs (--config=configs/NAME.py:KEY=VALUE,... or dualgap run NAME:KEY=VALUE,...):")
     for path in sorted(configs.glob("*.py")):

@@ -141,3 +141,13 @@ def test_a_wheel_holds_package_configs_and_command(tmp_path: Path) -> None:
     assert {f"dualgap_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")} <= names
     assert "dualgap_jax/py.typed" in names
     assert "dualgap = dualgap_jax.commands:main" in entry
+
+
+def test_a_reader_that_went_away_is_no_error() -> None:
+    """As in `dualgap doctor | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dualgap_jax", "doctor"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 from flax import linen as nn
 from flax import nnx
 
@@ -78,7 +79,15 @@ def test_type_checkers_see_the_names_that_are_there() -> None:
     setup = (ROOT / "setup.cfg").read_text()
     assert re.search(r"\[options.package_data\]\ndualgap_jax =\n    py.typed\n", setup)
     assert "version = attr: dualgap_jax.__version__" in setup
+
+
+def test_there_is_one_version() -> None:
+    """The package states it; the citation and the newest release notes have the same, and the same day."""
     assert re.fullmatch(r"\d+\.\d+\.\d+", dg.__version__)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    releases = re.findall(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.M)
+    assert (cited["version"], str(cited["date-released"])) == releases[0]
+    assert cited["version"] == dg.__version__
 
 
 # ------------------------------------------------------------------------------------------------ functions as losses

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the command line after the program's name; None is that of the process.
 
     Returns:
-      The exit status: 0; 1 where a part failed; 2 for mistakes.  `run` ends the process as `cli.main` says.
+      The exit status: 0; 1 where a part failed; 2 for mistakes; 0 also where the reader of a pipe went away.  `run`
+      ends the process as `cli.main` says.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else ""
@@ -74,4 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
     for number, handler in at_start.items():
         signal.signal(number, handler)
-    return int(module.main(given[1:] if name != "list" else ["--list", *given[1:]]))
+    try:
+        return int(module.main(given[1:] if name != "list" else ["--list", *given[1:]]))
+    except BrokenPipeError:  # the reader has seen enough, as in dualgap doctor | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -84,7 +84,10 @@ def _optional() -> Iterator[Finding]:
         yield Finding("ok", "figures", "matplotlib draws")
     configs = sorted(cli.shipped().glob("*.py"))
     yield Finding("ok" if configs else "broken", "configs", f"{len(configs)} in {cli.shipped()}")
-    for module, use in (("tensorboardX", "event files of --config.tensorboard=True"),):
+    for module, use in (
+        ("plotly", "surfaces in reports that can be turned"),
+        ("tensorboardX", "event files of --config.tensorboard=True"),
+    ):
         there = importlib.util.find_spec(module) is not None
         yield Finding("ok" if there else "note", module, use if there else f"not installed: no {use}")
 
