@@ -27,7 +27,8 @@ GAP = "tests/test_gap.py"
 CHECKER = "tests/test_verdicts.py -k checker"
 VERDICTS = "tests/test_verdicts.py -k not(one_call|sup_d|record|diverged|linear_branches|tiny_tau|checker)"
 RESIDUES = "tests/test_mixed.py -k residues"
-TERMS = "tests/test_verify.py -k change_sign"
+TERMS = "tests/test_verify.py -k corner_of_the_cells"
+CORNER = "tests/test_verify.py -k cones"
 MARGINS = "tests/test_verdicts.py -k opposite_outputs"
 CHOICES = "tests/test_adversary.py -k choices"
 CLOSED = "tests/test_adversary.py -k homogeneous"
@@ -106,6 +107,7 @@ MUTATIONS = [
     _of("duality", "verify_gap", "a wrong residue", "int(lengths[rest % (q - p)]) * unit", "int(lengths.max()) * unit", RESIDUES),
     _of("duality", "verify_closed_forms", "a dropped sign", "for sign in (1.0, -1.0):\n        corners", "for sign in (1.0,):\n        corners", FORMS),
     _of("duality", "verify_closed_forms", "dropped terms", "open_ * np.maximum(c, 0.0)", "0.0 * open_ * np.maximum(c, 0.0)", TERMS),
+    _of("duality", "verify_closed_forms", "a cone narrower than it is", '/ sizes).min(axis=1) * (1 - 16 * _EPS)', '/ sizes).min(axis=1) ** 0.5', CORNER),
     # h and W of one's own.
     _of("duality", "constrained_bounds", "boxes that are taken to lie apart", "lam0, value, jnp.argmax(hi - lo), apart)", "lam0, value, jnp.argmax(hi - lo), ~apart)", OWN),
     _of("duality", "verdict", "a rounding direction", "free = lam * (budget + 4e-12 * abs(budget))", "free = lam * budget * (1 + 4e-12)", OWN),

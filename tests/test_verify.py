@@ -147,10 +147,16 @@ def test_the_rounding_of_an_exponent_is_charged(power: float, exponent: int, rng
     assert (1 - extended(kappa.upper) * norms**2 <= f.upper[1:] * (1 + extended(1e-18))).all()
 
 
-def test_terms_that_change_sign_in_a_cone_count() -> None:
-    x = np.array([[1.0, 1.0], [1.0, -1.0]])
-    assert forms._units(x, np.ones(2), 1.0 + 1e-12)[0] == ""
-    assert forms._units(x, np.ones(2), 0.9)[0] != ""
+@pytest.mark.parametrize(("n", "seed"), [(30, 0), (100, 1)])
+def test_a_best_unit_at_a_corner_of_the_cells_is_closed_in_few_cones(n: int, seed: int) -> None:
+    """There the objective falls off linearly: a bound with an error as wide as the cone took tens of thousands."""
+    rng = np.random.default_rng([3, n, seed])
+    x, c = rng.standard_normal((n, 3)).astype(np.float32).astype(np.float64), rng.choice([-1.0, 1.0], n)
+    best = closed_forms.best_relu_unit(x, c)
+    reason, cones = forms._units(x, c, best.upper)
+    assert reason == ""
+    assert cones < 1_000
+    assert forms._units(x, c, best.lower * (1 - 1e-9))[0] != ""
 
 
 def test_other_branches_have_no_closed_form(rng: np.random.Generator) -> None:
