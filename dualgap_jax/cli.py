@@ -1,7 +1,7 @@
 """What `scripts/run.py` does, kept here so that it can be tested and called: arguments in, experiment out.
 
 Exit status: 0 when all went well; 2 for what the user can mend, with one message; 1 for a defect, with a traceback; 130
-after Ctrl-C and 143 after SIGTERM, with what is done kept.
+after Ctrl-C and 143 after SIGTERM, with what is done kept.  A distributed run that has lost a process can be mended.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -314,14 +315,26 @@ def errors_in_one_line() -> Iterator[None]:
             name, code = ("SIGTERM", 143) if isinstance(interruption, interrupts.Terminated) else ("Ctrl-C", 130)
             interrupts.leave()
             print(f"\n{name}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
-            sys.exit(code)
+            _exit(code)
         if isinstance(error, BrokenPipeError):  # whoever reads the output has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         if (said := message(error)) is None:
-            raise
+            if sharding.is_alone():
+                raise
+            traceback.print_exc()
+            _exit(1)
         print(said, file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends the process; one of several at once, so that the others do not wait for it in vain."""
+    if sharding.is_alone():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def message(error: BaseException) -> str | None:
@@ -333,6 +346,11 @@ def message(error: BaseException) -> str | None:
         return f"{name}: {error}; what is done is kept, and the same command goes on once this is mended."
     if isinstance(error, MemoryError) or (name == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)):
         return f"out of memory ({error!s:.200}); give the run more of it, or make it smaller."
+    if name == "JaxRuntimeError" and not sharding.is_alone():
+        return (
+            f"another process of this run has ended, or cannot be reached ({error!s:.200}); what is done is kept: start"
+            " all processes again with the same command, and they go on from the newest checkpoint."
+        )
     return None
 
 

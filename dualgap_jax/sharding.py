@@ -245,6 +245,11 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether the run has one process; also before it is known."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
 def meet(name: str) -> None:
     """Waits until all processes have come here; at once when there is one."""
     if jax.process_count() > 1:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,52 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(surfaces[1], surfaces[0], rtol=1e-4)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("one", "two")]
     assert lines[0] == lines[1] > 0
+
+
+def test_a_killed_process_ends_the_other_with_a_message_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Two processes of two devices each: the numbers are in the end those of an uninterrupted run."""
+    long = ["--config.training.max_steps=200", "--config.training.tolerance=0.0", "--config.mesh.branch=4"]
+    flags = [*long, "--config.training.checkpoint_seconds=1.0", "--cpu_devices=2", "--num_processes=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    pipes: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+    def started(workdir: Path) -> list[subprocess.Popen[str]]:
+        address = f"--coordinator=127.0.0.1:{free_port()}"
+        return [
+            subprocess.Popen(command(workdir, *flags, address, f"--process_id={i}"), text=True, **pipes)
+            for i in range(2)
+        ]
+
+    def ended(name: str) -> tuple[Any, np.ndarray]:
+        both = started(tmp_path / name)
+        said = [process.communicate(timeout=240) for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        results = tmp_path / name / "results"
+        return load_json(results / "landscape.json")["solutions"], load_npz(results / "landscape.npz")["loss"]
+
+    solutions, surface = ended("whole")
+    both = started(tmp_path / "killed")
+    try:
+        until = time.monotonic() + 120
+        while not list((tmp_path / "killed").glob("checkpoints/solution_0/*/manifest.json")):
+            assert time.monotonic() < until, "no checkpoint"
+            time.sleep(0.05)
+        time.sleep(0.3)
+        both[1].kill()
+        _, said = both[0].communicate(timeout=240)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    # One that waits at a barrier, not for a sum, hears of it by the missing heartbeats, and then JAX ends it.
+    assert both[0].returncode != 0
+    if "another task died" not in said:
+        assert both[0].returncode == 2, said
+        assert "another process of this run has ended" in said
+        assert "Traceback" not in said
+    found, grid = ended("killed")
+    assert found == solutions
+    np.testing.assert_array_equal(grid, surface)
 
 
 TRAINING = """
