@@ -63,12 +63,13 @@ def assess(problem: RiskProblem, network: Any, *, starts: int = 16, seed: int = 
     check_feasible(problem, weights, found)
     look = BranchSearch(problem, starts=starts, steps=200, seed=seed)
     tried = dual_vectors(problem, found.outputs)
-    guesses = [searched(problem, look, alpha, problem.penalty or 0.0, weights)[0] for alpha in tried]
-    best = max(range(len(tried)), key=lambda k: guesses[k].value)
-    bound = least_losses(problem)
-    if guesses[best].value > bound.value:  # an engine proves at most that
-        bound = max(bound, best_proven(problem, tried[best], BoundSpec(1e-7, 300_000)), key=lambda b: b.value)
-    estimate = max(guesses[best], bound, key=lambda b: b.value)
+    lam = problem.penalty or 0.0
+    guesses = [searched(problem, look, alpha, lam, weights, coarse=True)[0].value for alpha in tried]
+    best = tried[int(np.argmax(guesses))]
+    guess, bound = searched(problem, look, best, lam, weights)[0], least_losses(problem)
+    if guess.value > bound.value:  # an engine proves at most that
+        bound = max(bound, best_proven(problem, best, BoundSpec(1e-7, 300_000)), key=lambda b: b.value)
+    estimate = max(guess, bound, key=lambda b: b.value)
     made = assembled(problem, weights, shares, found, bound, estimate)
     least = None if problem.budget is None else least_budget(problem, tried, float(found.upper))
     return Assessment(made, least)
@@ -93,7 +94,7 @@ def least_budget(problem: RiskProblem, alphas: list[np.ndarray], loss: float) ->
     """
     if problem.structure is None or not problem.scale_free:
         return None
-    best = None
+    found = []
     for alpha in alphas:
         top = (
             ceiling(problem, alpha, "cells") or ceiling(problem, alpha, "linear") or ceiling(problem, alpha, "spectral")
@@ -102,11 +103,11 @@ def least_budget(problem: RiskProblem, alphas: list[np.ndarray], loss: float) ->
             continue
         level = float(np.linalg.norm(alpha.mean(axis=0))) if problem.structure.use_bias else 0.0
         worth = -float(problem.conjugate(alpha, problem.y).mean()) - level**2 / (4 * top.upper) - loss
-        if not 0 < worth < math.inf:
-            continue
-        tight = dataclasses.replace(problem, budget=worth / top.upper * (1 - 1e-6))
-        proof: Bound = lower_bound(tight, alpha, engine=top.method)
-        better = proof.value > loss and (best is None or (tight.budget or 0.0) > best)
-        if better and verify_bound(tight, proof).holds:
-            best = tight.budget
-    return best
+        if 0 < worth < math.inf:
+            found.append((worth / top.upper * (1 - 1e-6), alpha, top.method))
+    for budget, alpha, method in sorted(found, key=lambda one: -one[0]):  # proving takes longest
+        tight = dataclasses.replace(problem, budget=budget)
+        proof: Bound = lower_bound(tight, alpha, engine=method)
+        if proof.value > loss and verify_bound(tight, proof).holds:
+            return budget
+    return None

@@ -123,12 +123,13 @@ class BranchSearch:
         with jax.enable_x64(True):
             return np.asarray(self._phi(jnp.asarray(w, jnp.float64), jnp.asarray(alpha, jnp.float64), lam))
 
-    def kappa(self, alpha: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def kappa(self, alpha: np.ndarray, points: np.ndarray, *, coarse: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Branches `[k, p]` of norm 1, of a homogeneous kind, and `-(1/n) sum <alpha_j, f(w; x_j)>`, largest first.
 
         Args:
           alpha: `[n, out]`.
           points: `[m, p]`, further starts.
+          coarse: of many examples, units are raised over a part only; the values are over all, but not the largest.
         """
         known, x = self._problem.structure, self._problem.one.x
         assert known is not None
@@ -142,7 +143,8 @@ class BranchSearch:
             part, slope, steps = (rows[::every], -alpha[::every]), known.negative_slope, 60
             starts = np.concatenate([_largest(*part, units, slope, self._starts), starts])
             if every > 1:  # the best of what a part of the examples says, raised over all of them
-                starts, steps = _largest(rows, -alpha, best_units(*part, starts, slope)[0], slope, 4), 20
+                starts = _largest(rows, -alpha, best_units(*part, starts, slope)[0], slope, 4)
+                steps = 0 if coarse else 20
             directions, sums = best_units(rows, -alpha, starts, slope, steps)
             values = np.linalg.norm(sums, axis=1)
             order = np.argsort(-values, kind="stable")[: 2 * self._starts]
