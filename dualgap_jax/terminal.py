@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 from tqdm.utils import disp_trim
 
 WIDTH = 100  # columns of tables and of the notes below them
@@ -91,12 +90,21 @@ def spoken(active: bool = True) -> Iterator[None]:
     _speaking_since.append(time.monotonic())
     ticker.start()
     try:
-        with logging_redirect_tqdm() if sys.stderr.isatty() else contextlib.nullcontext():
+        with _logging_above_the_line():
             yield
     finally:
         stop.set()
         ticker.join(timeout=5)
         _speaking_since.clear()
+
+
+def _logging_above_the_line() -> contextlib.AbstractContextManager[None]:
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    # Imported here: in a notebook without widgets the import warns.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    return logging_redirect_tqdm()
 
 
 def say(text: str) -> None:

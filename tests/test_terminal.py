@@ -255,3 +255,9 @@ def test_a_run_says_what_it_does(in_a_terminal: bool, tmp_path: Path) -> None:
     for head in ("reduced (smoke): ", "figure: ", "workdir: ", "report: ", "next: open the report"):
         assert sum(line.startswith(head) for line in table) >= 1, head
     assert "dualgap run figure1:I=2/3" in table[-1]
+
+
+def test_nothing_warns_in_a_notebook_without_widgets() -> None:
+    """`tqdm.auto` says on import that it misses them, in red, with a path of the machine."""
+    code = "import sys, dualgap_jax.terminal; sys.exit('tqdm.auto' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
