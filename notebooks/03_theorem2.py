@@ -95,7 +95,7 @@ print(f"proven: the optimum lies between {proof.lower:.9f} and {proof.upper:.9f}
 # %% [markdown]
 # ## What $\gamma$ does
 #
-# It is compared with the singular values of what can be fitted: those above it survive, less $\gamma$.  The rank falls one by one.
+# It is compared with the singular values of what can be fitted: those above it survive, less $\gamma$.  The rank falls as $\gamma$ passes them.
 
 # %%
 gammas = np.geomspace(0.05, 60, 20 if SMOKE else 60)
