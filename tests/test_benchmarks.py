@@ -375,3 +375,8 @@ def test_a_benchmark_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(module.WORKS, "theorem 1", wrong)
     with pytest.raises(RuntimeError, match=r"duality_gap\.py (.|\n)*unrecognized arguments: --no-such-flag"):
         module.measure("theorem 1", smoke=True)
+
+
+def test_claims_are_proven_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("proofs", monkeypatch)
+    assert module.row(module.cases(smoke=True)["certify cells"]()).endswith("| yes |")

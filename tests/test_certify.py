@@ -265,6 +265,23 @@ def test_the_checker_refuses_what_does_not_follow(rng: Any) -> None:
         assert dataclasses.replace(found, value=found.value - 1.0).status == "estimated"  # no copy is a proof
 
 
+@pytest.mark.parametrize("cones", [True, False])
+def test_cells_are_proven_again_by_cones_and_by_circles(cones: bool, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cones:
+        monkeypatch.setattr("dualgap_jax.certify.verify.units", lambda *_: ("not by cones", 0))
+    for d, out, slope in ((3, 1, 0.0), (3, 1, 0.01), (2, 1, 0.01), (3, 2, 0.01), (1, 1, 0.0)):
+        data = drawn(rng, 25, d, out)
+        one = problem(data, "squared", penalty=1e-3, activation="leaky_relu" if slope else "relu")
+        if not slope:  # points of one line, in which the circle of one does not cross the other
+            x = np.concatenate([one.one.x[:13], -2.0 * one.one.x[:12]])
+            one = dataclasses.replace(one, one=one.one._replace(x=x))
+        alpha = one.slope(rng.standard_normal(one.shape))
+        bound = lower_bound(one, alpha, engine="cells")
+        assert bound.kappa is not None
+        assert verify_bound(one, bound).holds
+        assert not verify_bound(one, dataclasses.replace(bound, kappa=bound.kappa * (1 - 1e-6))).holds
+
+
 def test_the_spectral_bound_with_rows_of_the_same_lengths(rng: Any) -> None:
     """No unit of many has a larger sum, and rows without a dual vector do not count."""
     for slope in (0.0, 0.01):

@@ -109,9 +109,9 @@ def test_cones_bound_the_best_unit(seed: int, scale: float) -> None:
     seen = float(np.abs(np.maximum(u @ x.T, 0) @ c).max()) / n
     assert seen <= best.upper * (1 + 1e-12)
     if best.upper > 1e-14 * scale:
-        assert forms._units(x, c, best.upper * (1 + 1e-14))[0] == ""
+        assert forms.units(x, c, best.upper * (1 + 1e-14))[0] == ""
     if seen > 0:
-        assert forms._units(x[:, :d], c, seen * (1 - 1e-9))[0] != ""
+        assert forms.units(x[:, :d], c, seen * (1 - 1e-9))[0] != ""
 
 
 @pytest.mark.parametrize("turn", [0.0, 1e-14, 1.8e-13, 1e-11])
@@ -123,11 +123,11 @@ def test_points_on_one_line_or_nearly_count_with_all_digits(turn: float, monkeyp
     assert best.upper >= float(np.maximum(u @ x.T, 0) @ c) / 4
     monkeypatch.setattr(forms, "_MOST_CONES", 20_000)
     if turn < 1e-12:
-        assert forms._units(x, c, best.upper)[0] == ""
+        assert forms.units(x, c, best.upper)[0] == ""
         lines = np.concatenate([x, -2 * x, 0.3 * x])
         labels = np.concatenate([c, -c, c])
-        assert forms._units(lines, labels, closed_forms.best_relu_unit(lines, labels).upper)[0] == ""
-    assert forms._units(x, c, best.upper * (1 - 1e-6))[0] != ""
+        assert forms.units(lines, labels, closed_forms.best_relu_unit(lines, labels).upper)[0] == ""
+    assert forms.units(x, c, best.upper * (1 - 1e-6))[0] != ""
 
 
 @pytest.mark.parametrize("power", [1.3, 2.7, 3.0])
@@ -153,10 +153,10 @@ def test_a_best_unit_at_a_corner_of_the_cells_is_closed_in_few_cones(n: int, see
     rng = np.random.default_rng([3, n, seed])
     x, c = rng.standard_normal((n, 3)).astype(np.float32).astype(np.float64), rng.choice([-1.0, 1.0], n)
     best = closed_forms.best_relu_unit(x, c)
-    reason, cones = forms._units(x, c, best.upper)
+    reason, cones = forms.units(x, c, best.upper)
     assert reason == ""
     assert cones < 1_000
-    assert forms._units(x, c, best.lower * (1 - 1e-9))[0] != ""
+    assert forms.units(x, c, best.lower * (1 - 1e-9))[0] != ""
 
 
 def test_other_branches_have_no_closed_form(rng: np.random.Generator) -> None:

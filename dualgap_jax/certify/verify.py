@@ -24,6 +24,7 @@ from dualgap_jax.certify.structure import Structure
 from dualgap_jax.certify.verify_cells import largest_sum
 from dualgap_jax.duality.branch_and_bound import Tree
 from dualgap_jax.duality.verify import Verified, verify_minimum
+from dualgap_jax.duality.verify_closed_forms import units
 
 _EPS = float(np.finfo(np.float64).eps)
 _DIGITS = decimal.Context(prec=50)
@@ -136,8 +137,12 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
         narrow = known.degree == 2 or (max(known.widths) == 1 and known.activation == "relu")
         if not narrow or known.activation == "identity" or x.shape[1] > 3:
             return "the cells say nothing about this branch"
-        found = largest_sum(points, weights, slope, rho)
-        return found
+        if weights.shape[1] == 1 and 1e-250 < rho < 1e250:  # both signs of one number: cones, which are few
+            both = [points, -points][: 1 if slope == 0 else 2], [weights[:, 0], -slope * weights[:, 0]]
+            doubled = len(both[0])  # psi(t) = max(t, 0) - slope max(-t, 0)
+            if not units(np.vstack(both[0]), np.concatenate(both[1][:doubled]), rho / doubled)[0]:
+                return ""
+        return largest_sum(points, weights, slope, rho)
     else:
         return f"the engine {method!r} is not known for this branch"
     return "" if holds() else f"kappa <= {claim:.6g} was not reached again by {method}"

@@ -62,7 +62,7 @@ def _circle(
     x: np.ndarray, basis: np.ndarray, flat: np.ndarray, terms: np.ndarray, limit: float, normal: np.ndarray | None
 ) -> str:
     """The arcs of the circle spanned by `basis [2, d]`, and the cells on both sides of it where it has a normal."""
-    n, d = x.shape
+    d = x.shape[1]
     scale = np.linalg.norm(x, axis=1)
     crossing = np.linalg.norm(flat, axis=1) > 1e-13 * scale
     turn = np.arctan2(flat[crossing, 1], flat[crossing, 0])
@@ -73,10 +73,9 @@ def _circle(
     wide = ends - cuts > _THIN
     start, end = cuts[wide], ends[wide]
     middle = 0.5 * (start + end)
-    height = flat[crossing] @ np.stack([np.cos(middle), np.sin(middle)])
-    signs = np.zeros((len(middle), n))
-    signs[:, crossing] = (height > 0).T
-    maps = (signs @ terms).reshape(len(middle), -1, d)
+    height = np.stack([np.cos(middle), np.sin(middle)], axis=1) @ flat[crossing].T
+    signs = (height > 0).astype(np.float64)  # of the points whose sign changes along the circle
+    maps = (signs @ terms[crossing]).reshape(len(middle), -1, d)
     plane = maps @ basis.T
     gram = np.swapaxes(plane, 1, 2) @ plane
     a, b, c = gram[:, 0, 0], gram[:, 1, 1], gram[:, 0, 1]
@@ -94,8 +93,8 @@ def _circle(
         return ""
     along = x @ normal
     for side in (1.0, -1.0):
-        joined = np.where(crossing[None, :], signs, (side * along > 0)[None, :].astype(np.float64))
-        there = (joined @ terms).reshape(len(middle), -1, d)
+        fixed = ~crossing & (side * along > 0)
+        there = maps + terms[fixed].sum(axis=0).reshape(-1, d)
         high = np.flatnonzero(np.linalg.norm(there, axis=(1, 2)) > limit)
         if not len(high):
             continue
@@ -103,7 +102,9 @@ def _circle(
         for k in np.flatnonzero(sigma[:, 0] > limit):
             if sigma.shape[1] > 1 and sigma[k, 1] > 0.999999 * sigma[k, 0]:
                 return "a cell has two equal singular values, larger than the claim"
-            heights = right[k, 0] @ x.T / scale * (2 * joined[high[k]] - 1)
+            joined = fixed.astype(np.float64)
+            joined[crossing] = signs[high[k]]
+            heights = right[k, 0] @ x.T / scale * (2 * joined - 1)
             if heights.min() >= -_INSIDE or (-heights).min() >= -_INSIDE:
                 return f"the top of a cell reaches {sigma[k, 0]:.12g}, more than {limit:.12g}"
     return ""

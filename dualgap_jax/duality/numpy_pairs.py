@@ -9,6 +9,7 @@ from scipy import special
 
 _EPS = float(np.finfo(np.float64).eps)
 _LEAST = 1e-300
+_LEAST_STEP = 5e-324  # between neighbours next to 0
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -20,8 +21,10 @@ def out(lo: np.ndarray, hi: np.ndarray, ulps: int = 1) -> Pair:
     """The pair moved outward by some units in the last place; the whole line in place of NaN."""
     if ulps > 1:
         lo, hi = lo - ulps * _EPS * np.abs(lo) - _LEAST, hi + ulps * _EPS * np.abs(hi) + _LEAST
-    lo, hi = np.nextafter(lo, -np.inf), np.nextafter(hi, np.inf)
-    return np.where(np.isnan(lo), -np.inf, lo), np.where(np.isnan(hi), np.inf, hi)
+    # |x| eps is at least one unit in the last place, and at most two; `fmax` and `fmin` pass over NaN.
+    return np.fmax(lo - (np.abs(lo) * _EPS + _LEAST_STEP), -np.inf), np.fmin(
+        hi + (np.abs(hi) * _EPS + _LEAST_STEP), np.inf
+    )
 
 
 def add(a: Pair, b: Pair) -> Pair:
@@ -35,11 +38,11 @@ def neg(a: Pair) -> Pair:
 
 
 def mul(a: Pair, b: Pair) -> Pair:
-    """`a b`; the whole line where a product is NaN."""
-    four = np.stack(np.broadcast_arrays(a[0] * b[0], a[0] * b[1], a[1] * b[0], a[1] * b[1]))
-    unknown = np.isnan(four).any(0)
-    lo, hi = out(four.min(0), four.max(0))
-    return np.where(unknown, -np.inf, lo), np.where(unknown, np.inf, hi)
+    """`a b`; the whole line where a product is NaN, which minima and maxima keep."""
+    one, two, three, four = a[0] * b[0], a[0] * b[1], a[1] * b[0], a[1] * b[1]
+    lo = np.minimum(np.minimum(one, two), np.minimum(three, four))
+    hi = np.maximum(np.maximum(one, two), np.maximum(three, four))
+    return out(lo, hi)
 
 
 def square(a: Pair) -> Pair:

@@ -1,8 +1,8 @@
 """Ranges of a branch's objective and its derivatives in NumPy, for `verify`: a second implementation, on purpose.
 
 Arrays of ranges have two leading axes, `[boxes, derivatives, ...]`, 1 long where nothing depends on them.  Every
-operation is rounded outward by `nextafter`; sums of k terms by `(k + 1) eps` times the sum of sizes; exponentials and
-the like by 8 units in the last place, which holds for the C library and for NumPy's own loops.
+operation is rounded outward by one or two units in the last place; sums of k terms by `(k + 1) eps` times the sum of
+sizes; exponentials and the like by 8 units in the last place, which holds for the C library and for NumPy's own loops.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dualgap_jax.duality.numpy_rules import applied, entry, stacked
 from dualgap_jax.duality.problem import Problem
 
 _LONGEST_SCAN = 256
+_NUMBERS = 2**16
 
 
 class Ranges(NamedTuple):
@@ -33,10 +34,16 @@ class Ranges(NamedTuple):
     smooth: bool
 
 
+def batch(problem: Problem) -> int:
+    """How many boxes at a time are quickest: arrays of second derivatives then stay in the cache."""
+    pairs = problem.size * (problem.size + 1) // 2
+    return min(max(_NUMBERS // (problem.c.size * pairs), 4), 256)
+
+
 class Walker:
     """`(lo [n, p], hi [n, p]) -> Ranges` of a problem's objective, by walking through the branch's jaxpr.
 
-    With a `function` of flat weights it is that one, in place of g.
+    With a `function` of flat weights it is that one, in place of g.  It is quickest for `batch` boxes at a time.
     """
 
     def __init__(self, problem: Problem, function: Callable[[jax.Array], jax.Array] | None = None) -> None:
@@ -44,6 +51,7 @@ class Walker:
             self._closed = jax.make_jaxpr(function or problem.outputs)(jnp.zeros(problem.size, jnp.float64))
         self._problem, self.size, self._direct = problem, problem.size, function is not None
         self._calculus = Calculus(problem.size)
+        self.batch = batch(problem)
 
     def __call__(self, lo: np.ndarray, hi: np.ndarray) -> Ranges:
         """The ranges over boxes, or at points."""

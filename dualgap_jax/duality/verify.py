@@ -2,7 +2,7 @@
 
 `verify_function` takes a certified value function by whatever route, and the combination behind Delta.  For branch and
 bound (`verify_boxes`) nothing is shared with the solver but the problem's data and the branch's jaxpr.  Ranges are
-NumPy arrays rounded outward by `nextafter` after each operation; derivatives are carried forward to second order; a box
+NumPy arrays rounded outward after each operation; derivatives are carried forward to second order; a box
 whose bound does not reach the claim here is halved until it does.  Operations other than those in `numpy_ranges` are
 refused, and the proof then counts as not verified.
 """
@@ -22,7 +22,6 @@ from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction
 from dualgap_jax.duality.verify_closed_forms import verify_closed_form, verify_margin
 
-_BATCH = 256
 _NUMBERS = 2**23  # in one array of values at points
 
 
@@ -165,8 +164,8 @@ def _through(
     while waiting:
         lo, hi = waiting.pop()
         again: list[tuple[np.ndarray, np.ndarray]] = []
-        for first in range(0, len(lo), _BATCH):
-            rows = slice(first, first + _BATCH)
+        for first in range(0, len(lo), walker.batch):
+            rows = slice(first, first + walker.batch)
             out = _bound(walker, lo[rows], hi[rows], lam0)
             seen += len(out.plain)
             reach = np.minimum(squares, out.h_hi[:, None])

@@ -122,7 +122,7 @@ def verify_closed_form(problem: Problem, function: ValueFunction, duals: Mapping
     if not 1e-250 < rho < 1e250:
         return f"the claim rho = {rho:.6g} is out of the range of the checker", 0
     x, c = problem.x.reshape(len(problem.x), -1), problem.c
-    return _units(x, c[:, 0], rho) if kind.relu else (_singular(x, c, kind.degree, rho), 0)
+    return units(x, c[:, 0], rho) if kind.relu else (_singular(x, c, kind.degree, rho), 0)
 
 
 def verify_margin(problem: Problem, margin: float) -> bool:
@@ -172,7 +172,7 @@ def _singular(x: np.ndarray, c: np.ndarray, degree: int, rho: float) -> str:
 # --- cones ------------------------------------------------------------------------------------------------------------
 
 
-def _units(x: np.ndarray, c: np.ndarray, rho: float) -> tuple[str, int]:
+def units(x: np.ndarray, c: np.ndarray, rho: float) -> tuple[str, int]:
     """Whether `s E[c max(0, u.x)] <= rho` for all unit vectors u and both signs s; and the number of cones."""
     scale = math.ldexp(1.0, math.frexp(max(float(np.abs(x).max()), 1e-300))[1])
     size = math.ldexp(1.0, math.frexp(max(float(np.abs(c).max()), 1e-300))[1])

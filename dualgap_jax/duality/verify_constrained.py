@@ -17,7 +17,7 @@ import numpy as np
 from dualgap_jax.duality.constrained import ConstrainedProblem, box_around
 from dualgap_jax.duality.constrained_bounds import ConstrainedProof
 from dualgap_jax.duality.numpy_pairs import Unsupported
-from dualgap_jax.duality.numpy_ranges import Walker
+from dualgap_jax.duality.numpy_ranges import Walker, batch
 from dualgap_jax.duality.sets import Blocks
 from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction
 from dualgap_jax.duality.verify import Verified, children, down, halves, parabola, sum_of, up, widest
@@ -110,11 +110,11 @@ def _through(
     waiting = halves(splits, problem.set.lower, problem.set.upper)
     if isinstance(waiting, str):
         return waiting, 0
-    most, seen = effort * max(1000, sum(len(lo) for lo, _ in waiting)), 0
+    most, seen, size = effort * max(1000, sum(len(lo) for lo, _ in waiting)), 0, batch(problem.one)
     while waiting:
         lo, hi = waiting.pop()
-        for first in range(0, len(lo), _BATCH):
-            rows = slice(first, first + _BATCH)
+        for first in range(0, len(lo), size):
+            rows = slice(first, first + size)
             bad, spread = fails(lo[rows], hi[rows])
             seen += len(bad)
             bad &= ~_apart(problem.set, lo[rows], hi[rows])
@@ -231,11 +231,11 @@ def _margins(problem: ConstrainedProblem, walker: Walker, margin: float) -> tupl
     c, limit = problem.one.c, float(np.nextafter(margin * problem.one.tau, -np.inf))
     if c.shape[1] != 1 or not (np.abs(c) == 1).all():
         return "margins are proven again for labels -1 and +1 alone", 0
-    waiting, seen = [(problem.set.lower[None], problem.set.upper[None])], 0
+    waiting, seen, size = [(problem.set.lower[None], problem.set.upper[None])], 0, batch(problem.one)
     while waiting:
         lo, hi = waiting.pop()
-        for first in range(0, len(lo), _BATCH):
-            rows = slice(first, first + _BATCH)
+        for first in range(0, len(lo), size):
+            rows = slice(first, first + size)
             low, high = (end[:, :, 0] for end in walker.outputs(lo[rows], hi[rows]))
             bad = ~(np.where(c[:, 0] > 0, high, -low).max(axis=1) <= limit)
             bad &= ~_apart(problem.set, lo[rows], hi[rows])
