@@ -20,7 +20,7 @@ from dualgap_jax.duality.search import search
 from dualgap_jax.duality.verify import verify_boxes
 from dualgap_jax.networks import mlp
 
-CASES = [(2, 30), (2, 200), (2, 500), (3, 30), (3, 100), (4, 30)]
+CASES = [(2, 30), (2, 200), (2, 500), (3, 30), (3, 100), (3, 500), (4, 30), (4, 100)]
 
 
 def data(inputs: int, n: int) -> Dataset:

@@ -36,13 +36,14 @@ def linear(f: Callable[[Pair], Pair], x: Jet) -> Jet:
 class Calculus:
     """Rules of differentiation for p parameters; `smooth` turns False where a kink or a jump may have been met.
 
-    `bad [n]` are the boxes on which something may be undefined.
+    `bad [n]` are the boxes on which something may be undefined.  Second derivatives are by all pairs of parameters, or
+    by the `pairs [2, k]` given.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, pairs: np.ndarray | None = None) -> None:
         self.size, self.smooth = size, True
         self.bad = np.zeros(1, bool)
-        self.i, self.j = np.triu_indices(size)
+        self.i, self.j = np.asarray(np.triu_indices(size) if pairs is None else pairs)
 
     def begin(self, boxes: int) -> None:
         """Begins with so many boxes, on which nothing is undefined so far."""

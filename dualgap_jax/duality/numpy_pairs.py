@@ -39,9 +39,11 @@ def neg(a: Pair) -> Pair:
 
 def mul(a: Pair, b: Pair) -> Pair:
     """`a b`; the whole line where a product is NaN, which minima and maxima keep."""
-    one, two, three, four = a[0] * b[0], a[0] * b[1], a[1] * b[0], a[1] * b[1]
-    lo = np.minimum(np.minimum(one, two), np.minimum(three, four))
-    hi = np.maximum(np.maximum(one, two), np.maximum(three, four))
+    one, four = a[0] * b[0], a[1] * b[1]
+    lo, hi = np.minimum(one, four), np.maximum(one, four)
+    if not any(4 * e[0].size <= one.size and np.array_equal(*e) for e in (a, b)):  # the ends of known numbers are one
+        two, three = a[0] * b[1], a[1] * b[0]
+        lo, hi = np.minimum(lo, np.minimum(two, three)), np.maximum(hi, np.maximum(two, three))
     return out(lo, hi)
 
 

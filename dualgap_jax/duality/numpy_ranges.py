@@ -53,14 +53,20 @@ class Walker:
         self._calculus = Calculus(problem.size)
         self.batch = batch(problem)
 
-    def __call__(self, lo: np.ndarray, hi: np.ndarray) -> Ranges:
-        """The ranges over boxes, or at points."""
+    def __call__(self, lo: np.ndarray, hi: np.ndarray, curved: bool = True) -> Ranges:
+        """The ranges over boxes, or at points; unless `curved` those of second derivatives are the whole line."""
         n, p = lo.shape
         unit, calculus = np.eye(p)[None], self._calculus
+        if not curved:
+            calculus = self._calculus = Calculus(p, np.zeros((2, 0), int))
         with np.errstate(all="ignore"):
             jet = self._objective(Jet((lo[:, None], hi[:, None]), (unit, unit)))
             lower, upper = (np.broadcast_to(e[:, 0], n) for e in jet.value)
             first, flat = self._full(jet.first, p, n), self._full(jet.second, len(calculus.i), n)
+        if not curved:
+            self._calculus = Calculus(p)
+            whole = np.full((n, p, p), np.inf)
+            return Ranges(lower, upper, first, (-whole, whole), calculus.smooth)
         where = np.zeros((p, p), int)
         where[calculus.i, calculus.j] = where[calculus.j, calculus.i] = np.arange(len(calculus.i))
         return Ranges(lower, upper, first, (flat[0][:, where], flat[1][:, where]), calculus.smooth)

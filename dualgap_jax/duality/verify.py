@@ -91,7 +91,7 @@ def parabola(slope: np.ndarray, bend: np.ndarray, r: np.ndarray) -> np.ndarray:
 def _bound(walker: Walker, lo: np.ndarray, hi: np.ndarray, lam0: float) -> _Bound:
     m = 0.5 * (lo + hi)
     r = up(np.maximum(up(hi - m), up(m - lo)))
-    at, box = walker(m, m), walker(lo, hi)
+    at, box = walker(m, m, curved=False), walker(lo, hi)
     h_lo, h_hi = _norms(lo, hi)
     size_lo = _norms(m, m)[0]
     d_lo, d_hi = box.first

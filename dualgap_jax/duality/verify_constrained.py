@@ -70,7 +70,7 @@ def _least(at: tuple[Pair, Pair], box: tuple[Pair, Pair], start: np.ndarray, r: 
 def _bound(g: Walker, h: Walker, lo: np.ndarray, hi: np.ndarray, lam0: float) -> _Box:
     m = 0.5 * (lo + hi)
     r = up(np.maximum(up(hi - m), up(m - lo)))
-    at, box = (g(m, m), h(m, m)), (g(lo, hi), h(lo, hi))
+    at, box = (g(m, m, curved=False), h(m, m, curved=False)), (g(lo, hi), h(lo, hi))
     with np.errstate(all="ignore"):
         middle = [0.5 * (x.first[0] + x.first[1]) for x in at]
         fitted = -(middle[0] * middle[1]).sum(1) / np.maximum((middle[1] ** 2).sum(1), 1e-280)
