@@ -496,6 +496,14 @@ def test_outputs_that_are_not_numbers_reach_the_surface_in_batches_of_every_size
     assert np.isnan(evaluate_points(net, loss, poisoned, plane, points[:2], sample_chunk=5000)).all()
 
 
+def test_examples_that_are_not_finite_are_not_blamed_on_the_network(rng: np.random.Generator) -> None:
+    case = make("batch norm", rng, np.float32)
+    x = np.asarray(case.data.x, np.float32)
+    x[3, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="estimated anew hold numbers that are not finite"):
+        evaluate_points(case.net, logistic(), case.data._replace(x=x), case.plane, np.zeros((1, 2)))
+
+
 @pytest.mark.parametrize("name", ["mean", "single", "nested", "mixture"])
 def test_the_first_layer_is_computed_three_times_a_batch_however_many_points(
     name: str, rng: np.random.Generator

@@ -47,9 +47,11 @@ def momenta(net: Network, params: Params, state: State, x: Array) -> PyTree:
       x: a few examples.
 
     Raises:
-      ValueError: where the state is no running average of what a batch gives.
+      ValueError: where the state is no running average of what a batch gives, or the examples are not finite.
     """
     floating = jax.tree.map(trees.is_float, state)
+    if trees.is_float(x) and not bool(jnp.isfinite(x).all()):
+        raise ValueError("examples from which the network's state is estimated anew hold numbers that are not finite.")
 
     def fill(value: float) -> State:
         return jax.tree.map(lambda s, f: jnp.full_like(s, value) if f else s, state, floating)
