@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jaxtyping
 import numpy as np
+import programs
 import pytest
 
 if "dualgap_jax" in sys.modules:
@@ -20,24 +21,46 @@ jaxtyping.install_import_hook("dualgap_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session")
+def programs_of_earlier_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pytest's own cache, one for each kind of processor; an empty one where pytest keeps no cache."""
+    cache = getattr(request.config, "cache", None)  # none with -p no:cacheprovider
+    return (cache.mkdir("programs") if cache else tmp_path_factory.mktemp("programs")) / programs.machine()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Many tests build the same small programs anew; each process compiles them once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+def compilation_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, programs_of_earlier_runs: Path
+) -> Iterator[None]:
+    """Each process compiles what its tests build anew once, and not at all what an earlier run compiled.
+
+    `--cache-clear` forgets earlier runs.
+    """
+    own = tmp_path_factory.mktemp("compiled")
+    taken = programs.take(programs_of_earlier_runs, own)
+    jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they put the folder into the key
+    yield
+    if request.session.exitstatus != pytest.ExitCode.INTERRUPTED:  # which may have left half a program
+        programs.give(own, programs_of_earlier_runs, taken)
 
 
 @pytest.fixture(scope="module")
-def children_share_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def children_share_programs(tmp_path_factory: pytest.TempPathFactory, programs_of_earlier_runs: Path) -> Iterator[None]:
     """Processes that a module's tests start share what they compile, apart from this one: a killed one leaves half.
 
-    Not where memory is measured: a program that is read takes less than one that is compiled.
+    They read what earlier runs left, and leave nothing.  Not where memory is measured: a program that is read takes
+    less than one that is compiled.
     """
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled_by_children")))
+        folder = tmp_path_factory.mktemp("compiled_by_children")
+        programs.take(programs_of_earlier_runs, folder)
+        patched.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         patched.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patched.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        patched.setenv("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
         yield
 
 
