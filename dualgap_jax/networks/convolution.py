@@ -22,9 +22,22 @@ def _check_images(name: str, x: Array) -> None:
         raise ValueError(f"{name} branch: inputs must be [batch, height, width, channels], got shape {x.shape}.")
 
 
+def _larger(a: Array, b: Array) -> Array:
+    """The larger of two, the first where they are equal, a NaN where one is; so is the gradient."""
+    return jnp.where((a < b) | jnp.isnan(b), b, a)
+
+
 def _pooled(x: Array) -> Array:
-    """2x2 max pooling of `[batch, height, width, channels]`; a map with a side of 1 stays as it is."""
-    return nn.max_pool(x, (2, 2), strides=(2, 2)) if min(x.shape[1:3]) >= 2 else x
+    """2x2 max pooling of `[batch, height, width, channels]`; a map with a side of 1 stays as it is.
+
+    Values and gradients are those of `nn.max_pool`, but for NaN, which XLA's windows drop on CPU from eight
+    channels on.
+    """
+    height, width = x.shape[1:3]
+    if min(height, width) < 2:
+        return x
+    x = _larger(x[:, :, 0 : width - 1 : 2], x[:, :, 1:width:2])
+    return _larger(x[:, 0 : height - 1 : 2], x[:, 1:height:2])
 
 
 def _convolved(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
