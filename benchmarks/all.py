@@ -159,7 +159,8 @@ Made by `python benchmarks/all.py --publish`: medians (least-largest over the ro
 
 *Of limit*: the rate of the work over that of bare operations of the same count and precision, measured in turn with it;
 1 is the machine's limit.  *Peer's time / ours*: how many times as long the named way takes for the same work.  The head
-of each script says what is counted.  `python benchmarks/all.py` measures again and says what moved against this page.
+of each script says what is counted.  `python benchmarks/all.py` measures again and says what moved against this page;
+ratios differ between processors: [Results](results.md#speed) has those of others.
 
 | work | case | time | of limit | limit | peer's time / ours | peer |
 |---|---|---|---|---|---|---|
