@@ -317,7 +317,7 @@ def errors_in_one_line() -> Iterator[None]:
             print(f"\n{name}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
             _exit(code)
         if isinstance(error, BrokenPipeError):  # whoever reads the output has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            terminal.reader_is_gone()
             return
         if (said := message(error)) is None:
             if sharding.is_alone():

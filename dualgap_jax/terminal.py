@@ -107,6 +107,11 @@ def _logging_above_the_line() -> contextlib.AbstractContextManager[None]:
     return logging_redirect_tqdm()
 
 
+def reader_is_gone() -> None:
+    """After a `BrokenPipeError` on standard output: what is still to be written there goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(text: str) -> None:
     """Prints to standard error, above the line of progress where there is one; a stream that is gone stops nothing."""
     with contextlib.suppress(OSError, ValueError):

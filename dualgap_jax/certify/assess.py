@@ -64,11 +64,13 @@ def assess(problem: RiskProblem, network: Any, *, starts: int = 16, seed: int = 
     look = BranchSearch(problem, starts=starts, steps=200, seed=seed)
     tried = dual_vectors(problem, found.outputs)
     lam = problem.penalty or 0.0
-    guesses = [searched(problem, look, alpha, lam, weights, coarse=True)[0].value for alpha in tried]
-    best = tried[int(np.argmax(guesses))]
-    guess, bound = searched(problem, look, best, lam, weights)[0], least_losses(problem)
+    guesses = [searched(problem, look, alpha, lam, weights, coarse=True)[0] for alpha in tried]
+    best = max(range(len(tried)), key=lambda k: guesses[k].value)
+    guess, bound = guesses[best], least_losses(problem)
+    if look.in_parts:
+        guess = searched(problem, look, tried[best], lam, weights)[0]
     if guess.value > bound.value:  # an engine proves at most that
-        bound = max(bound, best_proven(problem, best, BoundSpec(1e-7, 300_000)), key=lambda b: b.value)
+        bound = max(bound, best_proven(problem, tried[best], BoundSpec(1e-7, 300_000)), key=lambda b: b.value)
     estimate = max(guess, bound, key=lambda b: b.value)
     made = assembled(problem, weights, shares, found, bound, estimate)
     least = None if problem.budget is None else least_budget(problem, tried, float(found.upper))

@@ -123,6 +123,17 @@ class BranchSearch:
         with jax.enable_x64(True):
             return np.asarray(self._phi(jnp.asarray(w, jnp.float64), jnp.asarray(alpha, jnp.float64), lam))
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether there are so many examples that `kappa` looks at a part of them first."""
+        return self._every() > 1
+
+    def _every(self) -> int:
+        known = self._problem.structure
+        if known is None or known.degree != 2:
+            return 1
+        return -(-known.inputs(self._problem.one.x).size // _NUMBERS)
+
     def kappa(self, alpha: np.ndarray, points: np.ndarray, *, coarse: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Branches `[k, p]` of norm 1, of a homogeneous kind, and `-(1/n) sum <alpha_j, f(w; x_j)>`, largest first.
 
@@ -139,7 +150,7 @@ class BranchSearch:
                 -1, rows.shape[1]
             )
             starts = self._generator.standard_normal((self._starts, rows.shape[1]))
-            every = -(-rows.size // _NUMBERS)
+            every = self._every()
             part, slope, steps = (rows[::every], -alpha[::every]), known.negative_slope, 60
             starts = np.concatenate([_largest(*part, units, slope, self._starts), starts])
             if every > 1:  # the best of what a part of the examples says, raised over all of them

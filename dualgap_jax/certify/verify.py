@@ -78,22 +78,29 @@ def psd(matrix: np.ndarray, error: float) -> bool:
 
 def top_at_most(matrix: np.ndarray, bound: float, error: float = 0.0) -> bool:
     """Whether the top singular value of a matrix, known up to `error` (Frobenius), is proven to be at most `bound`."""
+    return _root_at_most(*_gram(matrix, error), bound)
+
+
+def _gram(matrix: np.ndarray, error: float = 0.0) -> tuple[np.ndarray, float]:
+    """The Gram matrix of the shorter side, and its own error with that of the matrix (Frobenius)."""
     m = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    gram, size = m.T @ m, float(np.linalg.norm(m)) * (1 + (m.size + 8) * _EPS) + error
-    rounding = (m.shape[0] + 4) * _EPS * size * size + 2 * error * size
+    size = float(np.linalg.norm(m)) * (1 + (m.size + 8) * _EPS) + error
+    return m.T @ m, (m.shape[0] + 4) * _EPS * size * size + 2 * error * size
+
+
+def _root_at_most(gram: np.ndarray, error: float, bound: float) -> bool:
     square = bound * bound * (1 - 4 * _EPS)
-    return psd(square * np.eye(len(gram)) - gram, rounding + 2 * _EPS * square)
+    return psd(square * np.eye(len(gram)) - gram, error + 2 * _EPS * square)
 
 
 def _top(matrix: np.ndarray) -> float:
     """A proven upper bound on the largest singular value, a little above it."""
-    m = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    gram = m.T @ m
+    gram, error = _gram(matrix)
     if not np.isfinite(gram).all():
         return math.inf
     guess = math.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-1])))  # many times faster than by the singular values
     for share in (1e-13, 1e-12, 1e-11, 1e-9, 1e-6):
-        if top_at_most(matrix, guess * (1 + share) + 1e-290):
+        if _root_at_most(gram, error, guess * (1 + share) + 1e-290):
             return guess * (1 + share) + 1e-290
     return math.inf
 
@@ -138,14 +145,18 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
         if not narrow or known.activation == "identity" or x.shape[1] > 3:
             return "the cells say nothing about this branch"
         if weights.shape[1] == 1 and 1e-250 < rho < 1e250:  # both signs of one number: cones, which are few
-            both = [points, -points][: 1 if slope == 0 else 2], [weights[:, 0], -slope * weights[:, 0]]
-            doubled = len(both[0])  # psi(t) = max(t, 0) - slope max(-t, 0)
-            if not units(np.vstack(both[0]), np.concatenate(both[1][:doubled]), rho / doubled)[0]:
+            both, c = _without_leak(points, weights, slope)
+            if not units(both, c[:, 0], rho * (len(points) / len(both)))[0]:
                 return ""
         return largest_sum(points, weights, slope, rho)
     else:
         return f"the engine {method!r} is not known for this branch"
     return "" if holds() else f"kappa <= {claim:.6g} was not reached again by {method}"
+
+
+def _without_leak(x: np.ndarray, alpha: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points and factors whose sum over ReLU is that over the leaky unit: `psi(t) = max(t, 0) - slope max(-t, 0)`."""
+    return (x, alpha) if slope == 0 else (np.vstack([x, -x]), np.vstack([alpha, -slope * alpha]))
 
 
 def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, evidence: Relaxed, claim: float) -> str:
@@ -156,7 +167,7 @@ def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, evidence: Relax
     theirs, slope = np.asarray(evidence.alpha, np.float64), known.negative_slope
     if known.degree != 2 or theirs.shape != alpha.shape:
         return "the relaxation is not one of this branch and these dual vectors"
-    points, weights = (x, theirs) if slope == 0 else (np.vstack([x, -x]), np.vstack([theirs, -slope * theirs]))
+    points, weights = _without_leak(x, theirs, slope)
     try:
         proven = verify_ball_bound(points, weights, evidence.bound)
     except VerificationError as error:

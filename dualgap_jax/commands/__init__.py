@@ -78,5 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(module.main(given[1:] if name != "list" else ["--list", *given[1:]]))
     except BrokenPipeError:  # the reader has seen enough, as in dualgap doctor | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from dualgap_jax import terminal
+
+        terminal.reader_is_gone()
         return 0

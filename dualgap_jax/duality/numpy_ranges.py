@@ -56,15 +56,13 @@ class Walker:
     def __call__(self, lo: np.ndarray, hi: np.ndarray, curved: bool = True) -> Ranges:
         """The ranges over boxes, or at points; unless `curved` those of second derivatives are the whole line."""
         n, p = lo.shape
-        unit, calculus = np.eye(p)[None], self._calculus
-        if not curved:
-            calculus = self._calculus = Calculus(p, np.zeros((2, 0), int))
+        unit = np.eye(p)[None]
+        calculus = self._calculus = Calculus(p, None if curved else np.zeros((2, 0), int))
         with np.errstate(all="ignore"):
             jet = self._objective(Jet((lo[:, None], hi[:, None]), (unit, unit)))
             lower, upper = (np.broadcast_to(e[:, 0], n) for e in jet.value)
             first, flat = self._full(jet.first, p, n), self._full(jet.second, len(calculus.i), n)
         if not curved:
-            self._calculus = Calculus(p)
             whole = np.full((n, p, p), np.inf)
             return Ranges(lower, upper, first, (-whole, whole), calculus.smooth)
         where = np.zeros((p, p), int)

@@ -139,23 +139,27 @@ def all_finite(tree: PyTree, lane: int | None = None) -> bool:
     On CPU the numbers are read where they lie, a few at a time: a program would write a byte or more for each.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return all(bool(_all_finite(block)) for leaf in leaves for block in _blocks(leaf, lane))
+    return all(_all_finite(part) for leaf in leaves for part in _parts(leaf, lane))
 
 
-def _blocks(leaf: Array, lane: int | None) -> Iterator[np.ndarray | Array]:
-    """The numbers of a leaf in this process that no other device has the duty for."""
+def _parts(leaf: Array, lane: int | None) -> Iterator[np.ndarray | Array]:
+    """What lies of a leaf, or of one lane of it, on each device of this process that has the duty for it."""
     for shard in leaf.addressable_shards:
-        first, stop, _ = shard.index[0].indices(leaf.shape[0]) if lane is not None else (0, 1, 1)
-        if shard.replica_id != 0 or not first <= (lane or 0) < stop:
+        if shard.replica_id != 0:
             continue
-        on_host = shard.device.platform == "cpu"
-        part = np.asarray(shard.data) if on_host else shard.data  # the view is of this handle: the leaf can be donated
-        part = part[lane - first] if lane is not None else part
-        yield from np.array_split(part.reshape(-1), 1 + part.size // _AT_ONCE) if on_host else [part]
+        # NumPy's view on CPU is of this handle: the leaf can be donated.
+        part = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
+        if lane is None:
+            yield part
+        elif (first := shard.index[0].start or 0) <= lane < first + len(part):
+            yield part[lane - first]
 
 
-def _all_finite(numbers: np.ndarray | Array) -> Any:
-    return np.isfinite(numbers).all() if isinstance(numbers, np.ndarray) else _all_finite_on_device(numbers)
+def _all_finite(part: np.ndarray | Array) -> bool:
+    if not isinstance(part, np.ndarray):
+        return bool(_all_finite_on_device(part))
+    flat = part.reshape(-1)
+    return all(bool(np.isfinite(flat[i : i + _AT_ONCE]).all()) for i in range(0, flat.size, _AT_ONCE))
 
 
 @jax.jit
