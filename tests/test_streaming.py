@@ -413,8 +413,10 @@ def test_one_number_that_is_not_finite_is_found_anywhere(rng: np.random.Generato
         assert not all_finite(tree | {"a": tree["a"].ravel().at[place].set(bad)})
 
 
-def test_of_several_lanes_the_one_that_is_not_finite_is_found(rng: np.random.Generator) -> None:
-    numbers = jnp.asarray(rng.normal(size=(3, 4, 5))).at[1, 2, 3].set(jnp.inf)
+@pytest.mark.parametrize("shape", [(4, 5), (1,), ()])
+def test_of_several_lanes_the_one_that_is_not_finite_is_found(rng: np.random.Generator, shape: tuple[int, ...]) -> None:
+    last = (1, *(size - 1 for size in shape))
+    numbers = jnp.asarray(rng.normal(size=(3, *shape))).at[last].set(jnp.inf)
     assert [all_finite({"w": numbers}, lane) for lane in range(3)] == [True, False, True]
 
 

@@ -152,7 +152,7 @@ def _parts(leaf: Array, lane: int | None) -> Iterator[np.ndarray | Array]:
         if lane is None:
             yield part
         elif (first := shard.index[0].start or 0) <= lane < first + len(part):
-            yield part[lane - first]
+            yield part[lane - first, ...]
 
 
 def _all_finite(part: np.ndarray | Array) -> bool:
