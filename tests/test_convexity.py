@@ -667,6 +667,12 @@ def test_bad_input_is_refused(change, message):
         convexity.scores(**arguments)
 
 
+def test_a_surface_in_the_place_of_an_axis_is_not_printed_whole(rng):
+    with pytest.raises(ValueError, match="axes come first") as error:
+        convexity.scores(rng.normal(size=(40, 40)), np.arange(40.0), np.arange(40.0))
+    assert len(str(error.value)) < 250
+
+
 def test_bad_errors_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         convexity.midpoint_violations(SURFACE, np.zeros((5, 4)))

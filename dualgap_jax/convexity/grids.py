@@ -15,17 +15,25 @@ def checked(xs: np.ndarray, ys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
     for name, axis in (("xs", xs), ("ys", ys)):
         if axis.ndim != 1 or axis.size == 0 or not np.isfinite(axis).all():
             raise ValueError(
-                f"{name} must be a non-empty vector of finite coordinates; got shape {axis.shape}: {axis}."
+                f"{name} must be a non-empty vector of finite coordinates; got {_shown(axis)}."
+                " The two axes come first, then the surface."
             )
         steps = np.diff(axis)
         if not ((steps > 0).all() or (steps < 0).all()):
-            raise ValueError(f"{name} must be strictly monotone; got {axis}: sort it and drop repeated coordinates.")
+            raise ValueError(
+                f"{name} must be strictly monotone; got {_shown(axis)}.  Sort it and drop repeated coordinates."
+            )
     if values.shape != (ys.size, xs.size):
         raise ValueError(
             f"the surface must have shape [ny, nx] = {(ys.size, xs.size)}, rows along ys; got {values.shape}."
             + (" Transpose it." if values.shape == (xs.size, ys.size) else "")
         )
     return xs, ys, values
+
+
+def _shown(values: np.ndarray) -> str:
+    numbers = " ".join(f"{value:.6g}" for value in values.ravel()[:5])
+    return f"shape {values.shape}, {numbers}{' ...' if values.size > 5 else ''}"
 
 
 def _is_uniform(axis: np.ndarray) -> bool:
