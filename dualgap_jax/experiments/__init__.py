@@ -18,6 +18,7 @@ from dualgap_jax.experiments.examples import LANDSCAPE_EXAMPLES
 from dualgap_jax.experiments.hitting_rate import HITTING_RATE
 from dualgap_jax.experiments.hitting_search import HITTING_SEARCH
 from dualgap_jax.experiments.landscape import LANDSCAPE
+from dualgap_jax.experiments.landscape_search import LANDSCAPE_SEARCH
 from dualgap_jax.experiments.linear_dual import LINEAR_DUAL
 from dualgap_jax.experiments.regimes import REGIMES
 from dualgap_jax.experiments.row import LANDSCAPE_ROW
@@ -33,6 +34,7 @@ EXPERIMENTS: Table[Experiment] = Table(
             LANDSCAPE,
             LANDSCAPE_ROW,
             LANDSCAPE_EXAMPLES,
+            LANDSCAPE_SEARCH,
             ARCHITECTURE,
             LINEAR_DUAL,
             REGIMES,

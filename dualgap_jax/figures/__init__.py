@@ -12,6 +12,7 @@ A work folder holds records in `results/`; each record kind has one function her
 | `architecture.json` | `architecture` | accuracy and scores against I at an equal number of parameters |
 | `duality_gap.json` | `duality_gap` | Theorem 1: gap and bound against I, value function, dual, trained networks |
 | `examples.json` | `examples` | the barrier between solutions against I, for several numbers of examples |
+| `landscape_search.json` | `landscape_search` | the search for the setting of Figure 1 |
 | `regimes.json` | `regimes`, `regimes_normalised` | a score over init x reduction x learning-rate scaling x I |
 | `shapley_folkman.json`, `.npz` | `shapley_folkman`, `hull_distance` | Figure 3; distance to the hull against n |
 | `spectral.json`, `.npz` | `spectral` | SGD falling to the certified optimum, the spectrum, the gap (Theorem 2) |
@@ -35,6 +36,7 @@ from dualgap_jax.figures.duality import duality_gap
 from dualgap_jax.figures.hitting import hitting_rate, hitting_search
 from dualgap_jax.figures.page import any_backend
 from dualgap_jax.figures.scores import architecture, regimes
+from dualgap_jax.figures.search import landscape_search
 from dualgap_jax.figures.spectra import spectral
 from dualgap_jax.figures.surfaces import landscape, row
 from dualgap_jax.registry import Table
@@ -46,6 +48,7 @@ FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
         "row.json": row,
         "examples.json": examples,
         "architecture.json": architecture,
+        "landscape_search.json": landscape_search,
         "regimes.json": regimes,
         "shapley_folkman.json": shapley_folkman,
         "spectral.json": spectral,
