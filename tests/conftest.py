@@ -88,6 +88,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         duality,
         hitting,
         scores,
+        search,
         spectra,
         surfaces,
     )
@@ -99,6 +100,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         figure.canvas.draw()
         return []
 
-    for module in (around, averages, barriers, certificates, duality, hitting, scores, spectra, surfaces):
+    for module in (around, averages, barriers, certificates, duality, hitting, scores, search, spectra, surfaces):
         monkeypatch.setattr(module, "save", keep)
     return kept

@@ -179,6 +179,24 @@ def write_examples(workdir: Path) -> Path:
     return workdir
 
 
+def write_search(workdir: Path) -> Path:
+    """Two entries of the screen, one with a run that diverged; a fit with intervals, one data set held out."""
+
+    def entry(scale: float, *, lost: bool = False) -> dict[str, Any]:
+        rows = [
+            {"num_branches": count, "mean": None if lost and count == 70 else scale * value}
+            | {"interval": [0.0, -0.1 * value, 1.5 * value] if count == 10 else None}
+            for count, value in ((10, 0.8), (70, 0.2))
+        ]
+        return {"setting": "rate=1.0", "data_seed": 5, "rows": rows}
+
+    record = {"title": "A title for $5", "num_branches": [10, 70], "target": [0.8, 0.2]}
+    record |= {"screen": [entry(0.5), entry(2.0, lost=True)], "chosen": entry(0.9), "held_out": [entry(0.7)]}
+    (workdir / "results").mkdir(parents=True)
+    save_json(workdir / "results" / "landscape_search.json", record)
+    return workdir
+
+
 def write_certify(workdir: Path) -> Path:
     """Two regimes: one whose band is narrow, one whose best network is the optimum, with a run that diverged."""
     cells = [
@@ -220,6 +238,7 @@ def sample(name: str, workdir: Path, rng: np.random.Generator) -> Path:
         "row.json": lambda: write_row(workdir, scores, ["envelope_max"]),
         "examples.json": lambda: write_examples(workdir),
         "architecture.json": lambda: write_architecture(workdir),
+        "landscape_search.json": lambda: write_search(workdir),
         "regimes.json": lambda: write_regimes(workdir, rng),
         "shapley_folkman.json": lambda: write_averages(workdir),
         "spectral.json": lambda: write_spectral(workdir),

@@ -29,6 +29,8 @@ SCORE = "envelope_max_per_zero_loss"
 NETS = ("mean", "sum", "plain")
 """The mean or sum of I branches, or one branch whose last hidden layer has I times the units."""
 
+_OF_CLASSES = ("multi_margin", "crammer_singer")  # losses of an output a class
+
 
 @dataclasses.dataclass(frozen=True)
 class LandscapeSearchSpec:
@@ -40,8 +42,8 @@ class LandscapeSearchSpec:
       target: its scores (`SCORE`), one for each.
       settings: what each setting has other than `cell`, as 'key=value,key=value'; the keys are `net` ('mean', 'sum',
         'plain'), `scaling` (of the rate by I), `rate`, `batch` (0: all examples), `schedule` (with its own defaults),
-        `loss` ('multi_margin', 'binary_hinge' and their like), `init_scale` and `margin` (of the data).  An empty text
-        is `cell` itself.
+        `loss` (with the settings of `cell`'s), `init_scale` and `margin` (of the data).  An empty text is `cell`
+        itself.
       data_seeds: data sets of the search, by their seeds.
       refined: number of pairs of a setting and a data set, the best of the screen, that are run with all `seeds`.
       seeds: how many landscapes a number of branches has outside the screen, where it has one.
@@ -104,7 +106,7 @@ def cell_of(spec: LandscapeSearchSpec, setting: str, count: int, data_seed: int,
         *first, last = branch["hidden"]
         branch["hidden"] = (*first, last * count)
     same_schedule = args.schedule == cell.training.schedule.name
-    labels = "sign" if args.loss.startswith("binary") else "class"
+    labels = "class" if args.loss in _OF_CLASSES else "sign"
     return dataclasses.replace(
         cell,
         num_branches=1 if args.net == "plain" else count,
@@ -115,7 +117,7 @@ def cell_of(spec: LandscapeSearchSpec, setting: str, count: int, data_seed: int,
             cell.data.name,
             {**cell.data.settings, "seed": data_seed, "min_margin": args.margin, "labels": labels},
         ),
-        loss=cell.loss if args.loss == cell.loss.name else Component(args.loss, {}),
+        loss=Component(args.loss, cell.loss.settings),
         training=dataclasses.replace(
             cell.training,
             lr_scaling=args.scaling,
