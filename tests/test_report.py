@@ -112,6 +112,18 @@ def test_surfaces_are_those_of_the_records(finished: Path, tmp_path: Path) -> No
     assert [plot["layout"]["title"]["text"] for plot in plots][:2] == ["I = 3, as trained", "I = 3, aligned"]
 
 
+def test_what_needs_a_screen_is_not_printed(finished: Path, tmp_path: Path) -> None:
+    source = report.write([finished], tmp_path / "report.html").read_text(encoding="utf-8")
+    style = re.search(r"@media print \{(.*?)\n\}", source, re.DOTALL)
+    assert style is not None
+    assert ".screen { display:none; }" in style[1]
+    on_paper = re.sub(r'<section class="screen">.*?</section>', "", source, flags=re.DOTALL)
+    assert 'class="plot"' in source
+    assert 'class="plot"' not in on_paper
+    assert "<details>" not in on_paper
+    assert on_paper.count("<img ") == source.count("<img ")
+
+
 def test_what_is_not_finite_is_a_hole(finished: Path) -> None:
     stored = load_npz(finished / "I_3" / "results" / "landscape.npz")
     stored["loss"][1, 2], stored["loss"][0, 0] = np.nan, np.inf

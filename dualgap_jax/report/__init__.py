@@ -116,8 +116,9 @@ def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
     if pictures:
         said.append("<h2>Figures</h2>" + "".join(map(_picture, pictures)))
     shown = json.dumps(config, indent=2, ensure_ascii=False)
-    said.append(f"<h2>Configuration</h2><details><summary>{len(shown.splitlines())} lines</summary>")
-    said.append(f"<pre>{page.text(shown)}</pre></details><h2>Provenance</h2>{_provenance(card)}")
+    said.append('<section class="screen"><h2>Configuration</h2><details>')
+    said.append(f"<summary>{len(shown.splitlines())} lines</summary><pre>{page.text(shown)}</pre></details></section>")
+    said.append(f"<h2>Provenance</h2>{_provenance(card)}")
     return name, "".join(said)
 
 
@@ -182,7 +183,7 @@ def _surfaces(folder: Path, plots: list[dict[str, Any]]) -> str:
         return ""
     if not surfaces.available():
         return page.paragraphs(["Surfaces that can be turned need plotly: pip install 'dualgap_jax[report]'."])
-    return "<h2>Surfaces</h2>" + "".join(rows)
+    return f'<section class="screen"><h2>Surfaces</h2>{"".join(rows)}</section>'
 
 
 _SHOWN = ("envelope_max", "midpoint_violation_rate", "negative_curvature_share", "barrier_max")

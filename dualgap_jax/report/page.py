@@ -1,4 +1,7 @@
-"""The HTML of a report: one file that opens offline, on a desk, on a phone and on paper."""
+"""The HTML of a report: one file that opens offline, on a desk, on a phone and on paper.
+
+What has the class `screen` needs one and is not printed.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,17 @@ table { border-collapse:collapse; font-size:.9rem; font-variant-numeric:tabular-
 th, td { padding:.3rem .7rem; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; }
 th { color:var(--soft); font-weight:600; }
 th:first-child, td:first-child { text-align:left; padding-left:0; }
+.facts td + td { text-align:left; white-space:normal; overflow-wrap:anywhere; }
 figure { margin:1rem 0; }
 figure img { width:100%; height:auto; background:#fff; border:1px solid var(--line); border-radius:.4rem; }
 .pair { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap:1rem; }
 .plot { background:#fff; border:1px solid var(--line); border-radius:.4rem; min-height:26rem; overflow:hidden; }
 details { margin:.6rem 0; } summary { cursor:pointer; color:var(--accent); }
 @media print {
-  body { max-width:none; padding:0; font-size:11pt; } h2 { break-after:avoid; }
-  figure, .plot, tr { break-inside:avoid; } details > summary { display:none; } .pair { grid-template-columns:1fr 1fr; }
+  :root { --ink:#000; --soft:#444; --line:#bbb; --ground:#fff; --panel:#fff; }
+  body { max-width:none; padding:0; font-size:10pt; } h2 { break-after:avoid; } figure, tr { break-inside:avoid; }
+  figure img { max-height:23cm; object-fit:contain; } .screen { display:none; } .wide { overflow:visible; }
+  table { font-size:8pt; } th, td { white-space:normal; padding:.2rem .35rem; }
 }
 """
 
@@ -67,7 +73,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def facts(pairs: Mapping[str, Any]) -> str:
     """A table of two columns, without the facts that are None."""
     rows = "".join(f"<tr><td>{text(k)}</td><td>{cell(v)}</td></tr>" for k, v in pairs.items() if v is not None)
-    return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
+    return f'<div class="wide"><table class="facts"><tbody>{rows}</tbody></table></div>'
 
 
 def paragraphs(lines: Sequence[str]) -> str:

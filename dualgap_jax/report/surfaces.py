@@ -13,7 +13,7 @@ import numpy as np
 _POINTS = 101  # a side of a 3-D surface; a finer grid is thinned evenly
 _EDGES = ((0, 1), (1, 2), (2, 0))
 
-# Draws each plot when it comes into sight, so that a page of many surfaces opens at once; all of them before printing.
+# Draws each plot when it comes into sight, so that a page of many surfaces opens at once.
 DRAW = """
 (function () {
   var plots = JSON.parse(document.getElementById('plots').textContent);
@@ -21,14 +21,14 @@ DRAW = """
     if (node.dataset.drawn) return;
     node.dataset.drawn = 'yes';
     var plot = plots[node.dataset.plot];
-    Plotly.newPlot(node, plot.data, plot.layout, {responsive: true, displaylogo: false});
+    var narrow = node.clientWidth < 600, eye = plot.layout.scene.camera.eye;
+    if (narrow) for (var axis in eye) eye[axis] *= 1.3;  // the labels of the axes need room
+    Plotly.newPlot(node, plot.data, plot.layout, {responsive: true, displaylogo: false, displayModeBar: !narrow});
   }
-  var nodes = Array.from(document.querySelectorAll('.plot'));
   var seen = new IntersectionObserver(function (entries) {
     entries.forEach(function (entry) { if (entry.isIntersecting) draw(entry.target); });
   }, {rootMargin: '300px'});
-  nodes.forEach(function (node) { seen.observe(node); });
-  window.addEventListener('beforeprint', function () { nodes.forEach(draw); });
+  document.querySelectorAll('.plot').forEach(function (node) { seen.observe(node); });
 })();
 """
 
