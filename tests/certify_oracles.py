@@ -63,18 +63,56 @@ def convex_program(
     signs = 2 * masks - 1
     conditions = [cp.multiply(s, x @ part[k]) >= 0 for k, s in enumerate(signs) for part in (v, t)]
     cost = 2 * sum(cp.norm(part[k]) for k in range(len(masks)) for part in (v, t))
-    fit = {
+    fit = _fit(loss, outputs, y)
+    if budget is not None:
+        conditions.append(cost <= budget)
+    model = cp.Problem(cp.Minimize(fit if budget is not None else fit + penalty * cost), conditions)
+    model.solve(solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
+    return float(model.value)
+
+
+def _fit(loss: str, outputs: Any, y: np.ndarray) -> Any:
+    import cvxpy as cp
+
+    made = {
         "binary_hinge": lambda: cp.sum(cp.pos(1 - cp.multiply(y, outputs))),
         "squared": lambda: cp.sum_squares(outputs - y) / 2,
         "logistic": lambda: cp.sum(cp.logistic(-cp.multiply(y, outputs))),
-    }[loss]() / len(x)
+    }
+    return made[loss]() / len(y)
+
+
+def closed_program(
+    kind: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    loss: str,
+    masks: np.ndarray,
+    *,
+    penalty: float | None = None,
+    budget: float | None = None,
+) -> float:
+    """F* of gated units, `h = ||w||^2`, or of squares, `h = ||w||^3`, with one output, by their convex programs.
+
+    A gate (a column of `masks [n, m]`) with balanced norms costs `2 |a| ||u||`; squares make up a symmetric matrix Z,
+    where `|a| ||u||^2` costs `3^(3/2) / 2` of the norm that sums the sizes of its eigenvalues.
+    """
+    import cvxpy as cp
+
+    x = np.asarray(x, np.float64)
+    if kind == "square":
+        z = cp.Variable((x.shape[1], x.shape[1]), symmetric=True)
+        outputs = cp.sum(cp.multiply(x @ z, x), axis=1)
+        cost, conditions = 3**1.5 / 2 * cp.normNuc(z), []
+    else:
+        v = cp.Variable((masks.shape[1], x.shape[1]))
+        outputs = cp.sum(cp.multiply(masks.astype(float), x @ v.T), axis=1)
+        cost, conditions = 2 * cp.sum(cp.norm(v, axis=1)), []
+    fit = _fit(loss, outputs, y)
     if budget is not None:
         conditions.append(cost <= budget)
-        goal = fit
-    else:
-        goal = fit + penalty * cost
-    model = cp.Problem(cp.Minimize(goal), conditions)
-    model.solve(solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
+    model = cp.Problem(cp.Minimize(fit if budget is not None else fit + penalty * cost), conditions)
+    model.solve(solver=cp.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)
     return float(model.value)
 
 

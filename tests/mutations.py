@@ -40,6 +40,10 @@ TREE_CHECK = "tests/test_branch_and_bound.py -k tampered|gone_through_again|cove
 FORMS = "tests/test_verify.py -k cones&1.0|one_line"
 EXPONENT = "tests/test_verify.py -k rounding_of_an_exponent"
 BALANCED = "tests/test_certify.py -k spectral_bound"
+UNIT = "tests/test_certify_closed.py -k sphere"
+LESS = "tests/test_certify_closed.py -k refuses_less"
+SIDES = "tests/test_certify_closed.py -k exact_products"
+RATIONAL = "tests/test_certify_closed.py -k own_rounding"
 LINEAR = "tests/test_spectral_verify.py -k what_is_proven|dependencies"
 FIT = "tests/test_spectral_verify.py -k bad_fit"
 EXACT = "tests/test_spectral_certificate.py -k charged_and|low_rank"
@@ -124,6 +128,16 @@ MUTATIONS = [
     _of("spectral", "in_memory", "a rounding direction", "wrong = (near.astype(jnp.float64) - value) * towards < 0", "wrong = (near.astype(jnp.float64) - value) * towards > 0", EXACT),
     # How far from the optimum.
     _of("certify", "engines", "a factor too small", "np.where(idle, 0.0, alpha * g)", "np.where(idle, 0.0, 0.97 * alpha * g)", BALANCED),
+    _of("certify", "structure", "a wrong factor", "** (-self.degree / 2) * 2 ** (self.order - 1)", "** (-self.degree / 2)", UNIT),
+    _of("certify", "closed", "a sign", "heads = -np.sign(values[order])", "heads = np.sign(values[order])", UNIT),
+    _of("certify", "closed", "the wrong gate", "key=lambda one: -one[0]", "key=lambda one: one[0]", UNIT),
+    _of("certify", "closed", "outputs that are not added up", "sum((m @ m for m in square_moments(x, alpha)), np.zeros((d, d)))", "next(m @ m for m in square_moments(x, alpha))", UNIT),
+    _of("certify", "structure", "a gate that is shut on its border", "found[j, k] = exact >= 0", "found[j, k] = exact > 0", SIDES),
+    _of("certify", "structure", "gates that are always open", "return z * open_gates(self.gates, x).T", "return z", RATIONAL),
+    _of("certify", "verify", "a gate that is shut on its border", "pairs), Fraction(0)) >= 0)", "pairs), Fraction(0)) > 0)", SIDES),
+    _of("certify", "verify", "one claim for all", "holds = lambda: all(top_at_most(", "holds = lambda: any(top_at_most(", LESS),
+    _of("certify", "verify", "a wrong factor", "factor = 1.5 * math.sqrt(3) if squared", "factor = 1.5 * math.sqrt(3.1) if squared", LESS),
+    _of("certify", "verify", "a dropped output", "        gram += matrix.T @ matrix\n", "        gram = np.maximum(gram, matrix.T @ matrix)\n", LESS),
     # The checkers' rules of choices and orders.
     _of("duality", "numpy_jets", "a wrong end of an interval", "            high = np.where(may, b[..., None, :], -np.inf).max(-1)\n", "            high = np.where(may, b[..., None, :], np.inf).min(-1)\n", ARRAYS),
     _of("duality", "numpy_moves", "a sum with terms of another group", "(outputs[0][g], outputs[1][g])", "(outputs[0][0], outputs[1][0])", ARRAYS),

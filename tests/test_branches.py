@@ -29,6 +29,7 @@ NUMPY_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "softplus": lambda a: np.log1p(np.exp(a)),
     "gelu": lambda a: 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))),
     "identity": lambda a: a,
+    "square": lambda a: a**2,
 }
 
 
@@ -675,6 +676,7 @@ FAMILIES: dict[str, tuple[Callable[[], Network], tuple[int, ...]]] = {
     "relu": (lambda: networks.mlp((4,), 3), (6,)),
     "leaky_relu": (lambda: networks.mlp((4,), 3, activation="leaky_relu"), (6,)),
     "gelu": (lambda: networks.mlp((4,), 3, activation="gelu"), (6,)),
+    "gated": (lambda: networks.gated(4, 3), (6,)),
     "conv": (lambda: networks.conv(out=3, channels=(2, 3)), (8, 8, 1)),
     "vgg9": (lambda: networks.vgg9(width=8, out=3), (8, 8, 2)),  # XLA's windows drop NaN from eight channels on
     "gru": (lambda: networks.gru(out=3), (5, 3)),

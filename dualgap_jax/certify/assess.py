@@ -98,9 +98,7 @@ def least_budget(problem: RiskProblem, alphas: list[np.ndarray], loss: float) ->
         return None
     found = []
     for alpha in alphas:
-        top = (
-            ceiling(problem, alpha, "cells") or ceiling(problem, alpha, "linear") or ceiling(problem, alpha, "spectral")
-        )
+        top = ceiling(problem, alpha, "exact") or ceiling(problem, alpha, "spectral")
         if top is None or not 0 < top.upper < math.inf:
             continue
         level = float(np.linalg.norm(alpha.mean(axis=0))) if problem.structure.use_bias else 0.0

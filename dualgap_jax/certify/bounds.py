@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
-from dualgap_jax.certify.engines import CEILINGS, Ceiling, ceiling, relaxed
+from dualgap_jax.certify.engines import CEILINGS, EXACT, Ceiling, ceiling, relaxed
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, Minimum, penalised_minimum
@@ -188,13 +188,13 @@ def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: 
             lambda t: -dual(t), bounds=(0.0, top), method="bounded", options={"xatol": 1e-11 * top}
         )
         theta = max((t for t in (theta, float(found.x), top) if t <= limit), key=dual)
-    x = np.linalg.norm(known.inputs(problem.one.x), axis=1)
+    x = np.linalg.norm(known.inputs(problem.one.x), axis=1) ** known.order
     for _ in range(4):
         exact = theta * alpha
         rows = alpha if theta == 1 else problem.conjugate.nearest(exact, problem.y)
         # kappa is Lipschitz in alpha: what rounding the rows into the domain has changed.
         moved = np.linalg.norm(rows - exact, axis=1) + (0 if theta == 1 else 2 * _EPS) * np.linalg.norm(exact, axis=1)
-        change = float(np.mean(moved * x)) * known.degree ** (-known.degree / 2) * (1 + (len(x) + 64) * _EPS)
+        change = float(np.mean(moved * x)) * known.share * (1 + (len(x) + 64) * _EPS)
         there = theta * kappa * (1 + 4 * _EPS) + change if theta != 1 else kappa
         at = _multiplier(problem, there, _level(problem, rows)) if lam is None else lam
         pieces = _assembled(problem, rows, there, at)
@@ -255,7 +255,7 @@ def _from_ceiling(problem: RiskProblem, alpha: np.ndarray, top: Ceiling, scale: 
 
 def best_proven(problem: RiskProblem, alpha: np.ndarray, spec: BoundSpec, label: str | None = None) -> Bound:
     """The best bound that can be proven from `alpha` on: with dual vectors moved by the relaxation where it applies."""
-    if ceiling(problem, alpha, "cells") is None and (joint := relaxed(problem, alpha)) is not None:
+    if ceiling(problem, alpha, "exact") is None and (joint := relaxed(problem, alpha)) is not None:
         return max(_from_ceiling(problem, *joint), least_losses(problem), key=lambda bound: bound.value)
     return lower_bound(problem, alpha, spec=spec, label=label)
 
@@ -277,8 +277,9 @@ def lower_bound(
       problem: the risk.
       alpha: `[n, out]` (or `[n]` with one output) in the domain of the loss's conjugate; what is within 1e-9 of it is
         moved there.
-      engine: 'linear' and 'cells' (exact), 'moments', 'spectral' and 'norms' (looser, in this order) for homogeneous
-        branches; 'branch and bound' for up to 6 parameters in a ball with power 2; 'auto' for the best that is proven.
+      engine: 'linear', 'quadratic', 'gated' and 'cells' (exact), 'moments', 'spectral' and 'norms' (looser, in this
+        order) for homogeneous branches; 'branch and bound' for up to 6 parameters in a ball with power 2; 'auto' for
+        the best that is proven.
       multiplier: of the budget, for branch and bound; None: estimated, which the proof does not rest on.
       scale: whether the best multiple of alpha is taken, for homogeneous branches.
       spec: how far branch and bound goes.
@@ -305,7 +306,7 @@ def lower_bound(
         top = ceiling(problem, rows, engine)
         if top is not None and math.isfinite(top.upper):
             found.append(_from_ceiling(problem, rows, top, scale))
-            exact = top.method in ("linear", "cells")
+            exact = top.method in EXACT
         elif engine != "auto":
             raise ValueError(f"the engine {engine!r} does not apply to this branch and these data.")
     small = boxes_apply(problem) and (engine == "branch and bound" or problem.one.size <= _AUTO_UP_TO or not found)

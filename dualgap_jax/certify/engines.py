@@ -1,14 +1,16 @@
 """Proven bounds on `kappa(alpha) = max over ||w|| <= 1 of -(1/n) sum_j <alpha_j, f(w; x_j)>` for homogeneous branches.
 
-By Hoelder's inequality kappa is `rho L^(-L/2)`, where rho is the largest sum that one unit makes of the data:
+By Hoelder's inequality kappa is `rho L^(-L/2)` (`Structure.share`), where rho is the largest sum that one unit makes of
+the data:
 
-* linear: rho is the largest singular value of `(1/n) sum_j alpha_j x_j^T` (its norm for L = 1), exact in any dimension;
+* linear, quadratic, gated: rho is a singular value or an eigenvalue, exact in any dimension (`closed`);
 * cells: one ReLU or leaky unit in up to three dimensions, exact (`cells`);
 * spectral: `psi(t) = (1+s)/2 t + (1-s)/2 |t|` for the slope s, so for one hidden layer
   `rho <= (1+s)/2 sigma_1((1/n) alpha^T X) + (1-s)/2 sigma_1(G alpha) sigma_1(G^-1 X) / n` for any positive diagonal G:
-  1, or what gives both matrices rows of the same lengths (`balanced`).  Any size and number of outputs, loose;
+  1, or what gives both matrices rows of the same lengths (`balanced`).  Any size and number of outputs, loose.  For
+  squares of several outputs it is the singular value of an unfolded tensor (`closed.unfolded`);
 * moments: one hidden layer of ReLU or leaky units, any size, by a semidefinite relaxation (`moments`);
-* norms: `rho <= (1/n) sum_j ||alpha_j|| ||x_j||`: any depth, looser still.
+* norms: `rho <= (1/n) sum_j ||alpha_j|| ||x_j||`, with squares `||x_j||^2`: any depth, looser still.
 
 Singular values are computed in float64; what is added to them, `(n + d + 64) eps` times the Frobenius norm, is more
 than LAPACK's backward error (Golub and Van Loan, Matrix Computations, section 8.6).
@@ -22,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.certify import cells, moments
+from dualgap_jax.certify import cells, closed, moments
+from dualgap_jax.certify.closed import moment
 from dualgap_jax.certify.moments_joint import relaxation
 from dualgap_jax.certify.moments_start import FORMS
 from dualgap_jax.certify.problem import RiskProblem
@@ -65,25 +68,15 @@ def _top(matrix: np.ndarray) -> float:
     return _above(math.sqrt(max(0.0, float(np.linalg.norm(small, 2)) + 2 * extra * float(np.trace(small)))), 4 * _EPS)
 
 
-def moment(x: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """`(1/n) sum_j alpha_j x_j^T [out, d]`."""
-    return alpha.T @ x / len(x)
+def sizes(x: np.ndarray, alpha: np.ndarray, order: int = 1) -> float:
+    """An upper bound on `(1/n) sum_j ||alpha_j|| ||x_j||^order`."""
+    product = np.linalg.norm(alpha, axis=1) * np.linalg.norm(x, axis=1) ** order
+    return _above(float(product.mean()), (len(x) + 2 * x.shape[1] + alpha.shape[1] + 8) * _EPS)
 
 
-def sizes(x: np.ndarray, alpha: np.ndarray) -> float:
-    """An upper bound on `(1/n) sum_j ||alpha_j|| ||x_j||`."""
-    product = np.linalg.norm(alpha, axis=1) * np.linalg.norm(x, axis=1)
-    return _above(float(product.mean()), (len(x) + x.shape[1] + alpha.shape[1] + 8) * _EPS)
-
-
-def _share(known: Structure) -> float:
-    """`L^(-L/2)`, what kappa is of rho."""
-    return known.degree ** (-known.degree / 2)
-
-
-def _rescaled(x: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def _rescaled(x: np.ndarray, alpha: np.ndarray, order: int = 1) -> tuple[np.ndarray, np.ndarray, int]:
     (one, e1), (two, e2) = cells.scaled(x), cells.scaled(alpha)
-    return one, two, e1 + e2
+    return one, two, order * e1 + e2
 
 
 def _restored(value: float, exponent: int) -> float:
@@ -93,38 +86,34 @@ def _restored(value: float, exponent: int) -> float:
         return math.inf
 
 
-def _linear(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
-    if known.activation != "identity":
-        return None
-    points, weights, exponent = _rescaled(x, alpha)
-    matrix = moment(points, weights)
-    left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
-    value = float(np.linalg.norm(matrix)) if known.degree == 1 else float(sigma[0])
-    margin = ((len(x) + sum(matrix.shape) + 64) * _EPS + _SPARE) * sizes(points, weights)
-    if known.degree > 1:
-        point = known.unit(right[0], -left[:, 0])
-    else:
-        point = -(matrix / value).reshape(-1) if value > 0 else np.eye(1, matrix.size)[0]
-    share = _share(known)
-    return Ceiling(
-        _above(_restored(value + margin, exponent) * share, 16 * _EPS),
-        max(0.0, _restored(value - margin, exponent) * share * (1 - 16 * _EPS)),
-        point,
-        "linear",
-    )
+def _closed(name: str, activation: str) -> Callable[[Structure, np.ndarray, np.ndarray], Ceiling | None]:
+    def engine(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
+        points, weights, exponent = _rescaled(x, alpha, known.order)
+        found = closed.best(known, points, weights) if known.activation == activation else None
+        if found is None:
+            return None
+        value = float(found.values[0])
+        margin = (found.rounding + _SPARE) * sizes(points, weights, known.order) + found.relative * value
+        return Ceiling(
+            _above(_restored(value + margin, exponent) * known.share, 16 * _EPS),
+            max(0.0, _restored(value - margin, exponent) * known.share * (1 - 16 * _EPS)),
+            found.points[0],
+            name,
+        )
+
+    return engine
 
 
 def _cells(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
     leaky = known.activation == "leaky_relu"
-    narrow = known.degree == 2 or (known.degree > 2 and max(known.widths) == 1 and not leaky)
+    narrow = known.bent or (known.activation == "relu" and max(known.widths) == 1)
     doubled = len(x) * (2 if leaky else 1)
     if known.activation == "identity" or not narrow or not cells.applies(doubled, x.shape[1], alpha.shape[1]):
         return None
     found = cells.best_unit(x, -alpha, slope=known.negative_slope)
-    share = _share(known)
     return Ceiling(
-        _above(found.upper * share, 16 * _EPS),
-        found.lower * share * (1 - 16 * _EPS),
+        _above(found.upper * known.share, 16 * _EPS),
+        found.lower * known.share * (1 - 16 * _EPS),
         known.unit(found.u, found.a),
         "cells",
     )
@@ -141,17 +130,19 @@ def balanced(x: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spectral(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
-    if known.degree != 2:
+    points, weights, exponent = _rescaled(x, alpha, known.order)
+    if known.activation == "square":
+        value, relative = closed.unfolded(points, weights)
+        margin = ((len(x) + 64) * _EPS + _SPARE) * sizes(points, weights, 2) + relative * value
+        return Ceiling(_above(_restored(value + margin, exponent) * known.share, 16 * _EPS), 0.0, None, "spectral")
+    if not known.bent:
         return None
-    points, weights, exponent = _rescaled(x, alpha)
     slope, margin = known.negative_slope, (len(x) + 8) * _EPS * sizes(points, weights)
     straight = (1 + slope) / 2 * (_top(moment(points, weights)) + margin)
     pairs = (weights, points), balanced(points, weights)
     bent = (1 - slope) / 2 * min(_top(a) * _top(b) for a, b in pairs) / len(x)
     spare = _SPARE * 2 * (straight + bent)
-    return Ceiling(
-        _above(_restored(straight + bent + spare, exponent) * _share(known), 64 * _EPS), 0.0, None, "spectral"
-    )
+    return Ceiling(_above(_restored(straight + bent + spare, exponent) * known.share, 64 * _EPS), 0.0, None, "spectral")
 
 
 class Relaxed(NamedTuple):
@@ -162,7 +153,7 @@ class Relaxed(NamedTuple):
 
 
 def _moments(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
-    if known.degree != 2 or known.activation == "identity" or not np.any(alpha):
+    if not known.bent or known.activation == "identity" or not np.any(alpha):
         return None
     return _relaxed(known, x, alpha, moments.ball_bound(*cells.with_leak(x, alpha, known.negative_slope)))
 
@@ -172,7 +163,7 @@ def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, found: moments.
     one, two, exponent = _rescaled(x, alpha)
     doubled = 1 if known.negative_slope == 0 else 2
     spare = _restored(_SPARE * sizes(one, two), exponent)
-    upper = _above((found.upper * doubled + spare) * _share(known), 16 * _EPS)
+    upper = _above((found.upper * doubled + spare) * known.share, 16 * _EPS)
     return Ceiling(upper, 0.0, None, "moments", Relaxed(alpha, found))
 
 
@@ -194,20 +185,21 @@ def relaxed(problem: RiskProblem, alpha: np.ndarray) -> tuple[np.ndarray, Ceilin
 
 
 def _norms(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
-    points, weights, exponent = _rescaled(x, alpha)
-    size = sizes(points, weights) * (1 + _SPARE)
-    return Ceiling(_above(_restored(size, exponent) * _share(known), 16 * _EPS), 0.0, None, "norms")
+    points, weights, exponent = _rescaled(x, alpha, known.order)
+    size = sizes(points, weights, known.order) * (1 + _SPARE)
+    return Ceiling(_above(_restored(size, exponent) * known.share, 16 * _EPS), 0.0, None, "norms")
 
 
-# The first two are exact: where one of them applies, no other can be better.
 CEILINGS: dict[str, Callable[[Structure, np.ndarray, np.ndarray], Ceiling | None]] = {
-    "linear": _linear,
+    "linear": _closed("linear", "identity"),
+    "quadratic": _closed("quadratic", "square"),
+    "gated": _closed("gated", "gated"),
     "cells": _cells,
     "spectral": _spectral,
     "norms": _norms,
     "moments": _moments,
 }
-EXACT = ("linear", "cells")
+EXACT = ("linear", "quadratic", "gated", "cells")  # where one of them applies, no other can be better
 
 
 def ceiling(problem: RiskProblem, alpha: np.ndarray, engine: str = "auto") -> Ceiling | None:
@@ -216,13 +208,13 @@ def ceiling(problem: RiskProblem, alpha: np.ndarray, engine: str = "auto") -> Ce
     Args:
       problem: the risk.
       alpha: dual vectors.
-      engine: one of `CEILINGS`, or 'auto' for the best of them.
+      engine: one of `CEILINGS`, 'exact' for the one that is, or 'auto' for the best of them.
     """
     if problem.structure is None:
         return None
     known, best = problem.structure, None
     x = known.inputs(problem.one.x)
-    for name in CEILINGS if engine == "auto" else [engine]:
+    for name in {"auto": tuple(CEILINGS), "exact": EXACT}.get(engine, (engine,)):
         if engine == "auto" and name == "moments" and x.size * alpha.shape[1] > LARGEST_RELAXATION:
             continue
         found = CEILINGS[name](known, x, alpha)

@@ -128,7 +128,7 @@ class _Solver:
         problem, alpha = self.problem, found.alpha
         guess, ends, values = searched(problem, self.look, alpha, found.multiplier, self.weights)
         if problem.structure is not None:
-            exact = ceiling(problem, alpha, "linear") or ceiling(problem, alpha, "cells")
+            exact = ceiling(problem, alpha, "exact")
             if exact is not None and exact.point is not None:
                 made = lower_bound(problem, alpha, engine=exact.method)
                 self.proven = made if self.proven is None or made.value > self.proven.value else self.proven

@@ -98,8 +98,9 @@ def _layers(known: Structure, x: np.ndarray, kernels: list[np.ndarray]) -> tuple
         slack = (kernel.shape[2] + 4) * _EPS * size + 1e-300
         if error.any():
             slack = slack + (np.abs(kernel) @ np.broadcast_to(error, a.shape)) * (1 + (kernel.shape[2] + 4) * _EPS)
-        a = np.where(z > 0, z, known.negative_slope * z)
-        error = slack + _EPS * np.abs(a)
+        a = known.active(z, x)
+        steep = 2 * np.abs(z) + slack if known.order == 2 else 1.0  # |z'^2 - z^2| <= |z' - z| (2 |z| + |z' - z|)
+        error = slack * steep * (1 + 4 * _EPS) + _EPS * np.abs(a)
     return a, error
 
 

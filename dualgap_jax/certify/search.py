@@ -16,6 +16,8 @@ import numpy as np
 from jax import Array
 
 from dualgap_jax import seeds
+from dualgap_jax.certify.cells import scaled
+from dualgap_jax.certify.closed import best
 from dualgap_jax.certify.problem import RiskProblem
 
 _TOGETHER = 32  # units that are raised together
@@ -130,7 +132,7 @@ class BranchSearch:
 
     def _every(self) -> int:
         known = self._problem.structure
-        if known is None or known.degree != 2:
+        if known is None or not known.bent:
             return 1
         return -(-known.inputs(self._problem.one.x).size // _NUMBERS)
 
@@ -144,8 +146,11 @@ class BranchSearch:
         """
         known, x = self._problem.structure, self._problem.one.x
         assert known is not None
-        if known.degree == 2:
-            rows = known.inputs(x)
+        rows = known.inputs(x)
+        (small, e1), (weights, e2) = scaled(rows), scaled(alpha)
+        if (found := best(known, small, weights)) is not None:
+            return found.points, np.ldexp(found.values * known.share, known.order * e1 + e2)
+        if known.bent:
             units = known.layers(points, (rows.shape[1] - known.use_bias, alpha.shape[1]))[0][0].reshape(
                 -1, rows.shape[1]
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import decimal
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 
@@ -105,6 +105,33 @@ def _top(matrix: np.ndarray) -> float:
     return math.inf
 
 
+def _unfolding_at_most(x: np.ndarray, alpha: np.ndarray, bound: float, error: float) -> bool:
+    """Whether `||(1/n) sum_j alpha_j (u.x_j)^2|| <= bound` for all unit vectors u; moments are off by `error`.
+
+    Each output's sum is `u^T M_k u <= ||M_k u||`, so that the squares add up to `u^T (sum_k M_k^T M_k) u` at most.
+    """
+    d, out = x.shape[1], alpha.shape[1]
+    gram, square = np.zeros((d, d)), 0.0
+    for weights in alpha.T:
+        matrix = x.T @ (weights[:, None] * x) / len(x)
+        gram += matrix.T @ matrix
+        square += float(np.linalg.norm(matrix)) ** 2
+    size = math.sqrt(square) * (1 + (d * d + out + 8) * _EPS) + error
+    return _root_at_most(gram, (d + out + 4) * _EPS * size * size + 2 * error * size, bound)
+
+
+def _open(gates: np.ndarray, x: np.ndarray) -> Iterator[np.ndarray]:
+    """`[n, 1]` a gate: 1 where `g.x_j >= 0` in exact arithmetic, else 0."""
+    for gate in gates:
+        terms = x * gate
+        total, most = terms.sum(axis=1), np.abs(terms).sum(axis=1)
+        side = (total >= 0).astype(np.float64)
+        for j in np.flatnonzero(np.abs(total) <= (len(gate) + 4) * _EPS * most + 1e-290):
+            pairs = zip(gate.tolist(), x[j].tolist(), strict=True)
+            side[j] = float(sum((Fraction(a) * Fraction(b) for a, b in pairs), Fraction(0)) >= 0)
+        yield side[:, None]
+
+
 def _scaled_product(a: np.ndarray, b: np.ndarray) -> float:
     """A proven upper bound on `sigma_1(G a) sigma_1(G^-1 b)` for a positive diagonal G, without rows where one is 0."""
     lengths = [np.array([math.hypot(*row) for row in m.tolist()]) for m in (a, b)]
@@ -121,13 +148,17 @@ def _power_of_two(array: np.ndarray) -> int:
 
 def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, claim: float) -> str:
     """Why `kappa(alpha) <= claim` was not proven again, or ""."""
+    squared = known.activation == "square"
     ex, ea = _power_of_two(x), _power_of_two(alpha)
     points, weights = np.ldexp(x, -ex), np.ldexp(alpha, -ea)
-    rho = math.ldexp(claim, -ex - ea) * known.degree ** (known.degree / 2) * (1 - 16 * _EPS)
-    norms = [math.hypot(*row) for row in weights.tolist()], [math.hypot(*row) for row in points.tolist()]
+    # A unit (u, a) of norm 1 has |u|^2 |a| <= 2/3 (1/3)^(1/2), and L layers a product of norms of at most L^(-L/2).
+    factor = 1.5 * math.sqrt(3) if squared else known.degree ** (known.degree / 2)
+    rho = math.ldexp(claim, -ex * (2 if squared else 1) - ea) * factor * (1 - 16 * _EPS)
+    lengths = [math.hypot(*row) for row in points.tolist()]
+    norms = [math.hypot(*row) for row in weights.tolist()], [s * s for s in lengths] if squared else lengths
     size = math.fsum(a * b for a, b in zip(*norms, strict=True)) / len(x) * (1 + 16 * _EPS)
     mean = weights.T @ points / len(x)
-    error, slope = (len(x) + 4) * _EPS * size, known.negative_slope
+    error, slope = (len(x) + 4) * _EPS * size, 0.0 if squared or known.gates is not None else known.negative_slope
     holds: Callable[[], bool] = lambda: False  # noqa: E731
     if method == "norms":
         holds = lambda: size <= rho  # noqa: E731
@@ -136,12 +167,17 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
             holds = lambda: float(np.linalg.norm(mean)) * (1 + (mean.size + 8) * _EPS) + error <= rho  # noqa: E731
         else:
             holds = lambda: top_at_most(mean, rho, error)  # noqa: E731
-    elif method == "spectral" and known.degree == 2:
+    elif method in ("quadratic", "spectral") and squared:
+        holds = lambda: _unfolding_at_most(points, weights, rho, error + 4 * _EPS * size)  # noqa: E731
+    elif method == "gated" and known.gates is not None:
+        opens = _open(known.gates, x)
+        holds = lambda: all(top_at_most((weights * s).T @ points / len(x), rho, error) for s in opens)  # noqa: E731
+    elif method == "spectral" and known.bent:
         bent = min(_top(weights) * _top(points), _scaled_product(weights, points)) / len(x)
         parts = (1 + slope) / 2 * (_top(mean) + error) + (1 - slope) / 2 * bent
         holds = lambda: parts * (1 + 16 * _EPS) <= rho  # noqa: E731
     elif method == "cells":
-        narrow = known.degree == 2 or (max(known.widths) == 1 and known.activation == "relu")
+        narrow = known.bent or (known.activation == "relu" and max(known.widths) == 1)
         if not narrow or known.activation == "identity" or x.shape[1] > 3:
             return "the cells say nothing about this branch"
         if weights.shape[1] == 1 and 1e-250 < rho < 1e250:  # both signs of one number: cones, which are few
@@ -164,10 +200,10 @@ def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, evidence: Relax
 
     For any multiple t of these, `rho(alpha) <= t rho(theirs) + (1/n) sum_j ||alpha_j - t theirs_j|| ||x_j||`.
     """
-    theirs, slope = np.asarray(evidence.alpha, np.float64), known.negative_slope
-    if known.degree != 2 or theirs.shape != alpha.shape:
+    theirs = np.asarray(evidence.alpha, np.float64)
+    if not known.bent or theirs.shape != alpha.shape:
         return "the relaxation is not one of this branch and these dual vectors"
-    points, weights = _without_leak(x, theirs, slope)
+    points, weights = _without_leak(x, theirs, known.negative_slope)
     try:
         proven = verify_ball_bound(points, weights, evidence.bound)
     except VerificationError as error:

@@ -9,8 +9,11 @@ from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from dualgap_jax import seeds
+from dualgap_jax.networks.functions import from_functions
 from dualgap_jax.networks.precision import accumulator
 from dualgap_jax.networks.settings import activation as activation_function
 from dualgap_jax.networks.settings import positive, positives
@@ -123,6 +126,47 @@ def mlp(
         return rest(params, state, preactivation(params, x), key=key, train=train)
 
     return Network(init_fn, apply, Stem(preactivation, rest, rest_sum, apply))
+
+
+def gated(
+    gates: Any = 8,
+    out: SupportsIndex = 10,
+    seed: int = 0,
+    init: str = "torch",
+    init_scale: int | float = 1.0,
+) -> Network:
+    """A branch of gated ReLU units: `f(w; x) = sum_g a_g 1[g.x >= 0] (u_g.x)`, whose gates g are fixed.
+
+    What convex programs for ReLU networks are relaxed to (Mishkin, Sahiner and Pilanci, ICML 2022).  Parameters are
+    those of a bias-free `mlp` with one hidden layer, a unit for each gate; a hidden bias is an input that is 1.
+
+    Args:
+      gates: `[m, d]`, or their number m: then standard normal vectors of the seed.
+      out: number of outputs.
+      seed: of gates that are drawn.
+      init: law of the kernels, as of `mlp`.
+      init_scale: as of `mlp`.
+
+    Raises:
+      ValueError: for gates that are no finite matrix nor a positive count, or inputs of another size.
+    """
+    drawn = np.ndim(gates) == 0
+    given = np.zeros((positive(gates, "gated: gates"), 0)) if drawn else np.array(gates, np.float64)
+    if given.ndim != 2 or not len(given) or not np.isfinite(given).all():
+        raise ValueError(f"gated: gates must be a matrix [gates, inputs] of finite numbers, got shape {given.shape}.")
+    units = mlp((len(given),), out, use_bias=False, init=init, init_scale=init_scale)
+
+    def apply(params: Params, x: Array, /) -> Array:
+        rows = x.reshape(x.shape[0], -1)
+        size = rows.shape[1]
+        fixed = seeds.generator(seed).standard_normal((len(given), size)) if drawn else given
+        if fixed.shape[1] != size:
+            raise ValueError(f"gated: the gates have {fixed.shape[1]} entries, the inputs {size}.")
+        # A product, so that an input that is not a number shows in the outputs.
+        open_ = (rows @ jnp.asarray(fixed, rows.dtype).T >= 0).astype(rows.dtype)
+        return (open_ * (rows @ params[0]["kernel"].T)) @ params[1]["kernel"].T
+
+    return from_functions(lambda key, x: units.init(key, x)[0], apply)
 
 
 def mlp_output_bound(num_layers: int, radius: int | float, input_norm: int | float) -> float:

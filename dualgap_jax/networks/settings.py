@@ -20,6 +20,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "softplus": jax.nn.softplus,
     "gelu": jax.nn.gelu,
     "identity": lambda a: a,
+    "square": jnp.square,
 }
 
 
