@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_MODULES` and `_HOMES` say 
     from dualgap_jax.networks import from_functions as from_functions
     from dualgap_jax.networks import from_linen as from_linen
     from dualgap_jax.networks import from_nnx as from_nnx
-    from dualgap_jax.networks import gated as gated
     from dualgap_jax.networks import gru as gru
     from dualgap_jax.networks import mixture as mixture
     from dualgap_jax.networks import mlp as mlp
@@ -69,7 +68,6 @@ _HOMES = {
     "from_functions": "networks.from_functions",
     "from_linen": "networks.from_linen",
     "from_nnx": "networks.from_nnx",
-    "gated": "networks.gated",
     "gru": "networks.gru",
     "mixture": "networks.mixture",
     "mlp": "networks.mlp",

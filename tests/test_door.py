@@ -300,7 +300,7 @@ def test_the_ready_branches_are_at_the_door() -> None:
     image = jnp.ones((2, 8, 8, 1))
     for make, x in (
         (dg.mlp, image),
-        (dg.gated, image),
+        (dg.networks.gated, image),
         (dg.conv, image),
         (dg.vgg9, jnp.ones((2, 32, 32, 3))),
         (dg.gru, jnp.ones((2, 3, 4))),
