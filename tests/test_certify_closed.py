@@ -240,14 +240,15 @@ def test_a_risk_bounds_its_own_rounding(kind: str, rng: Any) -> None:
 def test_optimum_is_that_of_the_convex_program(kind: str, loss: str, rng: Any) -> None:
     x, y = rng.standard_normal((8, 2)).astype(np.float32), rng.choice([-1.0, 1.0], 8)
     gates = rng.standard_normal((4, 2))
-    settings = {"penalty": None, "budget": 1.5} if loss == "logistic" else {"penalty": 0.03}
+    settings = {"penalty": None, "budget": 1.5} if loss == "logistic" else {"penalty": 0.08}
     one = of_kind(kind, x, y, gates, losses.LOSSES.build(loss), **settings)
     best = closed_program(kind, x, y, loss, exact_sides(gates, x), **settings)
-    found = optimum(one, spec=OptimumSpec(units=6, starts=8, steps=100, tolerance=1e-6))
+    tolerance = 1e-4 if loss == "binary_hinge" else 1e-6  # a linear program's dual vectors settle slowly
+    found = optimum(one, spec=OptimumSpec(units=6, starts=8, steps=100, tolerance=tolerance))
     assert found.status == "certified"
     assert found.method == {"square": "quadratic", "gated": "gated"}[kind]
     assert found.lower - 2e-6 <= best <= found.upper + 2e-6
-    assert found.gap <= 1e-5
+    assert found.gap <= 2 * tolerance
     assert verify_bound(one, found.bound).holds
 
 
