@@ -194,6 +194,43 @@ def test_a_table_says_what_share_of_a_surface_its_scores_leave_out(tmp_path: Pat
     assert "Partial" not in Report(**load_json(whole.results / "report.json")).text()
 
 
+def test_what_the_solutions_do_not_allow_is_left_out_and_said(tmp_path: Path) -> None:
+    """One step as far as losses that are infinite, of a loss that is 0 at the zero network."""
+
+    def walled(*, at: float = 50.0) -> losses.Loss:
+        """Minus the margin, infinite beyond a wall."""
+
+        def per_example(outputs: Any, labels: Any) -> Any:
+            margins = labels * outputs[:, 0]
+            return jnp.where(margins > at, jnp.inf, -margins)
+
+        return losses.Loss(per_example, None, None, ("binary",))
+
+    tables = TABLES._replace(losses=losses.LOSSES.extended({"walled": walled}))
+    spec = tiny(
+        loss=Component("walled", {}),
+        training=TrainingSpec(batch_size=10, max_steps=1, check_every=1, learning_rate=1e3),
+        plane=PlaneSpec(points=5, edge_points=4, hessian=2, trajectory=3, align="branches"),
+    )
+    report, workdir, _ = run(spec, tmp_path / "w", tables=tables)
+    record = load_json(workdir.results / "landscape.json")
+    assert record["zero_loss"] is None
+    assert {"hessian", "trajectory"} == set(record["left_out"])
+    assert math.inf in [s["loss"] for s in record["solutions"]]
+    said = " ".join(report.text().split())
+    for words in (
+        "the loss of the zero network is not positive and finite",
+        "hessian, for the loss of",
+        "trajectory, for a trajectory needs at least three snapshots, got 2.",
+        "a loss on an edge is not finite: I = 3, I = 3 aligned.",
+    ):
+        assert words in said
+    shares = [1 - r["scores"]["finite_share"] for r in (record, record["aligned"])]
+    for name, share in zip(("I = 3", "I = 3 aligned"), shares, strict=True):
+        assert share == 0 or f"{name} ({share:.2%})" in said
+    assert max(shares) > 0
+
+
 def test_a_landscape_over_some_of_the_examples(tmp_path: Path) -> None:
     spec = tiny(plane=PlaneSpec(points=5, edge_points=4, samples=7, sample_chunk=3))
     report, workdir, _ = run(spec, tmp_path / "some")
@@ -505,6 +542,29 @@ def test_a_network_that_cannot_fit_in_memory_is_refused_before_it_is_made(tmp_pa
         with pytest.raises(ConfigError, match=r"one network of num_branches=.* takes .*B, available are .*B"):
             run(tiny(**change), tmp_path / "w")
     run(tiny(), tmp_path / "w")  # the corrected command
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plane": PlaneSpec(hessian=40)}, r"plane.hessian=40 exceeds the 39 parameters\."),
+        ({"plane": PlaneSpec(hessian=14, hessian_branches=True)}, "exceeds the 13 parameters of a branch"),
+        (
+            {
+                "num_branches": 1,
+                "branch": Component("mlp", {"hidden": (), "use_bias": False}),
+                "data": Component("synthetic_relu", {"n": 40, "d": 1, "seed": 3}),
+            },
+            "one parameter span no plane",
+        ),
+    ],
+)
+def test_what_too_few_parameters_do_not_allow_is_refused_before_training(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny(**change), tmp_path / "w")
+    assert not (tmp_path / "w" / "metrics.jsonl").exists()
 
 
 def test_another_config_in_the_workdir_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dualgap_jax import landscape, losses
 from dualgap_jax.landscape.lanczos import lanczos
-from dualgap_jax.networks import InMemory, mlp, multi_branch
+from dualgap_jax.networks import InMemory, from_functions, mlp, multi_branch
 
 CASES = {
     "logistic, tanh": (mlp((2, 2), 3, activation="tanh"), losses.logistic()),
@@ -140,5 +140,14 @@ def test_bad_input_is_refused(rng: np.random.Generator) -> None:
     broken = InMemory(jax.tree.map(lambda a: a * jnp.nan, network.params))
     with pytest.raises(ValueError, match="not finite"):
         landscape.hessian(net, loss, data, broken)
+    # One infinite output on the right side of a hinge: none of its derivatives says so.
+    x, y = np.asarray([[1.0], [2.0], [-1.0]], np.float32), np.asarray([1.0, 1.0, -1.0], np.float32)
+    odd = from_functions(lambda key, x: jnp.ones((1, 1)), lambda w, x: jnp.where(x > 1.5, jnp.inf, jnp.tanh(x @ w)))
+    for per_branch in (False, True):
+        with pytest.raises(ValueError, match="the loss of 1 of 3 examples is not finite"):
+            landscape.hessian(
+                multi_branch(odd, 2), losses.binary_hinge(), (x, y), InMemory(jnp.ones((2, 1, 1))), k=1,
+                per_branch=per_branch,
+            )  # fmt: skip
     with pytest.raises(ValueError, match="width=0"):
         landscape.hessian(net, loss, data, network, k=1).density(np.zeros(1), 0.0)

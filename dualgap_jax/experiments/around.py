@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,23 @@ class Around:
                     self._file(old).unlink()
 
     def measure(self, solutions: Sequence[Solution]) -> dict[str, Any]:
-        """What is asked for, for the record of the landscape; writes `spectrum`, `trajectory` and `curve.npz`."""
-        plane = self._spec.plane
+        """What is asked for, for the record of the landscape; writes `spectrum`, `trajectory` and `curve.npz`.
+
+        What the solutions do not allow, a Hessian where the loss is infinite or the plane of a path of two points, ends
+        no run: `left_out` says why it is missing.
+        """
         record: dict[str, Any] = {}
-        if plane.hessian:
-            record["hessian"] = self._hessian(solutions[0].network)
-        if plane.trajectory:
-            record["trajectory"] = self._trajectory(solutions[0])
-        if plane.curve:
-            record["curve"] = self._curve(*(s.network for s in solutions[:2]))
+        asked: dict[str, Callable[[], dict[str, Any]]] = {
+            "hessian": lambda: self._hessian(solutions[0].network),
+            "trajectory": lambda: self._trajectory(solutions[0]),
+            "curve": lambda: self._curve(*(s.network for s in solutions[:2])),
+        }
+        for name, find in asked.items():
+            if getattr(self._spec.plane, name):
+                try:
+                    record[name] = find()
+                except ValueError as error:
+                    record.setdefault("left_out", {})[name] = str(error)
         return record
 
     def _hessian(self, network: BranchSource) -> dict[str, Any]:

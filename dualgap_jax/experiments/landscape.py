@@ -151,8 +151,15 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
 
 
 def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
-    """Raises ConfigError for a network whose parameters alone are more than the memory of the devices that share it."""
+    """Raises ConfigError for a network that is too large for the memory of the devices that share it, or too small."""
     shapes = jax.eval_shape(net.init, jax.random.key(0), example_input(dataset))
+    total, asked = num_parameters(net, dataset), spec.plane.hessian
+    most = total // spec.num_branches if spec.plane.hessian_branches else total
+    require(total > 1, "three networks of one parameter span no plane; take more branches, features or units.")
+    require(
+        asked <= most,
+        f"plane.hessian={asked} exceeds the {most:,} parameters{' of a branch' * spec.plane.hessian_branches}.",
+    )
     needed, free = tree_bytes(shapes) // max(spec.mesh.branch, 1), memory_available()
     require(
         needed < free,

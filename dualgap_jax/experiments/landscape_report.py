@@ -26,14 +26,24 @@ def _state_note(record: Mapping[str, Any]) -> str:
 def partial_notes(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """The sentence on surfaces with losses that are not finite, by their names and scores, as far as there are any."""
     said = [f"{name} ({1 - share:.2%})" for name, s in named if (share := s.get("finite_share", 1.0)) < 1]
-    return (
-        [f"Partial scores, of the finite losses only; share of the grid left out: {', '.join(said)}."] if said else []
-    )
+    edges = [name for name, s in named if s.get("barriers") and None in s["barriers"]]
+    return [
+        *([f"Partial scores, of the finite losses only; share of the grid left out: {', '.join(said)}."] if said else []),
+        *([f"No barrier, for a loss on an edge is not finite: {', '.join(edges)}."] if edges else []),
+    ]
 
 
 def _aligned_note(aligned: Mapping[str, Any]) -> str:
     what = "branches and their hidden units" if aligned["over"] == "branches" else "hidden units of all branches"
     return f"Aligned: {what} of solutions 1 and 2 permuted to lie nearest to those of solution 0, by {aligned['by']}."
+
+
+def _surfaces(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The scores of every surface of a landscape, by the name that the notes give it."""
+    name = f"I = {record['num_branches']:,}"
+    others = {"aligned": record["aligned"]} if "aligned" in record else {}
+    others |= record.get("controls", {})
+    return [(name, record["scores"]), *((f"{name} {other}", found["scores"]) for other, found in others.items())]
 
 
 def _row(record: Mapping[str, Any], name: Any, measured: Mapping[str, Any]) -> list[Any]:
@@ -89,7 +99,14 @@ def report(records: list[dict[str, Any]]) -> Report:
     outside = [f"I = {r['num_branches']:,}: {r['solutions_outside']}" for r in records if r.get("solutions_outside")]
     if outside:
         notes.append(f"Outside the window lie solutions {'; '.join(outside)}: plane.window=solutions lets it grow.")
-    notes += partial_notes([(f"I = {r['num_branches']:,}", r["scores"]) for r in records])
+    notes += partial_notes([named for r in records for named in _surfaces(r)])
+    notes += [
+        f"Left out at I = {r['num_branches']:,}: {name}, for {why}"
+        for r in records
+        for name, why in r.get("left_out", {}).items()
+    ]
+    if any(r.get("zero_loss", 1.0) is None for r in records):
+        notes.append("No scores per zero loss: the loss of the zero network is not positive and finite.")
     if first["data"].get("image_format") == "JPEG":
         notes.append("Data: a JPEG-recompressed (lossy) copy of the images.")
     return Report(first["title"] if len(records) == 1 else "", columns, rows, notes)

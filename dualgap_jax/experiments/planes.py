@@ -155,7 +155,8 @@ def measure(
 ) -> dict[str, Any]:
     """Planes, surfaces and scores, raw and aligned as far as asked for; writes `results/landscape.npz`."""
     zero = jnp.zeros((len(dataset.y), dataset.num_outputs))
-    zero_loss = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
+    at_zero = float(np.mean(np.asarray(loss.per_example(zero, jnp.asarray(dataset.y)), np.float64)))
+    zero_loss = at_zero if 0 < at_zero < math.inf else None  # a loss of one's own may have none to compare with
     measured: dict[str, Any] = {"axes": spec.plane.axes, "state": None, "zero_loss": zero_loss}
     if landscape.has_statistics(networks[0].read(0, 1)[1]):
         examples = min(spec.plane.state_samples, len(dataset.y)) if spec.plane.state == "estimate" else None
@@ -186,7 +187,7 @@ def _surface(
     loss: Loss,
     networks: Sequence[BranchSource],
     name: str,
-    zero_loss: float,
+    zero_loss: float | None,
 ) -> dict[str, Any]:
     """The surface over the plane through three networks, kept as `results/NAME.npz`, and its scores."""
     plane = landscape.plane_through(networks, spec.plane.axes)

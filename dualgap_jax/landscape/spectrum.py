@@ -22,7 +22,7 @@ from jaxtyping import Float
 from dualgap_jax import seeds, trees
 from dualgap_jax.data import Dataset, as_dataset, standardise
 from dualgap_jax.landscape.lanczos import Tridiagonal, lanczos
-from dualgap_jax.losses import Loss, as_loss
+from dualgap_jax.losses import Loss, as_loss, marked
 from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import check_network, upcast
 from dualgap_jax.networks.sources import blocks, check_source
@@ -222,13 +222,14 @@ class _Products:
             return jnp.sum(jax.vmap(lambda outputs: summed(loss.per_example(outputs, y), real))(moved))
 
         @jax.jit
-        def feels(flat: Array, rest: Any, x: Array, y: Array) -> Array:
+        def feels(flat: Array, rest: Any, x: Array, y: Array) -> tuple[Array, Array]:
             def one(output: Array, label: Array) -> Array:
                 return loss.per_example(output[None], label[None])[0]
 
             outputs = net.apply(unflatten(flat, rest[0]), rest[1], x)[0]
             derivatives = jax.vmap(jax.grad(one))(outputs, y), jax.vmap(jax.hessian(one))(outputs, y)
-            return jnp.any(jnp.stack([(d != 0).reshape(len(y), -1).any(1) for d in derivatives]), axis=0)
+            felt = jnp.any(jnp.stack([(d != 0).reshape(len(y), -1).any(1) for d in derivatives]), axis=0)
+            return felt, jnp.isfinite(marked(loss.per_example(outputs, y), outputs))
 
         @jax.jit
         def add(total: Array, vectors: Array, flat: Array, rest: Any, x: Array, y: Array, real: Array) -> Array:
@@ -243,14 +244,23 @@ class _Products:
 
     @functools.cached_property
     def _felt(self) -> np.ndarray:
-        """The examples that the loss feels, found by one pass when they are first asked for."""
+        """The examples that the loss feels, found by one pass when they are first asked for.
+
+        Raises ValueError where a loss is not finite: its derivatives may be 0, and it would be left out.
+        """
         portions = blocks(len(self._dataset.y), self._batch)
         with jax.default_matmul_precision("highest"):
-            felt = [
-                np.asarray(self._feels(self.flat, self._rest, *self._examples(np.arange(first, first + count))))
+            parts = [
+                self._feels(self.flat, self._rest, *self._examples(np.arange(first, first + count)))
                 for first, count in portions
             ]
-        return np.flatnonzero(np.concatenate(felt))
+        felt, finite = (np.concatenate([np.asarray(part[k]) for part in parts]) for k in range(2))
+        if not finite.all():
+            raise ValueError(
+                f"the loss of {np.count_nonzero(~finite)} of {len(finite)} examples is not finite, so that the mean has"
+                " no Hessian (a diverged run?)."
+            )
+        return np.flatnonzero(felt)
 
     @property
     def active(self) -> int:
