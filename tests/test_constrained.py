@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualgap_jax import duality, networks
+from dualgap_jax import certify, duality, losses, networks
 from dualgap_jax.data import Dataset, from_arrays
 from dualgap_jax.duality import BoundSpec, ConstrainedProblem, Effort, SearchSpec, constrained_bounds, numpy_pairs, sets
 from dualgap_jax.duality.rules import UnsupportedPrimitiveError
@@ -209,6 +209,21 @@ def test_operations_without_a_rule_and_budgets_out_of_range_are_refused(rng: np.
 
     with pytest.raises(UnsupportedPrimitiveError, match="lgamma"):
         made(lambda w: jax.lax.lgamma(w + 3.0))
+    looped = networks.from_functions(
+        lambda key, x: jnp.zeros(1),
+        lambda w, x: jax.lax.fori_loop(0, jnp.where(w[0] > 0, 2, 3), lambda i, a: a * w[0], x),
+    )
+    called = networks.from_functions(
+        lambda key, x: jnp.zeros(1), lambda w, x: jax.pure_callback(np.sin, x, w[0] * x, vmap_method="expand_dims")
+    )
+    for branch, message in (
+        (looped, "no gradient.*In place of while: give the loop a known"),
+        (called, "JAX says: Pure"),
+    ):
+        with pytest.raises(UnsupportedPrimitiveError, match=message):
+            duality.branch_problem(branch, labelled(rng), tau=5.0, radius=1.0)
+        with pytest.raises(UnsupportedPrimitiveError, match=message):
+            certify.risk_problem(branch, labelled(rng), losses.logistic(), penalty=1.0, radius=1.0)
     problem = made(lambda w: jnp.abs(w) + 1)
     with pytest.raises(ValueError, match="or inf for no constraint"):
         duality.theorem1(problem, math.nan, 2, points=9, effort=EFFORT)

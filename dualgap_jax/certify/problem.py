@@ -20,7 +20,7 @@ from dualgap_jax import seeds
 from dualgap_jax.certify.structure import Structure, structure_of
 from dualgap_jax.conjugates import Conjugate
 from dualgap_jax.data import as_dataset, validate
-from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.problem import Problem, check_gradient
 from dualgap_jax.duality.values import number
 from dualgap_jax.losses import Loss, as_loss
 from dualgap_jax.registry import unknown
@@ -145,6 +145,7 @@ def risk_problem(
     Raises:
       ValueError: for numbers out of range, both or neither of penalty and budget, a loss without conjugate or for other
         labels, a branch with state (batch norm), a missing radius, or a sum that depends on the number of branches.
+      UnsupportedPrimitiveError: for a branch that JAX cannot differentiate.
     """
     loss, data = as_loss(loss), validate(as_dataset(dataset))
     if loss.conjugate is None or loss.slope is None:
@@ -185,6 +186,7 @@ def risk_problem(
     shape = jax.eval_shape(one.outputs, jnp.zeros(size, jnp.float32)).shape
     if shape != one.c.shape:
         raise ValueError(f"the branch gives outputs of shape {shape} on this data set, need {one.c.shape}.")
+    check_gradient(one)
     known = structure_of(one)
     if known is not None and known.use_bias and power != 2:
         known = None  # h does not come apart into that of kernels and that of biases

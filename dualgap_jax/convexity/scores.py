@@ -35,7 +35,8 @@ DEFINITIONS: dict[str, str] = {
     " this is |lambda_min / lambda_max| cut off at 1",
     "curvature_ratio_max": "largest value of the same ratio",
     "barriers": "for the edges between solutions 0-1, 1-2 and 2-0: the largest excess of the loss along the edge over"
-    " the linear interpolation between its end losses, at least 0, in units of loss; null when no edges were given, and each that is not finite",
+    " the linear interpolation between its end losses, at least 0, in units of loss; null when no edges were"
+    " given, and each that is not finite",
     "barrier_max": "largest of the three barriers, in units of loss",
     "finite_share": "share of the grid points whose loss is finite; all other scores use the finite points only, and"
     " say nothing of the others (status partial)",

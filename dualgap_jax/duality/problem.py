@@ -24,6 +24,8 @@ from jaxtyping import Array, Float, Float64
 
 from dualgap_jax import seeds
 from dualgap_jax.data import Dataset, validate
+from dualgap_jax.duality.programs import remedy, trace
+from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.values import number
 from dualgap_jax.files import text_digest
 from dualgap_jax.identity import function_digest
@@ -172,6 +174,7 @@ def branch_problem(
 
     Raises:
       ValueError: for numbers out of range, a regression task, or outputs of the wrong shape.
+      UnsupportedPrimitiveError: for a branch that JAX cannot differentiate, as the searches do.
     """
     tau, radius, power = (number(k, v, infinite=True) for k, v in (("tau", tau), ("radius", radius), ("power", power)))
     for name, value in (("tau", tau), ("radius", radius)):
@@ -195,7 +198,19 @@ def branch_problem(
     shape = jax.eval_shape(problem.outputs, jnp.zeros(size, jnp.float32)).shape
     if shape != c.shape:
         raise ValueError(f"the branch gives outputs of shape {shape} on this data set, need {c.shape}.")
+    check_gradient(problem)
     return problem
+
+
+def check_gradient(problem: Problem) -> None:
+    """Raises UnsupportedPrimitiveError for a branch without a gradient in many weights at once, which searches take."""
+    rows = jax.ShapeDtypeStruct((2, problem.size), jnp.float32)
+    try:
+        jax.eval_shape(jax.vmap(jax.grad(problem.g)), rows)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        used = trace(problem.outputs, jnp.zeros(problem.size, jnp.float32))[0].primitives(dependent=True)
+        said = remedy(used & {"while"}) or f"  JAX says: {str(error).splitlines()[0]}"
+        raise UnsupportedPrimitiveError(f"the branch has no gradient in its weights.{said}") from error
 
 
 class ByProgram:

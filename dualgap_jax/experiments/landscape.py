@@ -151,7 +151,7 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
 
 
 def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
-    """Raises ConfigError for a network that is too large for the memory of the devices that share it, or too small."""
+    """Raises ConfigError for a network too large for the devices that share it, or too small for its plane."""
     shapes = jax.eval_shape(net.init, jax.random.key(0), example_input(dataset))
     total, asked = num_parameters(net, dataset), spec.plane.hessian
     most = total // spec.num_branches if spec.plane.hessian_branches else total

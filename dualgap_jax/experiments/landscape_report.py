@@ -27,10 +27,12 @@ def partial_notes(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """The sentence on surfaces with losses that are not finite, by their names and scores, as far as there are any."""
     said = [f"{name} ({1 - share:.2%})" for name, s in named if (share := s.get("finite_share", 1.0)) < 1]
     edges = [name for name, s in named if s.get("barriers") and None in s["barriers"]]
-    return [
-        *([f"Partial scores, of the finite losses only; share of the grid left out: {', '.join(said)}."] if said else []),
-        *([f"No barrier, for a loss on an edge is not finite: {', '.join(edges)}."] if edges else []),
-    ]
+    notes = []
+    if said:
+        notes.append(f"Partial scores, of the finite losses only; share of the grid left out: {', '.join(said)}.")
+    if edges:
+        notes.append(f"No barrier, for a loss on an edge is not finite: {', '.join(edges)}.")
+    return notes
 
 
 def _aligned_note(aligned: Mapping[str, Any]) -> str:
