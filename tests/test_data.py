@@ -707,6 +707,9 @@ def test_standardised_features_have_mean_0_and_deviation_1(dtype: type, rng: np.
         ({"y": np.array([True, False, True, True])}, "y must hold numbers, got bool"),
         ({"x": np.full((4, 2), np.nan)}, "non-finite features"),
         ({"x": np.full((4, 2), 1e300)}, "too large for float32; scale them"),
+        ({"x": np.full((4, 2), 1e-39)}, "x holds only numbers that are 0 in float32; scale them"),
+        ({"y": [1e-60, 0.0, -1e-60, 0.0]}, "y holds only numbers that are 0 in float32"),
+        ({"x": np.ma.masked_less(np.eye(4), 1)}, "x holds masked entries"),
         ({"y": [1.0, np.inf, 0.0, 0.0]}, "non-finite targets"),
         ({"y": [0, 1, 2, -1]}, r"outside the classes 0..2: 1 of 4, first at index 3 \(-1\)"),
         ({"y": [0, 1, 2, 3], "num_outputs": 3}, r"outside the classes 0..2"),
@@ -718,6 +721,27 @@ def test_standardised_features_have_mean_0_and_deviation_1(dtype: type, rng: np.
 def test_arrays_that_are_no_data_set_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data.from_arrays(**{"x": np.zeros((4, 2)), "y": [0, 1, 2, 0], **arguments})
+
+
+def test_numbers_of_narrow_formats_are_taken() -> None:
+    x = jnp.asarray([[1.5, -2.0], [0.25, 3.0]])
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn):
+        given = data.from_arrays(x.astype(dtype), jnp.asarray([1, -1]).astype(dtype))
+        np.testing.assert_array_equal(given.x, np.asarray(x, np.float32))
+        assert given.task == "binary"
+
+
+def test_a_data_set_made_by_hand_is_checked_where_it_is_used(rng: np.random.Generator) -> None:
+    good = data.from_arrays(rng.standard_normal((4, 2)), [1, -1, 1, -1])
+    for change, message in (
+        ({"y": np.asarray([0, 1, 0, 1], np.float32)}, r"outside the classes -1, \+1"),
+        ({"x": np.full((4, 2), np.inf, np.float32)}, "non-finite features"),
+        ({"std": np.zeros(1, np.float32)}, "std must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.as_dataset(good._replace(**change))
+    given = data.as_dataset(good._replace(x=good.x.tolist(), mean=[0.0], std=jnp.ones(1)))
+    np.testing.assert_array_equal(given.x, good.x)
 
 
 @pytest.mark.parametrize("given", [np.zeros((4, 2)), "mnist", None, (1, 2, 3)])

@@ -139,9 +139,9 @@ def from_arrays(
 
     Raises:
       ValueError: for shapes that do not fit, no examples, labels that no task takes, numbers that are not finite, or
-        that float32 cannot hold.
+        that float32 cannot hold, too large for it or all so small that it takes them for 0.
     """
-    x, y = np.asarray(x), np.asarray(y)
+    x, y = _known(name, "x", x), _known(name, "y", y)
     if y.ndim != 1:
         raise ValueError(
             f"data set {name!r}: labels must be one number an example, y [n], got y {y.shape};"
@@ -172,13 +172,13 @@ def from_arrays(
 
 
 def as_dataset(data: Any) -> Dataset:
-    """A data set as it is, or `from_arrays(*data)` of a pair of arrays `(x, y)`.
+    """A data set, checked wherever it is used, or `from_arrays(*data)` of a pair of arrays `(x, y)`.
 
     Raises:
-      ValueError: for anything else.
+      ValueError: for anything else, and as `validate` does: a data set may be made by hand.
     """
     if isinstance(data, Dataset):
-        return data
+        return validate(data._replace(**{name: np.asarray(getattr(data, name)) for name in ("x", "y", "mean", "std")}))
     if isinstance(data, tuple | list) and len(data) == 2:
         return from_arrays(*data)
     raise ValueError(
@@ -187,9 +187,19 @@ def as_dataset(data: Any) -> Dataset:
     )
 
 
+def _known(name: str, label: str, given: Any) -> np.ndarray:
+    """An array of a number type of NumPy's own: bfloat16 and its like become float32."""
+    if np.ma.is_masked(given):
+        raise ValueError(f"data set {name!r}: {label} holds masked entries; fill them, or remove their examples.")
+    array = np.asarray(given)
+    return array.astype(np.float32) if array.dtype.kind == "V" and jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
 def _as_float32(name: str, label: str, array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         single = array.astype(np.float32)
     if not np.isfinite(single).all() and np.isfinite(array).all():
         raise ValueError(f"data set {name!r}: {label} holds numbers too large for float32; scale them.")
+    if array.any() and (np.abs(single) < np.finfo(np.float32).tiny).all():
+        raise ValueError(f"data set {name!r}: {label} holds only numbers that are 0 in float32; scale them.")
     return single
