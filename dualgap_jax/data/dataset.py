@@ -55,8 +55,12 @@ def standardise(
     return (jnp.asarray(x, dtype) - jnp.asarray(mean, dtype)[None]) / jnp.asarray(std, dtype)[None]
 
 
-def validate(dataset: Dataset) -> Dataset:
+def validate(dataset: Dataset, *, nan: bool = False) -> Dataset:
     """Returns `dataset` unchanged if it is sound.
+
+    Args:
+      dataset: the data set.
+      nan: whether features may be NaN.
 
     Raises:
       ValueError: for an empty data set, shapes that do not fit one another, a dtype that the task does not take,
@@ -72,7 +76,9 @@ def validate(dataset: Dataset) -> Dataset:
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"data set {name!r}: x must be uint8 or float, got {x.dtype}.")
     if np.issubdtype(x.dtype, np.floating):
-        _refuse(name, "examples with non-finite features", ~np.isfinite(x).all(axis=tuple(range(1, x.ndim))))
+        axes = tuple(range(1, x.ndim))
+        bad = np.isinf(x).any(axis=axes) if nan else ~np.isfinite(x).all(axis=axes)
+        _refuse(name, "examples with non-finite features", bad)
     if task == "multiclass":
         if not np.issubdtype(y.dtype, np.integer):
             raise ValueError(f"data set {name!r}: class labels must be integers, got {y.dtype}.")
@@ -175,10 +181,12 @@ def as_dataset(data: Any) -> Dataset:
     """A data set, checked wherever it is used, or `from_arrays(*data)` of a pair of arrays `(x, y)`.
 
     Raises:
-      ValueError: for anything else, and as `validate` does: a data set may be made by hand.
+      ValueError: for anything else, and as `validate` does, for a data set may be made by hand.  A NaN among features
+        makes every loss that it enters NaN, and is let in; an infinity, which a sigmoid would hide, is not.
     """
     if isinstance(data, Dataset):
-        return validate(data._replace(**{name: np.asarray(getattr(data, name)) for name in ("x", "y", "mean", "std")}))
+        arrays = {name: np.asarray(getattr(data, name)) for name in ("x", "y", "mean", "std")}
+        return validate(data._replace(**arrays), nan=True)
     if isinstance(data, tuple | list) and len(data) == 2:
         return from_arrays(*data)
     raise ValueError(
