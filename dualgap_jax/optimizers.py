@@ -45,6 +45,8 @@ def for_network(network: Network, transformation: Any) -> optax.GradientTransfor
     Raises:
       ConfigError: for something else than an optax transformation.
     """
+    if isinstance(transformation, optax.MultiSteps):
+        transformation = transformation.gradient_transformation()
     if not isinstance(transformation, optax.GradientTransformation):
         hint = ""
         if isinstance(transformation, int | float):

@@ -193,6 +193,19 @@ def test_every_public_transformation_acts_on_each_branch_alone(name: str) -> Non
                     np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-6)
 
 
+def test_gathered_gradients_are_gathered_by_each_branch(rng: np.random.Generator) -> None:
+    """`optax.MultiSteps` is no transformation, but is passed like one."""
+    params, gathered = tree(rng, 3), optax.MultiSteps(optax.adam(0.1), 2)
+    gradients = [tree(rng, 3) for _ in range(4)]
+    together = stepper(optimizers.for_network(stack(3), gathered))(params, gradients)
+    for i in range(3):
+        own = jax.tree.map(lambda a, i=i: a[i], (params, gradients))
+        alone = stepper(gathered.gradient_transformation())(*own)
+        assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (alone, own[0])), strict=True))
+        for a, b in zip(*map(jax.tree.leaves, (together, alone)), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     "name", ["clip_by_global_norm", "adafactor", "lamb", "muon", "centralize", "clip_by_block_rms"]
 )

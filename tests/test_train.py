@@ -15,7 +15,7 @@ from dualgap_jax.config import ConfigError
 from dualgap_jax.data import Dataset
 from dualgap_jax.networks import mlp, multi_branch
 from dualgap_jax.optimizers import for_network
-from dualgap_jax.training import TrainingSpec, plan, solution_key, train
+from dualgap_jax.training import TrainingSpec, plan, solution_key, spec, train
 from dualgap_jax.training.engine import begin
 from dualgap_jax.training.together import step
 
@@ -123,6 +123,7 @@ def test_what_is_no_optimiser_is_refused_in_words(given: Any, words: str, rng: n
     [
         ({"check_every": 0}, "check_every=0 must be at least 1"),
         ({"max_steps": -1}, "max_steps=-1 must be at least 0"),
+        ({"num_solutions": True}, "num_solutions=True must be a whole number"),
         ({"tolerance": float("nan")}, "tolerance=nan must be at least 0 and finite"),
         ({"batch_size": 21}, "batch_size=21 exceeds the 20 examples"),
     ],
@@ -130,6 +131,13 @@ def test_what_is_no_optimiser_is_refused_in_words(given: Any, words: str, rng: n
 def test_settings_out_of_range_are_refused(settings: Any, words: str, rng: np.random.Generator) -> None:
     with pytest.raises(ConfigError, match=words):
         train(multi_branch(mlp((3,), 3), 2), losses.logistic(), arrays(rng), optax.sgd(0.1), **settings)
+
+
+def test_counts_are_whole_numbers() -> None:
+    spec.check(max_steps=np.int64(3), batch_size=0, tolerance=0.5)
+    for name, value in (("max_steps", 1e1), ("batch_size", np.float32(2)), ("check_every", True)):
+        with pytest.raises(ConfigError, match=f"{name}=.* must be a whole number"):
+            spec.check(**{name: value})
 
 
 def test_large_networks_are_streamed_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

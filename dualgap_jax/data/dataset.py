@@ -185,8 +185,8 @@ def as_dataset(data: Any) -> Dataset:
         makes every loss that it enters NaN, and is let in; an infinity, which a sigmoid would hide, is not.
     """
     if isinstance(data, Dataset):
-        arrays = {name: np.asarray(getattr(data, name)) for name in ("x", "y", "mean", "std")}
-        return validate(data._replace(**arrays), nan=True)
+        x, y, mean, std = (np.asarray(part) for part in (data.x, data.y, data.mean, data.std))
+        return validate(data._replace(x=x, y=y, mean=mean, std=std), nan=True)
     if isinstance(data, tuple | list) and len(data) == 2:
         return from_arrays(*data)
     raise ValueError(

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from dualgap_jax import optimizers
 from dualgap_jax.config import Component, require
 from dualgap_jax.registry import unknown
@@ -27,6 +29,7 @@ _AT_LEAST = {
     "tolerance": 0,
     "checkpoint_seconds": 0,
 }
+_REAL = {"weight_decay", "tolerance", "checkpoint_seconds"}  # the others are whole numbers
 _ALLOWED = {"streaming": get_args(Streaming), "lr_scaling": get_args(LearningRateScaling)}
 
 
@@ -42,6 +45,8 @@ def check(where: str = "", **settings: Any) -> None:
         elif (least := _AT_LEAST.get(name)) is not None:
             limits = f"at least {least} and finite" if isinstance(value, float) else f"at least {least}"
             require(bool(least <= value < math.inf), f"{where}{name}={value} must be {limits}.")
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            require(whole or name in _REAL, f"{where}{name}={value!r} must be a whole number.")
         elif allowed := _ALLOWED.get(name):
             require(value in allowed, unknown(f"value of {where}{name}:", value, allowed))
 
