@@ -265,6 +265,12 @@ def test_mistakes_are_named(rng: np.random.Generator) -> None:
         landscape.align(affine, others, x, by="activations")
     with pytest.raises(ValueError, match="at least two"):
         landscape.align(net, networks[:1], x)
+    for bad in (math.nan, math.inf):
+        spoilt = InMemory(
+            jax.tree.map(lambda leaf, bad=bad: leaf.at[-1].set(bad), networks[1].params), networks[1].state
+        )
+        with pytest.raises(ValueError, match="network 1 holds numbers that are not finite"):
+            landscape.align(net, [networks[0], spoilt], x)
     with pytest.raises(ValueError, match="block=0"):
         landscape.align(net, networks, x, block=0)
     with pytest.raises(ValueError, match="multi_branch"):

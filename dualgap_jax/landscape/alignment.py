@@ -88,7 +88,7 @@ def align(
 
     Raises:
       ValueError: for fewer than two networks, `to` out of range, a block below 1, units that are not exchangeable,
-        activations that cannot be read, or more than one hidden layer for over='units'.
+        activations that cannot be read, numbers that are not finite, or more than one hidden layer for over='units'.
       TypeError: for networks that are not handles.
       UnknownNameError: for an unknown `over` or `by`.
     """
@@ -111,6 +111,9 @@ def align(
         for first, count in blocks(total, block):
             pair = networks[to].read(first, count), network.read(first, count)
             parts = _parts(pair[0][0], known), _parts(pair[1][0], known)
+            for k, part in zip((to, number), parts, strict=True):
+                if not all(np.isfinite(numbers).all() for numbers in part.values()):
+                    raise ValueError(f"network {k} holds numbers that are not finite (a diverged run?).")
             compared = parts
             if by == "activations":
                 compared = activations(net, pair[0], x, known), activations(net, pair[1], x, known)
