@@ -678,3 +678,17 @@ def test_bad_errors_are_refused():
         convexity.midpoint_violations(SURFACE, np.zeros((5, 4)))
     with pytest.raises(ValueError, match="shape of loss"):
         convexity.curvature(AXIS, AXIS, SURFACE, np.zeros((4, 5)))
+
+
+def test_masked_losses_are_left_out_and_complex_ones_refused() -> None:
+    xs = np.linspace(-1, 1, 5)
+    a, b = np.meshgrid(xs, xs)
+    loss, edges = a**2 + b**2, np.ones((3, 2))
+    masked = convexity.scores(xs, xs, np.ma.masked_where(a > 0.5, np.where(a > 0.5, 9.0, loss)), zero_loss=1.0)
+    assert masked == convexity.scores(xs, xs, np.where(a > 0.5, np.nan, loss), zero_loss=1.0)
+    assert masked.status == "partial"
+    hidden = convexity.scores(xs, xs, loss, edge_t=xs[[2, 4]], edge_losses=np.ma.masked_greater(edges, 0))
+    assert hidden.status == "partial"
+    for given in ((xs, xs, loss + 1j), (xs + 0j, xs, loss)):
+        with pytest.raises(ValueError, match="must be real numbers"):
+            convexity.scores(*given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float64
 
@@ -11,7 +13,7 @@ UNIFORM = 1e-6
 
 def checked(xs: np.ndarray, ys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The three as float64, after checking that the axes are strictly monotone and the shapes fit."""
-    xs, ys, values = (np.asarray(a, np.float64) for a in (xs, ys, values))
+    xs, ys, values = real(xs), real(ys), real(values)
     for name, axis in (("xs", xs), ("ys", ys)):
         if axis.ndim != 1 or axis.size == 0 or not np.isfinite(axis).all():
             raise ValueError(
@@ -29,6 +31,14 @@ def checked(xs: np.ndarray, ys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
             + (" Transpose it." if values.shape == (xs.size, ys.size) else "")
         )
     return xs, ys, values
+
+
+def real(given: Any) -> Float64[np.ndarray, "..."]:
+    """Numbers as float64, NaN where an entry is masked.  Raises ValueError for complex ones."""
+    array = given if isinstance(given, np.ma.MaskedArray) else np.asarray(given)
+    if np.iscomplexobj(array):
+        raise ValueError("coordinates and losses must be real numbers; got complex ones.")
+    return np.ma.filled(array.astype(np.float64), np.nan)
 
 
 def _shown(values: np.ndarray) -> str:

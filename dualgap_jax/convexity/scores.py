@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dualgap_jax.convexity.envelope import lower_convex_envelope
-from dualgap_jax.convexity.grids import checked, step
+from dualgap_jax.convexity.grids import checked, real, step
 from dualgap_jax.convexity.measures import barrier, curvature, midpoint_violations
 
 DEFINITIONS: dict[str, str] = {
@@ -101,7 +101,7 @@ def scores(
 
     Args:
       xs, ys: uniform coordinates `[nx]`, `[ny]`, at least 3 each.
-      loss: losses `[ny, nx]`; non-finite ones are left out and reported in `finite_share` and `status`.
+      loss: losses `[ny, nx]`; non-finite or masked ones are left out and reported in `finite_share` and `status`.
       zero_loss: the loss of the zero network, > 0; without it the scores per zero_loss are NaN.
       edge_t: positions `[m]` from 0 to 1 along an edge; goes with `edge_losses`.
       edge_losses: losses `[3, m]` along the edges between solutions 0-1, 1-2 and 2-0.
@@ -130,7 +130,7 @@ def scores(
     barriers: tuple[float, float, float] | None = None
     edges_finite = True
     if edge_t is not None and edge_losses is not None:
-        edge_losses = np.asarray(edge_losses, np.float64)
+        edge_losses = real(edge_losses)
         if edge_losses.ndim != 2 or edge_losses.shape[0] != 3:
             raise ValueError(
                 f"edge_losses must be [3, m], a row per edge 0-1, 1-2, 2-0; got shape {edge_losses.shape}."
