@@ -173,6 +173,10 @@ def test_gates_are_those_of_exact_products(rng: Any) -> None:
         assert ((x @ gates.T >= 0) != expected).any()
         np.testing.assert_array_equal(open_gates(gates, x), expected)
         np.testing.assert_array_equal(np.concatenate([*_open(gates, x)], axis=1), expected)
+    huge = 1e300 * rows[:20]  # products that overflow have a sign all the same
+    expected = exact_sides(gates * 1e200, huge)
+    np.testing.assert_array_equal(open_gates(gates * 1e200, huge), expected)
+    np.testing.assert_array_equal(np.concatenate([*_open(gates * 1e200, huge)], axis=1), expected)
 
 
 def test_branches_are_known_by_their_programs(rng: Any) -> None:

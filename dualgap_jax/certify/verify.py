@@ -123,10 +123,11 @@ def _unfolding_at_most(x: np.ndarray, alpha: np.ndarray, bound: float, error: fl
 def _open(gates: np.ndarray, x: np.ndarray) -> Iterator[np.ndarray]:
     """`[n, 1]` a gate: 1 where `g.x_j >= 0` in exact arithmetic, else 0."""
     for gate in gates:
-        terms = x * gate
-        total, most = terms.sum(axis=1), np.abs(terms).sum(axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            terms = x * gate
+            total, most = terms.sum(axis=1), np.abs(terms).sum(axis=1)
         side = (total >= 0).astype(np.float64)
-        for j in np.flatnonzero(np.abs(total) <= (len(gate) + 4) * _EPS * most + 1e-290):
+        for j in np.flatnonzero(~(np.abs(total) > (len(gate) + 4) * _EPS * most + 1e-290)):  # overflows too
             pairs = zip(gate.tolist(), x[j].tolist(), strict=True)
             side[j] = float(sum((Fraction(a) * Fraction(b) for a, b in pairs), Fraction(0)) >= 0)
         yield side[:, None]
