@@ -1,12 +1,15 @@
 """What the compiler makes of the programs that matter, for chips that are not here: memory, operations, bytes, traffic.
 
-    TPU_SKIP_MDS_QUERY=1 python benchmarks/compiled.py --topology v5e:2x2 --branches 1000 50000
+    python benchmarks/compiled.py --topology v5e:2x2 --branches 1000 50000
+    python benchmarks/compiled.py --topology v5p:8x8x4 --branches 100000000 --optimizers sgd --only chips
+    python benchmarks/compiled.py --topology v5e:2x2 --branches 64 --kinds conv vgg9 --lanes 128 1024
 
-Programs are compiled ahead of time from shapes alone, for one chip and for all chips of the topology with the branches
-shared.  TPUs need the package `libtpu` (no chip).  `--topology cpu` compiles for this machine.  Memory, copies and
-traffic between chips are the compiler's; operations and bytes moved follow from the shapes, since the compiler counts a
-loop's body once; none is measured.  The roofline is the larger of operations over the chip's peak and bytes over its
-bandwidth, both as the makers publish them.
+Programs are compiled ahead of time from shapes alone, for one chip and for all chips of the topology with the branches,
+or the runs, shared.  TPUs need the package `libtpu` (no chip).  `--topology cpu` compiles for this machine.  Memory,
+copies, traffic between chips, tiles and estimated cycles are the compiler's; operations and bytes moved follow from the
+shapes; none is measured.  The roofline is the larger of operations over the chip's peak and bytes over its bandwidth,
+both as the makers publish them.  The estimate is the sum of the compiler's cycles, one operation after the other and
+each loop as often as it turns, at the chip's clock; operations without one (gathers) are named beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import re
 import sys
@@ -28,173 +30,56 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
+import compiled_programs as programs
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from common import environment
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from compiled_text import numbers_of, summary
 
-from dualgap_jax.landscape.kernels import kernels
-from dualgap_jax.landscape.planes import Block
-from dualgap_jax.losses import multi_margin
-from dualgap_jax.networks import draw_branches, mlp, multi_branch
-from dualgap_jax.optimizers import for_network
-from dualgap_jax.sharding import BRANCH, over_mesh
 from dualgap_jax.terminal import table
-from dualgap_jax.training import plan
-from dualgap_jax.training.branch_step import Shard, branch_step
-from dualgap_jax.training.engine import Carry, begin
-from dualgap_jax.training.together import step
-
-IMAGE, CLASSES, BATCH, HIDDEN = (32, 32, 3), 10, 128, (8, 8, 8)
-OPTIMIZERS = {
-    "sgd": optax.sgd(1.0),
-    "momentum": optax.sgd(1.0, momentum=0.9),
-    "adam": optax.adam(1.0),
-}
 
 
 class Chip(NamedTuple):
-    """Published peak rates of one chip: operations a second (bfloat16 products), bytes a second, bytes of memory."""
+    """Published peak rates of one device as JAX counts them.
 
-    operations: float
+    Attributes:
+      products, vector: operations a second, of bfloat16 products and of the vector units.
+      bandwidth, memory: bytes a second, and bytes.
+      clock: cycles a second.
+    """
+
+    products: float
+    vector: float
     bandwidth: float
     memory: float
+    clock: float
 
 
-# cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "System architecture".
+# Products, bandwidth and memory: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "System architecture"; a device of a
+# v4 topology is one of the two cores of a chip, one of v5p both.  The clock follows from the products (2 x 128
+# x 128 a matrix unit and cycle, four units a core, on v6e two of 256 x 256) and gives the vector units' 8 x 128 x 4
+# operations a cycle and core: jax-ml.github.io/scaling-book, "How to think about TPUs".
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 32e9),
-    "v5e": Chip(197e12, 819e9, 16e9),
-    "v5p": Chip(459e12, 2765e9, 95e9),
-    "v6e": Chip(918e12, 1640e9, 32e9),
+    "v4": Chip(137.5e12, 4096 * 1.05e9, 614e9, 16e9, 1.05e9),
+    "v5e": Chip(197e12, 4096 * 1.5e9, 819e9, 16e9, 1.5e9),
+    "v5p": Chip(459e12, 2 * 4096 * 1.75e9, 2765e9, 95e9, 1.75e9),
+    "v6e": Chip(918e12, 4096 * 1.75e9, 1640e9, 32e9, 1.75e9),
+}
+COLUMNS = {
+    "program": "program",
+    "argument_bytes": "arguments GB",
+    "temporary_bytes": "temporaries GB",
+    "operations": "GFLOP",
+    "bytes_moved": "GB moved",
+    "collectives": "collectives",
+    "copies_of_whole_arrays": "copies",
+    "tiles": "tiles / numbers",
+    "roofline_seconds": "roofline ms",
+    "estimate_seconds": "estimate ms",
+    "compile_seconds": "s to compile",
 }
 
 
-class Program(NamedTuple):
-    """A function and the shapes of its arguments, with their places on the devices.
-
-    Attributes:
-      name: of the row.
-      function: to be compiled.
-      arguments: `jax.ShapeDtypeStruct` trees.
-      donated: arguments that it takes over.
-      parameters: bytes of one network's parameters on one device.
-      operations, traffic: additions and multiplications, and the least bytes to and from memory, on one device.
-      passes: bfloat16 products that one product takes: 1 by default, 6 at precision 'highest'.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    donated: tuple[int, ...]
-    parameters: int
-    operations: float
-    traffic: float
-    passes: int = 1
-
-
-def placed(tree: Any, sharding: Any) -> Any:
-    """The shapes of a tree on devices."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-
-def size_of(tree: Any) -> int:
-    """Bytes of all leaves."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-def batch(sharding: Any) -> tuple[Any, ...]:
-    """A standardised batch, labels, rate, and the data of a key."""
-    shapes = ((BATCH, *IMAGE), jnp.float32), ((BATCH,), jnp.int32), ((), jnp.float32), ((2,), jnp.uint32)
-    return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes)
-
-
-def steps(branches: int, optimizer: str, streamed: bool, devices: Sequence[Any]) -> Program:
-    """A step of training of `mlp((8, 8, 8))` on images like CIFAR-10's, plain or streamed, on one chip or several."""
-    branch = mlp(HIDDEN, CLASSES)
-    net = multi_branch(branch, branches)
-    assert net.stacked is not None
-    transformation = for_network(net, OPTIMIZERS[optimizer])
-    example = jnp.zeros((1, *IMAGE))
-
-    def start(key: Any) -> Carry:
-        return begin(transformation, *draw_branches(branch, key, example, 0, branches))
-
-    shapes = jax.eval_shape(start, jax.random.key(0))
-    slots = branches // len(devices)
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (shapes.params, shapes.state))
-    chunk = plan.branch_chunk(branch, one, jax.ShapeDtypeStruct((BATCH, *IMAGE), jnp.float32), slots)
-    loss = multi_margin()
-
-    def local(carry: Carry, x: Any, y: Any, rate: Any, key: Any, first: Any, axis: str | None) -> Any:
-        shard = Shard(first, slots, None, axis)
-        noise = jax.random.wrap_key_data(key)
-        return branch_step(net.stacked, loss, transformation, carry, x, y, rate, noise, chunk=chunk, shard=shard)
-
-    name = f"{'streamed' if streamed else 'plain'} step, {optimizer}, I = {branches:,}"
-    parameters = size_of(shapes.params) // len(devices)
-    # Forward, gradient of the weights, gradient of the inputs of all layers but the first; weights are read twice and
-    # written once, an optimiser's moments read and written once.
-    first = HIDDEN[0] * math.prod(IMAGE) * slots
-    counts = (
-        2.0 * BATCH * (3 * parameters / 4 - first),
-        3.0 * parameters + 2.0 * size_of(shapes.opt_state) / len(devices),
-    )
-    if len(devices) > 1:
-        mesh = Mesh(np.asarray(devices), (BRANCH,))
-
-        def shared(carry: Carry, x: Any, y: Any, rate: Any, key: Any) -> Any:
-            return local(carry, x, y, rate, key, jax.lax.axis_index(BRANCH) * slots, BRANCH)
-
-        rows, all_of = PartitionSpec(BRANCH), PartitionSpec()
-        function = over_mesh(mesh, shared, (rows, all_of, all_of, all_of, all_of), (rows, all_of))
-        arguments = placed(shapes, NamedSharding(mesh, rows)), *batch(NamedSharding(mesh, all_of))
-        return Program(f"{name}, {len(devices)} chips", function, arguments, (0,), parameters, *counts)
-    where = SingleDeviceSharding(devices[0])
-    if streamed:
-        function = functools.partial(local, first=0, axis=None)
-    else:
-
-        def function(carry: Carry, x: Any, y: Any, rate: Any, key: Any) -> Any:
-            return step(net, loss, transformation, carry, x, y, rate, jax.random.wrap_key_data(key))
-
-    return Program(name, function, (placed(shapes, where), *batch(where)), (0,), parameters, *counts)
-
-
-def landscape(branches: int, devices: Sequence[Any]) -> Program:
-    """One pass of a block of branches over 64 points of a plane, 256 samples."""
-    net = multi_branch(mlp(HIDDEN, CLASSES), branches)
-    parts = kernels(net, multi_margin(), False, branches, min(64, branches), 8)
-    where = SingleDeviceSharding(devices[0])
-    x, points = jax.ShapeDtypeStruct((256, *IMAGE), jnp.float32), jax.ShapeDtypeStruct((64, 2), jnp.float32)
-    params, _ = jax.eval_shape(lambda k: net.init(k, jnp.zeros((1, *IMAGE))), jax.random.key(0))
-    block = Block((params, params, params), ((), (), ()), ())
-    z = jax.eval_shape(parts.below, block.params, x)
-    total = jax.ShapeDtypeStruct((64, 256, CLASSES), jnp.float32)
-    arguments = tuple(placed(a, where) for a in (total, block, (), z, points))
-    with_precision = jax.default_matmul_precision("highest")(parts.add)
-    upper = size_of(params) / 4 - HIDDEN[0] * math.prod(IMAGE) * branches  # the first layer serves all points
-    counts = 2.0 * 64 * 256 * upper + 2.0 * 64 * 3 * branches * HIDDEN[0] * 256, float(size_of(z))
-    name = f"landscape pass, 64 points, I = {branches:,}"
-    return Program(name, with_precision, arguments, (), size_of(params), *counts, passes=6)
-
-
-def gram(columns: int, devices: Sequence[Any]) -> Program:
-    """A block of Theorem 2's Gram matrix and product with the targets, 3072 x `columns`, float32."""
-    where = SingleDeviceSharding(devices[0])
-    x, y = (jax.ShapeDtypeStruct((rows, columns), jnp.float32, sharding=where) for rows in (3072, CLASSES))
-
-    def add(x: Any, y: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return x @ x.T, y @ x.T
-
-    counts = 2.0 * 3072 * (3072 + CLASSES) * columns, float(size_of((x, y)))
-    return Program(f"Theorem 2, Gram matrix of {columns:,} columns", add, (x, y), (), size_of(x), *counts, passes=6)
-
-
-def compiled(program: Program, chip: Chip | None) -> dict[str, Any]:
+def compiled(program: programs.Program, chip: Chip | None) -> dict[str, Any]:
     """One row: what the compiler says of a program, or why it does not compile."""
     began = time.perf_counter()
     row: dict[str, Any] = {"program": program.name, "parameter_bytes": program.parameters}
@@ -203,8 +88,8 @@ def compiled(program: Program, chip: Chip | None) -> dict[str, Any]:
     except Exception as error:  # what does not compile or does not fit is a result
         return {**row, "error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
     memory, text = done.memory_analysis(), done.as_text()
-    reduces = re.findall(r"= (\S+) all-reduce(?:-start)?\(", text)
-    copies = [m for m in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text) if _numbers(m) * 4 > program.parameters / 2]
+    said = summary(text)
+    copies = [m for m in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text) if numbers_of(m) * 4 > program.parameters / 2]
     row |= {
         "compile_seconds": time.perf_counter() - began,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -212,22 +97,19 @@ def compiled(program: Program, chip: Chip | None) -> dict[str, Any]:
         "aliased_bytes": memory.alias_size_in_bytes,
         "operations": program.operations,
         "bytes_moved": program.traffic,
-        "all_reduces": len(reduces),
-        "all_reduced": reduces,
+        "collectives": [f"{kind} {count:,} B" for kind, count in said.collectives],
         "copies_of_whole_arrays": len(copies),
         "custom_calls": sorted(set(re.findall(r'custom_call_target="([^"]+)"', text))),
+        "tiles": [said.arguments_padded / max(said.arguments, 1), said.written_padded / max(said.written, 1)],
     }
     if chip is not None:
-        arithmetic = program.passes * row["operations"] / chip.operations
-        traffic = row["bytes_moved"] / chip.bandwidth
+        peak = chip.products / program.passes if program.passes else chip.vector
+        arithmetic, traffic = row["operations"] / peak, row["bytes_moved"] / chip.bandwidth
         row["roofline_seconds"] = max(arithmetic, traffic)
         row["bound_by"] = "arithmetic" if arithmetic > traffic else "bandwidth"
         row["fits"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes <= chip.memory
+        row["estimate_seconds"], row["unestimated"] = said.cycles / chip.clock, said.unestimated
     return row
-
-
-def _numbers(shape: str) -> int:
-    return math.prod(int(n) for n in shape.split(",") if n)
 
 
 def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
@@ -243,62 +125,83 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
     return list(described.devices), CHIPS.get(topology.partition(":")[0])
 
 
+def cell(row: dict[str, Any], key: str) -> str:
+    """What the table says of a row in one column."""
+    value = row.get(key)
+    if value is None or (key == "estimate_seconds" and not value):
+        return "-"
+    if key in ("argument_bytes", "temporary_bytes"):
+        return f"{value / 1e9:.3f}" + (" does not fit" if key == "argument_bytes" and row.get("fits") is False else "")
+    if key in ("operations", "bytes_moved"):
+        return f"{value / 1e9:.4g}"
+    if key == "collectives":
+        return ", ".join(value) or "none"
+    if key == "tiles":
+        return " / ".join(f"{ratio:.2f}" for ratio in value)
+    if key == "roofline_seconds":
+        return f"{1e3 * value:.3g} ({row['bound_by']})"
+    if key == "estimate_seconds":
+        left = ", ".join(f"{count:,} {name}" for name, count in row["unestimated"].items())
+        return f"{1e3 * value:.3g}" + (f" without {left}" if left else "")
+    return f"{value:.0f}" if key == "compile_seconds" else str(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2", help="v4, v5e, v5p, v6e with a shape, such as v5p:2x2x1; cpu")
-    parser.add_argument("--branches", type=int, nargs="+", default=[1000, 50000])
-    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
-    parser.add_argument("--only", default="", help="only programs whose name holds this")
+    parser.add_argument("--branches", type=int, nargs="*", default=[1000, 50000])
+    parser.add_argument("--kinds", nargs="+", default=["mlp"], choices=list(programs.BRANCHES))
+    parser.add_argument("--optimizers", nargs="+", default=list(programs.OPTIMIZERS), choices=list(programs.OPTIMIZERS))
+    parser.add_argument("--lanes", type=int, nargs="*", default=[], help="runs of Table 1 in a block")
+    parser.add_argument("--batches", type=int, nargs="+", default=[10], help="examples a step of Table 1's runs")
+    parser.add_argument("--chunk", type=int, default=0, help="branches at a time; 0: as the package chooses")
+    parser.add_argument(
+        "--only", default="", help="only programs of these words: streamed, plain, chips, landscape, ..."
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     devices, chip = devices_of(options.topology)
-    makers: list[Callable[[], Program]] = []
+    parts = [devices[:1], *([devices] if len(devices) > 1 else [])]
+    extra = {"memory": int(chip.memory) if chip else None, "chunk": options.chunk}
+    makers: list[tuple[str, Callable[[], programs.Program]]] = []
+
+    def add(words: str, maker: Callable[..., programs.Program], *arguments: Any, **more: Any) -> None:
+        makers.append((words, functools.partial(maker, *arguments, **more)))
+
     for branches in options.branches:
-        for optimizer in options.optimizers:
-            makers.append(functools.partial(steps, branches, optimizer, True, devices[:1]))
-            if len(devices) > 1 and branches % len(devices) == 0:
-                makers.append(functools.partial(steps, branches, optimizer, True, devices))
-            makers.append(functools.partial(steps, branches, optimizer, False, devices[:1]))
-        makers.append(functools.partial(landscape, min(branches, 1000), devices))
-    makers.append(functools.partial(gram, 8192, devices))
-    rows = []
-    for make in makers:
+        for kind in options.kinds:
+            for optimizer in options.optimizers:
+                for some in parts:
+                    if branches % len(some) == 0:
+                        words = f"streamed {kind} {optimizer}" + (" chips" if len(some) > 1 else "")
+                        add(words, programs.steps, branches, optimizer, True, some, kind=kind, **extra)
+                add(f"plain {kind} {optimizer}", programs.steps, branches, optimizer, False, devices[:1], kind=kind)
+        if "mlp" in options.kinds:
+            add("landscape", programs.landscape, min(branches, 1000), devices)
+    for lanes in options.lanes:
+        for size in options.batches:
+            for some in parts:
+                add("Table 1" + (" chips" if len(some) > 1 else ""), programs.hitting, lanes, size, some)
+    if "mlp" in options.kinds and options.branches:
+        add("Theorem 2", programs.gram, 8192, devices)
+    rows: list[dict[str, Any]] = []
+    for words, make in makers:
+        if not all(word in words.split() for word in options.only.split()):
+            continue
         program = make()
-        if options.only not in program.name or program.name in [row["program"] for row in rows]:
+        if program.name in [row["program"] for row in rows]:
             continue
         print(f"compiling: {program.name}", file=sys.stderr, flush=True)
         rows.append(compiled(program, chip))
-    columns = [
-        "program",
-        "arguments GB",
-        "temporaries GB",
-        "GFLOP",
-        "GB moved",
-        "all-reduces",
-        "copies",
-        "roofline ms",
-        "s to compile",
-    ]
+        if options.json is not None:
+            text = json.dumps({"topology": options.topology, **environment(), "rows": rows}, indent=1)
+            options.json.write_text(text)
     cells = [
-        [
-            row["program"],
-            f"{row['argument_bytes'] / 1e9:.3f}",
-            f"{row['temporary_bytes'] / 1e9:.3f}",
-            f"{row['operations'] / 1e9:.1f}",
-            f"{row['bytes_moved'] / 1e9:.2f}",
-            ", ".join(row["all_reduced"]) or "0",
-            str(row["copies_of_whole_arrays"]),
-            f"{1e3 * row['roofline_seconds']:.3g} ({row['bound_by']})" if "roofline_seconds" in row else "-",
-            f"{row['compile_seconds']:.0f}",
-        ]
-        if "error" not in row
-        else [row["program"], row["error"], *[""] * 7]
+        [cell(row, key) for key in COLUMNS] if "error" not in row else [row["program"], row["error"], *[""] * 9]
         for row in rows
     ]
-    print(f"Compiled for {options.topology}, batch {BATCH}, {'-'.join(map(str, HIDDEN))}; nothing here is measured.\n")
-    print(table(columns, cells))
-    if options.json is not None:
-        options.json.write_text(json.dumps({"topology": options.topology, **environment(), "rows": rows}, indent=1))
+    print(f"Compiled for {options.topology}, batch {programs.BATCH}, nothing here is measured.\n")
+    print(table(list(COLUMNS.values()), cells))
 
 
 if __name__ == "__main__":

@@ -35,14 +35,13 @@ _LIMIT, _SHAPES, _PEER = "of_square", "of_same_shapes", "over_peer"
 
 
 class Case(NamedTuple):
-    """A table: batch, widths, seeds, steps timed, examples, runs in a block, goals."""
+    """A table: batch, widths, seeds, steps timed, examples, goals."""
 
     batch: int
     widths: tuple[int, ...]
     seeds: int
     steps: int
     examples: int
-    lanes: int
     targets: tuple[common.Target, ...] = ()
     goal_seconds: float | None = None
 
@@ -52,10 +51,10 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case(10, tuple(range(12, 22)), 100, 1000, 1000, 64, (common.Target(_PEER, 200.0),), 100.0),
-    Case(100, tuple(range(12, 22)), 100, 100, 1000, 128, (common.Target(_LIMIT, 0.4),), 200.0),
+    Case(10, tuple(range(12, 22)), 100, 1000, 1000, (common.Target(_PEER, 200.0),), 100.0),
+    Case(100, tuple(range(12, 22)), 100, 100, 1000, (common.Target(_LIMIT, 0.4),), 200.0),
 )
-SMOKE = (Case(5, (12, 13), 2, 4, 40, 16),)
+SMOKE = (Case(5, (12, 13), 2, 4, 40),)
 
 
 def operations(width: int, d: int, batch: int) -> int:
@@ -148,9 +147,7 @@ def measure(case: Case, peer_steps: int, rounds: int, torch: Any) -> dict[str, A
     """One row of results."""
     dataset = synthetic_relu(n=case.examples, seed=1)
     d = dataset.x.shape[1]
-    spec = hitting.SgdSpec(
-        steps=_TABLE_STEPS, batch_size=case.batch, check_every=case.steps, stop_at_rest=False, lanes=case.lanes
-    )
+    spec = hitting.SgdSpec(steps=_TABLE_STEPS, batch_size=case.batch, check_every=case.steps, stop_at_rest=False)
     runs = hitting.make_runs(np.asarray(case.widths)[:, None], np.arange(case.seeds), learning_rate=_RATE)
     began = time.perf_counter()
     study = hitting.study.prepare([dataset], binary_hinge(), runs, spec)

@@ -59,7 +59,6 @@ def get_config(arg=None):
         schedule=component(SCHEDULES, schedule),
         init=args.init,
         stop_below=stop_below,
-        lanes=64 if 0 < args.batch <= 20 else 128,
     )
     if args.smoke:
         sgd = dataclasses.replace(sgd, steps=60, check_every=20, lanes=16)

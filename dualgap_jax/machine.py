@@ -66,6 +66,19 @@ def _version(package: str) -> str | None:
         return None
 
 
+def device_memory() -> int | None:
+    """Bytes of the first device that this process may use in all; None on CPU.
+
+    A device that does not say counts as 16 GiB, the least of those that networks are trained on.
+    """
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return None
+    return int((device.memory_stats() or {}).get("bytes_limit", 2**34))
+
+
 def memory_available() -> int:
     """Bytes that this process may still take on its first device (host memory on CPU, within its control group)."""
     import jax

@@ -228,6 +228,7 @@ def test_a_run_alone_is_the_same_bit_for_bit(batch_size: int, rng: np.random.Gen
     equal(train_runs(datasets, loss, Runs(*(c[shuffled] for c in runs)), spec), together, shuffled)
     if batch_size == 7:
         equal(train_runs(datasets, loss, runs, dataclasses.replace(spec, lanes=48)), together)
+        equal(train_runs(datasets, loss, runs, dataclasses.replace(spec, lanes=0)), together)
 
 
 def test_runs_differ(rng: np.random.Generator) -> None:
@@ -418,6 +419,7 @@ def test_runs_that_diverged_are_those_without_a_finite_loss() -> None:
         ({"batch_size": -1}, "sgd.batch_size=-1"),
         ({"check_every": 0}, "sgd.check_every=0"),
         ({"lanes": 20}, "multiple of 16"),
+        ({"lanes": -16}, "multiple of 16"),
         ({"stop_below": math.nan}, "stop_below"),
         ({"checkpoint_seconds": -1.0}, "checkpoint_seconds"),
         ({"schedule": Component("plateau", {"factor": 2.0})}, "factor=2.0"),
@@ -427,6 +429,12 @@ def test_runs_that_diverged_are_those_without_a_finite_loss() -> None:
 def test_a_bad_spec_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SgdSpec(**changes)
+
+
+def test_lanes_are_chosen_by_the_platform() -> None:
+    asked = [SgdSpec(batch_size=size).lanes_on(platform) for platform in ("cpu", "tpu") for size in (10, 20, 21, 0)]
+    assert asked == [64, 64, 128, 128] + [1024] * 4
+    assert SgdSpec(lanes=32).lanes_on("gpu") == 32
 
 
 def test_bad_runs_are_refused() -> None:

@@ -52,10 +52,15 @@ def once(live: Array, f: Callable[..., Any], *arguments: PyTree) -> Any:
     for every weight that needs it; a barrier is gone before that.  It does not merge across the border of a
     conditional.  `live` is true; the compiler cannot know.
     """
-    if jax.default_backend() != "cpu":
-        return lax.optimization_barrier(f(*arguments))
     shapes = jax.eval_shape(f, *arguments)
-    return lax.cond(live, f, lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), *arguments)
+
+    def on_cpu(live: Array, *arguments: PyTree) -> Any:
+        return lax.cond(live, f, lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), *arguments)
+
+    def elsewhere(live: Array, *arguments: PyTree) -> Any:
+        return lax.optimization_barrier(f(*arguments))
+
+    return lax.platform_dependent(live, *arguments, cpu=on_cpu, default=elsewhere)
 
 
 def _examples(table: Array, base: Array, index: Array, *, n: int, d: int) -> Array:

@@ -88,7 +88,8 @@ class Study:
     @property
     def lanes(self) -> int:
         """Of a block, on all devices together."""
-        return self.spec.lanes * len(self.program.devices)
+        devices = self.program.devices
+        return self.spec.lanes_on(devices[0].platform) * len(devices)
 
     def height(self, chosen: np.ndarray) -> int:
         return _HEIGHTS * -(-int(self.runs.width[chosen].max()) // _HEIGHTS)

@@ -48,6 +48,7 @@ def initial_weights(runs: Runs, d: int, spec: SgdSpec) -> Weights:
     """The weights at step 0: those of `mlp(hidden=(width,), out=1)` from each run's key, times its scale."""
     keys, _ = run_keys(runs)
     height = int(runs.width.max())
+    at_once = spec.lanes_on(jax.default_backend())
     dtype = jnp.zeros(0).dtype
     count = len(runs.width)
     weights = Weights(
@@ -59,8 +60,8 @@ def initial_weights(runs: Runs, d: int, spec: SgdSpec) -> Weights:
     for width in np.unique(runs.width):
         init = _initialiser(int(width), d, spec.use_bias, spec.init)
         chosen = np.flatnonzero(runs.width == width)
-        for part in np.split(chosen, range(spec.lanes, len(chosen), spec.lanes)):  # one shape, one program
-            lanes = np.resize(part, spec.lanes)
+        for part in np.split(chosen, range(at_once, len(chosen), at_once)):  # one shape, one program
+            lanes = np.resize(part, at_once)
             first, last = jax.tree.map(np.asarray, init(keys[lanes]))
             scale = runs.init_scale[part].astype(dtype)
             m = len(part)

@@ -42,7 +42,7 @@ def evaluate_points(
     state: str = "estimate",
     state_samples: int = 256,
     sample_chunk: int = 256,
-    branch_chunk: int = 32,
+    branch_chunk: int | None = None,
     point_chunk: int = 8,
     accumulator_bytes: int = ACCUMULATOR_BYTES,
     partial: Path | None = None,
@@ -70,7 +70,7 @@ def evaluate_points(
       state_samples: how many examples that batch has, spread evenly over the data set.
       sample_chunk: samples at a time; memory for pre-activations is 3 x that of one forward pass over so many, and
         over a block of branches.
-      branch_chunk: branches at a time in the layers above the stem.
+      branch_chunk: branches at a time in the layers above the stem; None: `kernels.chunk`.
       point_chunk: points at a time in the layers above the stem.
       accumulator_bytes: for the outputs kept while networks are read from disk.
       partial: a file that keeps unfinished work; a second call with the same arguments goes on from it.  It is removed
@@ -86,6 +86,7 @@ def evaluate_points(
         networks of another number of branches, or state='estimate' for a state that is no running average.
     """
     net, loss, dataset = check_network(net, "landscape.evaluate_points").computed(), as_loss(loss), as_dataset(dataset)
+    branch_chunk = compiled.chunk() if branch_chunk is None else branch_chunk
     sizes = {"sample_chunk": sample_chunk, "branch_chunk": branch_chunk, "point_chunk": point_chunk}
     _check_call(net, plane, route, state, sizes | {"state_samples": state_samples})
     points = np.asarray(points, np.float64)

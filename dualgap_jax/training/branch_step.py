@@ -9,6 +9,7 @@ same sum is one all-reduce, and it is all that devices have to say to each other
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,6 +70,26 @@ def _over_chunks(shard: Shard, chunk: int, body: Callable[[_Chunk, Any], Any], v
     if shard.last_weight is not None:
         value = body(_Chunk(plain, 1, shard.last_weight), value)
     return value
+
+
+def piece_size(slots: int, chunk: int) -> int:
+    """Branches in a turn of the backward loop, at most a few more than `chunk`.
+
+    A divisor of the slots above half a chunk, if there is one: then no turn reaches back into another, and nothing is
+    computed twice and thrown away.  Otherwise equal pieces, rounded up to a multiple of 8.  Multiples of 128 are left
+    out: for them XLA's TPU compiler lays the gradient out anew and copies each piece three times; and so are primes,
+    for which its windows hold one branch each.  By its own estimate a step then takes two to three times as long as
+    with a few branches more or less (docs/scaling.md).
+    """
+    if chunk >= slots:
+        return slots
+    for size in range(chunk, chunk // 2, -1):
+        if slots % size == 0 and size % 128 and math.gcd(size, 30) > 1:
+            return size
+    even = -(-slots // -(-slots // chunk))
+    if even < 64:
+        return even
+    return min(-(-even // 8) * 8 + 8 * (-(-even // 8) % 16 == 0), slots)
 
 
 def branch_step(
@@ -153,8 +174,11 @@ def branch_step(
         gradient = gradient / lax.axis_size(shard.data_axis)
 
     uses = _reads(lambda p, s, z: run(p, s, _Chunk(0, 1), z), *one, z_shapes)
-    pieces = -(-shard.slots // chunk)
-    size = -(-shard.slots // pieces)
+    size = piece_size(shard.slots, chunk)
+    pieces = -(-shard.slots // size)
+    partial = bool(shard.slots % size) or shard.last_weight is not None
+    # With two moments, or where a piece reaches back, the TPU compiler copies whole arrays, too.
+    fused = not partial and len(jax.tree.leaves(carry.opt_state)) <= len(uses)
 
     def backward(i: Array, now: Carry) -> Carry:
         piece = _Chunk(jnp.minimum(i * size, shard.slots - size), size)
@@ -186,9 +210,9 @@ def branch_step(
             return slope, *updated(transformation, slope, opt_state, params, rate, mean)
 
         turn = (slope, params, opt_state)
-        _, params, opt_state = _apart(i, update, turn) if jax.tree.leaves(opt_state) else update(turn)
+        _, params, opt_state = _apart(i, update, turn, fused) if jax.tree.leaves(opt_state) else update(turn)
         after = Carry(params, state, opt_state)
-        if shard.slots % size or shard.last_weight is not None:
+        if partial:
             at = piece.first + jnp.arange(size)
             mine = at >= i * size  # the last piece reaches back into the one before
             if shard.last_weight is not None:
@@ -199,14 +223,21 @@ def branch_step(
     return lax.fori_loop(0, pieces, backward, carry), mean
 
 
-def _apart(i: Array, function: Callable[[Any], Any], value: Any) -> Any:
+def _apart(i: Array, function: Callable[[Any], Any], value: Any, fused: bool = True) -> Any:
     """`function(value)` as a loop of one turn inside a longer loop, which XLA does not take apart.
 
     What goes in and what comes out are then buffers of their own, and all of the one comes before all of the other.
     Else XLA reads slices of the parameters wherever they are used, and where it cannot tell that all reading is done
-    before a slice is written, it copies the whole array: at every chunk.
+    before a slice is written, it copies the whole array: at every chunk.  Where `fused`, its TPU compiler does not, and
+    by its own estimate a step with momentum takes half as long when it may fuse update and gradient.
     """
-    return lax.fori_loop(i, i + 1, lambda _, v: function(v), value)
+
+    def loop(i: Array, value: Any) -> Any:
+        return lax.fori_loop(i, i + 1, lambda _, v: function(v), value)
+
+    if not fused:
+        return loop(i, value)
+    return lax.platform_dependent(i, value, tpu=lambda _, value: function(value), default=loop)
 
 
 def _reads(function: Callable[..., Any], first: PyTree, *rest: Any) -> list[bool]:

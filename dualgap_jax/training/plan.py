@@ -23,9 +23,9 @@ from dualgap_jax.training.engine import tree_bytes
 from dualgap_jax.types import Network, Params, State
 
 # What a chunk of branches may take, parameters and activations: on CPU a gradient that stays in the cache is used from
-# there, and more than this is slower; on accelerators larger products are faster.
-_CHUNK_BYTES = {"cpu": 12 * 2**20}
-_CHUNK_BYTES_ACCELERATOR = 256 * 2**20
+# there, and more than this is slower; on accelerators larger products are faster, up to this share of the memory.
+_CHUNK_BYTES_CPU = 12 * 2**20
+_CHUNK_SHARE = 1 / 64
 
 COPIES = 4  # of parameters, state and optimiser that the plain step needs
 STREAM_FROM = 2**28  # bytes of these from which on the streamed step is the faster and the smaller way
@@ -173,17 +173,26 @@ def streamed(
     return "\n".join(lines)
 
 
-def branch_chunk(branch: Network, one: tuple[Params, State], x: Any, slots: int) -> int:
-    """As many branches at a time as the cache, or a share of an accelerator's memory, holds with their activations.
+def chunk_bytes(memory: int | None) -> int:
+    """Bytes that a chunk of branches may take with its activations.
+
+    Args:
+      memory: of an accelerator, in bytes; None is a CPU, where the cache decides.
+    """
+    return _CHUNK_BYTES_CPU if memory is None else int(memory * _CHUNK_SHARE)
+
+
+def branch_chunk(branch: Network, one: tuple[Params, State], x: Any, slots: int, budget: int) -> int:
+    """As many branches at a time as a budget of bytes holds with their activations.
 
     Args:
       branch: the one-branch network.
       one: shapes of the parameters and state of one branch.
       x: shape of a batch.
       slots: branches on a device.
+      budget: see `chunk_bytes`.
     """
     each = tree_bytes(one) + activation_bytes(branch, *one, x)
-    budget = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ACCELERATOR)
     return int(np.clip(budget // each, 1, slots))
 
 

@@ -20,6 +20,7 @@ from dualgap_jax.checkpoints import open_branches
 from dualgap_jax.config import require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss
+from dualgap_jax.machine import device_memory
 from dualgap_jax.networks import draw_branches, multi_branch
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.schedules import Schedule, constant
@@ -100,7 +101,8 @@ class Streamed:
         self.layout = self._placement.layout
         params, state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), one)
         x = jax.ShapeDtypeStruct((batch // mesh.data, *self._example.shape[1:]), self._example.dtype)
-        self.chunk = chunk or plan.branch_chunk(self.stacked.branch, (params, state), x, self.layout.slots)
+        budget = plan.chunk_bytes(device_memory())
+        self.chunk = chunk or plan.branch_chunk(self.stacked.branch, (params, state), x, self.layout.slots, budget)
         self._constants = tuple(self._placement.everywhere(a) for a in (dataset.mean, dataset.std))
         self._rate = jax.jit((schedule or constant(0)).rate)
 
