@@ -608,6 +608,7 @@ GOOD = {"x": np.ones((3, 5), np.float32), "y": np.ones((2, 5), np.float32), "gam
         ({"widths": ()}, ["widths=()", "positive integers", "H - 1 >= 1"]),
         ({"widths": (2, 0)}, ["widths=(2, 0)", "positive integers"]),
         ({"widths": (2.5,)}, ["widths=(2.5,)", "positive integers"]),
+        ({"widths": (True,)}, ["widths=(True,)", "positive integers"]),
         ({"widths": ("a",)}, ["widths=('a',)", "positive integers"]),
         ({"widths": 3}, ["widths=3", "positive integers"]),
         ({"x": np.ones((5, 3), np.float32)}, ["(5, 3)", "(2, 5)", "[d_0, n]", "transpose"]),

@@ -118,9 +118,9 @@ def scores(
     xs, ys, loss = checked(xs, ys, loss)
     step("xs", xs)
     step("ys", ys)
-    if zero_loss is not None and not (math.isfinite(zero_loss) and zero_loss > 0):
+    if zero_loss is not None and not (np.asarray(zero_loss).dtype.kind in "fiu" and 0 < zero_loss < math.inf):
         raise ValueError(
-            f"zero_loss must be finite and > 0 (the loss of the zero network), or left out; got {zero_loss}."
+            f"zero_loss must be finite and > 0 (the loss of the zero network), or left out; got {zero_loss!r}."
         )
     if not (math.isfinite(rtol) and rtol >= 0):
         raise ValueError(f"rtol must be finite and >= 0; got {rtol}.")

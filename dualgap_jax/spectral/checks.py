@@ -27,7 +27,7 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     """The widths as integers.  Raises SpectralError if there is none, or one is below 1."""
     try:
         found = tuple(int(w) for w in widths)
-        whole = all(w == f for w, f in zip(widths, found, strict=True))
+        whole = all(w == f and not isinstance(w, bool | np.bool) for w, f in zip(widths, found, strict=True))
     except (TypeError, ValueError):
         found, whole = (), False
     if not whole or not found or min(found) < 1:
