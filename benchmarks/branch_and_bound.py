@@ -16,8 +16,8 @@ import numpy as np
 
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import BoundSpec, SearchSpec, branch_problem, certify
+from dualgap_jax.duality.checker.value_functions import verify_boxes
 from dualgap_jax.duality.search import search
-from dualgap_jax.duality.verify import verify_boxes
 from dualgap_jax.networks import mlp
 
 CASES = [(2, 30), (2, 200), (2, 500), (3, 30), (3, 100), (3, 500), (4, 30), (4, 100)]

@@ -8,11 +8,11 @@ everything else in a row is
 
 - `network`: the risk of a network of 60 units (100 at n = 100) that L-BFGS trained: an upper bound on the optimum,
   as evaluated in float64;
-- `certified`: the proven lower bound, of any number of units (`moments_joint.relaxation`), and
+- `certified`: the proven lower bound, of any number of units (`moments.joint.relaxation`), and
   `gap`: `(network - certified) / network`, in percent;
 - `without cover`: the same gap with no cover, at the network's own dual vector (certified);
 - `estimated gap`: the same with the largest value that a search found in place of a bound (estimated);
-- seconds of processor time for the lower bound, and for proving it again (`moments_verify`).
+- seconds of processor time for the lower bound, and for proving it again (`moments.verify`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import numpy as np
 from scipy.optimize import minimize
 
 from dualgap_jax import data
-from dualgap_jax.certify.moments import ball_bound
-from dualgap_jax.certify.moments_cover import Effort
-from dualgap_jax.certify.moments_joint import relaxation
-from dualgap_jax.certify.moments_start import FORMS
-from dualgap_jax.certify.moments_verify import verify_relaxation
+from dualgap_jax.certify.moments.balls import ball_bound
+from dualgap_jax.certify.moments.covering import Effort
+from dualgap_jax.certify.moments.joint import relaxation
+from dualgap_jax.certify.moments.start import FORMS
+from dualgap_jax.certify.moments.verify import verify_relaxation
 
 _CASES = "100:squared:0.5,100:squared:0.1,100:squared:0.01,100:logistic:0.5,1000:squared:0.5,1000:squared:0.1,"
 _CASES += "1000:logistic:0.5,10000:squared:0.5"

@@ -33,9 +33,9 @@ from spectral_oracles import rational_optimum, spoiled
 from dualgap_jax import spectral
 from dualgap_jax.data import Dataset
 from dualgap_jax.duality import BoundSpec, ValueFunction, branch_problem, certify, closed_forms, deltas, verdicts
+from dualgap_jax.duality.checker.value_functions import verify_boxes
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.values import proven
-from dualgap_jax.duality.verify import verify_boxes
 from dualgap_jax.networks import from_functions, mlp
 from dualgap_jax.spectral import SpectralError, VerificationError, in_blocks, solve_columns
 

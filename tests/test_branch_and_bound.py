@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality import boxes, branch_and_bound, numpy_pairs, numpy_ranges, problem, search, verify
+from dualgap_jax.duality import boxes, branch_and_bound, problem, search
+from dualgap_jax.duality.bounding.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.branch_and_bound import BoundSpec
+from dualgap_jax.duality.checker import pairs, ranges, value_functions
 from dualgap_jax.duality.problem import ByProgram, Problem
-from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.networks import from_functions, mlp
@@ -270,7 +271,7 @@ def test_a_proof_covers_the_set(case: Case) -> None:
 
 
 def test_a_proof_holds_when_gone_through_again(case: Case) -> None:
-    found = verify.verify_boxes(case.problem, case.proven)
+    found = value_functions.verify_boxes(case.problem, case.proven)
     assert found.holds, found.reason
     assert found.boxes > 100
 
@@ -278,7 +279,7 @@ def test_a_proof_holds_when_gone_through_again(case: Case) -> None:
 @pytest.mark.parametrize("name", ["relu", "gelu", "bias"])
 def test_proofs_of_other_branches_hold_too(name: str, rng: np.random.Generator) -> None:
     one = problem.branch_problem(BRANCHES[name], binary(rng, 8, 1), tau=2.0, radius=1.5)
-    found = verify.verify_boxes(one, certified(one, BoundSpec(3e-3, 5_000), 17))
+    found = value_functions.verify_boxes(one, certified(one, BoundSpec(3e-3, 5_000), 17))
     assert found.holds, found.reason
 
 
@@ -330,18 +331,18 @@ def _changed(name: str, f: ValueFunction) -> ValueFunction:
     ],
 )
 def test_a_claim_that_was_tampered_with_does_not_hold(name: str, reason: str, case: Case) -> None:
-    found = verify.verify_boxes(case.problem, _changed(name, case.proven), effort=2)
+    found = value_functions.verify_boxes(case.problem, _changed(name, case.proven), effort=2)
     assert not found.holds
     assert reason in found.reason
 
 
 def test_the_checker_names_what_it_does_not_know(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one of its rules; the solver has its own."""
-    monkeypatch.delitem(numpy_pairs.SMOOTH, "atan")
+    monkeypatch.delitem(pairs.SMOOTH, "atan")
     one = problem.branch_problem(
         own(lambda w, x: jnp.arctan(w[0] * x[:, 0]), 1), binary(rng, 5, 1), tau=2.0, radius=1.5
     )
-    found = verify.verify_boxes(one, certified(one, BoundSpec(1e-1, 500), 9))
+    found = value_functions.verify_boxes(one, certified(one, BoundSpec(1e-1, 500), 9))
     assert not found.holds
     assert found.reason == "the operation atan is not known to the checker."
 
@@ -349,7 +350,7 @@ def test_the_checker_names_what_it_does_not_know(rng: np.random.Generator, monke
 @pytest.mark.parametrize("name", ["tanh", "relu", "gelu", "recurrent"])
 def test_the_checkers_ranges_hold_all_points(name: str, rng: np.random.Generator) -> None:
     one = problem.branch_problem(BRANCHES[name], binary(rng, 6, 1), tau=2.0, radius=2.0)
-    walker = numpy_ranges.Walker(one)
+    walker = ranges.Walker(one)
     lo = rng.uniform(-2, 2, (100, 2)) * (rng.random((100, 2)) < 0.8)
     hi = lo + 10.0 ** rng.uniform(-9, 0, (100, 2))
     w = lo[:, None] + rng.random((100, 50, 2)) * (hi - lo)[:, None]

@@ -16,7 +16,7 @@ from certify_oracles import convex_program
 
 from dualgap_jax import checkpoints, cli, experiments
 from dualgap_jax.config import Component, experiment_config
-from dualgap_jax.duality.verify import Verified
+from dualgap_jax.duality.checker.value_functions import Verified
 from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments import certify_run as module
 from dualgap_jax.experiments.certify_run import CertifyRunError, certify_run

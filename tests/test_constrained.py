@@ -18,10 +18,11 @@ import pytest
 
 from dualgap_jax import certify, duality, losses, networks
 from dualgap_jax.data import Dataset, from_arrays
-from dualgap_jax.duality import BoundSpec, ConstrainedProblem, Effort, SearchSpec, constrained_bounds, numpy_pairs, sets
-from dualgap_jax.duality.rules import UnsupportedPrimitiveError
+from dualgap_jax.duality import BoundSpec, ConstrainedProblem, Effort, SearchSpec, constrained_bounds, sets
+from dualgap_jax.duality.bounding.rules import UnsupportedPrimitiveError
+from dualgap_jax.duality.checker import pairs
+from dualgap_jax.duality.checker.constrained import verify_constrained
 from dualgap_jax.duality.theorem import Theorem
-from dualgap_jax.duality.verify_constrained import verify_constrained
 
 EFFORT = Effort(search=SearchSpec(5, 8, 30, 1, 3), bound=BoundSpec(4e-3, 20_000), dual=BoundSpec(1e-4, 20_000))
 BRANCH = networks.mlp((1,), 1, activation="tanh", use_bias=False)
@@ -159,7 +160,7 @@ def test_claims_that_were_tampered_with_do_not_hold(case: Case) -> None:
 def test_what_the_checker_does_not_know_is_estimated_by_name(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(numpy_pairs.SMOOTH, "atan")
+    monkeypatch.delitem(pairs.SMOOTH, "atan")
     branch = networks.from_functions(
         lambda key, x: {"w": jnp.zeros(1)}, lambda params, x: jnp.arctan(params["w"][0] * x)
     )

@@ -652,7 +652,6 @@ SURFACE = np.zeros((5, 5))
         ({"zero_loss": -1.0}, "zero_loss"),
         ({"zero_loss": math.nan}, "zero_loss"),
         ({"zero_loss": math.inf}, "zero_loss"),
-        ({"zero_loss": "1"}, "zero_loss"),
         ({"rtol": -1e-6}, "rtol"),
         ({"edge_t": np.linspace(0, 1, 3)}, "go together"),
         ({"edge_losses": np.zeros((3, 3))}, "go together"),

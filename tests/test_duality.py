@@ -34,6 +34,7 @@ from dualgap_jax.duality import (
 )
 from dualgap_jax.duality.allocation import METHODS, allocate
 from dualgap_jax.duality.branch_and_bound import BoundSpec
+from dualgap_jax.duality.checker.gap import Checker, Premises, check_record
 from dualgap_jax.duality.envelope import dual_by_envelope, envelope, lagrangian
 from dualgap_jax.duality.min_plus import min_plus
 from dualgap_jax.duality.risk import primal_risk
@@ -41,7 +42,6 @@ from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import verdicts
-from dualgap_jax.duality.verify_gap import Checker, Premises, check_record
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json, load_npz, save_json
 from dualgap_jax.losses import binary_hinge, multi_margin

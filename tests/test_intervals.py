@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from scipy import special
 
-from dualgap_jax.duality import elementary, intervals, programs, ranges, rules
-from dualgap_jax.duality.intervals import Interval
+from dualgap_jax.duality import programs
+from dualgap_jax.duality.bounding import elementary, intervals, ranges, rules
+from dualgap_jax.duality.bounding.intervals import Interval
 
 Function = Callable[[jax.Array], jax.Array]
 

@@ -203,3 +203,12 @@ def test_what_goes_up_is_found(module: str, source: str, words: list[str]) -> No
     (message,) = violations(source, module)
     for word in words:
         assert word in message
+
+
+def test_the_checkers_use_nothing_of_what_they_check() -> None:
+    solvers = {"boxes", "bounding", "closed_forms", "search", "constrained_search", "min_plus", "verdict", "gap"}
+    for path in sorted((ROOT / "duality" / "checker").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        names = [name.split(".") for _, name in imported(source, f"duality.checker.{path.stem}")]
+        used = {parts[1] for parts in names if parts[0] == "duality" and len(parts) > 1}
+        assert not used & solvers, path.name

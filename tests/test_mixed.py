@@ -15,12 +15,12 @@ import pytest
 from dualgap_jax import config, experiments
 from dualgap_jax.config import Component, ConfigError, experiment_config
 from dualgap_jax.duality import SearchSpec, ValueFunction, allocate, verdicts
+from dualgap_jax.duality.checker.gap import BOUNDS, NotProvenError, Premises, Row
+from dualgap_jax.duality.checker.mixed import Kind, check_mixed
+from dualgap_jax.duality.checker.value_functions import Verified
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.duality.values import proven
 from dualgap_jax.duality.verdict import Instance
-from dualgap_jax.duality.verify import Verified
-from dualgap_jax.duality.verify_gap import BOUNDS, NotProvenError, Premises, Row
-from dualgap_jax.duality.verify_mixed import Kind, check_mixed
 from dualgap_jax.experiments import duality_mixed
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json

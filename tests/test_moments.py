@@ -11,9 +11,9 @@ import pytest
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from dualgap_jax.certify.moments import BallBound, ball_bound
-from dualgap_jax.certify.moments_cover import Effort
-from dualgap_jax.certify.moments_verify import verify_ball_bound
+from dualgap_jax.certify.moments.balls import BallBound, ball_bound
+from dualgap_jax.certify.moments.covering import Effort
+from dualgap_jax.certify.moments.verify import verify_ball_bound
 from dualgap_jax.spectral.evidence import VerificationError
 
 QUICK = Effort(first_steps=60, steps=40)

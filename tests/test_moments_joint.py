@@ -12,10 +12,10 @@ from scipy.special import xlogy
 from test_benchmarks import run
 from test_moments import QUICK, on_arcs
 
-from dualgap_jax.certify.moments_cover import Effort, candidates, evaluate, first_shares
-from dualgap_jax.certify.moments_joint import relaxation
-from dualgap_jax.certify.moments_start import FORMS
-from dualgap_jax.certify.moments_verify import verify_relaxation
+from dualgap_jax.certify.moments.covering import Effort, candidates, evaluate, first_shares
+from dualgap_jax.certify.moments.joint import relaxation
+from dualgap_jax.certify.moments.start import FORMS
+from dualgap_jax.certify.moments.verify import verify_relaxation
 from dualgap_jax.spectral.evidence import VerificationError
 
 LOSSES = {

@@ -12,9 +12,9 @@ import pytest
 from test_intervals import CURVATURES, SCALAR, SLOPES, WIDE, _networks, magnitudes
 
 from dualgap_jax.data import from_arrays
-from dualgap_jax.duality import numpy_pairs
-from dualgap_jax.duality.numpy_pairs import Unsupported
-from dualgap_jax.duality.numpy_ranges import Walker
+from dualgap_jax.duality.checker import pairs
+from dualgap_jax.duality.checker.pairs import Unsupported
+from dualgap_jax.duality.checker.ranges import Walker
 from dualgap_jax.duality.problem import branch_problem
 from dualgap_jax.networks import mlp
 
@@ -142,7 +142,7 @@ def test_operations_without_a_rule_are_named(f: Function, name: str, x64: None) 
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [(n, k) for k, t in enumerate((WIDE, SLOPES, CURVATURES)) for n in t if n in numpy_pairs.SMOOTH],
+    [(n, k) for k, t in enumerate((WIDE, SLOPES, CURVATURES)) for n in t if n in pairs.SMOOTH],
 )
 def test_functions_hold_the_true_value_at_every_point(name: str, part: int) -> None:
     """Against 80-bit (or wider) long doubles over many magnitudes."""
@@ -151,7 +151,7 @@ def test_functions_hold_the_true_value_at_every_point(name: str, part: int) -> N
     x = magnitudes(name)
     with np.errstate(all="ignore"):
         truth = (WIDE, SLOPES, CURVATURES)[part][name](x.astype(np.longdouble))
-        low, high = numpy_pairs.SMOOTH[name]((x, x))[part]
+        low, high = pairs.SMOOTH[name]((x, x))[part]
     assert (low <= truth + np.longdouble(1e-305)).all()
     assert (truth <= high + np.longdouble(1e-305)).all()
 

@@ -30,13 +30,13 @@ from dualgap_jax.duality import (
     theorem1,
     verdicts,
 )  # fmt: skip
+from dualgap_jax.duality.checker.gap import BOUNDS, Checker, NotProvenError, Premises, Row, check_record, row_of
 from dualgap_jax.duality.margins import margin_bound
 from dualgap_jax.duality.problem import Problem, subject_of
 from dualgap_jax.duality.theorem import _dual_effort
 from dualgap_jax.duality.trained import TrainedSpec, train_constrained
 from dualgap_jax.duality.values import proven
 from dualgap_jax.duality.verdict import Instance
-from dualgap_jax.duality.verify_gap import BOUNDS, Checker, NotProvenError, Premises, Row, check_record, row_of
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.losses import binary_hinge

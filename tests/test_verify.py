@@ -12,22 +12,13 @@ import pytest
 from dualgap_jax import experiments
 from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.data import Dataset
-from dualgap_jax.duality import (
-    SearchSpec,
-    ValueFunction,
-    branch_problem,
-    closed_forms,
-    deltas,
-    proofs,
-    theorem,
-    verify,
-    verify_gap,
-)
-from dualgap_jax.duality import verify_closed_forms as forms
+from dualgap_jax.duality import SearchSpec, ValueFunction, branch_problem, closed_forms, deltas, proofs, theorem
+from dualgap_jax.duality.checker import closed_forms as forms
+from dualgap_jax.duality.checker import gap, value_functions
+from dualgap_jax.duality.checker.value_functions import Verified, verify_function
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.duality.verdict import Instance
-from dualgap_jax.duality.verify import Verified, verify_function
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json
 from dualgap_jax.networks import mlp
@@ -199,7 +190,7 @@ def test_a_bound_on_q_that_was_not_proven_is_not_used(rng: np.random.Generator) 
     delta = deltas.on_segment(one, f)
     (row,) = theorem.verdicts(f, 0.9, [1000], delta_lower=delta)
     counts = Instance([f], 0.9).allocation([1000]).counts[0]
-    checker = verify_gap.Checker(proofs.premises(one, f, delta))
+    checker = gap.Checker(proofs.premises(one, f, delta))
     proven = proofs.proven_by(checker, row, counts, {row.multiplier: row.dual_value})
     assert proven["dual_lower"] == "weak duality"
     for duals in ({}, {row.multiplier: row.dual_value - 1e-12}, {2 * row.multiplier: row.dual_value}):
@@ -218,4 +209,4 @@ def test_boxes_are_proven_again_in_the_experiment(tmp_path: Any) -> None:
     assert (record["verified"]["function"], record["verified"]["failures"]) == (True, [])
     assert record["verified"]["boxes"] > 50
     assert {row["status"] for row in record["rows"]} == {"certified"}
-    assert verify.Verified(True, "", 3).duals == {}
+    assert value_functions.Verified(True, "", 3).duals == {}

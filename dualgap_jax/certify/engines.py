@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.certify import cells, closed, moments
+from dualgap_jax.certify import cells, closed
 from dualgap_jax.certify.closed import moment
-from dualgap_jax.certify.moments_joint import relaxation
-from dualgap_jax.certify.moments_start import FORMS
+from dualgap_jax.certify.moments import balls
+from dualgap_jax.certify.moments.joint import relaxation
+from dualgap_jax.certify.moments.start import FORMS
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
 
@@ -149,16 +150,16 @@ class Relaxed(NamedTuple):
     """The evidence of the moment relaxation: the dual vectors it was made for, and its certificate."""
 
     alpha: np.ndarray
-    bound: moments.BallBound
+    bound: balls.BallBound
 
 
 def _moments(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
     if not known.bent or known.activation == "identity" or not np.any(alpha):
         return None
-    return _relaxed(known, x, alpha, moments.ball_bound(*cells.with_leak(x, alpha, known.negative_slope)))
+    return _relaxed(known, x, alpha, balls.ball_bound(*cells.with_leak(x, alpha, known.negative_slope)))
 
 
-def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, found: moments.BallBound) -> Ceiling:
+def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, found: balls.BallBound) -> Ceiling:
     """What a relaxation proves of kappa."""
     one, two, exponent = _rescaled(x, alpha)
     doubled = 1 if known.negative_slope == 0 else 2
@@ -170,7 +171,7 @@ def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, found: moments.
 def relaxed(problem: RiskProblem, alpha: np.ndarray) -> tuple[np.ndarray, Ceiling] | None:
     """Dual vectors `[n, 1]` that the relaxation raises together with its multipliers, from `alpha`, and their bound.
 
-    None where `moments_joint` does not apply: it takes one hidden ReLU layer with one output, a penalty and no ball.
+    None where `moments.joint` does not apply: it takes one hidden ReLU layer with one output, a penalty and no ball.
     """
     known, kind = problem.structure, problem.conjugate.kind
     fits = known is not None and (known.widths[1:], known.activation) == ((), "relu") and problem.shape[1] == 1

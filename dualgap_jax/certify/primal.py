@@ -17,8 +17,8 @@ import numpy as np
 
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
+from dualgap_jax.duality.bounding.ranges import extension
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS
-from dualgap_jax.duality.ranges import extension
 from dualgap_jax.types import BranchSource
 
 _EPS = float(np.finfo(np.float64).eps)

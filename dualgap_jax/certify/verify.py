@@ -18,13 +18,13 @@ import numpy as np
 
 from dualgap_jax.certify.bounds import Bound
 from dualgap_jax.certify.engines import Relaxed
-from dualgap_jax.certify.moments_verify import VerificationError, verify_ball_bound
+from dualgap_jax.certify.moments.verify import VerificationError, verify_ball_bound
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
 from dualgap_jax.certify.verify_cells import largest_sum
 from dualgap_jax.duality.branch_and_bound import Tree
-from dualgap_jax.duality.verify import Verified, verify_minimum
-from dualgap_jax.duality.verify_closed_forms import units
+from dualgap_jax.duality.checker.closed_forms import units
+from dualgap_jax.duality.checker.value_functions import Verified, verify_minimum
 
 _EPS = float(np.finfo(np.float64).eps)
 _DIGITS = decimal.Context(prec=50)

@@ -11,13 +11,11 @@
 With h and W of one's own the problem comes from `constrained_problem`, see `constrained`.
 
 `gap` and `verdict` compute from value functions alone (over `units`, `envelope`, `allocation` and `min_plus`);
-`problem`, `search`, `branch_and_bound` (over `boxes`, `ranges` with its `rules` and `choices`, `jets`, `elementary`,
-`intervals` and `programs`) and `closed_forms` find them; `deltas` bounds Delta, and `margins` decides Assumption 1,
-without which `clipped` bounds the hinge as it is.  `constrained`, `constrained_search` and `constrained_bounds` do the
-same for h of one's own over the `sets`.  `verify` and `verify_constrained` prove value functions again (over
-`numpy_ranges` with its `numpy_rules`, `numpy_moves`, `numpy_jets` and `numpy_pairs`, and `verify_closed_forms`),
-`verify_gap` and `verify_mixed` the numbers of a record in rational numbers, `proofs` both together; `trained` and
-`population` compare with SGD and with fresh samples.
+`problem`, `search`, `branch_and_bound` (over `boxes`, the ranges of `bounding`, and `programs`) and `closed_forms` find
+them; `deltas` bounds Delta, and `margins` decides Assumption 1, without which `clipped` bounds the hinge as it is.
+`constrained`, `constrained_search` and `constrained_bounds` do the same for h of one's own over the `sets`.  `checker`
+proves value functions and the numbers of a record again, with nothing of `bounding`, and `proofs` says what of a set of
+verdicts it proves; `trained` and `population` compare with SGD and with fresh samples.
 """
 
 from dualgap_jax.duality.allocation import Allocation, allocate

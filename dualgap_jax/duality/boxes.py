@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dualgap_jax.duality.bounding.ranges import extension, is_smooth
 from dualgap_jax.duality.problem import ByProgram, Problem
-from dualgap_jax.duality.ranges import extension, is_smooth
 
 _EPS = float(np.finfo(np.float64).eps)
 _TINY = 1e-300  # more than any underflow of a float64 operation

@@ -29,16 +29,16 @@ import scipy
 from jaxtyping import Array, Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.duality.numpy_pairs import Unsupported
-from dualgap_jax.duality.numpy_ranges import Walker
+from dualgap_jax.duality.bounding.ranges import UnsupportedPrimitiveError, extension
+from dualgap_jax.duality.checker.pairs import Unsupported
+from dualgap_jax.duality.checker.ranges import Walker
+from dualgap_jax.duality.checker.value_functions import verify_function
 from dualgap_jax.duality.problem import ByProgram, Problem
-from dualgap_jax.duality.ranges import UnsupportedPrimitiveError, extension
 from dualgap_jax.duality.search import SearchSpec, descent
 from dualgap_jax.duality.theorem import Effort, value_function
 from dualgap_jax.duality.units import as_counts
 from dualgap_jax.duality.values import Status, ValueFunction, number
 from dualgap_jax.duality.verdict import Instance, dual_lower
-from dualgap_jax.duality.verify import verify_function
 
 _EPS = float(np.finfo(np.float64).eps)
 _SPARE = 2.0**-40  # of an upper bound, left to those who prove it again with other roundings

@@ -33,9 +33,9 @@ from jaxtyping import Float, Float64
 
 from dualgap_jax import seeds
 from dualgap_jax.data import Dataset
+from dualgap_jax.duality.bounding.ranges import extension
 from dualgap_jax.duality.problem import Problem, above, branch_problem
 from dualgap_jax.duality.programs import JUMPS, Program, trace
-from dualgap_jax.duality.ranges import extension
 from dualgap_jax.duality.sets import Blocks, placed
 from dualgap_jax.files import text_digest
 from dualgap_jax.identity import function_digest

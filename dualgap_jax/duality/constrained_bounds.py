@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float64
 
 from dualgap_jax import seeds
+from dualgap_jax.duality.bounding.ranges import extension
 from dualgap_jax.duality.boxes import (
     Bounds,
     above,
@@ -36,7 +37,6 @@ from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, SPARE, BoundSpe
 from dualgap_jax.duality.constrained import ByOwn, ConstrainedProblem, draw
 from dualgap_jax.duality.margins import label_scale
 from dualgap_jax.duality.problem import subject_of
-from dualgap_jax.duality.ranges import extension
 from dualgap_jax.duality.search import descent, monotone
 from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction, proven
 

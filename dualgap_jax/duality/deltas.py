@@ -2,8 +2,8 @@
 
 `f^(w) = v(h(w))`, and `f~` is the convex envelope of g over W.  For any points w_k of W and weights a_k,
 `f~(sum a_k w_k) <= sum a_k g(w_k)`: a concrete combination gives a lower bound on Delta, and is returned, so that
-anyone can check it (`verify_gap`).  From above, `Delta <= v(least budget) - v(largest budget)`, since f^ is at most the
-one and f~ at least the other (`ValueFunction.largest_delta`).
+anyone can check it (`checker.gap`).  From above, `Delta <= v(least budget) - v(largest budget)`, since f^ is at most
+the one and f~ at least the other (`ValueFunction.largest_delta`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import scipy
 from jaxtyping import Float64
 
 from dualgap_jax.convexity import lower_hull
+from dualgap_jax.duality.bounding.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.branch_and_bound import point_values, upper_values
 from dualgap_jax.duality.constrained import AnyProblem, ConstrainedProblem
 from dualgap_jax.duality.envelope import envelope
 from dualgap_jax.duality.problem import Problem, above, subject_of, values_at
-from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.values import Provable, ValueFunction, proven
 from dualgap_jax.identity import arrays_digest
 

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Float64
 
 from dualgap_jax import seeds
 from dualgap_jax.data import Dataset, validate
+from dualgap_jax.duality.bounding.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.programs import remedy, trace
-from dualgap_jax.duality.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.values import number
 from dualgap_jax.files import text_digest
 from dualgap_jax.identity import function_digest

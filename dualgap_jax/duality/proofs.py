@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dualgap_jax.duality import deltas, verify_gap
+from dualgap_jax.duality import deltas
 from dualgap_jax.duality.allocation import Allocation
+from dualgap_jax.duality.checker import gap
+from dualgap_jax.duality.checker.constrained import reached, verify_constrained
+from dualgap_jax.duality.checker.value_functions import verify_function
 from dualgap_jax.duality.constrained import AnyProblem, ConstrainedProblem
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Verdict
-from dualgap_jax.duality.verify import verify_function
-from dualgap_jax.duality.verify_constrained import reached, verify_constrained
 
 
 class Proven(NamedTuple):
@@ -59,22 +60,22 @@ def prove(
     checker = None
     try:
         if not again.holds:
-            raise verify_gap.NotProvenError(again.reason)
-        checker = verify_gap.Checker(premises(problem, function, delta))
-    except verify_gap.NotProvenError as error:
+            raise gap.NotProvenError(again.reason)
+        checker = gap.Checker(premises(problem, function, delta))
+    except gap.NotProvenError as error:
         failures.append(str(error))
     for k, (verdict, allocation) in enumerate(zip(found, allocations, strict=True)):
         if checker is not None and verdict.status == "certified":
             try:
                 rows[k] = proven_by(checker, verdict, allocation.counts[0], again.duals)
-            except verify_gap.NotProvenError as error:
+            except gap.NotProvenError as error:
                 failures.append(str(error))
     return Proven(checker is not None, rows, again.boxes, failures)
 
 
-def premises(problem: AnyProblem, function: ValueFunction, delta: deltas.Combination) -> verify_gap.Premises:
-    """What `verify_gap` takes as proven of one kind of branch."""
-    known = verify_gap.Premises(
+def premises(problem: AnyProblem, function: ValueFunction, delta: deltas.Combination) -> gap.Premises:
+    """What `checker.gap` takes as proven of one kind of branch."""
+    known = gap.Premises(
         function.budgets, function.lower, function.upper, function.concave, function.slope, problem.one.radius,
         problem.one.power, delta.points, delta.weights, delta.values,
     )  # fmt: skip
@@ -84,10 +85,10 @@ def premises(problem: AnyProblem, function: ValueFunction, delta: deltas.Combina
 
 
 def proven_by(
-    checker: verify_gap.Checker, verdict: Verdict, counts: Mapping[int, int], duals: Mapping[float, float]
+    checker: gap.Checker, verdict: Verdict, counts: Mapping[int, int], duals: Mapping[float, float]
 ) -> dict[str, str]:
     """The argument for each bound of a row.  Raises `NotProvenError`."""
-    row = verify_gap.row_of(verdict._asdict(), counts)
+    row = gap.row_of(verdict._asdict(), counts)
     if not row.dual_value <= duals.get(row.multiplier, -float("inf")):
         row = row._replace(dual_value=-float("inf"))  # then only the grid's own bound on Q counts
     return checker.check(row)

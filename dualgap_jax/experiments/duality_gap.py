@@ -16,6 +16,7 @@ from dualgap_jax.data import Dataset
 from dualgap_jax.duality import deltas, population
 from dualgap_jax.duality.allocation import Allocation
 from dualgap_jax.duality.branch_and_bound import BoundSpec
+from dualgap_jax.duality.checker.closed_forms import verify_margin
 from dualgap_jax.duality.margins import CONTRACTIONS
 from dualgap_jax.duality.problem import Problem, branch_problem
 from dualgap_jax.duality.risk import Risk, primal_risk
@@ -24,7 +25,6 @@ from dualgap_jax.duality.theorem import HOMOGENEOUS, Effort, Route, find_delta, 
 from dualgap_jax.duality.trained import TrainedSpec, train_constrained
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Instance, verdicts
-from dualgap_jax.duality.verify_closed_forms import verify_margin
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
 from dualgap_jax.experiments.duality_mixed import mixed_arrays, mixed_record, mixed_rows
 from dualgap_jax.experiments.duality_proofs import hinge_rows, proven_rows

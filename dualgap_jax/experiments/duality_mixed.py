@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dualgap_jax.duality import deltas
+from dualgap_jax.duality.checker.gap import NotProvenError
+from dualgap_jax.duality.checker.mixed import Kind, check_mixed
+from dualgap_jax.duality.checker.value_functions import verify_function
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.proofs import premises
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.theorem import find_delta
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
-from dualgap_jax.duality.verify import verify_function
-from dualgap_jax.duality.verify_gap import NotProvenError
-from dualgap_jax.duality.verify_mixed import Kind, check_mixed
 from dualgap_jax.experiments.duality_report import curve, dual_curve
 from dualgap_jax.terminal import Progress
 

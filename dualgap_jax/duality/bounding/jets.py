@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dualgap_jax.duality import intervals
-from dualgap_jax.duality.elementary import FUNCTIONS, Elementary, logaddexp, logaddexp_slope
-from dualgap_jax.duality.intervals import Interval, add, is_float, mul, whole
+from dualgap_jax.duality.bounding import intervals
+from dualgap_jax.duality.bounding.elementary import FUNCTIONS, Elementary, logaddexp, logaddexp_slope
+from dualgap_jax.duality.bounding.intervals import Interval, add, is_float, mul, whole
 
 
 class Jet(NamedTuple):

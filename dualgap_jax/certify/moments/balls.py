@@ -4,8 +4,8 @@
 
 is what weak duality needs of such a branch: with `f = a (u x)_+`, `h = a^2 + |u|^2` and the penalty `lam h`, the least
 of `(1/n) sum_j alpha_j f(x_j) + lam h` is 0 if `rho <= 2 lam`.  Finding it is NP-hard; the bound here is the value of a
-semidefinite relaxation, proven with all rounding (`moments_proof`) from multipliers that a search finds
-(`moments_search`, `moments_cover`).
+semidefinite relaxation, proven with all rounding (`moments.proof`) from multipliers that a search finds
+(`moments.ascent`, `moments.covering`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import scipy
 from jaxtyping import Float64
 
-from dualgap_jax.certify.moments_cover import Effort, multipliers
-from dualgap_jax.certify.moments_proof import Multipliers, Points, prove, scaled_points
+from dualgap_jax.certify.moments.covering import Effort, multipliers
+from dualgap_jax.certify.moments.proof import Multipliers, Points, prove, scaled_points
 
 _EFFORT = Effort()
 
@@ -68,7 +68,7 @@ def ball_bound(x: Any, alpha: Any, *, effort: Effort = _EFFORT) -> BallBound:
     """Proves an upper bound of `max over |u| <= 1 of |(1/n) sum_j alpha_j (u x_j)_+|`.
 
     The bound holds for these float64 numbers as they are: every rounding between them and it is charged to it, and the
-    search that finds the multipliers is not trusted (`moments_verify` proves it again from the multipliers).
+    search that finds the multipliers is not trusted (`moments.verify` proves it again from the multipliers).
 
     Args:
       x: `[n, d]`, float32 or float64, with at least one row and one column.

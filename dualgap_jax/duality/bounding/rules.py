@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dualgap_jax.duality import intervals, jets
-from dualgap_jax.duality.elementary import FUNCTIONS, Elementary, raised
-from dualgap_jax.duality.intervals import Interval, is_float
-from dualgap_jax.duality.jets import Jet, Order
+from dualgap_jax.duality.bounding import intervals, jets
+from dualgap_jax.duality.bounding.elementary import FUNCTIONS, Elementary, raised
+from dualgap_jax.duality.bounding.intervals import Interval, is_float
+from dualgap_jax.duality.bounding.jets import Jet, Order
 from dualgap_jax.duality.programs import Equation, Known, remedy
 
 

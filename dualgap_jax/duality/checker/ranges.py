@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax.duality.numpy_choices import Value, chosen, constant
-from dualgap_jax.duality.numpy_jets import Calculus, Jet, Truth, linear
-from dualgap_jax.duality.numpy_pairs import Pair, Unsupported, add, mul, neg, out, summed
-from dualgap_jax.duality.numpy_rules import applied, entry, stacked
+from dualgap_jax.duality.checker.choices import Value, chosen, constant
+from dualgap_jax.duality.checker.jets import Calculus, Jet, Truth, linear
+from dualgap_jax.duality.checker.pairs import Pair, Unsupported, add, mul, neg, out, summed
+from dualgap_jax.duality.checker.rules import applied, entry, stacked
 from dualgap_jax.duality.problem import Problem
 
 _LONGEST_SCAN = 256

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dualgap_jax.duality.checker.pairs import Unsupported
+from dualgap_jax.duality.checker.ranges import Walker, batch
+from dualgap_jax.duality.checker.value_functions import Verified, children, down, halves, parabola, sum_of, up, widest
 from dualgap_jax.duality.constrained import ConstrainedProblem, box_around
 from dualgap_jax.duality.constrained_bounds import ConstrainedProof
-from dualgap_jax.duality.numpy_pairs import Unsupported
-from dualgap_jax.duality.numpy_ranges import Walker, batch
 from dualgap_jax.duality.sets import Blocks
 from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction
-from dualgap_jax.duality.verify import Verified, children, down, halves, parabola, sum_of, up, widest
 
 _BATCH = 256
 _MARGIN_BOXES = 20_000

@@ -5,9 +5,9 @@ For `(1/n) sum_j l(z_j) + lam int (a^2 + |u|^2) dmu` over all measures of units 
     F* >= -(1/n) sum_j l*(alpha_j)   for every alpha with  max over |u| <= 1 of |(1/n) sum_j alpha_j (u x_j)_+| <= 2
     lam,
 
-and with the bound `rho(alpha)` of `moments_proof`, which is convex and of degree one, every direction alpha gives
+and with the bound `rho(alpha)` of `moments.proof`, which is convex and of degree one, every direction alpha gives
 `max over theta <= 2 lam / rho(alpha) of -(1/n) sum_j l*(theta alpha_j)`.  That is raised by L-BFGS over the sizes of
-alpha (their signs stay) and the multipliers of both signs at once, smoothed as in `moments_cover`.  What it finds is
+alpha (their signs stay) and the multipliers of both signs at once, smoothed as in `moments.covering`.  What it finds is
 rounded into the domain of l*, scaled until its bound is proven to be at most 2 lam, and only then called a lower bound.
 """
 
@@ -21,11 +21,11 @@ import scipy
 from jaxtyping import Float64
 
 from dualgap_jax import losses
-from dualgap_jax.certify import moments_cover, moments_search
-from dualgap_jax.certify.moments import BallBound, Side, check_effort, checked, combined, side_of
-from dualgap_jax.certify.moments_cover import Effort, Shares, Value, evaluate
-from dualgap_jax.certify.moments_proof import scaled_points
-from dualgap_jax.certify.moments_start import FORMS, Form, first_alpha
+from dualgap_jax.certify.moments import ascent, covering
+from dualgap_jax.certify.moments.balls import BallBound, Side, check_effort, checked, combined, side_of
+from dualgap_jax.certify.moments.covering import Effort, Shares, Value, evaluate
+from dualgap_jax.certify.moments.proof import scaled_points
+from dualgap_jax.certify.moments.start import FORMS, Form, first_alpha
 from dualgap_jax.registry import unknown
 
 _LEAST = 1e-4  # of the largest |alpha|: smaller ones start there
@@ -137,16 +137,16 @@ class _Descent:
         signs = np.where(first != 0, np.sign(first), np.sign(slope))
         self.signs = np.where(signs != 0, signs, 1.0)
         sizes = np.maximum(np.abs(first), _LEAST * top)
-        basis = moments_search.in_basis(x)
-        axes = moments_cover.principal(sizes[:, None] * basis, max(effort.width, effort.last_width))
+        basis = ascent.in_basis(x)
+        axes = covering.principal(sizes[:, None] * basis, max(effort.width, effort.last_width))
         weighted = sizes[:, None] * (basis @ axes[:, : effort.width])
         self.masks = [self.signs > 0, self.signs < 0]
         starts = []
         for positive in self.masks:
-            reduced = moments_search.reduce(weighted, positive)
-            moment = moments_search.ascend(reduced, effort.rank, min(effort.first_steps, _ROUGH))
-            plain = moments_search.read_off(reduced, moment)
-            starts.append((moment, plain.delta, moments_search.worth(plain)))
+            reduced = ascent.reduce(weighted, positive)
+            moment = ascent.ascend(reduced, effort.rank, min(effort.first_steps, _ROUGH))
+            plain = ascent.read_off(reduced, moment)
+            starts.append((moment, plain.delta, ascent.worth(plain)))
         size = max(worth for _, _, worth in starts)
         self.size = size
         self.whole = (basis @ axes) / size
@@ -157,13 +157,13 @@ class _Descent:
         self.pairs, self.shares = [], []
         for positive, (moment, delta, _) in zip(self.masks, starts, strict=True):
             seen = weighted @ moment
-            pairs = moments_cover.candidates(seen[positive], seen[~positive], effort.partners)
+            pairs = covering.candidates(seen[positive], seen[~positive], effort.partners)
             self.pairs.append(pairs)
-            shares = moments_cover.first_shares(pairs, np.maximum(delta / size, 1e-12))
+            shares = covering.first_shares(pairs, np.maximum(delta / size, 1e-12))
             v = sizes[:, None] * self.basis
-            levels = moments_cover.LEVELS[:-1]
+            levels = covering.LEVELS[:-1]
             with np.errstate(all="ignore"):
-                shares, _ = moments_cover.descend(
+                shares, _ = covering.descend(
                     v[positive], v[~positive], pairs, shares, size=1.0, steps=effort.steps, levels=levels
                 )
             self.shares.append(shares)
@@ -188,7 +188,7 @@ class _Descent:
         try:
             sizes, values = self.sides(flat, eps)
         except np.linalg.LinAlgError:
-            return moments_cover.UNUSABLE, np.zeros_like(flat)
+            return covering.UNUSABLE, np.zeros_like(flat)
         bounds = np.array([max(value.value, 1e-12) for value in values])
         top = float(bounds.max())
         powers = (bounds / top) ** _NORM
@@ -212,10 +212,10 @@ class _Descent:
         """What L-BFGS finds."""
         flat = np.concatenate([self.logs, *(part for shares in self.shares for part in shares)])
         with np.errstate(all="ignore"):
-            for share, width, most in zip(moments_cover.LEVELS[1:], self.widths, (steps, -(-steps // 3)), strict=True):
+            for share, width, most in zip(covering.LEVELS[1:], self.widths, (steps, -(-steps // 3)), strict=True):
                 self.basis = self.whole[:, :width]
                 eps = share / self.basis.shape[1]
-                options = moments_cover.options(max(most, 1))
+                options = covering.options(max(most, 1))
                 flat = scipy.optimize.minimize(self.objective, flat, (eps,), "L-BFGS-B", jac=True, options=options).x
             sizes, values = self.sides(flat, eps)
         theta = _best(
@@ -226,7 +226,7 @@ class _Descent:
         for value, positive in zip(values, self.masks, strict=True):
             delta[positive] = value.delta / sizes[positive] * self.size
             kappa[~positive], curvature[~positive] = value.kappa, value.curvature
-            entries = moments_cover.kept(value.cover).tocoo()
+            entries = covering.kept(value.cover).tocoo()
             place = np.flatnonzero(positive)[entries.row], np.flatnonzero(~positive)[entries.col]
             covers.append(scipy.sparse.csr_array((entries.data, place), shape=(len(sizes), len(sizes))))
         return _Found(theta * self.signs * sizes, delta, kappa, curvature, (covers[0], covers[1]))
@@ -273,14 +273,14 @@ def _proven(
 def _side(x: np.ndarray, alpha: np.ndarray, sign: int, live: np.ndarray, found: _Found | None) -> Side:
     """The certificate of one sign for an alpha of the signs of what was found."""
     points = scaled_points(x, sign * alpha)
-    v, positive = moments_search.in_basis(points.v), points.positive
+    v, positive = ascent.in_basis(points.v), points.positive
     if found is None or not v.size:
-        return side_of(points, moments_cover.multipliers(points, _EFFORT), sign)
+        return side_of(points, covering.multipliers(points, _EFFORT), sign)
     rows = np.searchsorted(np.flatnonzero(live), points.rows)
     plus, minus = rows[positive], rows[~positive]
     cover = scipy.sparse.csr_array(found.covers[0 if sign == 1 else 1][plus][:, minus])
     weights, powers = np.frexp(np.abs(alpha[points.rows[positive]]))
     delta = np.ldexp(found.delta[plus] * weights, powers - points.exponent)
-    reduced = moments_search.reduce(v, positive, cover)
-    settled = moments_search.settle(reduced, delta, found.kappa[minus], found.curvature[minus], cover)
+    reduced = ascent.reduce(v, positive, cover)
+    settled = ascent.settle(reduced, delta, found.kappa[minus], found.curvature[minus], cover)
     return side_of(points, settled, sign)

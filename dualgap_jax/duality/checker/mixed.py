@@ -1,6 +1,6 @@
 """Proves the bounds of a verdict on branches of several kinds once more, in rational numbers.
 
-As `verify_gap`, whose premises and conclusions about one kind are used for each of them.  inf(P) is bounded from below
+As `checker.gap`, whose premises and conclusions about one kind are used for each of them.  inf(P) is bounded from below
 by weak duality, or by dynamic programming in integers where its tables are small.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dualgap_jax.duality.verify_gap import BOUNDS, Checker, NotProvenError, Premises
+from dualgap_jax.duality.checker.gap import BOUNDS, Checker, NotProvenError, Premises
 
 _SLACK = Fraction(1, 2**48)
 _DP_OPERATIONS = 100_000_000

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualgap_jax.duality.numpy_pairs import Pair, hull, mul, plus, square
+from dualgap_jax.duality.checker.pairs import Pair, hull, mul, plus, square
 
 
 class Jet(NamedTuple):

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dualgap_jax.duality import intervals, jets
-from dualgap_jax.duality.intervals import Interval, is_float
-from dualgap_jax.duality.jets import Jet
+from dualgap_jax.duality.bounding import intervals, jets
+from dualgap_jax.duality.bounding.intervals import Interval, is_float
+from dualgap_jax.duality.bounding.jets import Jet
+from dualgap_jax.duality.bounding.rules import Rule, Run, UnsupportedPrimitiveError, binary, spread
 from dualgap_jax.duality.programs import JUMPS, Equation
-from dualgap_jax.duality.rules import Rule, Run, UnsupportedPrimitiveError, binary, spread
 
 
 def _compared(

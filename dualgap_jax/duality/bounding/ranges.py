@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dualgap_jax.duality import intervals, jets
-from dualgap_jax.duality.choices import ARRANGING, CHOICES, arranged
-from dualgap_jax.duality.elementary import FUNCTIONS
-from dualgap_jax.duality.intervals import Interval, constant, is_float
-from dualgap_jax.duality.jets import Jet, Order
+from dualgap_jax.duality.bounding import intervals, jets
+from dualgap_jax.duality.bounding.choices import ARRANGING, CHOICES, arranged
+from dualgap_jax.duality.bounding.elementary import FUNCTIONS
+from dualgap_jax.duality.bounding.intervals import Interval, constant, is_float
+from dualgap_jax.duality.bounding.jets import Jet, Order
+from dualgap_jax.duality.bounding.rules import ARITHMETIC, Rule, Run, UnsupportedPrimitiveError
 from dualgap_jax.duality.programs import COMPARISONS, Atom, Equation, Known, Program, remedy, trace
-from dualgap_jax.duality.rules import ARITHMETIC, Rule, Run, UnsupportedPrimitiveError
 
 _LONGEST_SCAN = 256
 

@@ -3,7 +3,7 @@
 `verify_function` takes a certified value function by whatever route, and the combination behind Delta.  For branch and
 bound (`verify_boxes`) nothing is shared with the solver but the problem's data and the branch's jaxpr.  Ranges are
 NumPy arrays rounded outward after each operation; derivatives are carried forward to second order; a box
-whose bound does not reach the claim here is halved until it does.  Operations other than those in `numpy_ranges` are
+whose bound does not reach the claim here is halved until it does.  Operations other than those in `checker.ranges` are
 refused, and the proof then counts as not verified.
 """
 
@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dualgap_jax.duality.branch_and_bound import Proof, Tree
-from dualgap_jax.duality.numpy_pairs import Unsupported
-from dualgap_jax.duality.numpy_ranges import Walker
+from dualgap_jax.duality.checker.closed_forms import verify_closed_form, verify_margin
+from dualgap_jax.duality.checker.pairs import Unsupported
+from dualgap_jax.duality.checker.ranges import Walker
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.values import BUDGET_SLACK, ValueFunction
-from dualgap_jax.duality.verify_closed_forms import verify_closed_form, verify_margin
 
 _NUMBERS = 2**23  # in one array of values at points
 

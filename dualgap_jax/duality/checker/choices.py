@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dualgap_jax.duality.numpy_jets import Calculus, Jet, Truth, linear
-from dualgap_jax.duality.numpy_pairs import Pair, Unsupported
+from dualgap_jax.duality.checker.jets import Calculus, Jet, Truth, linear
+from dualgap_jax.duality.checker.pairs import Pair, Unsupported
 from dualgap_jax.duality.programs import remedy
 
 Value = Jet | Truth | np.ndarray

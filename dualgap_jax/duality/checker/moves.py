@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dualgap_jax.duality.numpy_pairs import Pair, mul, summed
+from dualgap_jax.duality.checker.pairs import Pair, mul, summed
 
 
 def dot(a: Pair, b: Pair, numbers: Any) -> Pair:

@@ -1,6 +1,6 @@
 """Bounds of the moment relaxation proven again from data and multipliers, by other arithmetic.
 
-The inequalities are those that `moments_proof` lists.  Small problems are gone through in rational numbers, where the
+The inequalities are those that `moments.proof` lists.  Small problems are gone through in rational numbers, where the
 claim itself is decided and nothing is rounded.  Larger ones are gone through in float64: the matrix H is summed in
 blocks, and a Cholesky factorisation that runs to its end proves `lambda_min(H) >= -g(p + 1) / (1 - g(p + 1)) tr H`
 (Rump, Verification of positive definiteness, BIT 46, 2006).
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import scipy
 
-from dualgap_jax.certify.moments import BallBound, Side, checked, combined
-from dualgap_jax.certify.moments_joint import Relaxation
+from dualgap_jax.certify.moments.balls import BallBound, Side, checked, combined
+from dualgap_jax.certify.moments.joint import Relaxation
 from dualgap_jax.spectral.evidence import VerificationError
 
 _UNIT = 2.0**-53

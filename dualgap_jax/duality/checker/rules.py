@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dualgap_jax.duality.numpy_choices import (
+from dualgap_jax.duality.checker.choices import (
     COMPARED,
     Value,
     chosen,
@@ -24,9 +24,9 @@ from dualgap_jax.duality.numpy_choices import (
     spread,
     truth,
 )
-from dualgap_jax.duality.numpy_jets import Calculus, Jet, Truth, linear
-from dualgap_jax.duality.numpy_moves import MOVES, around, convolved, dot, windows
-from dualgap_jax.duality.numpy_pairs import (
+from dualgap_jax.duality.checker.jets import Calculus, Jet, Truth, linear
+from dualgap_jax.duality.checker.moves import MOVES, around, convolved, dot, windows
+from dualgap_jax.duality.checker.pairs import (
     OUTSIDE,
     SMOOTH,
     Pair,

@@ -1,4 +1,4 @@
-"""The bound of `moments_proof` made tight: covers of positive points by negative ones, found by descent on the dual.
+"""The bound of `moments.proof` made tight: covers of positive points by negative ones, found by descent on the dual.
 
 The bound is convex in the cover and in all other multipliers.  It is smoothed by a barrier: with `A = mu I - M`,
 
@@ -18,8 +18,8 @@ import numpy as np
 import scipy
 from jaxtyping import Float64
 
-from dualgap_jax.certify import moments_search
-from dualgap_jax.certify.moments_proof import Multipliers, Points
+from dualgap_jax.certify.moments import ascent
+from dualgap_jax.certify.moments.proof import Multipliers, Points
 
 LEVELS = (1.0, 0.1, 0.02)  # of eps times the dimension, relative to the bound
 UNUSABLE = 1e30  # the value of a trial that leaves the range of floats
@@ -271,13 +271,13 @@ class Effort(NamedTuple):
 
 def multipliers(points: Points, effort: Effort) -> Multipliers:
     """Multipliers of a bound near the best: first without a cover, then with one, and the better of the two."""
-    v, positive = moments_search.in_basis(points.v), points.positive
+    v, positive = ascent.in_basis(points.v), points.positive
     if not v.size:
         return Multipliers(np.zeros(0), np.zeros(0), np.zeros(0), None, 0.0, 0.0)
-    reduced = moments_search.reduce(v, positive)
-    moment = moments_search.ascend(reduced, effort.rank, effort.first_steps)
-    plain = moments_search.read_off(reduced, moment)
-    size = moments_search.worth(plain)
+    reduced = ascent.reduce(v, positive)
+    moment = ascent.ascend(reduced, effort.rank, effort.first_steps)
+    plain = ascent.read_off(reduced, moment)
+    size = ascent.worth(plain)
     if not effort.steps or not positive.any() or positive.all() or not size > 0:
         return plain
     axes = principal(v, max(effort.width, effort.last_width))
@@ -297,6 +297,6 @@ def multipliers(points: Points, effort: Effort) -> Multipliers:
         if not all(np.isfinite(part).all() for part in (found.cover.data, found.kappa, found.curvature, found.delta)):
             return plain
         cover = kept(found.cover)
-        left = moments_search.reduce(v, positive, cover)
-        covered = moments_search.settle(left, found.delta, found.kappa, found.curvature, cover)
-    return covered if moments_search.worth(covered) < size else plain
+        left = ascent.reduce(v, positive, cover)
+        covered = ascent.settle(left, found.delta, found.kappa, found.curvature, cover)
+    return covered if ascent.worth(covered) < size else plain

@@ -1,7 +1,7 @@
 """What the joint search needs of a loss, and where it starts: the relaxation without a cover, as a convex primal.
 
 Measures of units of both signs are seen through their first two moments, `U = Z Z^T` with mass `|Z|^2` and mean the
-first column of Z times `|Z|`.  Each output may be anything that the moments leave possible (`moments_search`), and
+first column of Z times `|Z|`.  Each output may be anything that the moments leave possible (`moments.ascent`), and
 the loss takes the best of that.  Nothing here is trusted.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 import scipy
 from jaxtyping import Float64
 
-from dualgap_jax.certify import moments_search
-from dualgap_jax.certify.moments_cover import options
-from dualgap_jax.certify.moments_proof import norms
+from dualgap_jax.certify.moments import ascent
+from dualgap_jax.certify.moments.covering import options
+from dualgap_jax.certify.moments.proof import norms
 
 _EDGE = 1e-4  # distance from the end of the domain of l* from which on the search takes a parabola instead
 _SLACK = 0.1  # of the margin, over which the search rounds the corner of the hinge
@@ -98,7 +98,7 @@ def first_alpha(x: Float64[np.ndarray, "n d"], y: Vector, form: Form, price: flo
       steps: The most steps of L-BFGS with each of three degrees of smoothing.
     """
     n = len(x)
-    x = moments_search.in_basis(x)
+    x = ascent.in_basis(x)
     r, lengths = x.shape[1], norms(x)
     unit = float(lengths.mean())
 

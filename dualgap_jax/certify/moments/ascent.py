@@ -1,4 +1,4 @@
-"""Multipliers for the bound of `moments_proof`, from its convex primal in the first two moments of the units.
+"""Multipliers for the bound of `moments.proof`, from its convex primal in the first two moments of the units.
 
 The least bound over `delta`, `kappa`, `s`, `mu`, `beta` is, by duality, the largest value over a mean `m` and a second
 moment `U >= m m^T` with `tr U <= 1` of
@@ -20,7 +20,7 @@ import numpy as np
 import scipy
 from jaxtyping import Bool, Float64
 
-from dualgap_jax.certify.moments_proof import Multipliers, norms
+from dualgap_jax.certify.moments.proof import Multipliers, norms
 
 _FLAT = 1e-280  # points shorter than this get no quadratic: its coefficient would overflow
 _MARGIN = 2.0**-46  # of mu and beta, relative to the trace

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dualgap_jax.duality import intervals
-from dualgap_jax.duality.intervals import ULPS, Interval, at_least, divide, hull, mul, outward, square, whole
+from dualgap_jax.duality.bounding import intervals
+from dualgap_jax.duality.bounding.intervals import ULPS, Interval, at_least, divide, hull, mul, outward, square, whole
 
 Range = Callable[[Interval], Interval]
 _HUGE = float("inf")
