@@ -42,14 +42,16 @@ def landscape_search(workdir: str | Path) -> list[Path]:
     keys = ("title", "num_branches", "target", "screen", "chosen", "held_out")
     record = read_record(workdir, "landscape_search.json", keys)
     counts, target, chosen = record["num_branches"], np.asarray(record["target"]), record["chosen"]
-    entries = [*record["screen"], chosen, *record["held_out"]]
-    everything = np.asarray([row["mean"] for entry in entries for row in entry["rows"]], dtype=np.float64)
+    screened, fitted = (
+        np.asarray([row["mean"] for entry in entries for row in entry["rows"]], dtype=np.float64)
+        for entries in (record["screen"], [chosen, *record["held_out"]])
+    )
     caption = [
         f"Left: {len(record['screen'])} pairs of a setting and a data set, one seed each.",
         f"Right: the best fit, {plain(chosen['setting'] or 'base')}, data {chosen['data_seed']}, with 95 % t-intervals"
         f" over seeds; thin: the same setting on {len(record['held_out'])} data sets that the search did not see.",
         "The fit is one of many free choices, not what the authors ran.",
-        *value_notes(everything),
+        *value_notes(np.concatenate([screened, fitted])),
     ]
     with page(8.0, 4.0, caption) as figure:
         head(figure, record["title"])
@@ -67,14 +69,15 @@ def landscape_search(workdir: str | Path) -> list[Path]:
             if row["interval"] is not None:
                 low, high = row["interval"][1:]
                 right.vlines(count, max(low, 0.2 * row["mean"]), high, color=color, linewidth=1.0)
-        for axes, title in ((left, "settings of the search"), (right, "best fit and unseen data")):
+        panels = ((left, "settings of the search", screened), (right, "best fit and unseen data", fitted))
+        for axes, title, values in panels:
             axes.plot(counts, target, "ks-", markersize=4.5, linewidth=1.2, label="published")
             branch_axis(axes, counts)
-            value_axis(axes, np.concatenate([target, everything]))
+            value_axis(axes, np.concatenate([target, values]))
             tidy(axes)
             axes.set_title(title, loc="left", pad=6)
             axes.set_xlabel("number of branches $I$")
-            axes.legend(loc="lower left", fontsize=8)
+            axes.legend(loc="upper right", fontsize=8)
         left.set_ylabel("largest envelope distance,\nper zero-network loss")
         return save(figure, workdir, "landscape_search")
 
