@@ -3,7 +3,7 @@
 Nothing of the solver is used but the data of the problem and what kind of branch it has.  Rows of alpha are rational
 numbers: whether they lie in the domain of the conjugate is decided exactly, and so are the conjugates, but for
 logarithms, which carry 40 digits.  The bound on kappa is reached again by another enumeration of cells, or by Cholesky
-factors whose success proves an inequality of matrices (Rump, BIT 46, 2006); boxes are gone through by `duality.verify`.
+factors whose success proves an inequality of matrices (Rump, BIT 46, 2006); `duality.checker` goes through boxes.
 """
 
 from __future__ import annotations
