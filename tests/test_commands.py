@@ -117,8 +117,8 @@ def test_the_packages_of_the_metadata_are_those_there_are() -> None:
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg")
     named = set(metadata["options"]["packages"].split())
-    there = {"dualgap_jax", *(f"dualgap_jax.{p.parent.name}" for p in (ROOT / "dualgap_jax").glob("*/__init__.py"))}
-    assert named == there | {"dualgap_jax.configs"}
+    folders = [path.parent.relative_to(ROOT) for path in (ROOT / "dualgap_jax").rglob("__init__.py")]
+    assert named == {".".join(folder.parts) for folder in folders} | {"dualgap_jax.configs"}
 
 
 def test_a_wheel_holds_package_configs_and_command(tmp_path: Path) -> None:
