@@ -704,6 +704,7 @@ def test_standardised_features_have_mean_0_and_deviation_1(dtype: type, rng: np.
         ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "is empty"),
         ({"y": np.eye(4)}, r"one number an example.*y.argmax\(axis=1\)"),
         ({"x": np.array([["a", "b"]] * 4)}, "x must hold numbers"),
+        ({"x": [[1.0, 2.0], [3.0], [1.0, 2.0], [3.0, 4.0]]}, "x is no array; its rows must have one length"),
         ({"y": np.array([True, False, True, True])}, "y must hold numbers, got bool"),
         ({"x": np.full((4, 2), np.nan)}, "non-finite features"),
         ({"x": np.full((4, 2), 1e300)}, "too large for float32; scale them"),

@@ -199,7 +199,10 @@ def _known(name: str, label: str, given: Any) -> np.ndarray:
     """An array of a number type of NumPy's own: bfloat16 and its like become float32."""
     if np.ma.is_masked(given):
         raise ValueError(f"data set {name!r}: {label} holds masked entries; fill them, or remove their examples.")
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except ValueError:
+        raise ValueError(f"data set {name!r}: {label} is no array; its rows must have one length.") from None
     return array.astype(np.float32) if array.dtype.kind == "V" and jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
