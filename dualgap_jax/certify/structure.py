@@ -30,6 +30,7 @@ from dualgap_jax.types import Network
 LEAKY_SLOPE = 0.01  # of jax.nn.leaky_relu for negative arguments
 _SLOPES = {"relu": 0.0, "leaky_relu": LEAKY_SLOPE, "identity": 1.0}
 _EPS = float(np.finfo(np.float64).eps)
+_WITH_BIASES, _KERNELS = [1, 2, 1, 2], [2, 2]  # axes of the leaves of one hidden layer
 
 
 class Structure(NamedTuple):
@@ -180,25 +181,28 @@ def structure_of(one: Problem) -> Structure | None:
     if known is not None and known.activation in HOMOGENEOUS:
         return Structure(known.widths, known.activation if known.widths else "identity", False)
     shapes = [leaf.shape for leaf in jax.tree.leaves(one.template)]
+    if [len(shape) for shape in shapes] not in (_WITH_BIASES, _KERNELS):
+        return None
     arguments = [jax.ShapeDtypeStruct((one.size,), jnp.float64), jax.ShapeDtypeStruct(one.x.shape, jnp.float64)]
     with jax.enable_x64(True):
-        program = jax.make_jaxpr(one.outputs)(*arguments)
-        for made in _candidates(shapes, [np.asarray(c) for c in program.consts]):
+        constants = [np.asarray(c) for c in jax.make_jaxpr(one.outputs)(*arguments).consts]
+        program = function_digest(one.outputs, *arguments)
+        for made in _candidates(shapes, constants):
             like = one._replace(branch=made.branch(one.c.shape[1]), state=())
             like = like._replace(template=like.branch.init(seeds.key(0), jnp.asarray(one.x[:1], jnp.float32))[0])
             if [leaf.shape for leaf in jax.tree.leaves(like.template)] != shapes:
                 continue
-            if function_digest(like.outputs, *arguments) == function_digest(one.outputs, *arguments):
+            if function_digest(like.outputs, *arguments) == program:
                 return made
     return None
 
 
 def _candidates(shapes: list[tuple[int, ...]], constants: list[np.ndarray]) -> Iterator[Structure]:
     """What a branch with leaves of these shapes, and these constants in its program, may be."""
-    if [len(shape) for shape in shapes] == [1, 2, 1, 2]:
+    if [len(shape) for shape in shapes] == _WITH_BIASES:
         for activation in (*HOMOGENEOUS, "square"):
             yield Structure(shapes[0], activation, True)
-    if [len(shape) for shape in shapes] == [2, 2]:
+    else:
         yield Structure(shapes[0][:1], "square", False)
         for gates in constants:
             if gates.shape == shapes[0] and gates.dtype == np.float64:
