@@ -138,9 +138,44 @@ def test_a_second_solve_compiles_no_kernel(rng):
         x, y = conditioned(rng, D_0, D_H, N, 30, np.float32)
         for factorization in ("gram", "qr"):
             solve_columns(in_blocks(x, y, 250), gamma=gamma, widths=WIDTHS, factorization=factorization)
-        compiled = [k._cache_size() for k in (one.gram, one.normal, one.sums, one.triangle)]
+        compiled = [k._cache_size() for k in (one.normal, one.sums, one.triangle)]
         assert before in (None, compiled)
         before = compiled
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2), (40, 1, 3), (9, 30, 1), (300, 13, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_gram_matrix_is_the_same_by_panels_and_on_the_host(rng, x64, shape, dtype):
+    """Against float64, and symmetric to the last bit: its factorisation reads one triangle."""
+    n, d_0, d_H = shape
+    x, y = (rng.standard_normal((n, d)).astype(dtype) for d in (d_0, d_H))
+    rows = kernels.Rows(jnp.asarray(x), jnp.asarray(y))
+    size = np.sqrt(np.sum(x.astype(np.float64) ** 2, axis=0))
+    for gram, cross in (kernels._gram_on_host(rows), jax.jit(kernels._gram)(rows)):
+        assert (gram.dtype, cross.dtype) == (dtype, dtype)
+        np.testing.assert_array_equal(gram, gram.T)
+        assert np.all(
+            np.abs(gram - x.astype(np.float64).T @ x) <= max(n, 4) * np.finfo(dtype).eps * np.outer(size, size)
+        )
+        np.testing.assert_allclose(cross, y.astype(np.float64).T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("factorization", ["gram", "qr"])
+def test_data_of_one_block_are_read_twice_whatever_the_number_of_passes(rng, factorization):
+    """Once to be measured, once to be placed."""
+    x, y = conditioned(rng, D_0, D_H, N, 30, np.float32)
+    reads = []
+
+    def blocks():
+        reads.append(1)
+        yield x, y
+
+    found = solve_columns(Columns(blocks), gamma=0.1, widths=WIDTHS, factorization=factorization)
+    assert len(reads) == 2 < found.attempts[-1].passes + 1
+    halves = in_blocks(x, y, (N + 1) // 2)
+    assert_same(
+        found.solution, solve_columns(halves, gamma=0.1, widths=WIDTHS, factorization=factorization).solution, 1e-5, y
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -385,7 +420,7 @@ def test_data_that_change_between_passes_are_caught_or_certified(rng, x64):
         passes = itertools.count()
 
         def blocks(factor=factor, passes=passes):
-            yield x, y * (factor if next(passes) % 2 else 1.0)
+            yield from in_blocks(x, y * (factor if next(passes) % 2 else 1.0), 400)
 
         with pytest.raises(CertificateError):
             solve_columns(Columns(blocks), gamma=0.5, widths=WIDTHS, factorization="qr")

@@ -1,4 +1,8 @@
-"""Blocks of columns, and sums over them: on one device or on several, one block in memory at a time."""
+"""Blocks of columns, and sums over them: on one device or on several, one block in memory at a time.
+
+Data of one block stay where their first pass put them: a block is held in any case, and to copy it costs as much as a
+pass.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +61,8 @@ class Data:
         self._columns, self.kernels, self._report = columns, kernels_for(mesh), report
         self.passes = 0
         self.n = 0
+        self._number = 0
+        self._only: Rows | None = None
         self.shape = (0, 0)
         self.dtype: Any = None
         self.powers, self.nonzero = self._measure(depth)
@@ -81,6 +87,7 @@ class Data:
             x, y = (np.asarray(a) for a in block)
             sizes.append(np.append(_norms(x, index, "x"), _norms(y, index, "y").max(initial=-np.inf)))
             self._tell("size of the data", self.n)
+        self._number = len(sizes)
         if not sizes:
             raise SpectralError("the columns gave no block; give an iterable that starts afresh each time, a Columns.")
         # log2 of norms: that of all blocks from those of each
@@ -101,12 +108,11 @@ class Data:
         done: Any = None
         n = 0
         self._tell(what, n)
-        for index, block in enumerate(self._columns):
-            self._check(block, index)
-            n += block[0].shape[1]
+        for rows, number in self._placed():
+            n += number
             # One block is computed on while the next is read; without this JAX would queue more of them.
             jax.block_until_ready(done)
-            part = function(self.kernels.place(block, self.powers, self.dtype))
+            part = function(rows)
             done = part if done is None else jax.tree.map(combine, done, part)
             if self._report is not None:
                 jax.block_until_ready(done)
@@ -127,6 +133,18 @@ class Data:
                 " must be the same each time."
             )
         return done
+
+    def _placed(self) -> Iterator[tuple[Rows, int]]:
+        """The blocks on the device or devices, each with its number of examples."""
+        if self._only is not None:
+            yield self._only, self.n
+            return
+        for index, block in enumerate(self._columns):
+            self._check(block, index)
+            rows = self.kernels.place(block, self.powers, self.dtype)
+            if self._number == 1:
+                self._only = rows
+            yield rows, block[0].shape[1]
 
     def _tell(self, what: str, n: int) -> None:
         if self._report is not None:

