@@ -22,6 +22,7 @@ from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec, decay_exponent
 from dualgap_jax.files import load_json, load_npz, save_npz
 from dualgap_jax.registry import SettingError, UnknownNameError
+from dualgap_jax.shapley_folkman.geometry import signed_distance
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = range(4)
@@ -245,6 +246,34 @@ def test_distances_to_sums_by_support_functions(n: int, seed: int) -> None:
     np.testing.assert_allclose(np.maximum(found, 0), brute, atol=1e-6)
     # Inside, minus a lower bound on the depth: the exact depth in one sum is the least excess, and the best sum counts.
     np.testing.assert_allclose(np.minimum(found, 0), np.minimum(excess.min(axis=0), 0), atol=1e-6)
+
+
+def test_sums_of_polygons_know_their_inside() -> None:
+    """Where a piece whose edges come last is not in the sum, the loop of the others must close all the same."""
+    for seed in range(12):
+        rng = np.random.default_rng([seed, 31])
+        planar = sf.Pieces([sf.polygon(rng.uniform(-1, 1, (k, 2))) for k in rng.integers(3, 6, size=3)])
+        vertices, _ = planar.sums(3)
+        middles = np.stack([v[ConvexHull(v).vertices].mean(axis=0) for v in vertices])
+        assert signed_distance(middles, vertices).diagonal().max() < 0, seed
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-60, 1e-8, 1e8, 1e60, 1e160, 1e300])
+def test_a_set_of_any_size(size: float, rng: np.random.Generator) -> None:
+    """Nothing overflows, vanishes, or is compared with a length of its own."""
+    corners = [rng.uniform(-1, 1, (k, 2)) for k in (1, 2, 4, 1)]
+    radii = (0.0, 0.0, 0.0, 0.2)
+
+    def made(size: float) -> sf.Pieces:
+        return sf.Pieces([sf.polygon(size * c, size * r) for c, r in zip(corners, radii, strict=True)])
+
+    one, other = made(1.0), made(size)
+    wanted, found = one.distance_to_hull(2, 1e-3), other.distance_to_hull(2, 1e-3)
+    assert abs(found.value / size - wanted.value) <= found.error / size + wanted.error
+    np.testing.assert_allclose(np.asarray(other.radii()) / size, one.radii(), rtol=1e-9)
+    np.testing.assert_allclose(other.hull() / size, one.hull(), atol=1e-12)
+    np.testing.assert_allclose(other.shape(2).vertices / size, one.shape(2).vertices, atol=1e-12)
+    assert found.value <= sf.bounds(other.radii(), 2).starr * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -15,6 +15,24 @@ _CELLS = 20_000  # branch and bound gives up its tolerance, and says so, rather 
 SQRT2 = math.sqrt(2.0)
 
 
+def normalised(
+    points: Float[np.ndarray, "k 2"], reach: float = 0.0
+) -> tuple[Float64[np.ndarray, "k 2"], Float64[np.ndarray, " 2"], float]:
+    """Points about 0 and of size 1, whose products neither overflow nor vanish: `origin + unit * local`.
+
+    Args:
+      points: any.
+      reach: a radius around each of them.
+
+    Returns:
+      The local points, the middle of the box around the given ones, and the unit, a power of two.
+    """
+    origin = points.min(axis=0) / 2 + points.max(axis=0) / 2
+    size = max(float(np.abs(points - origin).max()), reach)
+    unit = math.ldexp(1.0, math.frexp(size)[1] - 1) if size > 0 else 1.0
+    return (points - origin) / unit, origin, unit
+
+
 def convex_hull(points: Float[np.ndarray, "k 2"]) -> Float64[np.ndarray, "corners 2"]:
     """Corners of the convex hull, counter-clockwise (Andrew's monotone chain); one or two when it has no interior."""
     points = np.unique(checked_points(points, "points"), axis=0)
@@ -23,7 +41,8 @@ def convex_hull(points: Float[np.ndarray, "k 2"]) -> Float64[np.ndarray, "corner
     # Of the points with one x only the lowest and the highest can be corners.
     first = np.flatnonzero(np.diff(points[:, 0], prepend=-np.inf))
     ends = np.unique(np.concatenate([first, np.append(first[1:] - 1, len(points) - 1)]))
-    rows = points[ends].tolist()
+    unit = normalised(points)[2]
+    rows = (points[ends] / unit).tolist()
 
     def chain(rows: list[list[float]]) -> list[list[float]]:
         kept: list[list[float]] = []
@@ -36,8 +55,7 @@ def convex_hull(points: Float[np.ndarray, "k 2"]) -> Float64[np.ndarray, "corner
             kept.append([x, y])
         return kept[:-1]
 
-    corners = np.asarray(chain(rows) + chain(rows[::-1]))
-    return corners
+    return np.asarray(chain(rows) + chain(rows[::-1])) * unit
 
 
 def smallest_circle(points: Float[np.ndarray, "k 2"]) -> tuple[Float64[np.ndarray, " 2"], float]:
@@ -45,7 +63,8 @@ def smallest_circle(points: Float[np.ndarray, "k 2"]) -> tuple[Float64[np.ndarra
 
     The radius is the largest distance from the centre, so that rounding cannot leave a point outside.
     """
-    points = checked_points(points, "points")
+    given = checked_points(points, "points")
+    points, origin, unit = normalised(given)
     points = points[np.random.default_rng(0).permutation(len(points))]
     center, radius = points[0], 0.0
 
@@ -62,7 +81,8 @@ def smallest_circle(points: Float[np.ndarray, "k 2"]) -> tuple[Float64[np.ndarra
             while (k := outside(k + 1, j)) < j:
                 center = _circumcenter(points[i], points[j], points[k])
                 radius = float(np.linalg.norm(center - points[i]))
-    return center, float(np.linalg.norm(points - center, axis=1).max())
+    center = center * unit + origin
+    return center, float(np.linalg.norm((given - center) / unit, axis=1).max()) * unit
 
 
 def _circumcenter(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> Float64[np.ndarray, " 2"]:
@@ -88,7 +108,7 @@ def inner_radius(points: Float[np.ndarray, "k 2"], members: Bool[np.ndarray, "k 
       members: `[k, pieces]`, which point lies in which convex piece; then the result bounds the inner radius of the
         union of the pieces from above: triangles inside one piece count 0.
     """
-    points = checked_points(points, "points")
+    points, _, unit = normalised(checked_points(points, "points"))
     try:
         corners = scipy.spatial.Delaunay(points).simplices
     except (scipy.spatial.QhullError, ValueError):  # all on one line, or fewer than three
@@ -106,12 +126,12 @@ def inner_radius(points: Float[np.ndarray, "k 2"], members: Bool[np.ndarray, "k 
     sides = np.sort(np.linalg.norm(around - np.roll(around, -1, axis=1), axis=-1), axis=1)
     longest = sides[:, -1] / 2
     if corners.shape[1] == 2:
-        return float(longest.max())
+        return float(longest.max()) * unit
     a, b = around[:, 1] - around[:, 0], around[:, 2] - around[:, 0]
     area = np.abs(a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]) / 2
     acute = (sides[:, 2] ** 2 < sides[:, 0] ** 2 + sides[:, 1] ** 2) & (area > 0)
     circumradius = sides.prod(axis=1) / np.where(acute, 4 * area, 1.0)
-    return float(np.where(acute, circumradius, longest).max())
+    return float(np.where(acute, circumradius, longest).max()) * unit
 
 
 def distance_to_segments(

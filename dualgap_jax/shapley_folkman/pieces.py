@@ -12,7 +12,14 @@ import numpy as np
 import scipy
 from jaxtyping import Float, Float64, Int
 
-from dualgap_jax.shapley_folkman.geometry import convex_hull, inner_radius, largest, signed_distance, smallest_circle
+from dualgap_jax.shapley_folkman.geometry import (
+    convex_hull,
+    inner_radius,
+    largest,
+    normalised,
+    signed_distance,
+    smallest_circle,
+)
 from dualgap_jax.shapley_folkman.measured import Measured, Radii, SetError, Shape, checked_copies, checked_points
 
 MAX_SUMS = 1_000_000  # sums of points, which a k-d tree searches
@@ -105,12 +112,17 @@ class Pieces:
         if not pieces:
             raise SetError("a union needs at least one piece.")
         self.pieces = tuple(pieces)
-        corners = np.concatenate([piece.corners for piece in pieces])
-        self._origin = (corners.min(axis=0) + corners.max(axis=0)) / 2  # sums are formed about it, against cancellation
+        # All is measured about the middle of the set and in a unit of its size, which costs no digit.
+        largest_radius = max(piece.radius for piece in pieces)
+        corners, self._origin, self._unit = normalised(np.concatenate([p.corners for p in pieces]), largest_radius)
+        ends = np.cumsum([len(piece.corners) for piece in pieces])[:-1]
+        self._local = [
+            Piece(local, piece.radius / self._unit)
+            for local, piece in zip(np.split(corners, ends), pieces, strict=True)
+        ]
         # The edges of all pieces in the order of their directions, which is the order around every sum.
         owners, edges, starts = [], [], []
-        for index, piece in enumerate(pieces):
-            local = piece.corners - self._origin
+        for index, (local, _) in enumerate(self._local):
             turn = np.lexsort((local[:, 0], local[:, 1]))[0]  # the lowest corner, the left one of two: angles from 0 up
             local = np.roll(local, -turn, axis=0)
             starts.append(local[0])
@@ -122,10 +134,19 @@ class Pieces:
         angles = np.arctan2(self._edges[:, 1], self._edges[:, 0]) % (2 * math.pi)
         order = np.argsort(angles, kind="stable")
         self._edges, self._owners = self._edges[order], np.asarray(owners, dtype=np.int64)[order]
-        self._radii = np.asarray([piece.radius for piece in pieces])
+        self._radii = np.asarray([piece.radius for piece in self._local])
 
     def sums(self, n: int) -> tuple[Float64[np.ndarray, "sums v 2"], Float64[np.ndarray, " sums"]]:
         """The convex sets whose union is A_n: corners (some repeated), counter-clockwise, and radii.
+
+        Raises:
+          SetError: if there are more than `MAX_SUMS` points, or `MAX_CORNERS` corners of larger pieces.
+        """
+        vertices, radii = self._sums(n)
+        return vertices * self._unit + self._origin, radii * self._unit
+
+    def _sums(self, n: int) -> tuple[Float64[np.ndarray, "sums v 2"], Float64[np.ndarray, " sums"]]:
+        """The same about the middle of the set and in its unit.
 
         Raises:
           SetError: if there are more than `MAX_SUMS` points, or `MAX_CORNERS` corners of larger pieces.
@@ -140,11 +161,14 @@ class Pieces:
                 f" {limit:,}; give fewer pieces or copies."
             )
         shares = _multisets(m, n) / n
-        vertices = (shares @ self._starts + self._origin)[:, None]
+        vertices = (shares @ self._starts)[:, None]
         if len(self._edges):
             steps = shares[:, self._owners, None] * self._edges
             around = np.cumsum(steps, axis=1)
-            around[:, -1] = 0  # the loop closes exactly: rounding would leave a tiny edge of any direction
+            # The loop closes exactly, with the last edge of a piece that is in the sum: rounding would leave a tiny
+            # edge of any direction, and no point would lie inside.
+            present = (shares > 0)[:, self._owners]
+            around[np.cumsum(present[:, ::-1], axis=1)[:, ::-1] - present == 0] = 0
             vertices = vertices + around
         return vertices, shares @ self._radii
 
@@ -155,7 +179,11 @@ class Pieces:
 
     def signed_distance(self, n: int) -> Callable[[Float[np.ndarray, "k 2"]], Float64[np.ndarray, " k"]]:
         """The function `x [k, 2] -> dist(x, A_n)`; inside, minus a lower bound on the depth.  1-Lipschitz."""
-        vertices, radii = self.sums(n)
+        local = self._signed_distance(n)
+        return lambda x: local((x - self._origin) / self._unit) * self._unit
+
+    def _signed_distance(self, n: int) -> Callable[[Float[np.ndarray, "k 2"]], Float64[np.ndarray, " k"]]:
+        vertices, radii = self._sums(n)
         if self._only_a_tree:
             tree = scipy.spatial.cKDTree(vertices[:, 0])
             return lambda x: tree.query(x)[0] - radii[0]
@@ -174,45 +202,48 @@ class Pieces:
         checked_copies(n)
         if len(self.pieces) == 1:
             return Measured(0.0, 0.0, "exact")
-        target = tolerance * max(self.radii().circumradius, 1e-300) / checked_copies(n)
+        target = tolerance * max(self._local_radii.circumradius, 1e-300) / n
         # The hull polygon leaves out slivers of single discs only, and every piece is a subset of A_n.
-        return largest(self.signed_distance(n), self.hull(), target)
+        found = largest(self._signed_distance(n), convex_hull(self._boundary()), target)
+        return Measured(found.value * self._unit, found.error * self._unit, found.kind)
 
     def shape(self, n: int) -> Shape:
         """The sums as loops, with circles as polygons that lie inside, 64 corners a turn."""
-        vertices, radii = self.sums(n)
+        vertices, radii = self._sums(n)
         loops = [_widened(v, r) for v, r in zip(vertices, radii, strict=True)]
-        return Shape(np.concatenate(loops), np.asarray([len(loop) for loop in loops]))
+        return Shape(np.concatenate(loops) * self._unit + self._origin, np.asarray([len(loop) for loop in loops]))
 
     def hull(self) -> Float64[np.ndarray, "k 2"]:
         """Corners of the hull; what it lacks are slivers between chords and arcs of single discs."""
-        return convex_hull(self._boundary())
+        return convex_hull(self._boundary()) * self._unit + self._origin
 
     def radii(self) -> Radii:
         """The circumradius up to 0.12 % of a disc's radius; the inner radius exactly for points, bounded above else."""
-        return self._computed_radii
+        return Radii(*(radius * self._unit for radius in self._local_radii))
 
     @functools.cached_property
-    def _computed_radii(self) -> Radii:
-        center, _ = smallest_circle(self.hull())
-        reach = [np.linalg.norm(p.corners - center, axis=1).max() + p.radius for p in self.pieces]
+    def _local_radii(self) -> Radii:
+        center, _ = smallest_circle(convex_hull(self._boundary()))
+        reach = [np.linalg.norm(p.corners - center, axis=1).max() + p.radius for p in self._local]
         samples = [self._boundary()]
-        for piece in self.pieces:
+        for piece in self._local:
             ends = np.roll(piece.corners, -1, axis=0)
             t = np.linspace(0, 1, _ARC)[:, None, None]
             samples.append(((1 - t) * piece.corners + t * ends).reshape(-1, 2) if len(ends) > 1 else piece.corners)
         points = np.unique(np.concatenate(samples), axis=0)
-        rounding = 1e-12 * (1 + float(np.abs(points).max()))
         members = np.stack(
-            [signed_distance(points, p.corners[None])[:, 0] <= p.radius + rounding for p in self.pieces], axis=1
+            [signed_distance(points, p.corners[None])[:, 0] <= p.radius + 1e-12 for p in self._local], axis=1
         )
         circumradius = float(max(reach))
         return Radii(circumradius, min(inner_radius(points, members), circumradius))
 
     def _boundary(self) -> Float64[np.ndarray, "k 2"]:
-        """Points of A with the same hull, up to slivers of single discs: corners, circles, where tangents touch."""
-        centers = np.concatenate([piece.corners for piece in self.pieces])
-        radii = np.repeat(self._radii, [len(piece.corners) for piece in self.pieces])
+        """Points of A with the same hull, up to slivers of single discs: corners, circles, where tangents touch.
+
+        About the middle of the set and in its unit.
+        """
+        centers = np.concatenate([piece.corners for piece in self._local])
+        radii = np.repeat(self._radii, [len(piece.corners) for piece in self._local])
         found = [centers[radii == 0]]
         turn = np.linspace(0, 2 * math.pi, _ARC, endpoint=False)
         for center, radius in zip(centers, radii, strict=True):
