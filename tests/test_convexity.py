@@ -496,7 +496,16 @@ def test_units_of_the_axes_and_of_the_loss_change_no_rate(rng, seed):
     )
     plain = convexity.scores(xs, ys, loss)
     assert 0 < plain.negative_curvature_share < 1
-    for along_x, along_y, unit in ((1e-2, 1, 1), (1, 1e5, 1), (1e-150, 1e150, 1e150), (1e150, -1, 1e-150), (3, 7, 11)):
+    near_the_largest = 1e308 / np.abs(loss).max()
+    units = (
+        (1e-2, 1, 1),
+        (1, 1e5, 1),
+        (1e-150, 1e150, 1e150),
+        (1e150, -1, 1e-150),
+        (3, 7, 11),
+        (1, 1, near_the_largest),
+    )
+    for along_x, along_y, unit in units:
         other = convexity.scores(along_x * xs + along_x, along_y * ys, unit * loss)
         for rate in rates:
             assert getattr(other, rate) == pytest.approx(getattr(plain, rate), rel=1e-9), (rate, along_x, along_y, unit)

@@ -142,8 +142,9 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
     step("xs", xs), step("ys", ys)  # uniform
     kx, ky = (max(1, round((points - 1) / _STEPS)) for points in (xs.size, ys.size))
     sx, sy = kx / (xs.size - 1), ky / (ys.size - 1)
-    # An infinite loss becomes NaN so that the whole stencil is NaN.
-    f, error = np.where(np.isfinite(loss), loss, np.nan)[::ky, ::kx], error[::ky, ::kx]
+    # By a power of two, so that sums of losses do not overflow; an infinite loss becomes NaN, and so the whole stencil.
+    size = int(np.frexp(np.max(np.abs(loss), where=np.isfinite(loss), initial=0.0))[1])
+    f, error = (_times_power(grid[::ky, ::kx], -size) for grid in (np.where(np.isfinite(loss), loss, np.nan), error))
     ny, nx = f.shape
 
     def at(grid: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -161,7 +162,14 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
     negative = lambda_min < -stencil_error * (4 / min(sx, sy) ** 2 + 1 / (sx * sy))
     largest = np.maximum(np.abs(lambda_min), np.abs(lambda_max))
     ratio = np.divide(-lambda_min, largest, out=np.zeros_like(largest), where=negative)
-    return Curvature(lambda_min, lambda_max, np.where(whole, negative, np.nan), np.where(whole, ratio, np.nan))
+    lowest, highest = _times_power(lambda_min, size), _times_power(lambda_max, size)
+    return Curvature(lowest, highest, np.where(whole, negative, np.nan), np.where(whole, ratio, np.nan))
+
+
+def _times_power(values: np.ndarray, power: int) -> Float64[np.ndarray, "..."]:
+    """`2**power * values`, infinite where that is beyond float64."""
+    with np.errstate(over="ignore"):
+        return np.ldexp(values, power)
 
 
 def barrier(t: np.ndarray, losses: np.ndarray) -> float:

@@ -145,7 +145,9 @@ def scores(
     else:
         status = "ok" if finite.all() and edges_finite else "partial"
         distance = (np.where(finite, loss, 0.0) - lower_convex_envelope(xs, ys, loss))[finite]
-        distance_max, distance_mean = float(distance.max()), float(distance.mean())
+        distance_max = float(distance.max())
+        size = math.frexp(distance_max)[1]  # a power of two, so that the sum does not overflow
+        distance_mean = math.ldexp(float(np.ldexp(distance, -size).mean()), size)
         loss_range = float(np.ptp(loss[finite]))
     normaliser = math.nan if zero_loss is None else zero_loss
     per_range = loss_range if loss_range != 0 else 1.0
