@@ -50,14 +50,15 @@ class RunCard:
             return None
         return card
 
-    def is_of_this_config(self) -> bool:
-        """Whether a sound card says that it is of this configuration."""
+    def own(self) -> dict[str, Any] | None:
+        """The card on disk if it is of this configuration: a card of another one says nothing of this run."""
         card = self.read()
-        return card is not None and card["config"] == self._config
+        return card if card is not None and card["config"] == self._config else None
 
     def inputs(self) -> dict[str, Any]:
-        """What the run is computed from, as far as it has been confirmed; empty outside a session."""
-        return dict(self._now["inputs"]) if self._now is not None else {}
+        """What the run is computed from, as far as it has been confirmed."""
+        card = self._now if self._now is not None else self.own()
+        return {} if card is None else dict(card["inputs"])
 
     def begin(self, command: Sequence[str]) -> None:
         """Writes the card of a new attempt, and says what is no longer as it was in the last one."""

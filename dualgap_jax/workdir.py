@@ -138,7 +138,7 @@ class Workdir:
             self._check_nothing_foreign()
             return False
         except DamagedFileError as error:
-            if self._card.is_of_this_config():
+            if self._card.own() is not None:
                 _log.warning("%s; run.json says that the folder is of this configuration: it is written again", error)
                 return False
             raise WorkdirError(f"{error}, or give another folder with --workdir") from error
@@ -164,7 +164,7 @@ class Workdir:
 
     def _check_nothing_foreign(self) -> None:
         foreign = sorted(p.name for p in self.path.iterdir() if p.name != lock.FILE and not is_temporary(p))
-        if foreign and not self._card.is_of_this_config():
+        if foreign and self._card.own() is None:
             listing = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
             raise WorkdirError(
                 f"{self.path} has no config.json but holds other files ({listing}); nothing was changed."
@@ -211,7 +211,7 @@ class Workdir:
 
         A run card that says 'running' although nobody holds the lock (SIGKILL, power) counts as 'interrupted'.
         """
-        card = self._card.read()
+        card = self._card.own()
         if card is None:
             return None
         return "interrupted" if card["status"] == "running" and not lock.is_held(self.path) else card["status"]
@@ -221,7 +221,7 @@ class Workdir:
 
         The names are relative, such as `results/report.json`.
         """
-        card = self._card.read()
+        card = self._card.own()
         if card is None or card["status"] != "complete":
             return None
         return [name for name, digest in card["files"].items() if _digest_or_none(self.path / name) != digest]
@@ -274,8 +274,8 @@ class Workdir:
         try:
             arrays = load_npz(path)
             record = restored(json.loads(bytes(arrays.pop("json"))))
-            if record["of"] != self._identity():
-                raise DamagedFileError(f"{path} is a part of another run")
+            if record["of"] != self._identity(name):
+                raise DamagedFileError(f"{path} is another part, or a part of another run")
         except (DamagedFileError, KeyError, ValueError, TypeError) as error:
             _log.warning("%s; it is computed again", error)
             return None
@@ -285,19 +285,24 @@ class Workdir:
         """Puts a finished part away, and returns it as `recall` would."""
         values = dict(value._asdict() if hasattr(value, "_asdict") else value)
         arrays = {k: np.asarray(v) for k, v in values.items() if hasattr(v, "__array__") and np.ndim(v) > 0}
-        record = {"of": self._identity(), "values": {k: v for k, v in values.items() if k not in arrays}}
+        record = {"of": self._identity(name), "values": {k: v for k, v in values.items() if k not in arrays}}
         plain = jsonable(record, where=f"part {name!r}")
         if self.writes:
             text = np.frombuffer(json.dumps(plain, allow_nan=False).encode(), np.uint8)
             save_npz(self._part(name), json=text, **arrays)
         return {**restored(plain)["values"], **arrays}
 
+    def forget(self, name: str) -> None:
+        """Deletes a part, if there is one."""
+        if self.writes:
+            self._part(name).unlink(missing_ok=True)
+
     def _part(self, name: str) -> Path:
         return self.path / "parts" / f"{urllib.parse.quote(name, safe=' =,')}.npz"
 
-    def _identity(self) -> str:
-        """What a part belongs to: this configuration, with these inputs."""
-        return text_digest(canonical({"config": self.config, "inputs": self._confirmed}))
+    def _identity(self, name: str) -> str:
+        """What a part is: its name, this configuration, these inputs."""
+        return text_digest(canonical({"part": name, "config": self.config, "inputs": self._confirmed}))
 
     def metrics(self, tensorboard: bool = False) -> contextlib.AbstractContextManager[Metrics | None]:
         """The writer of `metrics.jsonl`, and of event files in `tensorboard/` when asked for; None for a follower."""
@@ -359,15 +364,21 @@ class Workdir:
 
     @contextlib.contextmanager
     def repair(self) -> Iterator[None]:
-        """Holds the folder of a complete run while figures are drawn again, and keeps their digests.
+        """Holds the folder of a complete run while files are added or figures drawn again, and keeps their digests.
+
+        What is not written meanwhile keeps the digest that it had: a damaged file is not vouched for.
 
         Raises:
           WorkdirError, OSError: if another process is at work in it, or it cannot be written.
         """
         try:
             with lock.held(self.path):
+                found = self._outputs()
                 yield
-                self._card.update(files=self._outputs())
+                card = self._card.own()
+                written = {name: digest for name, digest in self._outputs().items() if found.get(name) != digest}
+                if card is not None:
+                    self._card.update(files={**card["files"], **written})
         except lock.LockedError as error:
             raise WorkdirError(str(error)) from error
 
@@ -379,7 +390,8 @@ class Workdir:
             relative = Path(folder).relative_to(self.path)
             if _OUTPUTS & {*relative.parts}:
                 paths = [Path(folder, name) for name in sorted(names)]
-                found |= {str(relative / p.name): file_digest(p) for p in paths if not is_temporary(p)}
+                digests = {str(relative / p.name): _digest_or_none(p) for p in paths if not is_temporary(p)}
+                found |= {name: digest for name, digest in digests.items() if digest is not None}
         return found
 
 

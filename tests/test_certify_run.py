@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ from dualgap_jax.experiments.landscape import LandscapeSpec, build
 from dualgap_jax.experiments.landscape import PlaneSpec as Plane
 from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.files import load_json, save_json
+from dualgap_jax.identity import IdentityError
 from dualgap_jax.training import TrainingSpec
+from dualgap_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
 SPEC = LandscapeSpec(
@@ -80,7 +83,8 @@ def test_with_weight_decay_the_risk_is_what_sgd_descends(tmp_path: Path, monkeyp
     # A bound that the checker does not follow is none, in the record, in the sentence and in the table.
     monkeypatch.setattr("dualgap_jax.experiments.certify.verify_bound", lambda *_: Verified(False, "it is off", 0))
     setting = build(SPEC, TABLES)
-    handle = module._opened(setting, folder / "checkpoints" / "solution_0")
+    workdir = Workdir.open(folder, load_json(folder / "config.json"))
+    handle = module._networks(SPEC, setting, workdir)[0]
     value = module._solution(SPEC, setting, setting.dataset, handle)
     assert (value["status"], value["proven"], value["verified"]) == ("estimated", False, False)
     assert "certified" not in value["said"]
@@ -120,11 +124,12 @@ def test_without_it_against_networks_of_no_larger_weights_and_resumed(
         assert f"I_4: solution {k}: {value['said']}" in done.stdout
     assert "Distance from the global optimum" in (row / "report.html").read_text()
     setting = build(spec, TABLES)
+    workdir = Workdir.open(folder, load_json(folder / "config.json"))
     with monkeypatch.context() as patched:
         patched.setattr(
             sys.modules["dualgap_jax.certify.assess"], "verify_bound", lambda *_: Verified(False, "it is off", 0)
         )
-        handle = module._opened(setting, folder / "checkpoints" / "solution_0")
+        handle = module._networks(spec, setting, workdir)[0]
         assert module._solution(spec, setting, setting.dataset, handle)["least_budget"] is None
 
     def never(*arguments: Any, **settings: Any) -> Any:
@@ -136,6 +141,52 @@ def test_without_it_against_networks_of_no_larger_weights_and_resumed(
     assert [f"I_4: solution {k}: {value['said']}" for k, value in enumerate(record["solutions"])] == said
     assert len(again.rows) == 3
     assert experiments.run(experiment_config("landscape", spec), workdir=folder)[2]  # complete as before
+
+
+def test_certificates_are_of_the_ends_of_this_run_s_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies where checkpoints and certificates of a complete run lay."""
+    seen: list[list[np.ndarray]] = []
+
+    def solution(spec: Any, setting: Any, data: Any, network: Any) -> dict[str, Any]:
+        seen.append([np.asarray(leaf) for leaf in jax.tree.leaves(network.read(0, network.num_branches))])
+        return {"proven": False, "said": "seen"}
+
+    monkeypatch.setattr(module, "_solution", solution)
+    training = dataclasses.replace(SPEC.training, max_steps=4, check_every=2, checkpoint_seconds=0.0)
+    spec = dataclasses.replace(SPEC, training=training)
+    folder = finished(spec, tmp_path / "w")
+    other = finished(dataclasses.replace(spec, seed=5), tmp_path / "other")
+    certify_run(folder, TABLES)
+    ends, kept = list(seen), folder / "checkpoints"
+    assert len(ends) == 3
+    certify_run(folder, TABLES)
+    assert len(seen) == 3  # all are known
+
+    # A damaged end is reached again from the checkpoint before it.
+    shutil.rmtree(folder / "parts")
+    newest = max(kept.glob("solution_1/[0-9]*"), key=lambda step: int(step.name))
+    (newest / "manifest.json").unlink()
+    certify_run(folder, TABLES)
+    for before, after in zip(ends, seen[3:], strict=True):
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    # Another network under the same name has no certificate yet.
+    known = len(seen)
+    with monkeypatch.context() as patched:
+        moved = module._networks
+        patched.setattr(module, "_networks", lambda *given: moved(*given)[::-1])
+        certify_run(folder, TABLES)
+    assert len(seen) == known + 2  # the middle one is in its place
+
+    for place in (kept / "solution_0", other / "checkpoints" / "solution_1"):
+        shutil.rmtree(kept / "solution_1")
+        shutil.copytree(place, kept / "solution_1")
+        with pytest.raises(IdentityError, match=r"the (solution|seed) "):
+            certify_run(folder, TABLES)
+    shutil.rmtree(kept / "solution_1")
+    with pytest.raises(CertifyRunError, match="no checkpoints of solution 1"):
+        certify_run(folder, TABLES)
 
 
 def test_what_no_engine_covers_is_said(tmp_path: Path) -> None:

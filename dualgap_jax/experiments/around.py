@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualgap_jax import landscape
+from dualgap_jax.checkpoints import load
 from dualgap_jax.data import Dataset
-from dualgap_jax.files import load_npz, save_npz
+from dualgap_jax.files import save_npz
 from dualgap_jax.losses import Loss
 from dualgap_jax.networks import InMemory, upcast
 from dualgap_jax.training import Solution
@@ -20,8 +22,15 @@ from dualgap_jax.training.batches import example_input
 from dualgap_jax.types import BranchSource, Network
 from dualgap_jax.workdir import Workdir
 
+_log = logging.getLogger(__name__)
+
 _PROBES = 4  # random vectors for trace and density; a block of each branch has one
 _BEYOND = 0.15  # of a trajectory's extent, on each side of its window
+
+
+def _part(steps: int) -> str:
+    """The name of a snapshot."""
+    return f"snapshot {steps:09d}"
 
 
 class Around:
@@ -29,7 +38,7 @@ class Around:
 
     Args:
       spec: a `LandscapeSpec`.
-      workdir: of the run; snapshots are kept in its folder `snapshots`.
+      workdir: of the run; snapshots are parts of it.
       net, loss: as of the surface.
       training_set: where a curve is trained.
       dataset: the examples of the surface.
@@ -40,21 +49,38 @@ class Around:
     ) -> None:
         self._spec, self._workdir, self._net, self._loss = spec, workdir, net, loss
         self._training_set, self._dataset = training_set, dataset
-        self._folder = workdir.path / "snapshots"
+
+    def check_snapshots(self) -> None:
+        """Sees to it that every snapshot up to the last checkpoint of solution 0 is there and sound.
+
+        Where one is not, the checkpoints of solution 0 are deleted, so that its path is walked again from the start.
+        """
+        folder = self._workdir.checkpoints / "solution_0"
+        try:
+            steps = load(folder, place=lambda leaf, stored: None).step
+        except FileNotFoundError:
+            return
+        if lost := [s for s in self._wanted(steps) if self._workdir.recall(_part(s)) is None]:
+            said = ", ".join(map(str, lost))
+            _log.warning("%s: snapshots of steps %s are damaged or gone: solution 0 is trained again", folder, said)
+            shutil.rmtree(folder)
+
+    def _wanted(self, steps: int) -> list[int]:
+        """The steps whose snapshots are kept when solution 0 is at `steps`: at most twice as many as asked for."""
+        stride = self._spec.training.check_every
+        while steps // stride + 1 > 2 * self._spec.plane.trajectory:
+            stride *= 2
+        return list(range(0, steps + 1, stride))
 
     def snapshot(self, solution: int, steps: int, network: BranchSource) -> None:
         """Keeps a snapshot of solution 0; where they are twice as many as asked for, every other one goes."""
-        kept = self._kept()
-        stride = min(np.diff(kept).tolist(), default=self._spec.training.check_every)
-        if solution or steps % stride or not self._workdir.writes:
+        wanted = self._wanted(steps)
+        if solution or steps != wanted[-1]:
             return
         leaves = jax.tree.leaves(upcast(network.read(0, network.num_branches)))
-        save_npz(self._file(steps), **{f"leaf_{k}": np.asarray(leaf) for k, leaf in enumerate(leaves)})
-        kept = self._kept()
-        if len(kept) > 2 * self._spec.plane.trajectory:
-            for old in kept:
-                if old % (2 * stride):
-                    self._file(old).unlink()
+        self._workdir.keep(_part(steps), {f"leaf_{k}": np.asarray(leaf) for k, leaf in enumerate(leaves)})
+        for old in {*self._wanted(max(steps - 1, 0))} - {*wanted}:
+            self._workdir.forget(_part(old))
 
     def measure(self, solutions: Sequence[Solution]) -> dict[str, Any]:
         """What is asked for, for the record of the landscape; writes `spectrum`, `trajectory` and `curve.npz`.
@@ -103,20 +129,16 @@ class Around:
         save_npz(self._workdir.results / "spectrum.npz", **stored)
         return record
 
-    def _file(self, steps: int) -> Path:
-        return self._folder / f"{steps:09d}.npz"
-
-    def _kept(self) -> list[int]:
-        return sorted(int(path.stem) for path in self._folder.glob("[0-9]*.npz"))
-
     def _read(self, steps: int) -> InMemory:
         shapes = jax.eval_shape(self._net.init, jax.random.key(0), example_input(self._dataset))
-        stored = load_npz(self._file(steps))
+        stored = self._workdir.recall(_part(steps))
+        if stored is None:
+            raise FileNotFoundError(f"the snapshot of step {steps} in {self._workdir.path} is damaged or gone")
         leaves = [jnp.asarray(stored[f"leaf_{k}"]) for k in range(len(jax.tree.leaves(shapes)))]
         return InMemory(*jax.tree.unflatten(jax.tree.structure(shapes), leaves))
 
     def _trajectory(self, solution: Solution) -> dict[str, Any]:
-        steps = [s for s in self._kept() if s < solution.steps]
+        steps = [s for s in self._wanted(solution.steps) if s < solution.steps]
         end = InMemory(*(upcast(tree) for tree in solution.network.read(0, solution.network.num_branches)))
         found = landscape.trajectory([*map(self._read, steps), end])
         low, high = found.coordinates.min(0), found.coordinates.max(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from dualgap_jax import certify
-from dualgap_jax.checkpoints import open_branches
 from dualgap_jax.config import spec_of
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments import landscape
@@ -19,12 +19,14 @@ from dualgap_jax.experiments.base import Report, Tables, confirm_data
 from dualgap_jax.experiments.certify import bounds_of
 from dualgap_jax.experiments.landscape import LandscapeSpec, Setting
 from dualgap_jax.files import DamagedFileError, load_json, save_json
+from dualgap_jax.identity import arrays_digest
 from dualgap_jax.terminal import Progress
-from dualgap_jax.training.batches import example_input
+from dualgap_jax.training import train
 from dualgap_jax.types import BranchSource
 from dualgap_jax.workdir import Workdir
 
 RECORD = "certificate.json"
+_SOLUTIONS = 3  # of a landscape
 _TITLE = "Distance from the global optimum"
 COLUMNS = (
     "run",
@@ -65,14 +67,14 @@ def certify_run(path: str | Path, tables: Tables, say: Callable[[str], object] =
     rows: list[Any] = []
     notes: list[str] = []
     cells = _landscapes(folder)
-    for cell in cells:
-        found = _certified(cell, "" if cell == folder else f"{cell.relative_to(folder)}: ", tables, say)
-        rows += found.rows
-        notes += [note for note in found.notes if note not in notes]
-    report = Report(_TITLE, COLUMNS, rows, notes)
-    if cells != [folder]:
-        whole = Workdir.open(folder, _config(folder))
-        with whole.repair():
+    whole = Workdir.open(folder, _config(folder)) if cells != [folder] else None
+    with contextlib.nullcontext() if whole is None else whole.repair():
+        for cell in cells:
+            found = _certified(cell, "" if cell == folder else f"{cell.relative_to(folder)}: ", tables, say)
+            rows += found.rows
+            notes += [note for note in found.notes if note not in notes]
+        report = Report(_TITLE, COLUMNS, rows, notes)
+        if whole is not None:
             save_json(whole.results / RECORD, report)
     return report
 
@@ -112,16 +114,16 @@ def _certified(folder: Path, prefix: str, tables: Tables, say: Callable[[str], o
         setting = landscape.build(spec, tables)
         data = setting.dataset
         confirm_data(workdir, data.x, data.y, data.mean, data.std, info=data.info)
-        folders = sorted(workdir.checkpoints.glob("solution_*"), key=lambda p: int(p.name.rpartition("_")[2]))
-        if not folders:
-            raise CertifyRunError(f"{folder} holds no checkpoints of solutions: run it again, they were deleted.")
+        networks = _networks(spec, setting, workdir)
         found = []
-        with Progress(len(folders), f"{folder.name}: certificates") as line:
-            for k, place in enumerate(folders):
-                name = f"certificate {place.name}"
+        with Progress(len(networks), f"{folder.name}: certificates") as line:
+            for k, network in enumerate(networks):
+                name, digest = f"certificate solution_{k}", arrays_digest(network.read(0, network.num_branches))
                 value = workdir.recall(name)
-                found.append(value or workdir.keep(name, _solution(spec, setting, data, _opened(setting, place))))
-                line.update(k + 1, place.name)
+                if value is None or value.get("network") != digest:
+                    value = workdir.keep(name, {**_solution(spec, setting, data, network), "network": digest})
+                found.append(value)
+                line.update(k + 1, f"solution {k}")
         report = _report(spec, prefix, found)
         save_json(workdir.results / RECORD, {**report._asdict(), "solutions": found})
     for k, value in enumerate(found):
@@ -129,9 +131,23 @@ def _certified(folder: Path, prefix: str, tables: Tables, say: Callable[[str], o
     return report
 
 
-def _opened(setting: Setting, place: Path) -> BranchSource:
-    shapes = jax.eval_shape(setting.training_net.init, jax.random.key(0), example_input(setting.dataset))
-    return open_branches(place, shapes)
+def _networks(spec: LandscapeSpec, setting: Setting, workdir: Workdir) -> list[BranchSource]:
+    """The solutions of a run, read through `train`: each from the end of its own training, or it goes on to there."""
+    for k in range(_SOLUTIONS):
+        if not (workdir.checkpoints / f"solution_{k}").is_dir():
+            raise CertifyRunError(
+                f"{workdir.path} holds no checkpoints of solution {k}, they were deleted: delete its run.json and run"
+                " it again."
+            )
+    solutions = train(
+        setting.training_net,
+        setting.loss,
+        setting.dataset,
+        **spec.training.arguments(spec.num_branches),
+        seed=spec.seed,
+        checkpoints=workdir.checkpoints,
+    )
+    return [solution.network for solution in solutions]
 
 
 def _solution(spec: LandscapeSpec, setting: Setting, data: Dataset, network: BranchSource) -> dict[str, Any]:

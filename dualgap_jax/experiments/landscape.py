@@ -196,6 +196,8 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
     confirm_data(workdir, dataset.x, dataset.y, dataset.mean, dataset.std, info=dataset.info)
     measured = chosen(dataset, spec.plane.samples, spec.seed)
     around = Around(spec, workdir, net, loss, dataset, measured)
+    if spec.plane.trajectory and workdir.writes:
+        around.check_snapshots()
     with workdir.metrics(tensorboard=spec.tensorboard) as metrics:
         solutions = train(
             training_net,
