@@ -107,6 +107,11 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def utf8(text: str) -> bytes:
+    """A text as bytes; parts of paths and arguments that are no UTF-8 are escaped: no reason to lose the rest."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 # --- whole files ------------------------------------------------------------------------------------------------------
 
 
@@ -156,8 +161,7 @@ def save_json(path: str | Path, obj: Any) -> None:
     if not isinstance(plain, dict) or DIGEST in plain:
         raise TypeError(f"a record is an object without the key {DIGEST!r}; got {obj!r:.60}")
     text = json.dumps({**plain, DIGEST: text_digest(canonical(plain))}, indent=2, ensure_ascii=False) + "\n"
-    # Parts of paths that are no UTF-8 are escaped, as JSON escapes them.
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    write_atomically(path, lambda file: file.write(utf8(text)))
 
 
 def load_json(path: str | Path) -> dict[str, Any]:

@@ -107,6 +107,21 @@ def _logging_above_the_line() -> contextlib.AbstractContextManager[None]:
     return logging_redirect_tqdm()
 
 
+def open_streams() -> None:
+    """Leads standard streams that the process was started without (`>&-`) to the null device.
+
+    Otherwise the next file to be opened stands in the place of one, and whatever a library prints goes into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def reader_is_gone() -> None:
     """After a `BrokenPipeError` on standard output: what is still to be written there goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,6 +24,9 @@ if __name__ == "__main__":
     for number, handler in at_start.items():  # while the imports run, which take a second and may not be broken off
         if handler in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, lambda number, frame: os._exit(128 + number))
+    from dualgap_jax import terminal
+
+    terminal.open_streams()
     from dualgap_jax import cli
 
     for number, handler in at_start.items():

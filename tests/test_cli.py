@@ -371,4 +371,5 @@ def test_nothing_optional_stops_a_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert Path(os.fsdecode(folder), "figures", "shapley_folkman.png").exists()
+    assert Path(os.fsdecode(folder), "report.html").exists()
     assert b"Traceback" not in done.stderr

@@ -49,6 +49,26 @@ def test_help_imports_neither_jax_nor_flax() -> None:
     assert done.stdout.endswith("False\n")
 
 
+def test_standard_streams_that_are_closed_are_no_place_for_files(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from dualgap_jax import terminal
+terminal.open_streams()
+with open("opened", "w") as file:
+    print("out"), print("err", file=sys.stderr), os.write(2, b"a library")
+    sys.stdout.flush(), sys.stderr.flush()
+    file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+"""
+    shell = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program]
+    subprocess.run(shell, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert (tmp_path / "opened").read_text() == "True ''"
+
+
+@pytest.mark.parametrize("command", ["-m dualgap_jax list >&-", "scripts/run.py --list >&- 2>&-"])
+def test_a_command_without_a_standard_stream(command: str) -> None:
+    subprocess.run(["sh", "-c", f'exec "$0" {command}', sys.executable], cwd=ROOT, check=True)
+
+
 def test_what_only_some_experiments_need_is_imported_when_they_run() -> None:
     """All experiments are known by then, their modules imported."""
     program = "import sys; from dualgap_jax import commands; commands.main(['list']); print(*sys.modules)"

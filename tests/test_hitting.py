@@ -409,6 +409,13 @@ def test_runs_that_diverged_are_those_without_a_finite_loss() -> None:
     assert not np.isfinite(outcome.final_loss[[1, 3, 4]]).any()
 
 
+def test_a_plain_function_and_a_pair_of_arrays_are_taken() -> None:
+    made, one = losses.binary_hinge(), data()
+    asked = train_runs([one], made, make_runs(3, 0), tiny(stop_at_rest=False))
+    plain = train_runs([(one.x, one.y)], lambda out, y: made.per_example(out, y), make_runs(3, 0), tiny())
+    np.testing.assert_array_equal(plain.final_loss, asked.final_loss)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -442,9 +449,12 @@ def test_bad_runs_are_refused() -> None:
         (([], 0), "no runs"),
         ((0, 0), "width=0"),
         ((3, -1), "seed"),
+        (([2, 2.5], 0), "width=\\[2, 2.5\\] must be whole numbers"),
     ):
         with pytest.raises(ConfigError, match=words):
             make_runs(*arguments)
+    with pytest.raises(ConfigError, match=r"data=0\.5 must be whole numbers"):
+        make_runs(3, 0, data=0.5)
     for name in ("learning_rate", "init_scale"):
         with pytest.raises(ConfigError, match=name):
             make_runs(3, 0, **{name: 0.0})

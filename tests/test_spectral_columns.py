@@ -545,6 +545,7 @@ def broken(value: float, row: int) -> tuple[np.ndarray, np.ndarray]:
         ([block(), block(dtype=np.float64)], ["block 1", "float64", "float32", "agree"]),
         ([block(), broken(np.nan, 0)], ["block 1", "x holds values that are not finite"]),
         ([broken(np.inf, 1), block()], ["block 0", "y holds values that are not finite"]),
+        ([(np.ma.masked_greater(block()[0], 0), block()[1])], ["x holds masked entries"]),
         ([block(dtype=np.int32)], ["x holds int32", "float32 or float64"]),
         ([block(dtype=np.float16)], ["x holds float16", "float32 or float64"]),
         ([(block()[0], block(n=4)[1])], ["(3, 5)", "(2, 4)", "[d_0, n]"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ def test_one_table_of_all_runs_and_no_run_twice(folder: Path, capsys: pytest.Cap
     assert commands.main(command) == 1
     assert (folder / "calls").read_text() == "1,0 1,1 3,0 3,1 3,1 "  # what is complete is read
     assert rows("w/sweep.csv") == found
+
+
+def test_a_value_that_is_no_utf8_ends_no_sweep(folder: Path) -> None:
+    value = os.fsdecode(b"caf\xe9")
+    sweep._write_csv(folder / "sweep.csv", ["names"], [(sweep.Run({"names": value}, None, "x"), "too large")])
+    assert rows("sweep.csv") == [{"run": "x", "names": "caf\\udce9", "error": "too large"}]
 
 
 def test_leaves_and_arguments_beside_those_given(folder: Path) -> None:

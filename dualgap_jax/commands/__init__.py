@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"unknown command {name!r}." if given else "no command given."
         print(f"{what} Allowed: {', '.join(COMMANDS)}; see dualgap --help.", file=sys.stderr)
         return 2
+    from dualgap_jax import terminal
+
+    terminal.open_streams()
     # Imports take a second or two and may not be broken off in the middle.
     at_start = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in at_start.items():
@@ -78,7 +81,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(module.main(given[1:] if name != "list" else ["--list", *given[1:]]))
     except BrokenPipeError:  # the reader has seen enough, as in dualgap doctor | head
-        from dualgap_jax import terminal
-
         terminal.reader_is_gone()
         return 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dualgap_jax import report
+from dualgap_jax.files import utf8
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print(report.write(options.workdir, options.output or options.workdir[0] / "report.html"))
         if options.csv is not None:
-            options.csv.write_text(report.table_csv(options.workdir), encoding="utf-8")
+            options.csv.write_bytes(utf8(report.table_csv(options.workdir)))
             print(options.csv)
     except (report.NothingToReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

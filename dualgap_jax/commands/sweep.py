@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from dualgap_jax import cli, experiments, interrupts, report, terminal
 from dualgap_jax.config import check_numbers, require, spec_of
 from dualgap_jax.experiments import Report
-from dualgap_jax.files import text_digest, write_atomically
+from dualgap_jax.files import text_digest, utf8, write_atomically
 
 _MOST = 10_000  # runs of a sweep
 
@@ -164,7 +164,7 @@ def _write_csv(path: Path, keys: Sequence[str], done: Sequence[tuple[Run, Report
     writer.writerow(["run", *columns, "error"])
     for (folder, error), row in zip(said, rows, strict=True):
         writer.writerow([folder, *("" if cell is None else cell for cell in row), error])
-    write_atomically(path, lambda file: file.write(out.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(utf8(out.getvalue())))
 
 
 def _lines(result: Report | str) -> Sequence[Any]:

@@ -108,11 +108,15 @@ def make_runs(width: Any, seed: Any, *, data: Any = 0, learning_rate: Any = 0.01
     """The runs with these columns, broadcast against one another and flattened.
 
     Raises:
-      ConfigError: for no runs, a width below 1, a seed that `seeds.check` refuses, a negative data index, or a rate or
-        scale that is not positive.
+      ConfigError: for no runs, a width or data index that is no whole number, a width below 1, a seed that
+        `seeds.check` refuses, a negative data index, or a rate or scale that is not positive.
     """
     for given in np.ravel(seed):
         seeds.check(given)
+    for name, given in (("width", width), ("data", data)):
+        require(
+            not np.size(given) or np.asarray(given).dtype.kind in "iu", f"{name}={given!r:.60} must be whole numbers."
+        )
     columns = np.broadcast_arrays(width, seed, data, learning_rate, init_scale)
     ints, floats = [c.ravel().astype(np.int64) for c in columns[:3]], [c.ravel().astype(float) for c in columns[3:]]
     runs = Runs(*ints, *floats)

@@ -30,14 +30,14 @@ from jax import Array
 
 from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import require
-from dualgap_jax.data import Dataset
+from dualgap_jax.data import Dataset, as_dataset
 from dualgap_jax.files import jsonable
 from dualgap_jax.hitting.block import LANES, Block, Program, program_for
 from dualgap_jax.hitting.random import run_keys
 from dualgap_jax.hitting.runs import BELOW, DIVERGED, RUNNING, SCHEDULE, ZERO, Outcome, Runs, SgdSpec, Weights
 from dualgap_jax.hitting.weights import examples_table, full_loss, initial_weights
 from dualgap_jax.identity import arrays_digest, function_digest, require_same, versions
-from dualgap_jax.losses import Loss
+from dualgap_jax.losses import Loss, as_loss
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.sharding import local_devices, share_out
 from dualgap_jax.terminal import Progress
@@ -210,8 +210,8 @@ def _identity(table: np.ndarray, loss: Loss, runs: Runs, spec: SgdSpec) -> dict[
 
 
 def train_runs(
-    datasets: Sequence[Dataset],
-    loss: Loss,
+    datasets: Sequence[Any],
+    loss: Any,
     runs: Runs,
     spec: SgdSpec,
     *,
@@ -225,8 +225,8 @@ def train_runs(
     Works in the default float type: float32, or float64 under `jax.enable_x64`.
 
     Args:
-      datasets: of one size; `runs.data` points into them.
-      loss: a loss that fits them, with one output.
+      datasets: of one size, or pairs of arrays; `runs.data` points into them.
+      loss: a loss that fits them, with one output, or a plain function; see `losses.as_loss`.
       runs: see `make_runs`.
       spec: see `SgdSpec`.
       checkpoints: folder; a second call with it goes on from the newest checkpoint.  None: nothing is kept.
@@ -239,6 +239,7 @@ def train_runs(
         beyond them, the batch exceeds the data, or there are fewer devices than the spec names.
       CheckpointMismatchError, IdentityError: if `checkpoints` holds another study; the latter names what differs.
     """
+    datasets, loss = [as_dataset(dataset) for dataset in datasets], as_loss(loss)
     study = prepare(datasets, loss, runs, spec)
     saver = None if checkpoints is None else Checkpointer(checkpoints)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import humanize
 
-from dualgap_jax.files import DamagedFileError, load_json, load_npz, write_atomically
+from dualgap_jax.files import DamagedFileError, load_json, load_npz, utf8, write_atomically
 from dualgap_jax.report import page, surfaces
 
 SURFACES = (("landscape", "as trained"), ("aligned", "aligned"))
@@ -54,7 +54,7 @@ def write(workdirs: Sequence[str | Path], output: str | Path) -> Path:
     if plots and surfaces.available():
         body += surfaces.embedded(plots)
         scripts = [surfaces.program(), surfaces.DRAW]
-    made = page.whole(title, body, scripts).encode()
+    made = utf8(page.whole(title, body, scripts))
     write_atomically(output, lambda file: file.write(made))
     return Path(output)
 

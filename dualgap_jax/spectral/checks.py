@@ -48,7 +48,7 @@ def _is_finite(data: Any) -> bool:
 
 
 def check_data(x: Any, y: Any, *, values: bool = True) -> None:
-    """Raises SpectralError for data that are not two real matrices with as many columns, are empty or not finite.
+    """Raises SpectralError unless the data are two real, finite matrices with as many columns, not empty or masked.
 
     Args:
       x: `[d_0, n]`.
@@ -58,6 +58,8 @@ def check_data(x: Any, y: Any, *, values: bool = True) -> None:
     for name, data in (("x", x), ("y", y)):
         if not hasattr(data, "dtype"):
             raise SpectralError(f"{name} is a {type(data).__name__}; give a NumPy or JAX array.")
+        if np.ma.is_masked(data):
+            raise SpectralError(f"{name} holds masked entries; fill them, or remove their examples.")
     if np.ndim(x) != 2 or np.ndim(y) != 2 or x.shape[1] != y.shape[1]:
         raise SpectralError(
             f"x of shape {np.shape(x)} and y of shape {np.shape(y)} must be [d_0, n] and [d_H, n], one example a"
