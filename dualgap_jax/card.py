@@ -10,12 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from dualgap_jax import machine
-from dualgap_jax.files import DamagedFileError, canonical, load_json, save_json, text_digest
+from dualgap_jax.files import DamagedFileError, canonical, file_digest, load_json, save_json, text_digest
 
 _log = logging.getLogger(__name__)
 
 _KEYS = {"status", "reason", "start", "config", "inputs", "files", "attempts"}
 _KEPT = ("status", "reason", "command", "start", "end", "seconds", "git")  # of an earlier attempt
+
+
+def altered(folder: Path, card: Mapping[str, Any]) -> list[str]:
+    """The results and figures of a complete run in `folder` that are gone or not what its card says was written."""
+    return [name for name, digest in card.get("files", {}).items() if digest_or_none(folder / name) != digest]
+
+
+def digest_or_none(path: Path) -> str | None:
+    """`files.file_digest`, or None where there is no file that can be read."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return None
 
 
 class RunCard:

@@ -119,8 +119,13 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     """Calls `write(file)` on a temporary file beside `path`, then moves it there: readers see the old or the new.
 
     The temporary file is always a new one: whatever lies at its name, a link too, is removed and not written through.
+    A device or a pipe at `path` is written to as it is, for it is not to be replaced.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            write(file)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_counter)}.tmp")
     try:

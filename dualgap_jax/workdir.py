@@ -31,11 +31,10 @@ from typing import Any
 import numpy as np
 
 from dualgap_jax import interrupts, lock
-from dualgap_jax.card import RunCard
+from dualgap_jax.card import RunCard, altered, digest_or_none
 from dualgap_jax.files import (
     DamagedFileError,
     canonical,
-    file_digest,
     is_temporary,
     jsonable,
     leaves,
@@ -224,7 +223,7 @@ class Workdir:
         card = self._card.own()
         if card is None or card["status"] != "complete":
             return None
-        return [name for name, digest in card["files"].items() if _digest_or_none(self.path / name) != digest]
+        return altered(self.path, card)
 
     # --- what a run can go on from ------------------------------------------------------------------------------------
 
@@ -377,7 +376,7 @@ class Workdir:
                 yield
                 card = self._card.own()
                 written = {name: digest for name, digest in self._outputs().items() if found.get(name) != digest}
-                if card is not None:
+                if card is not None and card["status"] == "complete":
                     self._card.update(files={**card["files"], **written})
         except lock.LockedError as error:
             raise WorkdirError(str(error)) from error
@@ -390,7 +389,7 @@ class Workdir:
             relative = Path(folder).relative_to(self.path)
             if _OUTPUTS & {*relative.parts}:
                 paths = [Path(folder, name) for name in sorted(names)]
-                digests = {str(relative / p.name): _digest_or_none(p) for p in paths if not is_temporary(p)}
+                digests = {str(relative / p.name): digest_or_none(p) for p in paths if not is_temporary(p)}
                 found |= {name: digest for name, digest in digests.items() if digest is not None}
         return found
 
@@ -403,10 +402,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted({*there, *asked})
         if there.get(name) != asked.get(name)
     ]
-
-
-def _digest_or_none(path: Path) -> str | None:
-    try:
-        return file_digest(path)
-    except OSError:
-        return None

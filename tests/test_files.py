@@ -189,6 +189,18 @@ def test_what_lies_at_the_name_of_a_temporary_file_is_not_written_through(
     assert {p.name for p in tmp_path.iterdir()} == {"precious", "x.json"}
 
 
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    files.write_atomically(pipe, lambda file: file.write(b"text"))
+    reader.join(timeout=10)
+    assert read == [b"text"]
+    assert pipe.is_fifo()
+
+
 def test_stale_temporary_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".x.json.123-0.tmp").symlink_to(tmp_path / "precious")

@@ -159,7 +159,35 @@ def test_damaged_and_missing_records_are_said(
     assert commands.main(["report", str(tmp_path / "none")]) == 1
     assert "holds no run" in capsys.readouterr().err
     assert commands.main(["report", str(copy), f"--csv={tmp_path / 'x.csv'}"]) == 1
-    assert "not complete" in capsys.readouterr().err
+    assert "gone or changed: I_3/results/aligned.npz, results/report.json." in capsys.readouterr().err
+
+
+def test_records_of_another_run_are_neither_shown_nor_drawn(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is sound by itself; the card of the run knows that they are not its own."""
+    copy = tmp_path / "w"
+    shutil.copytree(finished, copy)
+    other = load_json(copy / "results" / "report.json") | {"title": "Another run"}
+    save_json(copy / "results" / "report.json", other)
+    shutil.copy(copy / "I_3" / "results" / "landscape.npz", copy / "I_3" / "results" / "aligned.npz")
+    source = report.write([copy], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Another run" not in source
+    assert "gone or changed: I_3/results/aligned.npz, results/report.json." in source
+    assert len(plots_of(source)) == len(plots_of(report.write([finished], tmp_path / "f.html").read_text())) - 1
+    for command in (["report", str(copy), f"--csv={tmp_path / 'x.csv'}"], ["plot", str(copy)]):
+        assert commands.main(command) == 1
+        assert "gone or changed" in capsys.readouterr().err
+
+
+def test_figures_that_are_drawn_again_are_the_run_s_own(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "w"
+    shutil.copytree(finished, copy)
+    figure = copy / "figures" / "row.png"
+    figure.write_bytes(b"")
+    assert "gone or changed: figures/row.png." in report.write([copy], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert commands.main(["plot", str(copy)]) == 0
+    assert "gone or changed" not in report.write([copy], tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_without_plotly_the_pictures_stay(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dualgap_jax import figures
+from dualgap_jax.files import DamagedFileError, load_json
+from dualgap_jax.workdir import Workdir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,9 +26,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = False
     for workdir in parser.parse_args(arguments).workdir:
         try:
-            for path in figures.draw(workdir):
+            for path in _drawn(workdir):
                 print(path)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
     return int(failed)
+
+
+def _drawn(workdir: Path) -> list[Path]:
+    """Draws a work folder; the card of a complete run keeps the digests of its new figures.
+
+    Raises:
+      ValueError: where the records are not what the run wrote, and as `figures.draw` and `Workdir.repair` do.
+    """
+    try:
+        config = load_json(workdir / "config.json")
+    except (FileNotFoundError, DamagedFileError):  # records alone
+        return figures.draw(workdir)
+    run = Workdir.open(workdir, config)
+    if names := [name for name in run.damaged() or () if "results" in Path(name).parts]:
+        raise ValueError(
+            f"{workdir} is not as the run left it, gone or changed: {', '.join(names[:5])}; the run's own command"
+            " mends that."
+        )
+    with run.repair():
+        return figures.draw(workdir)

@@ -16,6 +16,7 @@ from typing import Any
 
 import humanize
 
+from dualgap_jax.card import altered
 from dualgap_jax.files import DamagedFileError, load_json, load_npz, utf8, write_atomically
 from dualgap_jax.report import page, surfaces
 
@@ -55,7 +56,7 @@ def write(workdirs: Sequence[str | Path], output: str | Path) -> Path:
         body += surfaces.embedded(plots)
         scripts = [surfaces.program(), surfaces.DRAW]
     made = utf8(page.whole(title, body, scripts))
-    write_atomically(output, lambda file: file.write(made))
+    write_atomically(Path(output).resolve(), lambda file: file.write(made))  # through a link, such as /dev/stdout
     return Path(output)
 
 
@@ -67,9 +68,11 @@ def table_csv(workdirs: Sequence[str | Path]) -> str:
     """
     read = []
     for folder in map(Path, workdirs):
-        report = _record(folder / "results" / "report.json")
+        run = _Run(folder)
+        report = run.record("results/report.json")
         if report is None:
-            raise NothingToReportError(f"{folder} holds no results/report.json: the run is not complete.")
+            why = run.said() or f"{folder} holds no results/report.json: the run is not complete."
+            raise NothingToReportError(why)
         read.append((folder, report))
     columns = list(dict.fromkeys(name for _, report in read for name in report["columns"]))
     out = io.StringIO()
@@ -82,18 +85,45 @@ def table_csv(workdirs: Sequence[str | Path]) -> str:
     return out.getvalue()
 
 
-def _record(path: Path) -> dict[str, Any] | None:
-    """A record, or None where there is none or it is damaged."""
-    try:
-        return load_json(path)
-    except (FileNotFoundError, DamagedFileError):
-        return None
+class _Run:
+    """The records of a work folder, but for those of a complete run that are not what it wrote.
+
+    Attributes:
+      card: `run.json`, or None.
+      altered: names of what is gone or was changed, or copied from another run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.altered: list[str] = []
+        self.card = self.record("run.json")
+        self.altered = altered(folder, self.card or {})
+
+    def path(self, name: str) -> Path | None:
+        """A file of the run, or None where it was altered."""
+        return None if name in self.altered else self.folder / name
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """A record, or None where there is none, or it is damaged or altered."""
+        path = self.path(name)
+        try:
+            return None if path is None else load_json(path)
+        except (FileNotFoundError, DamagedFileError):
+            return None
+
+    def said(self) -> str | None:
+        """A sentence on what was altered, or None."""
+        if not self.altered:
+            return None
+        names = ", ".join(self.altered[:5]) + (", ..." if len(self.altered) > 5 else "")
+        return f"{self.folder} is not as the run left it, gone or changed: {names}. The run's own command mends that."
 
 
 def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
     """The name of a run and its part of the page; adds its surfaces to `plots`."""
-    card, config = _record(folder / "run.json"), _record(folder / "config.json")
-    report = _record(folder / "results" / "report.json")
+    run = _Run(folder)
+    card, config = run.card, run.record("config.json")
+    report = run.record("results/report.json")
     if card is None and report is None:
         raise NothingToReportError(f"{folder} holds no run: give a work folder, the one with run.json and results/.")
     card, config = card or {}, config or {}
@@ -101,6 +131,8 @@ def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
     status = str(card.get("status", "unknown"))
     line = f'<p class="soft"><span class="badge">{page.text(status)}</span> {_when(card)}</p>'
     said = [f"<h1>{page.text(name)}</h1>{line}"]
+    if (lost := run.said()) is not None:
+        said.append(page.paragraphs([f"Not shown: {lost}"]))
     if card.get("reason"):
         said.append(page.paragraphs([str(card["reason"])]))
     if card.get("command"):
@@ -108,11 +140,11 @@ def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
     if report is not None:
         said.append("<h2>Results</h2>" + page.table(report["columns"], report["rows"]))
         said.append(page.paragraphs(report["notes"]))
-    if (certified := _record(folder / "results" / "certificate.json")) is not None:
+    if (certified := run.record("results/certificate.json")) is not None:
         said.append(f"<h2>{page.text(certified['title'])}</h2>")
         said.append(page.table(certified["columns"], certified["rows"]) + page.paragraphs(certified["notes"]))
-    said.append(_surfaces(folder, plots))
-    pictures = sorted((folder / "figures").glob("*.png"))
+    said.append(_surfaces(run, plots))
+    pictures = [p for p in sorted((folder / "figures").glob("*.png")) if f"figures/{p.name}" not in run.altered]
     if pictures:
         said.append("<h2>Figures</h2>" + "".join(map(_picture, pictures)))
     shown = json.dumps(config, indent=2, ensure_ascii=False)
@@ -155,15 +187,17 @@ def _picture(path: Path) -> str:
     return f"<figure>{image}<figcaption>{page.text(name)}</figcaption></figure>"
 
 
-def _surfaces(folder: Path, plots: list[dict[str, Any]]) -> str:
+def _surfaces(run: _Run, plots: list[dict[str, Any]]) -> str:
     """The surfaces of the run and of its cells, raw and aligned side by side."""
-    cells = [folder, *sorted((p for p in folder.iterdir() if (p / "results" / "landscape.npz").exists()), key=_order)]
+    inner = [p.name for p in run.folder.iterdir() if (p / "results" / "landscape.npz").exists()]
     rows = []
-    for cell in cells:
+    for cell in ("", *(f"{name}/" for name in sorted(inner, key=_order))):
         pair = ""
-        record = _record(cell / "results" / "landscape.json") or {}
+        record = run.record(f"{cell}results/landscape.json") or {}
         for stem, said in SURFACES:
-            path = cell / "results" / f"{stem}.npz"
+            path = run.path(f"{cell}results/{stem}.npz")
+            if path is None:
+                continue
             try:
                 stored = load_npz(path)
             except FileNotFoundError:
@@ -189,7 +223,7 @@ def _surfaces(folder: Path, plots: list[dict[str, Any]]) -> str:
 _SHOWN = ("envelope_max", "midpoint_violation_rate", "negative_curvature_share", "barrier_max")
 
 
-def _order(cell: Path) -> tuple[int, str]:
+def _order(cell: str) -> tuple[int, str]:
     """Cells by their number of branches: `I_3` before `I_10`."""
-    number = cell.name.rpartition("_")[2]
-    return (int(number) if number.isdigit() else 0, cell.name)
+    number = cell.rpartition("_")[2]
+    return (int(number) if number.isdigit() else 0, cell)
