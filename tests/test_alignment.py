@@ -31,7 +31,7 @@ def drawn(branch: Any, shape: tuple[int, ...], num_branches: int, rng: np.random
     """A network, `count` networks of random numbers (variances positive), and a batch."""
     net = multi_branch(branch, num_branches)
     x = jnp.asarray(rng.standard_normal((5, *shape)), jnp.float32)
-    like = net.init(jax.random.key(0), x)
+    like = jax.eval_shape(net.init, jax.random.key(0), x)
 
     def one() -> InMemory:
         params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), like[0])
@@ -51,8 +51,9 @@ def test_aligned_networks_compute_the_same_and_come_nearer(name: str, rng: np.ra
     net, networks, x = drawn(branch, shape, 4, rng, 3)
     found = landscape.align(net, networks, x, to=1)
     assert found.networks[1] is networks[1]
+    apply = jax.jit(net.apply)
     for k, (before, after) in enumerate(zip(networks, found.networks, strict=True)):
-        y, z = (np.asarray(net.apply(n.params, n.state, x)[0], np.float64) for n in (before, after))
+        y, z = (np.asarray(apply(n.params, n.state, x)[0], np.float64) for n in (before, after))
         assert np.abs(y - z).max() <= 1e-4 * np.abs(y).max()
         apart = distance(before, networks[1]), distance(after, networks[1])
         np.testing.assert_allclose(found.distances[k], apart, rtol=1e-6, atol=1e-3)

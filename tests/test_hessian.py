@@ -24,7 +24,7 @@ def problem(name: str, rng: np.random.Generator, n: int = 21) -> Any:
     branch, loss = CASES[name]
     net = multi_branch(branch, 3)
     data = rng.standard_normal((n, 3)), rng.integers(0, 3, n)
-    params, state = net.init(jax.random.key(0), jnp.asarray(data[0]))
+    params, state = jax.jit(net.init)(jax.random.key(0), jnp.asarray(data[0]))
     params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
     return net, loss, data, InMemory(params, state)
 
@@ -94,7 +94,7 @@ def test_examples_beyond_the_margin_are_left_out_and_a_network_that_fits_all_is_
 def test_a_network_that_is_no_sum_of_branches(rng: np.random.Generator, x64: None) -> None:
     branch, loss = mlp((), 3), losses.squared()  # of this one the Hessian is the second moment of the inputs, and 1
     x, y = rng.standard_normal((9, 3)), rng.integers(0, 3, 9)
-    params, state = branch.init(jax.random.key(1), jnp.asarray(x))
+    params, state = jax.jit(branch.init)(jax.random.key(1), jnp.asarray(x))
     alone = landscape.hessian(branch, loss, (x, y), InMemory(params, state), k=3)
     inputs = np.column_stack([x, np.ones(9)])
     largest = np.linalg.eigvalsh(inputs.T @ inputs / 9)[-1]

@@ -23,12 +23,10 @@ def test_networks_of_own_modules_are_those_modules(rng: np.random.Generator) -> 
         (networks.vgg9(2, 4), VGG9(2, 4)),
     ]
     for net, module in pairs:
-        for a, b in zip(
-            net.init(jax.random.key(3), x), networks.from_linen(module).init(jax.random.key(3), x), strict=True
-        ):
-            jax.tree.map(np.testing.assert_array_equal, a, b)
-        variables = module.init(jax.random.key(0), x)
-        assert module.apply(variables, x).shape == (2, 4)
+        found, expected = (jax.jit(n.init)(jax.random.key(3), x) for n in (net, networks.from_linen(module)))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        assert jax.eval_shape(module.apply, variables, x).shape == (2, 4)
 
 
 @pytest.mark.parametrize("width", [4, 32])
@@ -47,10 +45,10 @@ def test_vgg9_has_the_parameters_of_the_authors_network(width: int) -> None:
 
 def test_vgg9_matches_numpy(rng: np.random.Generator, x64: None) -> None:
     module, x = VGG9(1, 3), rng.standard_normal((3, 8, 8, 2))
-    variables = module.init(jax.random.key(0), jnp.asarray(x))
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.asarray(x))
     variables = jax.tree.map(lambda a: a + 0.3 * np.abs(rng.standard_normal(a.shape)), variables)
     params = jax.tree.map(np.asarray, variables["params"])
-    y, new = module.apply(variables, jnp.asarray(x), train=True, mutable=["batch_stats"])
+    y, new = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"]))(variables, jnp.asarray(x))
 
     def normalised(a: np.ndarray, index: int) -> np.ndarray:
         axes = tuple(range(a.ndim - 1))
@@ -79,7 +77,7 @@ def test_vgg9_matches_numpy(rng: np.random.Generator, x64: None) -> None:
 
 def test_vgg9_is_drawn_as_pytorch_draws() -> None:
     """Uniform on ±1/sqrt(fan_in): every kernel stays inside, comes near the ends, and has their variance."""
-    params = VGG9(16, 4).init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]
+    params = jax.jit(VGG9(16, 4).init)(jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]
     for name, layer in params.items():
         for leaf in (layer.get("kernel"), layer.get("bias") if name == "Dense_1" else None):
             if leaf is None:
