@@ -98,18 +98,23 @@ def damaged_files(path: Path) -> Iterator[Path]:
             yield file
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
-@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize(
+    ("name", "damage"), [("shapley_folkman", d) for d in DAMAGES] + [(name, "any") for name in list(CONFIGS)[1:]]
+)
 def test_damaged_files_of_a_complete_run_change_no_number(
     name: str, damage: str, finished: Any, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    """All files at once but the config, which says whose folder it is; then each figure is there again."""
+    """All files at once but the config, which says whose folder it is; then each figure is there again.
+
+    Files are read alike in all experiments: every damage is done to all files of one, and any to each of the others.
+    """
     whole, want = finished(name)
     path = tmp_path / "w"
     shutil.copytree(whole, path)
     for file in damaged_files(path):
         if file.name != "config.json":
-            file.write_bytes(DAMAGES[damage](file.read_bytes(), rng))
+            done = str(rng.choice(list(DAMAGES))) if damage == "any" else damage
+            file.write_bytes(DAMAGES[done](file.read_bytes(), rng))
     report, workdir, was_complete = run(CONFIGS[name], path)
     assert report.text() == want
     assert not was_complete
@@ -125,7 +130,8 @@ def test_one_damaged_file_of_a_complete_run_changes_no_number(
     name: str, finished: Any, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     whole, want = finished(name)
-    for number, file in enumerate(damaged_files(whole)):
+    files = [file for file in damaged_files(whole) if "I_3" not in file.parts]  # a cell like I_2
+    for number, file in enumerate(files):
         path = tmp_path / str(number)
         shutil.copytree(whole, path)
         target = path / file.relative_to(whole)
@@ -172,28 +178,6 @@ def test_damaged_parts_of_an_interrupted_run_are_computed_again(
         else:
             (path / "parts" / part.name).write_bytes(part.read_bytes()[:-40])
         assert run(CONFIGS[name], path)[0].text() == want
-
-
-def test_snapshots_that_are_damaged_gone_or_of_another_step_are_taken_again(
-    tmp_path: Path, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
-) -> None:
-    training = dataclasses.replace(CELL.training, check_every=4)
-    plane = dataclasses.replace(CELL.plane, trajectory=3)
-    config = experiment_config("landscape", dataclasses.replace(CELL, training=training, plane=plane))
-    run(config, tmp_path / "whole")
-    whole = load_npz(tmp_path / "whole" / "results" / "trajectory.npz")
-    assert whole["steps"].tolist() == [0, 4, 8, 12, 16, 20]
-    path = tmp_path / "w"
-    shutil.copytree(tmp_path / "whole", path)
-    shutil.rmtree(path / "results")
-    one, two, three, other = (path / "parts" / f"snapshot {steps:09d}.npz" for steps in (4, 12, 16, 8))
-    one.write_bytes(digit(one.read_bytes(), rng))
-    two.unlink()
-    shutil.copy(other, three)
-    run(config, path)
-    assert "snapshots of steps 4, 12, 16 are damaged or gone: solution 0 is trained again" in caplog.text
-    for key, value in load_npz(path / "results" / "trajectory.npz").items():
-        np.testing.assert_array_equal(value, whole[key], err_msg=key)
 
 
 def test_a_config_that_is_damaged_beyond_what_the_card_knows_is_refused(finished: Any, tmp_path: Path) -> None:
