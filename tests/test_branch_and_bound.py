@@ -65,14 +65,13 @@ BRANCHES: dict[str, Any] = {
     "gelu": own(lambda w, x: w[1] * jax.nn.gelu(w[0] * x[:, 0]), 2),
     "sine": own(lambda w, x: jnp.sin(3 * w[0] * x[:, 0] + w[1]), 2),
     "leaky": own(lambda w, x: w[1] * jax.nn.leaky_relu(w[0] * x[:, 0] + 0.1), 2),
-    "softplus": own(lambda w, x: w[1] * jax.nn.softplus(w[0] * x[:, 0]), 2),
     "recurrent": own(
-        lambda w, x: jax.lax.scan(lambda h, _: (jnp.tanh(w[0] * x[:, 0] + w[1] * h), None), x[:, 0], None, 3)[0], 2
+        lambda w, x: jax.lax.scan(lambda h, _: (jnp.tanh(w[0] * x[:, 0] + w[1] * h), None), x[:, 0], None, 2)[0], 2
     ),
 }
 
 
-@pytest.mark.parametrize("name", ["tanh", "relu", "softplus", "leaky"])
+@pytest.mark.parametrize("name", ["tanh", "leaky"])  # with second derivatives, and with kinks
 def test_bounds_of_boxes_hold_at_all_points_of_them(name: str, rng: np.random.Generator) -> None:
     """For multipliers from 0 to 1e12, on boxes of all sizes, also near the sphere and at the axes."""
     one = problem.branch_problem(BRANCHES[name], binary(rng, 7, 1), tau=2.0, radius=2.0)
@@ -98,9 +97,9 @@ def test_bounds_of_boxes_hold_at_all_points_of_them(name: str, rng: np.random.Ge
             assert (out.lam >= lam0).all()
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_the_lagrangian_is_below_all_values_for_every_multiplier(scale: float, rng: np.random.Generator) -> None:
+def test_the_lagrangian_is_below_all_values_for_every_multiplier(rng: np.random.Generator) -> None:
     """Multipliers far beyond the size of the slopes, and slopes far beyond 1."""
+    scale = 1e4
     one = problem.branch_problem(BRANCHES["tanh"], binary(rng, 9, 1, scale), tau=1e-5 * scale, radius=2.0)
     proven = certified(one, BoundSpec(1.0, 3000), 17)
     assert proven.lagrangian is not None
@@ -124,6 +123,9 @@ def test_certified_values_are_below_all_weights_on_a_grid(name: str, power: floa
     assert proven.status == "certified"
     assert proven.tolerance < (3e-3 if name != "recurrent" else 1.0)
     assert contradicts(one, proven, 201) == []
+    if power == 2 and name in ("relu", "gelu", "bias"):  # tanh below; of the slope of leaky the checker knows no bound
+        found = value_functions.verify_boxes(one, proven)
+        assert found.holds, found.reason
 
 
 # --- branches that try to deceive -------------------------------------------------------------------------------------
@@ -274,13 +276,6 @@ def test_a_proof_holds_when_gone_through_again(case: Case) -> None:
     found = value_functions.verify_boxes(case.problem, case.proven)
     assert found.holds, found.reason
     assert found.boxes > 100
-
-
-@pytest.mark.parametrize("name", ["relu", "gelu", "bias"])
-def test_proofs_of_other_branches_hold_too(name: str, rng: np.random.Generator) -> None:
-    one = problem.branch_problem(BRANCHES[name], binary(rng, 8, 1), tau=2.0, radius=1.5)
-    found = value_functions.verify_boxes(one, certified(one, BoundSpec(3e-3, 5_000), 17))
-    assert found.holds, found.reason
 
 
 def _changed(name: str, f: ValueFunction) -> ValueFunction:

@@ -250,7 +250,7 @@ def test_ranges_over_intervals_hold_all_points_of_them(name: str, x64: None, rng
 def _networks(rng: np.random.Generator) -> dict[str, Function]:
     x = jnp.asarray(rng.standard_normal((5, 3)))
     images = jnp.asarray(rng.standard_normal((2, 6, 6, 1)))
-    series = jnp.asarray(rng.standard_normal((3, 2)))
+    series = jnp.asarray(rng.standard_normal((3, 1)))
     mixing = jnp.asarray(rng.standard_normal((3, 3)))
 
     def conv(w: jax.Array) -> jax.Array:
@@ -262,7 +262,7 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
             h = jnp.tanh(w[0] * h + w[1] * x)
             return h, h * w[2]
 
-        end, outputs = jax.lax.scan(step, jnp.zeros(2), series)
+        end, outputs = jax.lax.scan(step, jnp.zeros(1), series[:2])
         return jnp.concatenate([end, outputs.mean(0)])
 
     def counted(w: jax.Array) -> jax.Array:
@@ -337,7 +337,7 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
         "grouped": grouped,
         "sorted": lambda w: jnp.sort(x * w, axis=0) * w,
         "middle": lambda w: jnp.sort(jnp.concatenate([w, w**2, jnp.array([0.25])]))[3],
-        "products": lambda w: jnp.prod(x * w, axis=(0, 1)) + jnp.cumprod(w, axis=0) * jnp.prod(x + w, axis=1)[:3],
+        "products": lambda w: jnp.prod(x[:2] * w, axis=(0, 1)) + jnp.cumprod(w, axis=0) * jnp.prod(x[:3] + w, axis=1),
         "running": lambda w: jax.lax.cummax(w) - jax.lax.cummin(jnp.sin(3 * w), reverse=True),
         "scalar": lambda w: jnp.maximum(w[0], w) + jnp.minimum(0.3, w) * jnp.clip(w, w[1] - 1, 2.0),
     }  # fmt: skip
