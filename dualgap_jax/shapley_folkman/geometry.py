@@ -147,14 +147,23 @@ def distance_to_segments(
 
 
 def signed_distance(
-    x: Float[np.ndarray, "k 2"], corners: Float[np.ndarray, "polygons v 2"]
+    x: Float[np.ndarray, "k 2"],
+    corners: Float[np.ndarray, "polygons v 2"],
+    edges: Float[np.ndarray, "polygons v 2"] | None = None,
 ) -> Float64[np.ndarray, "k polygons"]:
-    """Distances of points from convex polygons (counter-clockwise, corners may repeat); negative inside."""
+    """Distances of points from convex polygons (counter-clockwise, corners may repeat); negative inside.
+
+    Args:
+      x: the points.
+      corners: of the polygons.
+      edges: from each corner to the next, where they are known better than as the difference of two rounded corners,
+        which gives a tiny edge any direction, so that no point lies inside.
+    """
     ends = np.roll(corners, -1, axis=1)
     away = distance_to_segments(x, corners, ends).min(axis=-1)
     if corners.shape[1] < 3:
         return away
-    edge, offset = ends - corners, x[:, None, None] - corners
+    edge, offset = ends - corners if edges is None else edges, x[:, None, None] - corners
     cross = edge[..., 0] * offset[..., 1] - edge[..., 1] * offset[..., 0]
     inside = np.all((cross > 0) | (edge == 0).all(axis=-1), axis=-1) & (edge != 0).any(axis=(1, 2))
     return np.where(inside, -away, away)

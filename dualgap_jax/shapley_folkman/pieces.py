@@ -142,11 +142,13 @@ class Pieces:
         Raises:
           SetError: if there are more than `MAX_SUMS` points, or `MAX_CORNERS` corners of larger pieces.
         """
-        vertices, radii = self._sums(n)
+        vertices, radii, _ = self._sums(n)
         return vertices * self._unit + self._origin, radii * self._unit
 
-    def _sums(self, n: int) -> tuple[Float64[np.ndarray, "sums v 2"], Float64[np.ndarray, " sums"]]:
-        """The same about the middle of the set and in its unit.
+    def _sums(
+        self, n: int
+    ) -> tuple[Float64[np.ndarray, "sums v 2"], Float64[np.ndarray, " sums"], Float64[np.ndarray, "sums v 2"]]:
+        """The same about the middle of the set and in its unit, and the edges from each corner to the next.
 
         Raises:
           SetError: if there are more than `MAX_SUMS` points, or `MAX_CORNERS` corners of larger pieces.
@@ -162,15 +164,11 @@ class Pieces:
             )
         shares = _multisets(m, n) / n
         vertices = (shares @ self._starts)[:, None]
+        edges = np.zeros_like(vertices)
         if len(self._edges):
-            steps = shares[:, self._owners, None] * self._edges
-            around = np.cumsum(steps, axis=1)
-            # The loop closes exactly, with the last edge of a piece that is in the sum: rounding would leave a tiny
-            # edge of any direction, and no point would lie inside.
-            present = (shares > 0)[:, self._owners]
-            around[np.cumsum(present[:, ::-1], axis=1)[:, ::-1] - present == 0] = 0
-            vertices = vertices + around
-        return vertices, shares @ self._radii
+            edges = shares[:, self._owners, None] * self._edges
+            vertices = vertices + np.pad(np.cumsum(edges, axis=1)[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        return vertices, shares @ self._radii, edges
 
     @property
     def _only_a_tree(self) -> bool:
@@ -183,7 +181,7 @@ class Pieces:
         return lambda x: local((x - self._origin) / self._unit) * self._unit
 
     def _signed_distance(self, n: int) -> Callable[[Float[np.ndarray, "k 2"]], Float64[np.ndarray, " k"]]:
-        vertices, radii = self._sums(n)
+        vertices, radii, edges = self._sums(n)
         if self._only_a_tree:
             tree = scipy.spatial.cKDTree(vertices[:, 0])
             return lambda x: tree.query(x)[0] - radii[0]
@@ -191,7 +189,7 @@ class Pieces:
         def evaluate(x: Float[np.ndarray, "k 2"]) -> Float64[np.ndarray, " k"]:
             size = max(1, 2_000_000 // vertices[:, :, 0].size)
             parts = [x[i : i + size] for i in range(0, max(len(x), 1), size)]
-            return np.concatenate([np.min(signed_distance(part, vertices) - radii, axis=1) for part in parts])
+            return np.concatenate([np.min(signed_distance(part, vertices, edges) - radii, axis=1) for part in parts])
 
         return evaluate
 
@@ -209,7 +207,7 @@ class Pieces:
 
     def shape(self, n: int) -> Shape:
         """The sums as loops, with circles as polygons that lie inside, 64 corners a turn."""
-        vertices, radii = self._sums(n)
+        vertices, radii, _ = self._sums(n)
         loops = [_widened(v, r) for v, r in zip(vertices, radii, strict=True)]
         return Shape(np.concatenate(loops) * self._unit + self._origin, np.asarray([len(loop) for loop in loops]))
 
