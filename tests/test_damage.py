@@ -180,6 +180,28 @@ def test_damaged_parts_of_an_interrupted_run_are_computed_again(
         assert run(CONFIGS[name], path)[0].text() == want
 
 
+def test_snapshots_that_are_damaged_gone_or_of_another_step_are_taken_again(
+    tmp_path: Path, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = dataclasses.replace(CELL.training, check_every=4)
+    plane = dataclasses.replace(CELL.plane, trajectory=3)
+    config = experiment_config("landscape", dataclasses.replace(CELL, training=training, plane=plane))
+    run(config, tmp_path / "whole")
+    whole = load_npz(tmp_path / "whole" / "results" / "trajectory.npz")
+    assert whole["steps"].tolist() == [0, 4, 8, 12, 16, 20]
+    path = tmp_path / "w"
+    shutil.copytree(tmp_path / "whole", path)
+    shutil.rmtree(path / "results")
+    one, two, three, other = (path / "parts" / f"snapshot {steps:09d}.npz" for steps in (4, 12, 16, 8))
+    one.write_bytes(digit(one.read_bytes(), rng))
+    two.unlink()
+    shutil.copy(other, three)
+    run(config, path)
+    assert "snapshots of steps 4, 12, 16 are damaged or gone: solution 0 is trained again" in caplog.text
+    for key, value in load_npz(path / "results" / "trajectory.npz").items():
+        np.testing.assert_array_equal(value, whole[key], err_msg=key)
+
+
 def test_a_config_that_is_damaged_beyond_what_the_card_knows_is_refused(finished: Any, tmp_path: Path) -> None:
     whole, _ = finished("shapley_folkman")
     path = tmp_path / "w"

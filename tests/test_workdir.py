@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,58 @@ def test_figures_are_repaired_under_the_lock(workdir: Workdir) -> None:
             raise AssertionError
     assert workdir.damaged() == []
     assert workdir.status == "complete"
+
+
+def test_what_is_damaged_is_not_vouched_for_by_a_repair(workdir: Workdir) -> None:
+    with workdir.session():
+        (workdir.results / "a").write_text("a")
+        (workdir.results / "b").write_text("b")
+    (workdir.results / "a").write_text("another")
+    (workdir.results / "b").unlink()
+    with workdir.repair():
+        (workdir.results / "c").write_text("c")
+    assert workdir.damaged() == ["results/a", "results/b"]
+    (workdir.results / "c").write_text("C")
+    assert workdir.damaged() == ["results/a", "results/b", "results/c"]
+
+
+def test_the_card_and_the_results_of_another_run_are_not_taken_over(workdir: Workdir, tmp_path: Path) -> None:
+    other = Workdir.open(tmp_path / "other", {"experiment": "toy", "n": 7})
+    for each in (workdir, other):
+        with each.session():
+            (each.results / "a").write_text(each.path.name)
+    shutil.copy(other.path / "run.json", workdir.path)
+    shutil.copytree(other.results, workdir.results, dirs_exist_ok=True)
+    assert workdir.damaged() is None
+    assert workdir.status is None
+
+
+def test_a_link_to_nowhere_among_the_results_ends_no_run(workdir: Workdir) -> None:
+    with workdir.session():
+        (workdir.results / "a").write_text("a")
+        (workdir.results / "b").symlink_to("nowhere")
+    assert workdir.status == "complete"
+    assert workdir.damaged() == []
+
+
+def test_inputs_are_compared_after_the_run_too(workdir: Workdir) -> None:
+    with workdir.session():
+        workdir.confirm("data", {"digest": "1"})
+    workdir.confirm("data", {"digest": "1"})
+    with pytest.raises(WorkdirError, match="the data are not those"):
+        workdir.confirm("data", {"digest": "2"})
+
+
+def test_a_part_in_the_place_of_another_is_computed_again(workdir: Workdir, caplog: pytest.LogCaptureFixture) -> None:
+    with workdir.session():
+        for name in ("one", "two"):
+            workdir.keep(name, {"name": name})
+        shutil.copy(workdir.path / "parts" / "one.npz", workdir.path / "parts" / "two.npz")
+        assert workdir.remember("two", lambda: {"name": "two"}) == {"name": "two"}
+        assert "another part" in caplog.text
+        workdir.forget("one")
+        workdir.forget("one")
+        assert workdir.recall("one") is None
 
 
 @pytest.mark.parametrize(
