@@ -15,6 +15,7 @@ from dualgap_jax import __version__, cli, commands
 from dualgap_jax.commands import doctor
 from dualgap_jax.config import ConfigError
 
+pytestmark = pytest.mark.usefixtures("children_share_programs")
 ROOT = Path(__file__).parents[1]
 
 

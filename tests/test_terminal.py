@@ -23,6 +23,7 @@ import pytest
 from dualgap_jax import cli, experiments, summary, terminal
 from dualgap_jax.terminal import Progress
 
+pytestmark = pytest.mark.usefixtures("children_share_programs")
 ROOT = Path(__file__).resolve().parents[1]
 
 
