@@ -439,6 +439,11 @@ def test_bad_alpha_and_weights(rng: Any) -> None:
         distance(one, np.zeros((2, 4)))
     with pytest.raises(ValueError, match="weights are not finite"):
         distance(one, np.full((2, 3), np.nan))
+    for weights, alpha in ((np.full((2, 3), 0.1j), good * 1j), (np.ma.masked_all((2, 3)), np.ma.masked_less(good, 9))):
+        with pytest.raises(ValueError, match="real numbers without masked entries"):
+            distance(one, weights)
+        with pytest.raises(ValueError, match="real numbers without masked entries"):
+            lower_bound(one, alpha)
     with pytest.raises(TypeError, match="as a handle or as weights"):
         distance(one, {"kernel": 1})
     ball = problem(drawn(rng, 5, 2), "squared", penalty=1.0, radius=1.0)

@@ -412,6 +412,16 @@ def test_the_inner_radius_by_its_definition(seed: int) -> None:
     assert max(at_centers) == pytest.approx(found, rel=1e-7)
 
 
+def test_points_on_a_line_but_for_rounding_have_an_inner_radius() -> None:
+    """Some of these make Qhull bring in a point at infinity."""
+    for seed in range(300):
+        rng = np.random.default_rng([seed, 5])
+        along, turn = np.sort(rng.uniform(-1, 1, 6)), rng.uniform(0, 6)
+        points = np.stack([along, 10.0 ** rng.integers(-17, -12) * rng.uniform(-1, 1, 6)], axis=1)
+        points = points @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+        assert sf.inner_radius(points) >= np.diff(along).max() / 2 * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_bounds_hold_for_random_sets(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.problem import RiskProblem, real_numbers
 from dualgap_jax.certify.structure import Structure
 from dualgap_jax.duality.bounding.ranges import extension
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS
@@ -50,7 +50,7 @@ def as_weights(problem: RiskProblem, network: Any) -> np.ndarray:
 
     Raises:
       TypeError: for what is neither.
-      ValueError: for shapes that do not fit the branch, or weights that are not finite.
+      ValueError: for shapes that do not fit the branch, or weights that are complex, masked or not finite.
     """
     if isinstance(network, BranchSource):
         leaves = jax.tree.leaves(network.read(0, network.num_branches)[0])
@@ -64,7 +64,7 @@ def as_weights(problem: RiskProblem, network: Any) -> np.ndarray:
         rows = [np.asarray(leaf, np.float64).reshape(network.num_branches, -1) for leaf in leaves]
         weights = np.concatenate(rows, axis=1)
     elif isinstance(network, np.ndarray | jax.Array):
-        weights = np.asarray(network, np.float64)
+        weights = real_numbers("weights", network)
         weights = weights[None] if weights.ndim == 1 else weights
     else:
         raise TypeError(

@@ -97,12 +97,9 @@ class RiskProblem:
         """`alpha` as float64 rows that are in the domain of the conjugate exactly.
 
         Raises:
-          ValueError: for another shape, or a row that lies outside the domain.
+          ValueError: for another shape, for what are no real numbers, or a row that lies outside the domain.
         """
-        try:
-            rows = np.asarray(alpha, np.float64)
-        except (TypeError, ValueError):
-            raise ValueError(f"alpha must be an array of numbers {self.shape}, got {alpha!r:.60}.") from None
+        rows = real_numbers("alpha", alpha)
         rows = rows[:, None] if rows.ndim == 1 and self.shape[1] == 1 else rows
         if rows.shape != self.shape:
             raise ValueError(f"alpha must have the shape (examples, outputs) = {self.shape}, got {rows.shape}.")
@@ -114,6 +111,16 @@ class RiskProblem:
                 f" row {j}: {rows[j].tolist()} with label {self.y[j]}, where it must be {self.conjugate.domain}."
             )
         return self.conjugate.nearest(rows, self.y)
+
+
+def real_numbers(name: str, given: Any) -> np.ndarray:
+    """An array as float64.  Raises ValueError for what are no real numbers, and for complex or masked entries."""
+    try:
+        if not np.iscomplexobj(given) and not np.ma.is_masked(given):
+            return np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be an array of real numbers without masked entries, got {given!r:.60}.")
 
 
 def risk_problem(

@@ -111,7 +111,10 @@ def inner_radius(points: Float[np.ndarray, "k 2"], members: Bool[np.ndarray, "k 
     points, _, unit = normalised(checked_points(points, "points"))
     try:
         corners = scipy.spatial.Delaunay(points).simplices
-    except (scipy.spatial.QhullError, ValueError):  # all on one line, or fewer than three
+        flat = bool((corners == len(points)).any())  # Qhull has brought in a point at infinity
+    except (scipy.spatial.QhullError, ValueError):
+        flat = True
+    if flat:  # all on one line but for rounding, or fewer than three
         spread = points - points.mean(axis=0)
         direction = np.linalg.svd(spread, full_matrices=False)[2][0]
         order = np.argsort(spread @ direction)
