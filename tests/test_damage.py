@@ -10,22 +10,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tfds_files import random_split, write_tfds
 
 from dualgap_jax import experiments
+from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.experiments import Report
+from dualgap_jax.experiments.around import Around
 from dualgap_jax.experiments.hitting_rate import HittingRateSpec
-from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec
+from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, build
 from dualgap_jax.experiments.linear_dual import DescentSpec, LinearDualSpec
 from dualgap_jax.experiments.row import RowSpec
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec
 from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.hitting import SgdSpec
 from dualgap_jax.metrics import Metrics
+from dualgap_jax.networks import InMemory
 from dualgap_jax.training import TrainingSpec
 from dualgap_jax.workdir import Workdir, WorkdirError
 
@@ -184,22 +188,29 @@ def test_snapshots_that_are_damaged_gone_or_of_another_step_are_taken_again(
     tmp_path: Path, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
 ) -> None:
     training = dataclasses.replace(CELL.training, check_every=4)
-    plane = dataclasses.replace(CELL.plane, trajectory=3)
-    config = experiment_config("landscape", dataclasses.replace(CELL, training=training, plane=plane))
-    run(config, tmp_path / "whole")
-    whole = load_npz(tmp_path / "whole" / "results" / "trajectory.npz")
-    assert whole["steps"].tolist() == [0, 4, 8, 12, 16, 20]
-    path = tmp_path / "w"
-    shutil.copytree(tmp_path / "whole", path)
-    shutil.rmtree(path / "results")
-    one, two, three, other = (path / "parts" / f"snapshot {steps:09d}.npz" for steps in (4, 12, 16, 8))
-    one.write_bytes(digit(one.read_bytes(), rng))
-    two.unlink()
-    shutil.copy(other, three)
-    run(config, path)
-    assert "snapshots of steps 4, 12, 16 are damaged or gone: solution 0 is trained again" in caplog.text
-    for key, value in load_npz(path / "results" / "trajectory.npz").items():
-        np.testing.assert_array_equal(value, whole[key], err_msg=key)
+    spec = dataclasses.replace(CELL, training=training, plane=dataclasses.replace(CELL.plane, trajectory=3))
+    setting = build(spec, experiments.TABLES)
+    network = InMemory(*setting.net.init(jax.random.key(0), jax.numpy.asarray(setting.dataset.x[:1])))
+    workdir = Workdir.open(tmp_path / "w", {"experiment": "toy"})
+    with workdir.session():
+        around = Around(spec, workdir, setting.net, setting.loss, setting.dataset, setting.dataset)
+        around.check_snapshots()  # nothing is there yet
+        for steps in range(0, 25, 4):
+            around.snapshot(0, steps, network)
+        names = [f"snapshot {steps:09d}.npz" for steps in (0, 8, 16, 24)]  # at a stride that leaves three to six
+        parts = workdir.path / "parts"
+        assert sorted(p.name for p in parts.iterdir()) == names
+        ends = workdir.checkpoints / "solution_0"
+        with Checkpointer(ends) as saver:
+            saver.save(24, {"weights": np.zeros(2)}, {})
+        around.check_snapshots()
+        assert ends.exists()
+        (parts / names[0]).write_bytes(digit((parts / names[0]).read_bytes(), rng))
+        (parts / names[1]).unlink()
+        shutil.copy(parts / names[3], parts / names[2])
+        around.check_snapshots()
+        assert not ends.exists()  # so that it is trained from its start
+        assert "snapshots of steps 0, 8, 16 are damaged or gone: solution 0 is trained again" in caplog.text
 
 
 def test_a_config_that_is_damaged_beyond_what_the_card_knows_is_refused(finished: Any, tmp_path: Path) -> None:
