@@ -77,13 +77,14 @@ class LandscapeSearchSpec:
         require(2 <= self.seeds <= 1000, f"seeds={self.seeds} must lie between 2 and 1,000.")
 
     def validate(self, tables: Tables) -> None:
-        """As `LandscapeSpec.validate`, for every cell."""
+        """As `LandscapeSpec.validate`, for every setting and count with one teacher, and every teacher with one."""
         for name in ("seed", "min_margin", "labels"):
             require(name in self.cell.data.settings, f"data set {self.cell.data.name!r} has no setting {name!r}.")
-        for setting in self.settings:
-            for count in self.num_branches:
-                for data_seed in (*self.data_seeds, *self.held_out):
-                    cell_of(self, setting, count, data_seed, 0).validate(tables)
+        teachers = (*self.data_seeds, *self.held_out)
+        cells = [(setting, count, teachers[0]) for setting in self.settings for count in self.num_branches]
+        cells += [(self.settings[0], self.num_branches[0], seed) for seed in teachers[1:]]
+        for setting, count, data_seed in cells:
+            cell_of(self, setting, count, data_seed, 0).validate(tables)
 
 
 def cell_of(spec: LandscapeSearchSpec, setting: str, count: int, data_seed: int, repeat: int) -> LandscapeSpec:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dualgap_jax import optimizers
-from dualgap_jax.config import Component, require
+from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.registry import unknown
 from dualgap_jax.schedules import SCHEDULES
 from dualgap_jax.types import Network
@@ -47,8 +47,8 @@ def check(where: str = "", **settings: Any) -> None:
             require(bool(least <= value < math.inf), f"{where}{name}={value} must be {limits}.")
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             require(whole or name in _REAL, f"{where}{name}={value!r} must be a whole number.")
-        elif allowed := _ALLOWED.get(name):
-            require(value in allowed, unknown(f"value of {where}{name}:", value, allowed))
+        elif (allowed := _ALLOWED.get(name)) and value not in allowed:
+            raise ConfigError(unknown(f"value of {where}{name}:", value, allowed))
 
 
 @dataclasses.dataclass(frozen=True)
