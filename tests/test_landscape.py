@@ -660,36 +660,16 @@ def others(case: Case, rng: np.random.Generator) -> dict[str, tuple[Case, dict[s
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "loss",
-        "own loss",
-        "labels",
-        "pixels",
-        "statistics",
-        "fewer",
-        "network",
-        "sum",
-        "negative",
-        "swapped",
-        "axes",
-        "random",
-        "route",
-        "batches",
-        "chunks",
-    ],
-)
 def test_unfinished_work_of_another_evaluation_is_refused_by_the_name_of_the_difference(
-    name: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, partial = make("mean", rng, np.float32), tmp_path / "partial.npz"
     interrupted(case, partial, monkeypatch)
     before = partial.read_bytes()
-    other, options, words = others(case, rng)[name]
-    with pytest.raises(IdentityError, match=f"partial.npz holds another run: {words}"):
-        other(XS, YS, **{"sample_chunk": 4, "partial": partial, **options})
-    assert partial.read_bytes() == before
+    for name, (other, options, words) in others(case, rng).items():
+        with pytest.raises(IdentityError, match=f"partial.npz holds another run: {words}"):
+            other(XS, YS, **{"sample_chunk": 4, "partial": partial, **options})
+        assert partial.read_bytes() == before, name
     with_sums(partial, 1e6)
     assert (case(XS, YS, sample_chunk=4, partial=partial) > 1e4).all()  # the same evaluation goes on from it
 
@@ -796,8 +776,9 @@ def test_statistics_of_a_part_of_the_data_are_those_of_the_stated_examples(rng: 
     origin, u, v = case.plane.whole().params
     w = jax.tree.map(lambda o, du, dv: o + 0.3 * du - 0.2 * dv, origin, u, v)
     state: Any = {"batch_stats": {"BatchNorm_0": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}}
+    update = jax.jit(lambda state: case.net.apply(w, state, x, train=True)[1])
     for _ in range(400):  # what running averages converge to
-        state = case.net.apply(w, state, x, train=True)[1]
+        state = update(state)
     whole = jnp.asarray((case.data.x - case.data.mean) / case.data.std)
     expected = numpy_hinge(np.asarray(case.net.apply(w, state, whole)[0]), case.data.y.astype(np.float64)).mean()
     got = evaluate_points(
@@ -813,10 +794,11 @@ def test_a_barrier_with_and_without_statistics_of_its_own(rng: np.random.Generat
     x = jnp.asarray((data.x - data.mean) / data.std, jnp.float32)
     data = data._replace(x=np.asarray(x), mean=np.zeros(5, np.float32), std=np.ones(5, np.float32))
     solutions = []
+    update = jax.jit(lambda params, state: branch.apply(params, state, x, train=True)[1])
     for key in range(3):
-        params, state = branch.init(jax.random.key(key), x[:1])
+        params, state = jax.jit(branch.init)(jax.random.key(key), x[:1])
         for _ in range(200):
-            state = branch.apply(params, state, x, train=True)[1]
+            state = update(params, state)
         solutions.append(InMemory(params, state))
     plane = plane_through(solutions)
     found = {

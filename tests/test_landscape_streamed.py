@@ -208,8 +208,14 @@ def test_other_misuse_of_sources_is_named(tmp_path: Path, rng: np.random.Generat
 # --- surfaces ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("name", "state"), [*((name, "estimate") for name in NETWORKS), ("batch norm", "interpolate")])
+@pytest.mark.parametrize(
+    ("name", "state", "dtype"),
+    [
+        *((name, "estimate", np.float32) for name in NETWORKS),
+        *(("batch norm", "interpolate", dtype) for dtype in (np.float32, np.float64)),
+        ("deep", "estimate", np.float64),
+    ],
+)
 @pytest.mark.usefixtures("small_blocks")
 def test_streamed_values_are_those_in_memory_bit_for_bit(
     name: str, state: str, dtype: Any, tmp_path: Path, rng: np.random.Generator
@@ -427,7 +433,7 @@ def test_evaluation_of_other_tasks(task: str, loss: Loss, tmp_path: Path, rng: n
     y = rng.choice([-1.0, 1.0], 9).astype(np.float32)
     x = rng.normal(size=(9, 4)).astype(np.float32)
     data = Dataset("d", x, y, np.zeros(4, np.float32), np.ones(4, np.float32), 1, task, {})
-    params, state = net.init(jax.random.key(0), jnp.asarray(x))
+    params, state = jax.jit(net.init)(jax.random.key(0), jnp.asarray(x))
     got = evaluation.evaluate(net, loss, data, OnDisk(tmp_path, params, state))
     outputs = np.asarray(net.apply(params, state, jnp.asarray(x))[0][:, 0], np.float64)
     each = 0.5 * (outputs - y) ** 2 if task == "regression" else np.maximum(0, 1 - y * outputs)
