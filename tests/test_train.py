@@ -46,12 +46,14 @@ def test_each_branch_follows_optax_as_written_by_hand(name: str, rng: np.random.
     loss, optimizer = losses.logistic(), OPTIMIZERS[name]()
     net = multi_branch(mlp((5,), 3), count)
     (got,) = train(net, loss, data, optimizer, batch_size=0, max_steps=12, tolerance=0.0, num_solutions=1)
-    (streamed,) = train(
-        net, loss, data, optimizer, batch_size=0, max_steps=12, tolerance=0.0, num_solutions=1,
-        streaming="on", branch_chunk=2,
-    )  # fmt: skip
+    found = [got]
+    if name not in ("adamw under a schedule", "clipped by the norm"):  # their kind is streamed in test_streaming
+        found += train(
+            net, loss, data, optimizer, batch_size=0, max_steps=12, tolerance=0.0, num_solutions=1,
+            streaming="on", branch_chunk=2,
+        )  # fmt: skip
 
-    params, state = net.init(jax.random.split(solution_key(0, 0), 3)[0], jnp.asarray(data.x[:1]))
+    params, state = jax.jit(net.init)(jax.random.split(solution_key(0, 0), 3)[0], jnp.asarray(data.x[:1]))
 
     @jax.jit
     def value_and_grad(params: Any) -> Any:
@@ -71,9 +73,9 @@ def test_each_branch_follows_optax_as_written_by_hand(name: str, rng: np.random.
             updates, states[i] = update(one(gradient, i), states[i], one(params, i), value=value)
             moved.append(optax.apply_updates(one(params, i), updates))
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
-    for found in (got, streamed):
-        assert (found.steps, found.status) == (12, "max_steps")
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found.params, params)
+    for solution in found:
+        assert (solution.steps, solution.status) == (12, "max_steps")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), solution.params, params)
 
 
 def test_the_optimiser_is_given_the_loss(rng: np.random.Generator) -> None:
@@ -84,7 +86,7 @@ def test_the_optimiser_is_given_the_loss(rng: np.random.Generator) -> None:
     net, loss = multi_branch(mlp((2,), 3), 2), losses.logistic()
     by_loss = for_network(net, optax.GradientTransformationExtraArgs(lambda params: (), update))
     plain = for_network(net, optax.sgd(1.0))
-    params, state = net.init(jax.random.key(0), jnp.asarray(x[:1]))
+    params, state = jax.jit(net.init)(jax.random.key(0), jnp.asarray(x[:1]))
     arguments = (jnp.asarray(x), jnp.asarray(y), jnp.asarray(1.0), jax.random.key(0))
     scaled, value = step(net, loss, by_loss, begin(by_loss, params, state), *arguments)
     once, _ = step(net, loss, plain, begin(plain, params, state), *arguments)

@@ -213,7 +213,7 @@ def test_steps_are_those_written_out_in_numpy(case: str, rng: np.random.Generato
     data = labelled(rng)
     net = network((4,), 3)
     transformation = transformation_of(net, TrainingSpec(**settings))
-    params, state = net.init(jax.random.key(int(rng.integers(1000))), jnp.asarray(data.x[:1]))
+    params, state = jax.jit(net.init)(jax.random.key(int(rng.integers(1000))), jnp.asarray(data.x[:1]))
     carry = Carry(params, state, transformation.init(params))
     step = one_step(net, binary_hinge(), transformation)
     w, update = to_numpy(params), oracle()
@@ -620,8 +620,7 @@ def test_a_huge_learning_rate_is_named_diverged(tmp_path: Path, rng: np.random.G
     same_solutions(finished(tmp_path, call), [got])  # as restored
 
 
-@pytest.mark.parametrize("streaming", ["off", "on"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("streaming", "bad"), [*(("off", bad) for bad in (np.nan, np.inf, -np.inf)), ("on", np.nan)])
 def test_a_network_whose_outputs_are_not_finite_has_diverged(
     streaming: str, bad: float, rng: np.random.Generator
 ) -> None:
@@ -687,7 +686,7 @@ def test_no_step_gives_the_initial_point(tmp_path: Path, rng: np.random.Generato
     assert rows(tmp_path / "m.jsonl") == []
     for k, s in enumerate(got):
         key = jax.random.split(solution_key(4, k), 3)[0]
-        close(s.params, net.init(key, jnp.asarray(data.x[:1]))[0])
+        close(s.params, jax.jit(net.init)(key, jnp.asarray(data.x[:1]))[0])
 
 
 @pytest.mark.usefixtures("x64")
