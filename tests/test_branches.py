@@ -336,7 +336,7 @@ def test_adapters_match_numpy_with_batch_norm(adapter: str, train: bool, rng: np
     branch = linen_branch(0.0) if adapter == "linen" else nnx_branch(0.0)
     names = LINEN_NAMES if adapter == "linen" else {k: k for k in LINEN_NAMES}
     x = rng.standard_normal((7, 4))
-    params, state = branch.init(jax.random.key(2), jnp.asarray(x))
+    params, state = jax.jit(branch.init)(jax.random.key(2), jnp.asarray(x))
     params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
     state = jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.5, 2, a.shape)), state)
     statistics = state["batch_stats"] if adapter == "linen" else state
@@ -411,24 +411,24 @@ def test_state_keeps_its_structure_and_dtypes_so_that_a_loop_can_carry_it(
 def test_float32_state_meets_float64_inputs_without_a_change_of_dtype(make: Callable[[], Network], x64: None) -> None:
     branch = make()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)))
-    params, state = branch.init(jax.random.key(0), x.astype(jnp.float32))
+    params, state = jax.jit(branch.init)(jax.random.key(0), x.astype(jnp.float32))
     assert {str(a.dtype) for a in jax.tree.leaves(state)} == {"float32"}
     new = branch.apply(params, state, x, key=jax.random.key(0), train=True)[1]
     assert {str(a.dtype) for a in jax.tree.leaves(new)} == {"float32"}
 
 
 def test_random_streams_are_no_state_and_parameters_hold_nothing_else() -> None:
-    params, state = nnx_branch(0.5).init(jax.random.key(0), jnp.zeros((2, 4)))
+    params, state = jax.jit(nnx_branch(0.5).init)(jax.random.key(0), jnp.zeros((2, 4)))
     assert set(params) == {"first", "norm", "last"}
     assert {k: set(v) for k, v in state.items()} == {"norm": {"mean", "var"}}
-    params, state = linen_branch(0.5).init(jax.random.key(0), jnp.zeros((2, 4)))
+    params, state = jax.jit(linen_branch(0.5).init)(jax.random.key(0), jnp.zeros((2, 4)))
     assert set(params) == set(LINEN_NAMES.values())
     assert set(state) == {"batch_stats"}
 
 
 def test_different_keys_give_different_parameters_through_the_adapters() -> None:
     for make in (linen_branch, nnx_branch):
-        a, b = (make(0.0).init(jax.random.key(k), jnp.zeros((2, 4)))[0] for k in (0, 1))
+        a, b = (jax.jit(make(0.0).init)(jax.random.key(k), jnp.zeros((2, 4)))[0] for k in (0, 1))
         assert max(float(jnp.abs(p - q).max()) for p, q in zip(*map(jax.tree.leaves, (a, b)), strict=True)) > 0.01
 
 
@@ -491,7 +491,7 @@ class LinenPartitioned(nn.Module):
 
 def test_linen_metadata_is_unboxed() -> None:
     branch = networks.from_linen(LinenPartitioned())
-    params, state = branch.init(jax.random.key(0), jnp.ones((2, 4)))
+    params, state = jax.jit(branch.init)(jax.random.key(0), jnp.ones((2, 4)))
     assert isinstance(params["Dense_0"]["kernel"], jax.Array)
     y = branch.apply(params, state, jnp.ones((2, 4)))[0]
     np.testing.assert_allclose(y, np.ones((2, 4)) @ np.asarray(params["Dense_0"]["kernel"]), rtol=1e-5, atol=1e-6)
@@ -508,7 +508,7 @@ def test_from_functions_passes_parameters_and_leaves_the_state_alone(rng: np.ran
         lambda key, x: {"w": jax.random.normal(key, (x.shape[1], 2))}, lambda params, x: jnp.sin(x) @ params["w"]
     )
     x = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
-    params, state = branch.init(jax.random.key(3), x)
+    params, state = jax.jit(branch.init)(jax.random.key(3), x)
     y, new = branch.apply(params, state, x, key=jax.random.key(0), train=True)
     np.testing.assert_allclose(y, np.sin(x) @ np.asarray(params["w"]), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(params["w"], jax.random.normal(jax.random.key(3), (3, 2)))
@@ -536,7 +536,7 @@ def test_conv_takes_any_image_and_stops_pooling_at_one(shape: tuple[int, ...]) -
 def test_conv_matches_a_numpy_loop(batch_norm: bool, rng: np.random.Generator, x64: None) -> None:
     branch = networks.conv((2,), out=3, kernel_size=3, activation="tanh", batch_norm=batch_norm)
     x = rng.standard_normal((2, 4, 4, 2))
-    params, state = branch.init(jax.random.key(0), jnp.asarray(x))
+    params, state = jax.jit(branch.init)(jax.random.key(0), jnp.asarray(x))
     params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
     y, new = branch.apply(params, state, jnp.asarray(x), train=True)
 
@@ -691,7 +691,7 @@ def test_a_nan_in_any_parameter_or_input_reaches_the_outputs(family: str, rng: n
     make, shape = FAMILIES[family]
     net = networks.multi_branch(make(), 3)
     x = rng.standard_normal((33, *shape)).astype(np.float32)
-    params, state = net.init(jax.random.key(0), jnp.asarray(x[:1]))
+    params, state = jax.jit(net.init)(jax.random.key(0), jnp.asarray(x[:1]))
     run = jax.jit(lambda params, x: net.apply(params, state, x)[0])
     leaves, tree = jax.tree.flatten(params)
     for k, leaf in enumerate(leaves):

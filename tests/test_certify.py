@@ -351,8 +351,8 @@ def test_upper_bounds_against_the_network_itself(rng: Any) -> None:
         net = multi_branch(one.one.branch, count)
         with jax.enable_x64(True):
             x = jax.numpy.asarray(data.x, np.float64)
-            params, state = net.init(jax.random.key(0), x)
-            outputs, _ = net.apply(params, state, x)
+            params, state = jax.jit(net.init)(jax.random.key(0), x)
+            outputs, _ = jax.jit(net.apply)(params, state, x)
             expected = float(one.losses(np.asarray(outputs)).mean())
             cost = sum(float((np.asarray(leaf) ** 2).sum()) for leaf in jax.tree.leaves(params)) / count
         found = distance(one, InMemory(params), estimate=False)

@@ -150,7 +150,7 @@ def test_a_resnext_block_is_the_sum_of_its_bottlenecks(rng: np.random.Generator,
     namespace: dict[str, Any] = {"nn": nn, "jax": jax, "jnp": jnp, "MultiBranch": dg.linen.MultiBranch}
     exec(next(b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "ResNeXt" in b), namespace)
     block, x = namespace["ResNeXtBlock"](3, 2), jnp.asarray(rng.standard_normal((2, 5, 4, 6)))
-    variables = block.init(jax.random.key(0), x)
+    variables = jax.jit(block.init)(jax.random.key(0), x)
     variables = jax.tree.map(lambda a: a + 0.2 * np.abs(rng.standard_normal(a.shape)), variables)
     assert set(variables["params"]) == {"MultiBranch_0", "BatchNorm_0"}
 
@@ -325,7 +325,7 @@ def test_flax_modules_are_branches_as_they_are() -> None:
     x = jnp.ones((2, 4))
     for branch in (nn.Dense(3), lambda rngs: nnx.Linear(4, 3, rngs=rngs), dg.from_linen(nn.Dense(3)), dg.mlp(out=3)):
         net = dg.multi_branch(branch, 5)
-        assert net.apply(*net.init(jax.random.key(0), x), x)[0].shape == (2, 3)
+        assert net.apply(*jax.jit(net.init)(jax.random.key(0), x), x)[0].shape == (2, 3)
     with pytest.raises(TypeError, match="each branch draws its own"):
         dg.multi_branch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 5)
 
@@ -348,7 +348,7 @@ def test_surfaces_and_scores_of_arrays_functions_and_batch_norm(rng: np.random.G
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels.astype(jnp.int32)).mean()
 
     net = dg.multi_branch(Normalised(), np.int64(2))
-    drawn = [net.init(jax.random.key(k), jnp.asarray(x)) for k in range(3)]
+    drawn = [jax.jit(net.init)(jax.random.key(k), jnp.asarray(x)) for k in range(3)]
     networks = [dg.networks.InMemory(*pair) for pair in drawn]
     for (params, state), network in zip(drawn, networks, strict=True):
         outputs = np.asarray(net.apply(params, state, jnp.asarray(x))[0], np.float64)

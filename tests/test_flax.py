@@ -77,7 +77,7 @@ class NnxBlock(nnx.Module):
 def test_a_linen_layer_equals_a_loop_over_its_branches(rng: np.random.Generator, x64: None) -> None:
     """Outputs `[batch, h, w, c]`, statistics and gradients, against branches applied by Flax one at a time."""
     layer, x = MultiBranch(Block(3), np.int64(4)), jnp.asarray(rng.standard_normal((5, 4, 3, 2)))
-    variables = layer.init(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     variables = jax.tree.map(lambda a: a + 0.1 * np.abs(rng.standard_normal(a.shape)), variables)
     params, stats = variables["params"]["branches"], variables["batch_stats"]["branches"]["batch_stats"]
     assert shapes(params)["Conv_0"] == {"kernel": (4, 3, 3, 2, 3), "bias": (4, 3)}
@@ -118,11 +118,11 @@ class KeyOf(nn.Module):
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_branch_i_is_drawn_with_fold_in_of_i(make_key: Callable[[int], Array]) -> None:
     x = jnp.ones((1, 4, 4, 2))
-    drawn = MultiBranch(Block(), 3).init(make_key(7), x)["params"]["branches"]
+    drawn = jax.jit(MultiBranch(Block(), 3).init)(make_key(7), x)["params"]["branches"]
     data = jnp.asarray(KeyOf().init(jax.random.key(7))["params"]["branches"])
     for i in range(3):
         key = jax.random.fold_in(jax.random.wrap_key_data(data), i)
-        close(pick(drawn, i), networks.from_linen(Block()).init(key, x)[0], 1e-6)
+        close(pick(drawn, i), jax.jit(networks.from_linen(Block()).init)(key, x)[0], 1e-6)
 
 
 class Identity(nn.Module):
@@ -149,7 +149,7 @@ def test_a_branch_that_drops_needs_the_stream_and_one_with_statistics_needs_them
     with pytest.raises(Exception, match="dropout"):
         MultiBranch(Identity(), 2).apply({}, x, train=True)
     layer = MultiBranch(Block(), 2)
-    variables = layer.init(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     with pytest.raises(Exception, match="batch_stats"):
         layer.apply(variables, x, train=True)
 
@@ -158,7 +158,7 @@ def test_a_linen_model_trains_as_a_train_state(rng: np.random.Generator) -> None
     x = jnp.asarray(rng.standard_normal((16, 4, 4, 1)), jnp.float32)
     labels = (x.mean((1, 2, 3)) > 0).astype(jnp.int32)
     model = Model(rate=0.1)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
 
     class State(TrainState):
         batch_stats: Any
@@ -195,7 +195,7 @@ def test_a_linen_model_trains_as_a_train_state(rng: np.random.Generator) -> None
 def test_remat_changes_no_number(rng: np.random.Generator, x64: None) -> None:
     x = jnp.asarray(rng.standard_normal((3, 4, 4, 2)))
     plain, saved = MultiBranch(Block(rate=0.5), 3), nn.remat(MultiBranch, static_argnums=(2,))(Block(rate=0.5), 3)
-    variables = plain.init(jax.random.key(0), x)
+    variables = jax.jit(plain.init)(jax.random.key(0), x)
 
     def run(layer: Any) -> Any:
         def objective(params: Any) -> tuple[Array, Any]:
@@ -241,18 +241,18 @@ def test_layers_of_layers_and_of_other_kinds(rng: np.random.Generator, x64: None
     """Nested layers, an NNX constructor and a pure pair as branches of Linen layers, against plain loops."""
     x = jnp.asarray(rng.standard_normal((5, 3)))
     nested = MultiBranch(MultiBranch(nn.Dense(2, param_dtype=jnp.float64), 2, reduce="sum"), 3)
-    variables = nested.init(jax.random.key(0), x)
+    variables = jax.jit(nested.init)(jax.random.key(0), x)
     inner = variables["params"]["branches"]["branches"]
     assert shapes(inner) == {"kernel": (3, 2, 3, 2), "bias": (3, 2, 2)}
     np.testing.assert_allclose(
         nested.apply(variables, x), jnp.einsum("bi,klio->bo", x, inner["kernel"]) / 3, rtol=1e-12, atol=1e-12
     )
     constructed = MultiBranch(lambda rngs: nnx.Linear(3, 2, param_dtype=jnp.float64, rngs=rngs), 3)
-    variables = constructed.init(jax.random.key(0), x)
+    variables = jax.jit(constructed.init)(jax.random.key(0), x)
     kernel = variables["params"]["branches"]["kernel"]
     np.testing.assert_allclose(constructed.apply(variables, x), x @ kernel.mean(0), rtol=1e-12, atol=1e-12)
     pure = MultiBranch(networks.mlp((), 2), 3)
-    variables = pure.init(jax.random.key(0), x)
+    variables = jax.jit(pure.init)(jax.random.key(0), x)
     (layer,) = variables["params"]["branches"]
     expected = x @ layer["kernel"].mean(0).T + layer["bias"].mean(0)[None]
     np.testing.assert_allclose(pure.apply(variables, x), expected, rtol=1e-12, atol=1e-12)
@@ -264,7 +264,7 @@ def test_modules_made_inside_a_call_leave_no_parameters_outside_their_layer() ->
         def __call__(self, x: Array) -> Array:
             return MultiBranch(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), 3)(x)
 
-    variables = Outer().init(jax.random.key(0), jnp.ones((1, 3)))
+    variables = jax.jit(Outer().init)(jax.random.key(0), jnp.ones((1, 3)))
     assert list(variables["params"]) == ["MultiBranch_0"]
     branches = variables["params"]["MultiBranch_0"]["branches"]
     assert shapes(branches["layers_2"]) == {"kernel": (3, 4, 2), "bias": (3, 2)}
@@ -279,7 +279,7 @@ def test_equal_layers_are_equal_and_may_be_static_arguments() -> None:
         return module.apply(variables, x)
 
     jitted, x = jax.jit(apply, static_argnums=0), jnp.ones((1, 4))
-    variables = MultiBranch(nn.Dense(3), 2).init(jax.random.key(0), x)
+    variables = jax.jit(MultiBranch(nn.Dense(3), 2).init)(jax.random.key(0), x)
     for _ in range(2):
         jitted(MultiBranch(nn.Dense(3), 2), variables, x)
     assert len(traced) == 1
@@ -348,7 +348,7 @@ def test_an_nnx_model_trains_with_the_nnx_optimizer_and_goes_into_eval_mode(rng:
     np.testing.assert_array_equal(model(x), model(x))
     # The whole model is again a branch: in the pure world, and back.
     net = networks.from_nnx(Net)
-    params, state = net.init(jax.random.key(0), x)
+    params, state = jax.jit(net.init)(jax.random.key(0), x)
     y = net.apply(params, state, x, key=jax.random.key(1), train=True)[0]
     assert y.shape == (16, 2)
 
@@ -412,9 +412,9 @@ def test_a_network_comes_back_from_flax_with_the_same_outputs(name: str, rng: np
     }
     net, x = make[name](), jnp.asarray(rng.standard_normal((6, 4, 4, 1)))
     module = networks.to_linen(net)
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     params = variables["params"]["network"]
-    state = variables.get("batch_stats", {}).get("network", net.init(jax.random.key(0), x)[1])
+    state = variables.get("batch_stats", {}).get("network", jax.jit(net.init)(jax.random.key(0), x)[1])
     y, new = net.apply(params, state, x, train=True)
     outputs, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(outputs, y, rtol=1e-12, atol=1e-12)
@@ -424,7 +424,7 @@ def test_a_network_comes_back_from_flax_with_the_same_outputs(name: str, rng: np
     np.testing.assert_allclose(back.apply({"network": params}, {"batch_stats": {"network": state}}, x)[0],
                                net.apply(params, state, x)[0], rtol=1e-12, atol=1e-12)  # fmt: skip
     there = networks.to_nnx(net, x, rngs=nnx.Rngs(params=5))
-    drawn = net.init(nnx.Rngs(params=5).params(), x)
+    drawn = jax.jit(net.init)(nnx.Rngs(params=5).params(), x)
     np.testing.assert_allclose(there(x), net.apply(*drawn, x, train=True)[0], rtol=1e-12, atol=1e-12)
     with pytest.raises(TypeError, match="to_linen takes a network"):
         inspect.unwrap(networks.to_linen)("mlp")
@@ -434,7 +434,7 @@ def test_a_network_comes_back_from_flax_with_the_same_outputs(name: str, rng: np
 
 def test_orbax_saves_and_restores_layers(tmp_path: Path, rng: np.random.Generator) -> None:
     x = jnp.asarray(rng.standard_normal((2, 4, 4, 1)), jnp.float32)
-    variables = Model().init(jax.random.key(0), x)
+    variables = jax.jit(Model().init)(jax.random.key(0), x)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "linen", variables)
         checkpointer.wait_until_finished()

@@ -349,7 +349,7 @@ def test_mixture_equals_a_loop_over_its_networks(
     y, new = net.apply(params, state, x, key=key, train=True)
     total: Any = 0.0
     for k, network in enumerate(parts):
-        p, s = network.init(jax.random.fold_in(root, k), x)
+        p, s = jax.jit(network.init)(jax.random.fold_in(root, k), x)
         assert_trees_close((params[k], state[k]), (p, s), 1e-15)
         part, changed = network.apply(p, s, x, key=jax.random.fold_in(key, k), train=True)
         total = total + (1 / 3 if weights is None else weights[k]) * part
@@ -513,7 +513,7 @@ def test_a_replaced_apply_is_what_is_evaluated_and_drawn(kind: str, route: str, 
     }[kind]()
     rtol = 0.02 if kind == "in bfloat16" else 2e-5
     x, y = rng.standard_normal((9, 5)).astype(np.float32), rng.choice([-1.0, 1.0], 9).astype(np.float32)
-    solutions = [networks.InMemory(*old.init(jax.random.key(k), jnp.asarray(x))) for k in range(3)]
+    solutions = [networks.InMemory(*jax.jit(old.init)(jax.random.key(k), jnp.asarray(x))) for k in range(3)]
     out, _ = old.apply(solutions[1].params, solutions[1].state, jnp.asarray(x))
     want = 0.5 * np.square(2 * np.asarray(out, np.float64)[:, 0] - y).mean()
     assert evaluate(new, losses.squared(), (x, y), solutions[1]).loss == pytest.approx(want, rel=rtol)
@@ -528,7 +528,7 @@ def test_a_replaced_apply_is_what_is_evaluated_and_drawn(kind: str, route: str, 
 def test_a_replaced_sum_is_not_taken_apart_into_the_branches_it_had(rng: np.random.Generator) -> None:
     net = multi_branch(networks.mlp((4,), 1), 3)
     x = rng.standard_normal((9, 5)).astype(np.float32)
-    solutions = [networks.InMemory(*net.init(jax.random.key(k), jnp.asarray(x))) for k in range(2)]
+    solutions = [networks.InMemory(*jax.jit(net.init)(jax.random.key(k), jnp.asarray(x))) for k in range(2)]
     landscape.align(net, solutions, x)
     with pytest.raises(ValueError, match="needs a network made by multi_branch"):
         landscape.align(doubled(net), solutions, x)

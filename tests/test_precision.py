@@ -99,8 +99,8 @@ def test_mlp_rounds_where_the_oracle_does(
     net = network(hidden, params_dtype, compute, 5)
     x = jnp.asarray(rng.standard_normal((9, 7)), jnp.float32)
     weights = jnp.asarray(rng.standard_normal((9, 3)), jnp.float32)
-    params, state = net.init(jax.random.key(int(rng.integers(2**31))), x)
-    drawn = network(hidden, F32, F32, 5).init(jax.random.key(0), x)[0]
+    params, state = jax.jit(net.init)(jax.random.key(int(rng.integers(2**31))), x)
+    drawn = jax.jit(network(hidden, F32, F32, 5).init)(jax.random.key(0), x)[0]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {params_dtype}
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, drawn)
 
