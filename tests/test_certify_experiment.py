@@ -84,18 +84,21 @@ def test_the_mean_excess_is_the_gap_at_every_step(settings: Any, rng: Any) -> No
 
 
 def test_networks_are_feasible_and_no_better_than_the_optimum(rng: Any) -> None:
-    for settings in ({"penalty": 0.05}, {"budget": 0.5, "radius": 1.5, "hidden": (1, 1)}):
-        for loss in ("squared", "binary_hinge"):
-            one = problem(drawn(rng, 8, 2), loss, **settings)
-            found = optimum(one, spec=TINY)
-            for count in (1, 3):
-                start = rounded(one, found, count)
-                assert start.shape == (count, one.one.size)
-                w, upper = Network(one, count).lowered(start, 100)
-                costs = np.mean(np.linalg.norm(w, axis=1) ** 2)
-                assert costs <= settings.get("budget", np.inf)
-                assert np.linalg.norm(w, axis=1).max() <= one.radius
-                assert upper >= found.lower
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("squared", {"penalty": 0.05}),
+        ("binary_hinge", {"budget": 0.5, "radius": 1.5, "hidden": (1, 1)}),
+    ]
+    for loss, settings in cases:
+        one = problem(drawn(rng, 8, 2), loss, **settings)
+        found = optimum(one, spec=TINY)
+        for count in (1, 3):
+            start = rounded(one, found, count)
+            assert start.shape == (count, one.one.size)
+            w, upper = Network(one, count).lowered(start, 100)
+            costs = np.mean(np.linalg.norm(w, axis=1) ** 2)
+            assert costs <= settings.get("budget", np.inf)
+            assert np.linalg.norm(w, axis=1).max() <= one.radius
+            assert upper >= found.lower
 
 
 def test_shares_are_rounded_to_whole_branches(rng: Any) -> None:
