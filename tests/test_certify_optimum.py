@@ -177,15 +177,15 @@ def test_an_estimate_above_the_risk_of_a_network_is_none(rng: Any, monkeypatch: 
     assert "no estimate: the search has missed" in missed.as_text()
 
 
-def test_the_relaxation_moves_the_dual_vectors_of_optimum(rng: Any) -> None:
-    for loss in ("squared", "logistic", "binary_hinge"):
-        one = problem(drawn(rng, 20, 5), loss, penalty=0.02)
-        found = optimum(one, spec=OptimumSpec(units=12, rounds=3, starts=16))
-        checked(one, found, 1.0)
-        assert found.method == "moments"
-        alone = certify.lower_bound(one, one.slope(risk_of(one, found)), engine="moments")
-        assert found.lower >= alone.value - 1e-3 * abs(alone.value)
-        assert found.gap < 0.1 * found.upper
+@pytest.mark.parametrize("loss", ["squared", "binary_hinge"])  # smooth and with kinks
+def test_the_relaxation_moves_the_dual_vectors_of_optimum(loss: str, rng: Any) -> None:
+    one = problem(drawn(rng, 14, 5), loss, penalty=0.02)
+    found = optimum(one, spec=OptimumSpec(units=12, rounds=2, starts=16))
+    checked(one, found, 1.0)
+    assert found.method == "moments"
+    alone = certify.lower_bound(one, one.slope(risk_of(one, found)), engine="moments")
+    assert found.lower >= alone.value - 1e-3 * abs(alone.value)
+    assert found.gap < 0.1 * found.upper
 
 
 def risk_of(one: RiskProblem, found: certify.Certificate) -> np.ndarray:
