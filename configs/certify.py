@@ -37,7 +37,7 @@ def get_config(arg=None):
     images = args.data != "synthetic"
     n = 8 if args.smoke else args.n
     if images:
-        data, regimes = component(DATASETS, args.data, num_examples=n), ("two_layer",)
+        data, regimes = component(DATASETS, args.data, num_examples=n, labels="parity"), ("two_layer",)
     else:
         data = component(DATASETS, "synthetic_relu", n=n, d=2, seed=args.seed + 1)
         regimes = ("chain", "two_layer") if args.smoke else ("tanh", "chain", "two_layer")

@@ -39,7 +39,7 @@ TREE = "tests/test_branch_and_bound.py -k below_all_weights&tanh&2.0"
 TREE_CHECK = "tests/test_branch_and_bound.py -k tampered|gone_through_again|covers_the_set"
 FORMS = "tests/test_verify.py -k cones&1.0|one_line"
 EXPONENT = "tests/test_verify.py -k rounding_of_an_exponent"
-BALANCED = "tests/test_certify.py -k spectral_bound"
+WEIGHTED = "tests/test_certify_weighted.py -k best|prove_more"
 UNIT = "tests/test_certify_closed.py -k sphere"
 LESS = "tests/test_certify_closed.py -k refuses_less"
 SIDES = "tests/test_certify_closed.py -k exact_products"
@@ -127,7 +127,8 @@ MUTATIONS = [
     _of("spectral", "certificate", "a missing charge", "0.5 * (top + projection + charge) - rounding", "0.5 * (top + projection) - rounding", EXACT),
     _of("spectral", "in_memory", "a rounding direction", "wrong = (near.astype(jnp.float64) - value) * towards < 0", "wrong = (near.astype(jnp.float64) - value) * towards > 0", EXACT),
     # How far from the optimum.
-    _of("certify", "engines", "a factor too small", "np.where(idle, 0.0, alpha * g)", "np.where(idle, 0.0, 0.97 * alpha * g)", BALANCED),
+    _of("certify", "weighted", "a factor too small", "return 2 * (max(top, 0.0)", "return 1.9 * (max(top, 0.0)", WEIGHTED),
+    _of("certify", "verify", "half of a product", "top = math.ldexp(claim.upper, -ex - ea) / 2", "top = math.ldexp(claim.upper, -ex - ea)", WEIGHTED),
     _of("certify", "structure", "a wrong factor", "** (-self.degree / 2) * 2 ** (self.order - 1)", "** (-self.degree / 2)", UNIT),
     _of("certify", "closed", "a sign", "heads = -np.sign(values[order])", "heads = np.sign(values[order])", UNIT),
     _of("certify", "closed", "the wrong gate", "key=lambda one: -one[0]", "key=lambda one: one[0]", UNIT),

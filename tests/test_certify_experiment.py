@@ -14,7 +14,7 @@ from dualgap_jax import experiments
 from dualgap_jax.certify import OptimumSpec, distance, excess_along, optimum
 from dualgap_jax.certify.trained import Network, rounded
 from dualgap_jax.config import Component, ConfigError, experiment_config
-from dualgap_jax.experiments.certify import CertifySpec, binary, regime_problem
+from dualgap_jax.experiments.certify import CertifySpec
 from dualgap_jax.files import load_json
 
 TINY = OptimumSpec(units=4, rounds=2, steps=40, starts=4)
@@ -120,16 +120,6 @@ def test_from_a_few_branches_on_units_reach_the_optimum(rng: Any) -> None:
     assert found.lower <= reached <= found.upper + 1e-6
     _, reached = Network(one, 40).from_random(rng, 300)
     assert reached < float(one.losses(np.zeros(one.shape)).mean())
-
-
-def test_even_against_odd(rng: Any) -> None:
-    data = drawn(rng, 12, 2, 4)
-    two = binary(data)
-    assert (two.task, two.num_outputs) == ("binary", 1)
-    assert (two.y == np.where(data.y % 2 == 0, 1.0, -1.0)).all()
-    assert binary(two) is two
-    one = regime_problem("two_layer", two, problem(two, "logistic", penalty=1.0).loss, 0.5, 3.0)
-    assert one.structure is not None
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,16 @@ def test_num_examples_keeps_the_statistics(prepared: Path) -> None:
         data.mnist(data_dir=str(prepared), num_examples=31)
 
 
+def test_even_against_odd(prepared: Path) -> None:
+    digits, signs = data.mnist(data_dir=str(prepared)), data.mnist(data_dir=str(prepared), labels="parity")
+    assert (signs.task, signs.num_outputs, signs.y.dtype) == ("binary", 1, np.float32)
+    assert (signs.y == 1 - 2 * (digits.y % 2)).all()
+    np.testing.assert_array_equal(signs.x, digits.x)
+    assert "labels" not in digits.info  # of runs that were begun before there was a choice
+    with pytest.raises(ValueError, match=r"unknown labels 'parities'. Did you mean 'parity'"):
+        data.mnist(data_dir=str(prepared), labels="parities")
+
+
 def test_unknown_names(prepared: Path) -> None:
     with pytest.raises(registry.UnknownNameError, match=r"unknown data set 'mnits'. Did you mean 'mnist'.*cifar10"):
         data.DATASETS["mnits"]

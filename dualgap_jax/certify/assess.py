@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax.certify.bounds import Bound, best_proven, least_losses, lower_bound, searched
+from dualgap_jax.certify.bounds import Bound, best_proven, from_ceiling, least_losses, searched
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import assembled, check_feasible
-from dualgap_jax.certify.engines import ceiling
+from dualgap_jax.certify.engines import Ceiling, ceiling, relaxed
 from dualgap_jax.certify.primal import as_weights, risk
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.search import BranchSearch
@@ -69,8 +69,10 @@ def assess(problem: RiskProblem, network: Any, *, starts: int = 16, seed: int = 
     guess, bound = guesses[best], least_losses(problem)
     if look.in_parts:
         guess = searched(problem, look, tried[best], lam, weights)[0]
-    if guess.value > bound.value:  # an engine proves at most that
+    if guess.value > bound.value:  # an engine proves at most that of these dual vectors
         bound = max(bound, best_proven(problem, tried[best], BoundSpec(1e-7, 300_000)), key=lambda b: b.value)
+    if problem.structure is not None and bound.alpha.any():  # a relaxation has moved them
+        guess = max(guess, searched(problem, look, bound.alpha, lam, weights)[0], key=lambda b: b.value)
     estimate = max(guess, bound, key=lambda b: b.value)
     made = assembled(problem, weights, shares, found, bound, estimate)
     least = None if problem.budget is None else least_budget(problem, tried, float(found.upper))
@@ -96,18 +98,25 @@ def least_budget(problem: RiskProblem, alphas: list[np.ndarray], loss: float) ->
     """
     if problem.structure is None or not problem.scale_free:
         return None
-    found = []
-    for alpha in alphas:
-        top = ceiling(problem, alpha, "exact") or ceiling(problem, alpha, "spectral")
-        if top is None or not 0 < top.upper < math.inf:
-            continue
-        level = float(np.linalg.norm(alpha.mean(axis=0))) if problem.structure.use_bias else 0.0
-        worth = -float(problem.conjugate(alpha, problem.y).mean()) - level**2 / (4 * top.upper) - loss
-        if 0 < worth < math.inf:
-            found.append((worth / top.upper * (1 - 1e-6), alpha, top.method))
-    for budget, alpha, method in sorted(found, key=lambda one: -one[0]):  # proving takes longest
-        tight = dataclasses.replace(problem, budget=budget)
-        proof: Bound = lower_bound(tight, alpha, engine=method)
+    tops = [(alpha, ceiling(problem, alpha, "exact") or ceiling(problem, alpha, "spectral")) for alpha in alphas]
+    proofs = [_least_proof(problem, alpha, top, loss) for alpha, top in tops if top is not None]
+    proofs += [_least_proof(problem, *one, loss) for one in relaxed(problem, alphas[-1], loss=loss)]
+    for tight, proof in sorted(filter(None, proofs), key=lambda one: -float(one[0].budget or 0.0)):
         if proof.value > loss and verify_bound(tight, proof).holds:
-            return budget
+            return tight.budget
     return None
+
+
+def _least_proof(
+    problem: RiskProblem, alpha: np.ndarray, top: Ceiling, loss: float
+) -> tuple[RiskProblem, Bound] | None:
+    """The problem with the largest budget at which `alpha` keeps losses above `loss`, and the bound that says so."""
+    if problem.structure is None or not 0 < top.upper < math.inf:
+        return None
+    level = float(np.linalg.norm(alpha.mean(axis=0))) if problem.structure.use_bias else 0.0
+    worth = -float(problem.conjugate(alpha, problem.y).mean()) - level**2 / (4 * top.upper) - loss
+    budget = worth / top.upper * (1 - 1e-6)
+    if not 0 < budget < math.inf:
+        return None
+    tight = dataclasses.replace(problem, budget=budget)
+    return tight, from_ceiling(tight, alpha, top)

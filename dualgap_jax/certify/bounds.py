@@ -247,7 +247,8 @@ def least_losses(problem: RiskProblem) -> Bound:
     return proven(made, subject_of(problem.branch_problem(rows)))
 
 
-def _from_ceiling(problem: RiskProblem, alpha: np.ndarray, top: Ceiling, scale: bool = True) -> Bound:
+def from_ceiling(problem: RiskProblem, alpha: np.ndarray, top: Ceiling, scale: bool = True) -> Bound:
+    """The bound that a proven ceiling of `kappa(alpha)` gives; `scale` as in `lower_bound`."""
     at, lam, pieces, kappa = from_kappa(problem, alpha, top.upper, scale=scale)
     made = Bound(total(pieces), at, lam, pieces, kappa, top.evidence, top.point, top.method)
     return proven(made, subject_of(problem.branch_problem(at)))
@@ -255,8 +256,10 @@ def _from_ceiling(problem: RiskProblem, alpha: np.ndarray, top: Ceiling, scale: 
 
 def best_proven(problem: RiskProblem, alpha: np.ndarray, spec: BoundSpec, label: str | None = None) -> Bound:
     """The best bound that can be proven from `alpha` on: with dual vectors moved by the relaxation where it applies."""
-    if ceiling(problem, alpha, "exact") is None and (joint := relaxed(problem, alpha)) is not None:
-        return max(_from_ceiling(problem, *joint), least_losses(problem), key=lambda bound: bound.value)
+    if ceiling(problem, alpha, "exact") is None and (joint := relaxed(problem, alpha)):
+        return max(
+            least_losses(problem), *(from_ceiling(problem, *one) for one in joint), key=lambda bound: bound.value
+        )
     return lower_bound(problem, alpha, spec=spec, label=label)
 
 
@@ -305,7 +308,7 @@ def lower_bound(
     if engine != "branch and bound":
         top = ceiling(problem, rows, engine)
         if top is not None and math.isfinite(top.upper):
-            found.append(_from_ceiling(problem, rows, top, scale))
+            found.append(from_ceiling(problem, rows, top, scale))
             exact = top.method in EXACT
         elif engine != "auto":
             raise ValueError(f"the engine {engine!r} does not apply to this branch and these data.")

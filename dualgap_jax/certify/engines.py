@@ -5,11 +5,10 @@ the data:
 
 * linear, quadratic, gated: rho is a singular value or an eigenvalue, exact in any dimension (`closed`);
 * cells: one ReLU or leaky unit in up to three dimensions, exact (`cells`);
-* spectral: `psi(t) = (1+s)/2 t + (1-s)/2 |t|` for the slope s, so for one hidden layer
-  `rho <= (1+s)/2 sigma_1((1/n) alpha^T X) + (1-s)/2 sigma_1(G alpha) sigma_1(G^-1 X) / n` for any positive diagonal G:
-  1, or what gives both matrices rows of the same lengths (`balanced`).  Any size and number of outputs, loose.  For
-  squares of several outputs it is the singular value of an unfolded tensor (`closed.unfolded`);
-* moments: one hidden layer of ReLU or leaky units, any size, by a semidefinite relaxation (`moments`);
+* spectral: one hidden layer of ReLU or leaky units, any size and number of outputs, by the largest eigenvalue of a
+  matrix of d + out rows (`weighted`).  For squares of several outputs it is the singular value of an unfolded tensor
+  (`closed.unfolded`);
+* moments: the same units with one output, by a semidefinite relaxation, tighter and dearer (`moments`);
 * norms: `rho <= (1/n) sum_j ||alpha_j|| ||x_j||`, with squares `||x_j||^2`: any depth, looser still.
 
 Singular values are computed in float64; what is added to them, `(n + d + 64) eps` times the Frobenius norm, is more
@@ -24,8 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.certify import cells, closed
-from dualgap_jax.certify.closed import moment
+from dualgap_jax.certify import cells, closed, weighted
 from dualgap_jax.certify.moments import balls
 from dualgap_jax.certify.moments.joint import relaxation
 from dualgap_jax.certify.moments.start import FORMS
@@ -33,7 +31,8 @@ from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
 
 _EPS = float(np.finfo(np.float64).eps)
-LARGEST_RELAXATION = 2**27  # numbers in x times outputs, up to which 'auto' relaxes: some minutes for each side
+LARGEST_RELAXATION = 2**27  # numbers in x up to which 'auto' relaxes: some minutes for each side
+LARGEST_JOINT = 2**23  # numbers in x up to which dual vectors and relaxation are raised together: about a minute
 _SPARE = 2.0**-38  # share of the sizes that is left to those who prove the bound again with other roundings
 
 
@@ -120,16 +119,6 @@ def _cells(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None
     )
 
 
-def balanced(x: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`G alpha` and `G^-1 x` with rows of the same lengths; rows where one of both is 0 add nothing and become 0."""
-    a, b = np.linalg.norm(alpha, axis=1, keepdims=True), np.linalg.norm(x, axis=1, keepdims=True)
-    used = (a > 1e-140) & (b > 1e-140)
-    g = np.sqrt(np.where(used, b, 1.0) / np.where(used, a, 1.0))
-    # Where a length is too small to be divided by, both rows stay as they are.
-    idle = (a == 0) | (b == 0)
-    return np.where(idle, 0.0, alpha * g), np.where(idle, 0.0, x / g)
-
-
 def _spectral(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
     points, weights, exponent = _rescaled(x, alpha, known.order)
     if known.activation == "square":
@@ -138,19 +127,18 @@ def _spectral(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | N
         return Ceiling(_above(_restored(value + margin, exponent) * known.share, 16 * _EPS), 0.0, None, "spectral")
     if not known.bent:
         return None
-    slope, margin = known.negative_slope, (len(x) + 8) * _EPS * sizes(points, weights)
-    straight = (1 + slope) / 2 * (_top(moment(points, weights)) + margin)
-    pairs = (weights, points), balanced(points, weights)
-    bent = (1 - slope) / 2 * min(_top(a) * _top(b) for a, b in pairs) / len(x)
-    spare = _SPARE * 2 * (straight + bent)
-    return Ceiling(_above(_restored(straight + bent + spare, exponent) * known.share, 64 * _EPS), 0.0, None, "spectral")
+    slope = known.negative_slope
+    delta = weighted.deltas(points, weights, slope)
+    rho = weighted.bounded(points, weights, delta, slope)
+    evidence = Relaxed(alpha, weighted.Weights(_restored(rho, exponent), delta))
+    return Ceiling(_above(_restored(rho, exponent) * known.share, 64 * _EPS), 0.0, None, "spectral", evidence)
 
 
 class Relaxed(NamedTuple):
-    """The evidence of the moment relaxation: the dual vectors it was made for, and its certificate."""
+    """The evidence of a relaxation: the dual vectors it was made for, and its certificate."""
 
     alpha: np.ndarray
-    bound: balls.BallBound
+    bound: balls.BallBound | weighted.Weights
 
 
 def _moments(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
@@ -168,21 +156,26 @@ def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, found: balls.Ba
     return Ceiling(upper, 0.0, None, "moments", Relaxed(alpha, found))
 
 
-def relaxed(problem: RiskProblem, alpha: np.ndarray) -> tuple[np.ndarray, Ceiling] | None:
-    """Dual vectors `[n, 1]` that the relaxation raises together with its multipliers, from `alpha`, and their bound.
+def relaxed(problem: RiskProblem, alpha: np.ndarray, *, loss: float | None = None) -> list[tuple[np.ndarray, Ceiling]]:
+    """Dual vectors `[n, out]` that a relaxation raises together with its multipliers, from `alpha`, and their bounds.
 
-    None where `moments.joint` does not apply: it takes one hidden ReLU layer with one output, a penalty and no ball.
+    Those of the spectral bound, and with one output those of the moment relaxation, which is tighter, for up to
+    `LARGEST_JOINT` numbers in x.  Empty where neither applies: they take one hidden layer of ReLU units (the first
+    leaky ones too) without a ball.  `loss` as in `weighted.raised`.
     """
-    known, kind = problem.structure, problem.conjugate.kind
-    fits = known is not None and (known.widths[1:], known.activation) == ((), "relu") and problem.shape[1] == 1
-    fits = fits and problem.penalty is not None and problem.scale_free and problem.loss.tau in (None, 1.0)
-    if known is None or problem.penalty is None or not fits or kind not in FORMS or not np.any(alpha):
-        return None
-    x = known.inputs(problem.one.x)
-    labels = np.asarray(problem.y, np.float64)
-    found = relaxation(x, labels, kind, penalty=problem.penalty, alpha=alpha[:, 0])
-    rows = found.alpha[:, None]
-    return rows, _relaxed(known, x, rows, found.bound)
+    known = problem.structure
+    if known is None or not known.bent or known.activation == "identity" or not problem.scale_free or not alpha.any():
+        return []
+    x, kind, rows = known.inputs(problem.one.x), problem.conjugate.kind, weighted.raised(problem, alpha, loss=loss)
+    top = _spectral(known, x, rows)
+    if top is None:
+        return []
+    penalty = problem.penalty if problem.penalty is not None else top.upper  # what a unit of the budget is worth
+    fits = known.activation == "relu" and problem.shape[1] == 1 and problem.loss.tau in (None, 1.0)
+    if not (fits and kind in FORMS and 0 < penalty < math.inf and x.size <= LARGEST_JOINT):
+        return [(rows, top)]
+    made = relaxation(x, np.asarray(problem.y, np.float64), kind, penalty=penalty, alpha=alpha[:, 0])
+    return [(rows, top), (made.alpha[:, None], _relaxed(known, x, made.alpha[:, None], made.bound))]
 
 
 def _norms(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:
@@ -216,7 +209,8 @@ def ceiling(problem: RiskProblem, alpha: np.ndarray, engine: str = "auto") -> Ce
     known, best = problem.structure, None
     x = known.inputs(problem.one.x)
     for name in {"auto": tuple(CEILINGS), "exact": EXACT}.get(engine, (engine,)):
-        if engine == "auto" and name == "moments" and x.size * alpha.shape[1] > LARGEST_RELAXATION:
+        # Several outputs are relaxed each by itself, which takes long and bounds less than all at once by `spectral`.
+        if engine == "auto" and name == "moments" and (alpha.shape[1] > 1 or x.size > LARGEST_RELAXATION):
             continue
         found = CEILINGS[name](known, x, alpha)
         if found is not None and (best is None or found.upper < best.upper):

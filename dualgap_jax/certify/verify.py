@@ -22,6 +22,7 @@ from dualgap_jax.certify.moments.verify import VerificationError, verify_ball_bo
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.structure import Structure
 from dualgap_jax.certify.verify_cells import largest_sum
+from dualgap_jax.certify.weighted import Weights
 from dualgap_jax.duality.branch_and_bound import Tree
 from dualgap_jax.duality.checker.closed_forms import units
 from dualgap_jax.duality.checker.value_functions import Verified, verify_minimum
@@ -133,16 +134,6 @@ def _open(gates: np.ndarray, x: np.ndarray) -> Iterator[np.ndarray]:
         yield side[:, None]
 
 
-def _scaled_product(a: np.ndarray, b: np.ndarray) -> float:
-    """A proven upper bound on `sigma_1(G a) sigma_1(G^-1 b)` for a positive diagonal G, without rows where one is 0."""
-    lengths = [np.array([math.hypot(*row) for row in m.tolist()]) for m in (a, b)]
-    used = (lengths[0] > 0) & (lengths[1] > 0)
-    g = np.sqrt(np.clip(lengths[1][used] / lengths[0][used], 1e-200, 1e200))[:, None]
-    scaled = a[used] * g, b[used] / g
-    # Each entry is off by a rounding, or by the smallest number there is.
-    return math.prod(_top(m) + _EPS * float(np.linalg.norm(m)) * (1 + (m.size + 8) * _EPS) + 1e-290 for m in scaled)
-
-
 def _power_of_two(array: np.ndarray) -> int:
     return math.frexp(float(np.abs(array).max(initial=0.0)))[1]
 
@@ -173,10 +164,6 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
     elif method == "gated" and known.gates is not None:
         opens = _open(known.gates, x)
         holds = lambda: all(top_at_most((weights * s).T @ points / len(x), rho, error) for s in opens)  # noqa: E731
-    elif method == "spectral" and known.bent:
-        bent = min(_top(weights) * _top(points), _scaled_product(weights, points)) / len(x)
-        parts = (1 + slope) / 2 * (_top(mean) + error) + (1 - slope) / 2 * bent
-        holds = lambda: parts * (1 + 16 * _EPS) <= rho  # noqa: E731
     elif method == "cells":
         narrow = known.bent or (known.activation == "relu" and max(known.widths) == 1)
         if not narrow or known.activation == "identity" or x.shape[1] > 3:
@@ -196,6 +183,33 @@ def _without_leak(x: np.ndarray, alpha: np.ndarray, slope: float) -> tuple[np.nd
     return (x, alpha) if slope == 0 else (np.vstack([x, -x]), np.vstack([alpha, -slope * alpha]))
 
 
+def _weighted(x: np.ndarray, alpha: np.ndarray, slope: float, claim: Weights) -> str:
+    """Why `rho(alpha) <= claim.upper` does not follow from its weights, or "".
+
+    Over unit vectors `(1/n) sum_j (a.alpha_j) psi(u.x_j) <= a^T P a + 2 a^T Q u + u^T R u`, whatever the weights: at
+    most twice the top eigenvalue of the matrix of these blocks.
+    """
+    delta = np.asarray(claim.delta, np.float64)
+    if delta.shape != (len(x),) or not (np.isfinite(delta).all() and (delta > 0).all() and claim.upper >= 0):
+        return "the weights of the examples are not positive numbers, one for each"
+    ex, ea = _power_of_two(x), _power_of_two(alpha)
+    points, rows = np.ldexp(x, -ex), np.ldexp(alpha, -ea)
+    live = (np.abs(points).max(axis=1) > 0) & (np.abs(rows).max(axis=1) > 0)  # the others add 0 to the sum itself
+    points, rows, delta, n = points[live], rows[live], delta[live], len(x)
+    heads, feet = rows * np.sqrt(delta)[:, None], points / np.sqrt(delta)[:, None]
+    bent, straight = (1 - slope) / (4 * n), (1 + slope) / (4 * n)
+    parts = bent * (heads.T @ heads), straight * (rows.T @ points), bent * (feet.T @ feet)
+    matrix = np.block([[parts[0], parts[1]], [parts[1].T, parts[2]]])
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(points, axis=1)
+    size = bent * (float(np.sum(heads**2)) + float(np.sum(feet**2))) + 2 * straight * float(lengths.sum())
+    if not np.isfinite(matrix).all():
+        return "the weights of the examples leave the range of numbers"
+    top = math.ldexp(claim.upper, -ex - ea) / 2
+    if top > 0 and psd(top * np.eye(len(matrix)) - matrix, (len(x) + 16) * _EPS * size + 4 * _EPS * top):
+        return ""
+    return f"rho <= {claim.upper:.6g} was not reached again by the weights of the examples"
+
+
 def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, evidence: Relaxed, claim: float) -> str:
     """Why `kappa(alpha) <= claim` does not follow from a relaxation made for other dual vectors, or "".
 
@@ -204,11 +218,16 @@ def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, evidence: Relax
     theirs = np.asarray(evidence.alpha, np.float64)
     if not known.bent or theirs.shape != alpha.shape:
         return "the relaxation is not one of this branch and these dual vectors"
-    points, weights = _without_leak(x, theirs, known.negative_slope)
-    try:
-        proven = verify_ball_bound(points, weights, evidence.bound)
-    except VerificationError as error:
-        return str(error)
+    if isinstance(evidence.bound, Weights):
+        points, proven = x, evidence.bound.upper
+        if reason := _weighted(x, theirs, known.negative_slope, evidence.bound):
+            return reason
+    else:
+        points, weights = _without_leak(x, theirs, known.negative_slope)
+        try:
+            proven = verify_ball_bound(points, weights, evidence.bound)
+        except VerificationError as error:
+            return str(error)
     top = int(np.argmax(np.abs(theirs)))
     multiple = max(0.0, float(alpha.reshape(-1)[top] / theirs.reshape(-1)[top])) if theirs.any() else 0.0
     scaled = multiple * theirs

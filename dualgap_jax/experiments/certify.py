@@ -52,7 +52,7 @@ class CertifySpec:
 
     Attributes:
       title: head of the figure.
-      data: an entry of the table of data sets; classes are reduced to even against odd.
+      data: an entry of the table of data sets, with labels -1 and 1.
       loss: an entry of the table of losses, for labels -1 and 1.
       regimes: names of `REGIMES`.
       share: of the penalty: weight decay is this share of the least one at which the zero network is optimal (for tanh
@@ -107,14 +107,6 @@ class CertifySpec:
         require("binary" in loss.tasks, f"loss {self.loss.name!r} does not fit labels -1 and 1.")
 
 
-def binary(dataset: Dataset) -> Dataset:
-    """The data set with labels -1 and 1: classes of even number against odd ones; a binary one as it is."""
-    if dataset.task != "multiclass":
-        return dataset
-    labels = np.where(np.asarray(dataset.y) % 2 == 0, 1.0, -1.0).astype(np.float32)
-    return dataset._replace(y=labels, num_outputs=1, task="binary", info={**dataset.info, "labels": "even against odd"})
-
-
 def regime_problem(regime: str, data: Dataset, loss: Any, share: float, radius: float) -> RiskProblem:
     """The risk of one regime; `share` and `radius` as in `CertifySpec`."""
     if regime == "chain":
@@ -132,7 +124,7 @@ def regime_problem(regime: str, data: Dataset, loss: Any, share: float, radius: 
 
 def certify(spec: CertifySpec, workdir: Workdir, tables: Tables) -> Report:
     """The distance of networks of I branches from the global optimum over all of them (beyond the unclipped hinge)."""
-    data = binary(tables.datasets.build(spec.data.name, **spec.data.settings))
+    data = tables.datasets.build(spec.data.name, **spec.data.settings)
     loss = tables.losses.build(spec.loss.name, **spec.loss.settings)
     confirm_data(workdir, data.x, data.y, info=data.info)
     cells = [
