@@ -21,7 +21,7 @@ import numpy as np
 from dualgap_jax.certify.bounds import Bound, best_proven, from_ceiling, least_losses, searched
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import assembled, check_feasible
-from dualgap_jax.certify.engines import Ceiling, ceiling, relaxed
+from dualgap_jax.certify.engines import EXACT, Ceiling, ceiling, relaxed
 from dualgap_jax.certify.primal import as_weights, risk
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.search import BranchSearch
@@ -99,8 +99,9 @@ def least_budget(problem: RiskProblem, alphas: list[np.ndarray], loss: float) ->
     if problem.structure is None or not problem.scale_free:
         return None
     tops = [(alpha, ceiling(problem, alpha, "exact") or ceiling(problem, alpha, "spectral")) for alpha in alphas]
+    if not any(top is not None and top.method in EXACT for _, top in tops):
+        tops += relaxed(problem, alphas[-1], loss=loss)
     proofs = [_least_proof(problem, alpha, top, loss) for alpha, top in tops if top is not None]
-    proofs += [_least_proof(problem, *one, loss) for one in relaxed(problem, alphas[-1], loss=loss)]
     for tight, proof in sorted(filter(None, proofs), key=lambda one: -float(one[0].budget or 0.0)):
         if proof.value > loss and verify_bound(tight, proof).holds:
             return tight.budget

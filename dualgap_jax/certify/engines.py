@@ -159,23 +159,26 @@ def _relaxed(known: Structure, x: np.ndarray, alpha: np.ndarray, found: balls.Ba
 def relaxed(problem: RiskProblem, alpha: np.ndarray, *, loss: float | None = None) -> list[tuple[np.ndarray, Ceiling]]:
     """Dual vectors `[n, out]` that a relaxation raises together with its multipliers, from `alpha`, and their bounds.
 
-    Those of the spectral bound, and with one output those of the moment relaxation, which is tighter, for up to
-    `LARGEST_JOINT` numbers in x.  Empty where neither applies: they take one hidden layer of ReLU units (the first
-    leaky ones too) without a ball.  `loss` as in `weighted.raised`.
+    With one output and up to `LARGEST_JOINT` numbers in x it is the moment relaxation, otherwise, and to find out what
+    a unit of a budget is worth, the spectral bound.  Empty where neither applies: they take one hidden layer of ReLU
+    units (the second leaky ones too) without a ball.  `loss` as in `weighted.raised`.
     """
-    known = problem.structure
+    known, kind, found = problem.structure, problem.conjugate.kind, list[tuple[np.ndarray, Ceiling]]()
     if known is None or not known.bent or known.activation == "identity" or not problem.scale_free or not alpha.any():
-        return []
-    x, kind, rows = known.inputs(problem.one.x), problem.conjugate.kind, weighted.raised(problem, alpha, loss=loss)
-    top = _spectral(known, x, rows)
-    if top is None:
-        return []
-    penalty = problem.penalty if problem.penalty is not None else top.upper  # what a unit of the budget is worth
+        return found
+    x = known.inputs(problem.one.x)
     fits = known.activation == "relu" and problem.shape[1] == 1 and problem.loss.tau in (None, 1.0)
-    if not (fits and kind in FORMS and 0 < penalty < math.inf and x.size <= LARGEST_JOINT):
-        return [(rows, top)]
-    made = relaxation(x, np.asarray(problem.y, np.float64), kind, penalty=penalty, alpha=alpha[:, 0])
-    return [(rows, top), (made.alpha[:, None], _relaxed(known, x, made.alpha[:, None], made.bound))]
+    fits = fits and kind in FORMS and x.size <= LARGEST_JOINT
+    penalty = problem.penalty or 0.0
+    if problem.penalty is None or not fits:
+        rows = weighted.raised(problem, alpha, loss=loss)
+        top = _spectral(known, x, rows)
+        if top is not None:
+            found, penalty = [(rows, top)], penalty or top.upper
+    if fits and 0 < penalty < math.inf:
+        made = relaxation(x, np.asarray(problem.y, np.float64), kind, penalty=penalty, alpha=alpha[:, 0])
+        found.append((made.alpha[:, None], _relaxed(known, x, made.alpha[:, None], made.bound)))
+    return found
 
 
 def _norms(known: Structure, x: np.ndarray, alpha: np.ndarray) -> Ceiling | None:

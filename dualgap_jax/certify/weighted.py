@@ -177,7 +177,7 @@ def raised(problem: RiskProblem, alpha: np.ndarray, *, loss: float | None = None
     size = float(np.abs(first).max())
     logs = -np.log(deltas(x / (np.abs(x).max() or 1.0), first / size, known.negative_slope))
     logs += math.log(size) - math.log(np.abs(x).max() or 1.0)
-    axes = np.linalg.eigh(x.T @ x)[1][:, ::-1]
+    coordinates = _principal(x)
     flat = np.concatenate([start.ravel(), logs])
     slope, n, bias = known.negative_slope, len(x), float(known.use_bias)
 
@@ -203,7 +203,7 @@ def raised(problem: RiskProblem, alpha: np.ndarray, *, loss: float | None = None
     with jax.enable_x64(True):
         both = jax.jit(jax.value_and_grad(worth))
         for sharpness, width in _LEVELS:
-            seen = jnp.asarray(x @ axes[:, :width])
+            seen = jnp.asarray(coordinates[:, :width])
             scale = abs(float(both(jnp.asarray(flat), seen, sharpness)[0])) or 1.0
 
             def objective(v: np.ndarray, seen: Any = seen, s: float = sharpness, scale: float = scale) -> Any:
@@ -215,6 +215,14 @@ def raised(problem: RiskProblem, alpha: np.ndarray, *, loss: float | None = None
             flat = scipy.optimize.minimize(objective, flat, jac=True, method="L-BFGS-B", options=options).x
         found = np.asarray(freely(jnp.asarray(flat[:-n].reshape(alpha.shape))), np.float64)
     return problem.conjugate.nearest(found, problem.y)
+
+
+def _principal(x: np.ndarray) -> np.ndarray:
+    """The coordinates of rows in their principal directions, the largest first, `[n, min(n, d)]`."""
+    if len(x) >= x.shape[1]:
+        return np.asarray(x @ np.linalg.eigh(x.T @ x)[1][:, ::-1])
+    values, left = np.linalg.eigh(x @ x.T)
+    return np.asarray((left * np.sqrt(np.maximum(values, 0.0)))[:, ::-1])
 
 
 def _domain(problem: RiskProblem) -> tuple[Callable[[Array], Array], Callable[[np.ndarray], np.ndarray], Any]:
