@@ -11,9 +11,10 @@ from certify_oracles import convex_program, drawn, group_lasso, problem
 
 from dualgap_jax.certify import weighted
 from dualgap_jax.certify.assess import _least_proof
-from dualgap_jax.certify.bounds import from_ceiling
+from dualgap_jax.certify.bounds import best_proven, from_ceiling, lower_bound
 from dualgap_jax.certify.engines import ceiling, relaxed
 from dualgap_jax.certify.verify import verify_bound
+from dualgap_jax.duality.branch_and_bound import BoundSpec
 
 
 def least_bound(x: np.ndarray, alpha: np.ndarray, slope: float) -> float:
@@ -94,6 +95,22 @@ def test_raised_dual_vectors_prove_more_and_not_too_much(loss: str, out: int, se
         assert not verify_bound(one, dataclasses.replace(after, evidence=forged)).holds
     low = after.evidence._replace(bound=after.evidence.bound._replace(upper=0.99 * after.evidence.bound.upper))
     assert not verify_bound(one, dataclasses.replace(after, evidence=low)).holds
+
+
+@pytest.mark.parametrize(
+    ("loss", "out", "settings"),
+    [
+        ("logistic", 1, {"penalty": 0.03, "activation": "leaky_relu"}),  # which the joint relaxation does not take
+        ("binary_hinge", 1, {"budget": 0.5, "use_bias": True}),
+        ("multi_margin", 3, {"penalty": 0.03}),
+    ],
+)
+def test_what_is_moved_proves_no_less_than_what_is_not(loss: str, out: int, settings: Any, rng: Any) -> None:
+    one = problem(drawn(rng, 14, 4, out), loss, **settings)
+    alpha = one.slope(0.3 * rng.standard_normal(one.shape))
+    found = best_proven(one, alpha, BoundSpec(1e-6, 1000))
+    assert found.value >= lower_bound(one, alpha).value - 1e-12
+    assert verify_bound(one, found).holds
 
 
 def test_networks_of_smaller_weights_are_worse(rng: Any) -> None:

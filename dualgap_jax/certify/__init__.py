@@ -9,8 +9,8 @@
 `F*` is the least regularised risk over all probability measures of branches, so at most that of I branches for every I.
 `assess` tries several dual vectors on a trained network, `excess_along` follows its branches through training.
 `bounds` proves lower bounds on it from dual vectors, over what `engines` prove about one branch (`closed`, `cells`,
-`moments`, branch and bound from `duality`); `optimum` finds the measure and the dual vectors (over `sliding`,
-`reduced` and `search`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
+`weighted`, `moments`, branch and bound from `duality`); `optimum` finds the measure and the dual vectors (over
+`sliding`, `reduced` and `search`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
 """
 
 from dualgap_jax.certify.along import Excess, excess_along

@@ -257,9 +257,10 @@ def from_ceiling(problem: RiskProblem, alpha: np.ndarray, top: Ceiling, scale: b
 def best_proven(problem: RiskProblem, alpha: np.ndarray, spec: BoundSpec, label: str | None = None) -> Bound:
     """The best bound that can be proven from `alpha` on: with dual vectors moved by the relaxation where it applies."""
     if ceiling(problem, alpha, "exact") is None and (joint := relaxed(problem, alpha)):
-        return max(
-            least_losses(problem), *(from_ceiling(problem, *one) for one in joint), key=lambda bound: bound.value
-        )
+        found = [from_ceiling(problem, *one) for one in joint]
+        if problem.penalty is None or all(bound.method != "moments" for bound in found):
+            found.append(lower_bound(problem, alpha, spec=spec, label=label))
+        return max(least_losses(problem), *found, key=lambda bound: bound.value)
     return lower_bound(problem, alpha, spec=spec, label=label)
 
 
