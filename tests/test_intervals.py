@@ -334,6 +334,7 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
         "switch": lambda w: jax.lax.select_n(jnp.array([2, 0, 1]), w, 2 * w, w**2),
         "integers": lambda w: w * jnp.argsort(x[0]) + jnp.arange(3.0),
         "either": either,
+        "by platform": lambda w: jax.lax.platform_dependent(w, cpu=jnp.sin, default=lambda w: jnp.sin(w)),
         "grouped": grouped,
         "sorted": lambda w: jnp.sort(x * w, axis=0) * w,
         "middle": lambda w: jnp.sort(jnp.concatenate([w, w**2, jnp.array([0.25])]))[3],

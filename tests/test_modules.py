@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dualgap_jax import networks
 from dualgap_jax.linen import GRU, VGG9, Conv
@@ -103,12 +104,32 @@ def test_vgg9_refuses_inputs_that_are_no_images() -> None:
         VGG9().init(jax.random.key(0), jnp.zeros((2, 16)))
 
 
-def test_vgg9_convolves_by_products_on_cpu_and_by_convolutions_elsewhere() -> None:
-    net, x = networks.multi_branch(VGG9(1, 3), 2), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+@pytest.mark.parametrize(("module", "convolutions"), [(VGG9(1, 3), 7), (Conv((2, 3), 4), 2)])
+def test_modules_convolve_by_products_on_cpu_and_by_convolutions_elsewhere(module: Any, convolutions: int) -> None:
+    net, x = networks.multi_branch(module, 2), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     params, state = jax.eval_shape(net.init, jax.random.key(0), x)
     traced = jax.jit(net.apply).trace(params, state, x)
     counts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution(")
         for platform in ("cpu", "cuda", "tpu")
     }
-    assert counts == {"cpu": 0, "cuda": 7, "tpu": 7}
+    assert counts == {"cpu": 0, "cuda": convolutions, "tpu": convolutions}
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
+def test_the_product_of_patches_is_the_convolution(side: int, rng: np.random.Generator, x64: None) -> None:
+    """Kernels of even and odd side, also larger than the image, against `nn.Conv` as Flax makes it."""
+    module = Conv((3,), 2, kernel_size=side, activation="tanh")
+    x = jnp.asarray(rng.standard_normal((2, 3, 7, 2)))
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+
+    def plain(params: Any, x: jax.Array) -> jax.Array:
+        maps = jnp.tanh(nn.Conv(3, (side, side), param_dtype=x.dtype).apply({"params": params["Conv_0"]}, x))
+        maps = nn.max_pool(maps, (2, 2), (2, 2))
+        return maps.reshape(2, -1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+
+    def loss(apply: Callable[..., jax.Array]) -> Any:
+        return jax.jit(jax.value_and_grad(lambda params, x: jnp.sum(jnp.sin(3 * apply(params, x))), (0, 1)))
+
+    found = loss(lambda params, x: module.apply({"params": params}, x))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), found, loss(plain)(params, x))

@@ -41,17 +41,19 @@ def _pooled(x: Array) -> Array:
 
 
 def _convolved(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
-    """3x3 convolution with the borders filled by zeros, as `nn.Conv` asks for it.
+    """Convolution with a square kernel and the borders filled by zeros, as `nn.Conv` asks for it.
 
     On CPU it is a product of patches and kernel: XLA's own convolution has gradients that are tens of times slower once
     the kernels of several branches are stacked.
     """
 
     def by_patches(x: Array, kernel: Array) -> Array:
+        side = kernel.shape[0]
         height, width = x.shape[1:3]
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        rows = jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=-1)
-        patches = jnp.concatenate([rows[:, :, j : j + width] for j in range(3)], axis=-1)
+        border = ((side - 1) // 2, side // 2)
+        padded = jnp.pad(x, ((0, 0), border, border, (0, 0)))
+        rows = jnp.concatenate([padded[:, i : i + height] for i in range(side)], axis=-1)
+        patches = jnp.concatenate([rows[:, :, j : j + width] for j in range(side)], axis=-1)
         return patches @ kernel.transpose(1, 0, 2, 3).reshape(-1, kernel.shape[-1])
 
     def by_xla(x: Array, kernel: Array) -> Array:
@@ -103,8 +105,13 @@ class Conv(nn.Module):
         _check_images("conv", x)
         psi = activation_function(self.activation)
         for features in self.channels:
-            size = (self.kernel_size, self.kernel_size)
-            x = nn.Conv(features, size, use_bias=not self.batch_norm, param_dtype=x.dtype)(x)
+            x = nn.Conv(
+                features,
+                (self.kernel_size, self.kernel_size),
+                use_bias=not self.batch_norm,
+                param_dtype=x.dtype,
+                conv_general_dilated=_convolved,
+            )(x)
             if self.batch_norm:
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9, param_dtype=x.dtype)(x)
             x = _pooled(psi(x))

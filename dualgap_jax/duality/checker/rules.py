@@ -71,7 +71,7 @@ def applied(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]
     """The results of an operation.  Raises `Unsupported`, which names it, where there is no rule."""
     name, p, shapes = equation.primitive.name, equation.params, [v.aval for v in equation.outvars]
     known = [a for a in args if isinstance(a, np.ndarray)]
-    if len(known) == len(args) and (args or name == "iota"):
+    if len(known) == len(args) and (args or name in ("iota", "platform_index")):
         with jax.enable_x64(True):
             found = equation.primitive.bind(*known, **p)
         return [constant(f) for f in (found if equation.primitive.multiple_results else [found])]
