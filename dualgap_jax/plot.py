@@ -15,6 +15,8 @@ from dualgap_jax.report import surfaces
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LARGEST = 1e307
+
 
 def _checked(surface: Any, plane: Any) -> dict[str, np.ndarray]:
     """Grid, losses, and the solutions of `plane` with the loss of the surface at each.
@@ -34,6 +36,8 @@ def _checked(surface: Any, plane: Any) -> dict[str, np.ndarray]:
         raise ValueError(f"loss {loss.shape} must be [ny, nx] for ys {ys.shape} and xs {xs.shape}.")
     if min(xs.size, ys.size) < 2 or not ((np.diff(xs) > 0).all() and (np.diff(ys) > 0).all()):
         raise ValueError("xs and ys must each be at least two increasing coordinates.")
+    if (np.isfinite(loss) & (np.abs(loss) > _LARGEST)).any():
+        raise ValueError(f"losses beyond {_LARGEST:g} overflow as they are drawn: draw their logarithms.")
     anchors = np.zeros((0, 2)) if plane is None else np.asarray(plane.anchors, np.float64)
     heights = np.asarray([_at(xs, ys, loss, *anchor) for anchor in anchors])
     return {"xs": xs, "ys": ys, "loss": loss, "anchors": anchors, "heights": heights}

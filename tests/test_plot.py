@@ -74,6 +74,10 @@ def test_what_is_no_surface_is_refused(function: str, monkeypatch: pytest.Monkey
     wrong.xs = wrong.xs[::-1]
     with pytest.raises(ValueError, match="increasing"):
         draw(wrong)
+    wrong = bowl()
+    wrong.loss[0, 0] = -1e308
+    with pytest.raises(ValueError, match="beyond 1e\\+307"):
+        draw(wrong)
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     if function == "interactive":
         with pytest.raises(ImportError, match=r"dualgap_jax\[report\]"):

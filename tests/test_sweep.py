@@ -96,6 +96,11 @@ def test_one_table_of_all_runs_and_no_run_twice(folder: Path, capsys: pytest.Cap
     assert commands.main(command) == 1
     assert (folder / "calls").read_text() == "1,0 1,1 3,0 3,1 3,1 "  # what is complete is read
     assert rows("w/sweep.csv") == found
+    other = [*command[:3], "--over=count=1", "--over=seed=0..1", "--workdir=w"]
+    with pytest.raises(SystemExit):
+        commands.main(other)
+    assert "count=3,seed=0 for one" in capsys.readouterr().err
+    assert rows("w/sweep.csv") == found
 
 
 def test_a_value_that_is_no_utf8_ends_no_sweep(folder: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualgap_jax import cli, experiments, interrupts, report, terminal
-from dualgap_jax.config import check_numbers, require, spec_of
+from dualgap_jax.config import ConfigError, check_numbers, require, spec_of
 from dualgap_jax.experiments import Report
 from dualgap_jax.files import text_digest, utf8, write_atomically
 
@@ -118,6 +118,7 @@ def _sweep(over: Mapping[str, Sequence[str]], given: Sequence[str], command: Seq
             spec.validate(tables)
     digest = text_digest(repr([(run.folder, run.config.to_json()) for run in runs]))[:8]
     root = Path(flags.workdir or f"runs/{flags.name}-sweep-{digest}")
+    _check_table(root / "sweep.csv", [run.folder for run in runs])
     done: list[tuple[Run, Report | str]] = []
     with terminal.spoken():
         for number, run in enumerate(runs, 1):
@@ -140,6 +141,18 @@ def _sweep(over: Mapping[str, Sequence[str]], given: Sequence[str], command: Seq
     if page is not None:
         print(f"report: {page}")
     return int(len(finished) < len(done))
+
+
+def _check_table(path: Path, folders: Sequence[str]) -> None:
+    """Refuses to write over the table of a sweep with runs that are none of these."""
+    if path.exists():
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            others = sorted({row.get("run") or "?" for row in csv.DictReader(file)} - set(folders))
+        if others:
+            raise ConfigError(
+                f"{path} has runs that are not of this sweep, {others[0]} for one: give another --workdir, or their"
+                " values too in --over."
+            )
 
 
 def _rows(keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> tuple[list[str], list[list[Any]]]:

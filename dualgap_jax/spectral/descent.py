@@ -179,7 +179,7 @@ def stochastic_descent(
         velocity = tuple(
             sgd.momentum * v + g + gamma * p for v, g, p in zip(velocity, gradients, penalties, strict=True)
         )
-        factor = rate * 0.5 * (1 + jnp.cos(jnp.pi * now / sgd.steps))
+        factor = rate * 0.5 * (1 + jnp.cos(jnp.pi * now.astype(jnp.float32) / sgd.steps))
         return (tuple(w - factor * v for w, v in zip(weights, velocity, strict=True)), velocity), None
 
     @functools.partial(jax.jit, donate_argnums=0)
