@@ -193,6 +193,10 @@ def best_units(
     gradient stop short of them.  Corners are rounded with four widths, each a tenth of the one before, and units are
     raised by L-BFGS, each with its own steps, many at once.  A unit that ends lower than it began stays where it was.
     """
+    if len(x) < x.shape[1]:  # a part of a unit outside the span of the examples does nothing
+        basis = np.linalg.qr(x.T)[0]
+        found, sums = best_units(x @ basis, alpha, units @ basis, slope, steps)
+        return found @ basis.T, sums
     norms = np.linalg.norm(units, axis=1, keepdims=True)
     found = units[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
     points, weights = x / (np.abs(x).max(initial=0.0) or 1.0), alpha / (np.abs(alpha).max(initial=0.0) or 1.0)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 from jax import Array
 
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.problem import RiskProblem
 
 
@@ -95,9 +94,8 @@ class Slide:
                 value, (dw, dt) = jax.device_get(self._both(v[: w.size].reshape(w.shape), v[w.size :], eps))
             return float(value), np.concatenate([dw.reshape(-1), dt])
 
-        options: dict[str, Any] = {"maxiter": steps, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-11}
         start = np.concatenate([w.reshape(-1), t])
-        end = scipy.optimize.minimize(both, start, jac=True, method="L-BFGS-B", options=options).x
+        end = lbfgs(both, start, maxiter=steps, maxcor=20, ftol=1e-15, gtol=1e-11)
         w, t = end[: w.size].reshape(w.shape), end[w.size :]
         if free:
             assert self._problem.structure is not None

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 from jax import Array
 
 from dualgap_jax import seeds
 from dualgap_jax.certify.certificate import Certificate
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.sliding import smoothed
@@ -116,9 +115,7 @@ class Network:
                     value, slope = jax.device_get(self._both(jnp.asarray(v.reshape(shape)), eps))
                 return float(value), slope.reshape(-1)
 
-            options: dict[str, Any] = {"maxiter": steps, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-10}
-            end = scipy.optimize.minimize(both, w.reshape(-1), jac=True, method="L-BFGS-B", options=options).x
-            w = end.reshape(shape)
+            w = lbfgs(both, w.reshape(-1), maxiter=steps, maxcor=20, ftol=1e-15, gtol=1e-10).reshape(shape)
         with jax.enable_x64(True):
             w = np.asarray(self._inside(jnp.asarray(w)))
         return w, risk(self._problem, w, np.full(len(w), 1 / len(w))).upper

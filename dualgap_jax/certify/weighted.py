@@ -28,6 +28,7 @@ import numpy as np
 import scipy
 from jax import Array
 
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.problem import RiskProblem
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -99,8 +100,7 @@ def _moments(x: np.ndarray, alpha: np.ndarray, slope: float) -> tuple[np.ndarray
 
     flat = np.random.default_rng(0).standard_normal((out + d) * _RANK)
     for width in _CORNERS:
-        options = {"maxiter": _STEPS, "maxcor": 10, "ftol": 1e-10}
-        flat = scipy.optimize.minimize(objective, flat, (width,), jac=True, method="L-BFGS-B", options=options).x
+        flat = lbfgs(objective, flat, width, maxiter=_STEPS, maxcor=10, ftol=1e-10)
     a, u = flat[: out * _RANK].reshape(out, _RANK), flat[out * _RANK :].reshape(d, _RANK)
     return a / np.linalg.norm(a), u / np.linalg.norm(u)
 
@@ -211,8 +211,7 @@ def raised(problem: RiskProblem, alpha: np.ndarray, *, loss: float | None = None
                 return -float(value) / scale, -np.asarray(gradient, np.float64) / scale
 
             steps = int(np.clip(_WORK / (n * seen.shape[1] ** 2), 20, 120))
-            options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 15, "ftol": 1e-9}
-            flat = scipy.optimize.minimize(objective, flat, jac=True, method="L-BFGS-B", options=options).x
+            flat = lbfgs(objective, flat, maxiter=steps, maxfun=2 * steps, maxcor=15, ftol=1e-9)
         found = np.asarray(freely(jnp.asarray(flat[:-n].reshape(alpha.shape))), np.float64)
     return problem.conjugate.nearest(found, problem.y)
 

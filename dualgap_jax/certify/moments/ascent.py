@@ -20,6 +20,7 @@ import numpy as np
 import scipy
 from jaxtyping import Bool, Float64
 
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments.proof import Multipliers, norms
 
 _FLAT = 1e-280  # points shorter than this get no quadratic: its coefficient would overflow
@@ -101,9 +102,8 @@ def ascend(reduced: Reduced, rank: int, steps: int) -> Float64[np.ndarray, "r k"
 
     for width in (1e-1, 1e-2, 1e-3):
         flat = (moment / np.linalg.norm(moment)).ravel()
-        options = {"maxiter": steps, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-12}
-        found = scipy.optimize.minimize(objective, flat, (width * scale,), "L-BFGS-B", jac=True, options=options)
-        moment = found.x.reshape(r, rank)
+        flat = lbfgs(objective, flat, width * scale, maxiter=steps, maxcor=20, ftol=1e-10, gtol=1e-12)
+        moment = flat.reshape(r, rank)
     return moment / np.linalg.norm(moment)
 
 

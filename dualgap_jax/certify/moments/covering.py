@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments import ascent
 from dualgap_jax.certify.moments.proof import Multipliers, Points
 
 LEVELS = (1.0, 0.1, 0.02)  # of eps times the dimension, relative to the bound
 UNUSABLE = 1e30  # the value of a trial that leaves the range of floats
+_TINY = 1e-30  # lengths and deltas below this are taken for it, so that float32 holds what they divide
 _SMALL = 1e-4  # entries of a cover below this are left out
 _DENSE = 1 << 17  # pairs up to which all are candidates
 _GATHER = 1 << 12  # pairs whose products are formed at once
@@ -77,17 +79,27 @@ class Shares(NamedTuple):
 
 
 class Value(NamedTuple):
-    """F, its gradients, and the multipliers there."""
+    """F, its gradient in the shares, and the multipliers there; with what the gradient in the points is made of."""
 
     value: float
     gradient: Shares
-    positive: Float64[np.ndarray, "p r"]
-    negative: Float64[np.ndarray, "m r"]
     cover: scipy.sparse.csc_array
     kappa: np.ndarray
     curvature: np.ndarray
     delta: np.ndarray
     mu: float
+    mean: np.ndarray
+    force: np.ndarray
+    drag: np.ndarray
+
+    def in_points(self, vn: Float[np.ndarray, "m r"]) -> tuple[Float[np.ndarray, "p r"], Float[np.ndarray, "m r"]]:
+        """The gradient in the positive points, and in the negative ones, `vn`."""
+        lengths = _lengths(vn)
+        share = self.curvature / lengths
+        bend = 0.5 * share * np.sum(self.drag * vn, axis=1, dtype=np.float64) / lengths**2
+        negative = bend.astype(vn.dtype)[:, None] * vn - share.astype(vn.dtype)[:, None] * self.drag
+        negative -= self.cover.T @ self.force + np.outer(0.5 * (1 + self.kappa), self.mean).astype(vn.dtype)
+        return self.force + 0.5 * self.mean.astype(vn.dtype), negative
 
 
 def first_shares(pairs: Pairs, delta: Float64[np.ndarray, " p"]) -> Shares:
@@ -98,30 +110,34 @@ def first_shares(pairs: Pairs, delta: Float64[np.ndarray, " p"]) -> Shares:
 
 
 def evaluate(
-    vp: Float64[np.ndarray, "p r"],
-    vn: Float64[np.ndarray, "m r"],
+    vp: Float[np.ndarray, "p r"],
+    vn: Float[np.ndarray, "m r"],
     pairs: Pairs,
     shares: Shares,
     eps: float,
     mu: float,
 ) -> Value:
-    """F at some shares; `mu` is where the search for its minimiser starts."""
-    lengths = np.maximum(np.sqrt(np.sum(vn**2, axis=1)), 1e-300)
+    """F at some shares; `mu` is where the search for its minimiser starts.
+
+    Sums over points are formed in the precision of the points.
+    """
+    kind, lengths = vp.dtype, _lengths(vn)
     weights, signs, kappa_sign = _softmax(pairs, shares)
     w_pair, w_kappa, w_curve = weights
     cover = scipy.sparse.csc_array(
-        (w_pair * signs, pairs.rows, np.append(pairs.starts, len(pairs.rows))), shape=pairs.shape
+        ((w_pair * signs).astype(kind), pairs.rows, np.append(pairs.starts, len(pairs.rows))), shape=pairs.shape
     )
-    kappa, delta = w_kappa * kappa_sign, np.exp(shares.delta)
+    kappa, delta = w_kappa * kappa_sign, np.maximum(np.exp(shares.delta), _TINY)
     residual = vp - cover @ vn
-    slope = 0.5 * vp.sum(axis=0) - 0.5 * (1 + kappa) @ vn
-    form = (residual * (0.25 / delta)[:, None]).T @ residual - (vn * (0.5 * w_curve / lengths)[:, None]).T @ vn
-    barrier = _barrier(slope, form, eps, mu)
-    pull = eps * (residual @ barrier.inverse) + np.outer(residual @ barrier.mean, barrier.mean)
-    drag = eps * (vn @ barrier.inverse) + np.outer(vn @ barrier.mean, barrier.mean)
-    square = np.sum(drag * vn, axis=1)
-    force = 0.5 * pull / delta[:, None]
-    g_delta = 0.25 * delta - 0.25 * np.sum(pull * residual, axis=1) / delta
+    slope = 0.5 * vp.sum(axis=0, dtype=np.float64) - 0.5 * (1 + kappa) @ vn
+    form = (residual * (0.25 / delta).astype(kind)[:, None]).T @ residual
+    form -= (vn * (0.5 * w_curve / lengths).astype(kind)[:, None]).T @ vn
+    barrier = _barrier(slope, form.astype(np.float64), eps, mu)
+    moment = (eps * barrier.inverse + np.outer(barrier.mean, barrier.mean)).astype(kind)
+    pull, drag = residual @ moment, vn @ moment
+    square = np.sum(drag * vn, axis=1, dtype=np.float64)
+    force = (0.5 / delta).astype(kind)[:, None] * pull
+    g_delta = 0.25 * delta - 0.25 * np.sum(pull * residual, axis=1, dtype=np.float64) / delta
     g_pair = -_products(force, vn, pairs)
     g_kappa, g_curve = -0.5 * (vn @ barrier.mean), -0.5 * square / lengths
     toward = (g_pair * signs, g_kappa * kappa_sign, g_curve)
@@ -132,10 +148,12 @@ def evaluate(
         w_curve * (toward[2] - average),
         g_delta,
     )
-    on_negative = -0.5 * np.outer(1 + kappa, barrier.mean) - cover.T @ force - (w_curve / lengths)[:, None] * drag
-    on_negative += (0.5 * w_curve * square / lengths**3)[:, None] * vn
     value = 0.25 * float(delta.sum()) + barrier.value
-    return Value(value, gradient, force + 0.5 * barrier.mean, on_negative, cover, kappa, w_curve, delta, barrier.mu)
+    return Value(value, gradient, cover, kappa, w_curve, delta, barrier.mu, barrier.mean, force, drag)
+
+
+def _lengths(v: Float[np.ndarray, "k r"]) -> Float64[np.ndarray, " k"]:
+    return np.maximum(np.sqrt(np.sum(v**2, axis=1, dtype=np.float64)), _TINY)
 
 
 def _softmax(pairs: Pairs, shares: Shares) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
@@ -157,7 +175,7 @@ def _products(a: np.ndarray, b: np.ndarray, pairs: Pairs) -> np.ndarray:
     """`a_i b_j` of each pair."""
     if 16 * len(pairs.rows) > len(a) * len(b):
         return (b @ a.T)[pairs.cols, pairs.rows]
-    out = np.empty(len(pairs.rows))
+    out = np.empty(len(pairs.rows), a.dtype)
     for start in range(0, len(out), _GATHER):
         part = slice(start, start + _GATHER)
         out[part] = np.einsum("er,er->e", a[pairs.rows[part]], b[pairs.cols[part]])
@@ -174,19 +192,21 @@ class _Barrier(NamedTuple):
 def _barrier(slope: np.ndarray, form: np.ndarray, eps: float, mu: float) -> _Barrier:
     """`min over mu of mu + 1/4 b^T A^-1 b - eps log det A`, by Newton steps."""
     size = len(slope)
-    form = 0.5 * (form + form.T)
+    form, diagonal = 0.5 * (form + form.T), np.diag_indices(size)
     low, high = -math.inf, math.inf
-    mu = max(mu, float(np.diagonal(form).max()) + eps)
+    most = float(np.linalg.norm(form) + np.linalg.norm(slope)) + 2 * eps * size  # no minimiser is larger
+    mu = min(max(mu, float(np.diagonal(form).max()) + eps), most)
     for _ in range(100):
-        factor, failed = scipy.linalg.lapack.dpotrf(mu * np.eye(size) - form, lower=1, clean=0)
+        factor, failed = scipy.linalg.lapack.dpotrf(mu * np.eye(size) - form, lower=1)
         if failed:
             low, guess = mu, mu + max(0.3 * abs(mu), eps)
         else:
             inverse = scipy.linalg.lapack.dpotri(factor, lower=1)[0]
-            inverse = np.tril(inverse) + np.tril(inverse, -1).T
+            inverse = inverse + inverse.T
+            inverse[diagonal] *= 0.5
             mean = 0.5 * (inverse @ slope)
             load = float(mean @ mean + eps * np.trace(inverse))
-            if abs(load - 1) < 1e-7 or mu in (low, high):
+            if abs(load - 1) < 1e-5 or mu in (low, high):
                 break
             low, high = (mu, high) if load > 1 else (low, mu)
             bend = float(2 * mean @ (inverse @ mean) + eps * np.sum(inverse**2))
@@ -199,8 +219,8 @@ def _barrier(slope: np.ndarray, form: np.ndarray, eps: float, mu: float) -> _Bar
 
 
 def descend(
-    vp: Float64[np.ndarray, "p r"],
-    vn: Float64[np.ndarray, "m r"],
+    vp: Float[np.ndarray, "p r"],
+    vn: Float[np.ndarray, "m r"],
     pairs: Pairs,
     shares: Shares,
     *,
@@ -226,14 +246,19 @@ def descend(
     flat = np.concatenate(shares)
     for share in levels:
         eps = share * size / vp.shape[1]
-        flat = scipy.optimize.minimize(objective, flat, (eps,), "L-BFGS-B", jac=True, options=options(steps)).x
+        flat = lbfgs(objective, flat, eps, **options(steps))
     shares = Shares(*np.split(flat, layout))
     return shares, evaluate(vp, vn, pairs, shares, eps, mu[0])
 
 
+def searchable(points: np.ndarray) -> np.ndarray:
+    """Points as a search sees them: in float32, which is enough where nothing is trusted and takes half the time."""
+    return points.astype(np.float32)
+
+
 def options(steps: int) -> dict[str, Any]:
     """Of L-BFGS."""
-    return {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 20, "ftol": 1e-9, "gtol": 1e-12}
+    return {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 10, "ftol": 1e-9, "gtol": 1e-12}
 
 
 def principal(v: Float64[np.ndarray, "k r"], width: int) -> Float64[np.ndarray, "r w"]:
@@ -242,8 +267,8 @@ def principal(v: Float64[np.ndarray, "k r"], width: int) -> Float64[np.ndarray, 
 
 
 def kept(cover: scipy.sparse.csc_array) -> scipy.sparse.csr_array:
-    """A cover without the entries that hardly matter."""
-    cover = scipy.sparse.csr_array(cover)
+    """A cover in float64, without the entries that hardly matter."""
+    cover = scipy.sparse.csr_array(cover, dtype=np.float64)
     cover.data[np.abs(cover.data) < _SMALL] = 0.0
     cover.eliminate_zeros()
     return cover
@@ -265,7 +290,7 @@ class Effort(NamedTuple):
     first_steps: int = 100
     steps: int = 150
     width: int = 150
-    last_width: int = 800
+    last_width: int = 300
     partners: int = 30
 
 
@@ -290,8 +315,8 @@ def multipliers(points: Points, effort: Effort) -> Multipliers:
                 (LEVELS[:-1], effort.width, effort.steps),
                 (LEVELS[-1:], effort.last_width, -(-effort.steps // 3)),
             ):
-                some = axes[:, :width]
-                shares, found = descend(vp @ some, vn @ some, pairs, shares, size=size, steps=steps, levels=levels)
+                some = [searchable(part @ axes[:, :width]) for part in (vp, vn)]
+                shares, found = descend(*some, pairs, shares, size=size, steps=steps, levels=levels)
         except np.linalg.LinAlgError:
             return plain
         if not all(np.isfinite(part).all() for part in (found.cover.data, found.kappa, found.curvature, found.delta)):

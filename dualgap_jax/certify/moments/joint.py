@@ -21,6 +21,7 @@ import scipy
 from jaxtyping import Float64
 
 from dualgap_jax import losses
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments import ascent, covering
 from dualgap_jax.certify.moments.balls import BallBound, Side, check_effort, checked, combined, side_of
 from dualgap_jax.certify.moments.covering import Effort, Shares, Value, evaluate
@@ -149,7 +150,7 @@ class _Descent:
             starts.append((moment, plain.delta, ascent.worth(plain)))
         size = max(worth for _, _, worth in starts)
         self.size = size
-        self.whole = (basis @ axes) / size
+        self.whole = covering.searchable((basis @ axes) / size)
         self.widths = effort.width, effort.last_width
         self.basis = self.whole[:, : effort.width]
         self.limit = limit / size
@@ -160,7 +161,7 @@ class _Descent:
             pairs = covering.candidates(seen[positive], seen[~positive], effort.partners)
             self.pairs.append(pairs)
             shares = covering.first_shares(pairs, np.maximum(delta / size, 1e-12))
-            v = sizes[:, None] * self.basis
+            v = covering.searchable(sizes)[:, None] * self.basis
             levels = covering.LEVELS[:-1]
             with np.errstate(all="ignore"):
                 shares, _ = covering.descend(
@@ -175,7 +176,7 @@ class _Descent:
         """The sizes of alpha, and the smoothed bounds of both signs."""
         logs, *parts = np.split(flat, self.layout)
         sizes = np.exp(_PACE * logs)
-        v = sizes[:, None] * self.basis
+        v = covering.searchable(sizes)[:, None] * self.basis
         values = []
         for which, positive in enumerate(self.masks):
             shares = Shares(*parts[4 * which : 4 * which + 4])
@@ -204,8 +205,10 @@ class _Descent:
         for value, positive, part in zip(values, self.masks, powers / powers.sum() * (bound / bounds), strict=True):
             factor = on_bound * float(part)
             parts += [factor * g for g in value.gradient]
-            on_sizes[positive] += factor * np.sum(value.positive * self.basis[positive], axis=1)
-            on_sizes[~positive] += factor * np.sum(value.negative * self.basis[~positive], axis=1)
+            apart = self.basis[positive], self.basis[~positive]
+            slopes = value.in_points(covering.searchable(sizes[~positive])[:, None] * apart[1])
+            for rows, basis, pull in zip((positive, ~positive), apart, slopes, strict=True):
+                on_sizes[rows] += factor * np.sum(pull * basis, axis=1, dtype=np.float64)
         return -float(gain.mean()) / self.unit, np.concatenate([_PACE * on_sizes * sizes, *parts]) / self.unit
 
     def run(self, steps: int) -> _Found:
@@ -215,8 +218,7 @@ class _Descent:
             for share, width, most in zip(covering.LEVELS[1:], self.widths, (steps, -(-steps // 3)), strict=True):
                 self.basis = self.whole[:, :width]
                 eps = share / self.basis.shape[1]
-                options = covering.options(max(most, 1))
-                flat = scipy.optimize.minimize(self.objective, flat, (eps,), "L-BFGS-B", jac=True, options=options).x
+                flat = lbfgs(self.objective, flat, eps, **covering.options(max(most, 1)))
             sizes, values = self.sides(flat, eps)
         theta = _best(
             self.signs * sizes, self.y, self.form, self.limit / max(1e-12, *(value.value for value in values))

@@ -15,6 +15,7 @@ import numpy as np
 import scipy
 from jaxtyping import Float64
 
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments import ascent
 from dualgap_jax.certify.moments.covering import options
 from dualgap_jax.certify.moments.proof import norms
@@ -136,7 +137,7 @@ def first_alpha(x: Float64[np.ndarray, "n d"], y: Vector, form: Form, price: flo
     with np.errstate(all="ignore"):
         for width in (1e-1, 1e-2, 1e-3):
             scale = width * unit * float(np.linalg.norm(flat))
-            flat = scipy.optimize.minimize(objective, flat, (scale,), "L-BFGS-B", jac=True, options=options(steps)).x
+            flat = lbfgs(objective, flat, scale, **options(steps))
         found = [parts(moment, scale) for moment in flat.reshape(2, r, rank)]
     (low_p, high_p, size_p), (low_m, high_m, size_m) = (f[5:] for f in found)
     low = size_p * low_p - size_m * high_m
