@@ -49,7 +49,9 @@ def get_config(arg=None):
         num_branches=args.I[:2] if args.smoke else args.I,
         seeds=1 if args.smoke else 3,
         steps=20 if args.smoke else 500,
-        optimum=OptimumSpec(units=4, rounds=1, steps=20, starts=4) if args.smoke else OptimumSpec(seconds=120.0),
+        optimum=OptimumSpec(units=4, rounds=1, steps=20, starts=4)
+        if args.smoke
+        else OptimumSpec(seconds=30.0 if images else 120.0),
         along=args.along,
         along_steps=100 if args.smoke else 10_000,
         seed=args.seed,

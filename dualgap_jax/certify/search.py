@@ -23,6 +23,8 @@ from dualgap_jax.certify.problem import RiskProblem
 _TOGETHER = 32  # units that are raised together
 _MEMORY = 10  # steps that L-BFGS remembers
 _CORNERS = (1e-1, 1e-2, 1e-3, 1e-4)  # of the size of the inputs
+_LARGE = 2**17  # numbers of the inputs above which units are raised in float32
+_TINY = 1e-30
 _NUMBERS = 2**21  # of the inputs that a first search looks at
 
 
@@ -191,7 +193,8 @@ def best_units(
 
     Examples with a negative coefficient make ridges, and the maxima lie where ridges meet, so that steps along a
     gradient stop short of them.  Corners are rounded with four widths, each a tenth of the one before, and units are
-    raised by L-BFGS, each with its own steps, many at once.  A unit that ends lower than it began stays where it was.
+    raised by L-BFGS, each with its own steps, many at once; of many examples in float32 but for the last width.  A unit
+    that ends lower than it began stays where it was.
     """
     if len(x) < x.shape[1]:  # a part of a unit outside the span of the examples does nothing
         basis = np.linalg.qr(x.T)[0]
@@ -201,15 +204,18 @@ def best_units(
     found = units[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
     points, weights = x / (np.abs(x).max(initial=0.0) or 1.0), alpha / (np.abs(alpha).max(initial=0.0) or 1.0)
     width = math.sqrt(float(np.mean(points**2))) or 1.0
+    rough = np.float32 if points.size > _LARGE else np.float64
+    data = {kind: (points.astype(kind), weights.astype(kind)) for kind in (rough, np.float64)}
 
     def at(u: np.ndarray, corner: float) -> tuple[np.ndarray, np.ndarray]:
         """The rounded sizes, in units of what they may be, and minus their slopes along the sphere."""
+        points, weights = data[u.dtype.type]
         t = u @ points.T
         rounded = np.sqrt(t * t + corner * corner)
         sums = (0.5 * (1 + slope) * t + 0.5 * (1 - slope) * rounded) @ weights / (len(x) * width)
         values = np.linalg.norm(sums, axis=1)
         gates = 0.5 * (1 + slope) + 0.5 * (1 - slope) * t / rounded
-        pull = ((sums / np.maximum(values, 1e-300)[:, None]) @ weights.T * gates) @ points / (len(x) * width)
+        pull = ((sums / np.maximum(values, _TINY)[:, None]) @ weights.T * gates) @ points / (len(x) * width)
         return values, u * (pull * u).sum(axis=1, keepdims=True) - pull
 
     def sums_at(u: np.ndarray) -> np.ndarray:
@@ -221,11 +227,16 @@ def best_units(
         rows = slice(first, first + _TOGETHER)
         before, u = sums_at(found[rows]), found[rows]
         for share in _CORNERS:
-            u = _ascended(functools.partial(at, corner=share * width), u, steps)
+            u = u.astype(np.float64 if share == _CORNERS[-1] else rough)
+            u = _ascended(functools.partial(at, corner=share * width), _unit(u), steps)
         after = sums_at(u)
         better = np.linalg.norm(after, axis=1, keepdims=True) > np.linalg.norm(before, axis=1, keepdims=True)
         found[rows], sums[rows] = np.where(better, u, found[rows]), np.where(better, after, before)
     return found, sums
+
+
+def _unit(u: np.ndarray) -> np.ndarray:
+    return u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), _TINY)
 
 
 def _ascended(at: Any, u: np.ndarray, steps: int) -> np.ndarray:
@@ -235,8 +246,8 @@ def _ascended(at: Any, u: np.ndarray, steps: int) -> np.ndarray:
     """
     value, slope = at(u)
     moves: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # steps, changes of the slope, 1 over their products
-    length = 0.1 / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-300)
-    part, way = np.ones((len(u), 1)), -slope * length
+    length = 0.1 / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), _TINY)
+    part, way = np.ones((len(u), 1), u.dtype), -slope * length
     for _ in range(steps):
         trial = u + part * way
         trial /= np.linalg.norm(trial, axis=1, keepdims=True)
