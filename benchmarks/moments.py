@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import common
 import numpy as np
-from scipy.optimize import minimize
 
 from dualgap_jax import data
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments.balls import ball_bound
 from dualgap_jax.certify.moments.covering import Effort
 from dualgap_jax.certify.moments.joint import relaxation
@@ -85,10 +85,10 @@ def trained(
 
     options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-9}
     starts = [np.random.default_rng(seed).standard_normal(units * (d + 1)) for seed in range(tries)]
-    tried = [minimize(risk, 0.1 / np.sqrt(d) * start, jac=True, method="L-BFGS-B", options=options) for start in starts]
-    found = min(tried, key=lambda each: float(each.fun))
-    first, last = found.x[: units * d].reshape(d, units), found.x[units * d :]
-    return float(found.fun), np.maximum(x @ first, 0.0) @ last, first
+    tried = [lbfgs(risk, 0.1 / np.sqrt(d) * start, **options) for start in starts]
+    found = min(tried, key=lambda each: risk(each)[0])
+    first, last = found[: units * d].reshape(d, units), found[units * d :]
+    return risk(found)[0], np.maximum(x @ first, 0.0) @ last, first
 
 
 def searched(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before NumPy is loaded, here and in children: the idle threads of its BLAS, and of SciPy's, wait busily, and two
+# workers on two cores take them from one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import sys
 import zlib
 from collections.abc import Iterator

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from certify_oracles import convex_program, drawn, group_lasso, problem, rho_by_arcs
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dualgap_jax import certify
 from dualgap_jax.certify import OptimumSpec, RiskProblem, optimum, verify_bound
+from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.reduced import solve
 from dualgap_jax.certify.search import best_units
@@ -141,23 +143,46 @@ def test_shares_solve_the_convex_problem(loss: str, free: bool, rng: Any) -> Non
         assert value(found.shares) == pytest.approx(bound, abs=1e-6)
 
 
-def test_units_rise(rng: Any) -> None:
-    x, alpha = rng.standard_normal((30, 4)), rng.standard_normal((30, 2))
-    start = rng.standard_normal((20, 4))
+@pytest.mark.parametrize(("n", "d"), [(30, 4), (6, 20), (1, 3)])
+def test_units_rise(n: int, d: int, rng: Any) -> None:
+    """Also where the examples span less than the space, in which units are then raised."""
+    x, alpha = rng.standard_normal((n, d)), rng.standard_normal((n, 2))
+    start = rng.standard_normal((20, d))
     u, sums = best_units(x, alpha, start, 0.0)
-    np.testing.assert_allclose(sums, np.maximum(u @ x.T, 0) @ alpha / 30, atol=1e-12)
-    before = np.linalg.norm(np.maximum(start @ x.T, 0) @ alpha, axis=1) / 30 / np.linalg.norm(start, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(u, axis=1), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(sums, np.maximum(u @ x.T, 0) @ alpha / n, atol=1e-12)
+    before = np.linalg.norm(np.maximum(start @ x.T, 0) @ alpha, axis=1) / n / np.linalg.norm(start, axis=1)
     after = np.linalg.norm(sums, axis=1)
     assert (after >= before - 1e-12).all()
-    assert after.max() > 1.05 * before.max()
+    assert after.max() > before.max()
 
 
-def test_units_reach_the_maxima_where_ridges_meet(rng: Any) -> None:
+@pytest.mark.parametrize("large", [0, 2**17], ids=["float32 first", "float64"])
+def test_units_reach_the_maxima_where_ridges_meet(large: int, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the plane the largest sum is known exactly; a search along gradients stops short of it at kinks."""
+    monkeypatch.setattr("dualgap_jax.certify.search._LARGE", large)
     for _ in range(5):
         x, alpha = rng.standard_normal((60, 2)), rng.standard_normal((60, 1))
         _, sums = best_units(x * 1e60, alpha * 1e-60, rng.standard_normal((16, 2)), 0.0)
         assert np.abs(sums).max() == pytest.approx(rho_by_arcs(x, alpha[:, 0]), rel=1e-4)
+
+
+def test_a_descent_has_one_thread_of_blas_and_leaves_it_as_it_was() -> None:
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    seen: list[list[int]] = []
+
+    def bowl(x: np.ndarray, centre: float) -> tuple[float, np.ndarray]:
+        seen.append(threads())
+        return float(np.sum((x - centre) ** 2)), 2 * (x - centre)
+
+    with threadpool_limits(2, "blas"):
+        before = threads()
+        np.testing.assert_allclose(lbfgs(bowl, np.zeros(3), 2.0, maxiter=20), 2.0, atol=1e-6)
+        assert set(before) == {2}
+        assert set(seen[0]) == {1}
+        assert threads() == before
 
 
 def test_an_estimate_above_the_risk_of_a_network_is_none(rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,8 +315,8 @@ def multipliers(points: Points, effort: Effort) -> Multipliers:
                 (LEVELS[:-1], effort.width, effort.steps),
                 (LEVELS[-1:], effort.last_width, -(-effort.steps // 3)),
             ):
-                some = [searchable(part @ axes[:, :width]) for part in (vp, vn)]
-                shares, found = descend(*some, pairs, shares, size=size, steps=steps, levels=levels)
+                plus, minus = (searchable(part @ axes[:, :width]) for part in (vp, vn))
+                shares, found = descend(plus, minus, pairs, shares, size=size, steps=steps, levels=levels)
         except np.linalg.LinAlgError:
             return plain
         if not all(np.isfinite(part).all() for part in (found.cover.data, found.kappa, found.curvature, found.delta)):
