@@ -180,8 +180,8 @@ def test_a_descent_has_one_thread_of_blas_and_leaves_it_as_it_was() -> None:
     with threadpool_limits(2, "blas"):
         before = threads()
         np.testing.assert_allclose(lbfgs(bowl, np.zeros(3), 2.0, maxiter=20), 2.0, atol=1e-6)
-        assert set(before) == {2}
-        assert set(seen[0]) == {1}
+        assert max(before) == 2
+        assert max(seen[0]) == 1
         assert threads() == before
 
 
