@@ -15,7 +15,7 @@ from dualgap_jax.report import surfaces
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LARGEST = 1e307
+_LARGEST = 1e307  # of a loss that is drawn: the span of an axis must be a number
 
 
 def _checked(surface: Any, plane: Any) -> dict[str, np.ndarray]:

@@ -143,18 +143,29 @@ def test_shares_solve_the_convex_problem(loss: str, free: bool, rng: Any) -> Non
         assert value(found.shares) == pytest.approx(bound, abs=1e-6)
 
 
-@pytest.mark.parametrize(("n", "d"), [(30, 4), (6, 20), (1, 3)])
-def test_units_rise(n: int, d: int, rng: Any) -> None:
-    """Also where the examples span less than the space, in which units are then raised."""
+def test_units_rise(rng: Any) -> None:
+    x, alpha = rng.standard_normal((30, 4)), rng.standard_normal((30, 2))
+    start = rng.standard_normal((20, 4))
+    u, sums = best_units(x, alpha, start, 0.0)
+    np.testing.assert_allclose(sums, np.maximum(u @ x.T, 0) @ alpha / 30, atol=1e-12)
+    before = np.linalg.norm(np.maximum(start @ x.T, 0) @ alpha, axis=1) / 30 / np.linalg.norm(start, axis=1)
+    after = np.linalg.norm(sums, axis=1)
+    assert (after >= before - 1e-12).all()
+    assert after.max() > 1.05 * before.max()
+
+
+@pytest.mark.parametrize(("n", "d"), [(6, 20), (1, 3)])
+def test_units_rise_where_the_examples_span_less_than_the_space(n: int, d: int, rng: Any) -> None:
     x, alpha = rng.standard_normal((n, d)), rng.standard_normal((n, 2))
     start = rng.standard_normal((20, d))
     u, sums = best_units(x, alpha, start, 0.0)
     np.testing.assert_allclose(np.linalg.norm(u, axis=1), 1.0, rtol=1e-12)
     np.testing.assert_allclose(sums, np.maximum(u @ x.T, 0) @ alpha / n, atol=1e-12)
     before = np.linalg.norm(np.maximum(start @ x.T, 0) @ alpha, axis=1) / n / np.linalg.norm(start, axis=1)
-    after = np.linalg.norm(sums, axis=1)
-    assert (after >= before - 1e-12).all()
-    assert after.max() > before.max()
+    assert (np.linalg.norm(sums, axis=1) >= before - 1e-12).all()
+    if n == 1:  # the best unit is the example itself
+        best = np.linalg.norm(x) * np.linalg.norm(alpha)
+        assert np.linalg.norm(sums, axis=1).max() == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize("large", [0, 2**17], ids=["float32 first", "float64"])

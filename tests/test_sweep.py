@@ -101,6 +101,12 @@ def test_one_table_of_all_runs_and_no_run_twice(folder: Path, capsys: pytest.Cap
         commands.main(other)
     assert "count=3,seed=0 for one" in capsys.readouterr().err
     assert rows("w/sweep.csv") == found
+    table = folder / "w" / "sweep.csv"
+    whole = table.read_bytes()
+    for damaged in (b"", whole[: whole.index(b"count=3,seed=1") + 10], b"\xff\x00" * 100_000):
+        table.write_bytes(damaged)
+        assert commands.main(command) == 1
+        assert table.read_bytes() == whole
 
 
 def test_a_value_that_is_no_utf8_ends_no_sweep(folder: Path) -> None:

@@ -249,8 +249,7 @@ def _ascended(at: Any, u: np.ndarray, steps: int) -> np.ndarray:
     length = 0.1 / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), _TINY)
     part, way = np.ones((len(u), 1), u.dtype), -slope * length
     for _ in range(steps):
-        trial = u + part * way
-        trial /= np.linalg.norm(trial, axis=1, keepdims=True)
+        trial = _unit(u + part * way)
         found, there = at(trial)
         better = (found > value)[:, None]
         if not better.any() and part.max() < 1e-6:

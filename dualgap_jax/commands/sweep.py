@@ -144,15 +144,20 @@ def _sweep(over: Mapping[str, Sequence[str]], given: Sequence[str], command: Seq
 
 
 def _check_table(path: Path, folders: Sequence[str]) -> None:
-    """Refuses to write over the table of a sweep with runs that are none of these."""
-    if path.exists():
+    """Refuses to write over the table of a sweep with runs that are none of these; a damaged table is written anew."""
+    if not path.is_file():
+        return
+    try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            others = sorted({row.get("run") or "?" for row in csv.DictReader(file)} - set(folders))
-        if others:
-            raise ConfigError(
-                f"{path} has runs that are not of this sweep, {others[0]} for one: give another --workdir, or their"
-                " values too in --over."
-            )
+            listed = {row.get("run") or "" for row in csv.DictReader(file)}
+    except csv.Error:
+        return
+    others = sorted((listed & {run.name for run in path.parent.iterdir() if run.is_dir()}) - set(folders))
+    if others:
+        raise ConfigError(
+            f"{path} has runs that are not of this sweep, {others[0]} for one: give another --workdir, or their values"
+            " too in --over."
+        )
 
 
 def _rows(keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> tuple[list[str], list[list[Any]]]:

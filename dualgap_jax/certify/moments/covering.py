@@ -91,10 +91,11 @@ class Value(NamedTuple):
     mean: np.ndarray
     force: np.ndarray
     drag: np.ndarray
+    vn: np.ndarray
 
-    def in_points(self, vn: Float[np.ndarray, "m r"]) -> tuple[Float[np.ndarray, "p r"], Float[np.ndarray, "m r"]]:
-        """The gradient in the positive points, and in the negative ones, `vn`."""
-        lengths = _lengths(vn)
+    def in_points(self) -> tuple[Float[np.ndarray, "p r"], Float[np.ndarray, "m r"]]:
+        """The gradient in the positive points, and in the negative ones."""
+        vn, lengths = self.vn, _lengths(self.vn)
         share = self.curvature / lengths
         bend = 0.5 * share * np.sum(self.drag * vn, axis=1, dtype=np.float64) / lengths**2
         negative = bend.astype(vn.dtype)[:, None] * vn - share.astype(vn.dtype)[:, None] * self.drag
@@ -149,7 +150,7 @@ def evaluate(
         g_delta,
     )
     value = 0.25 * float(delta.sum()) + barrier.value
-    return Value(value, gradient, cover, kappa, w_curve, delta, barrier.mu, barrier.mean, force, drag)
+    return Value(value, gradient, cover, kappa, w_curve, delta, barrier.mu, barrier.mean, force, drag, vn)
 
 
 def _lengths(v: Float[np.ndarray, "k r"]) -> Float64[np.ndarray, " k"]:

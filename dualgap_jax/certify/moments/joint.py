@@ -205,10 +205,8 @@ class _Descent:
         for value, positive, part in zip(values, self.masks, powers / powers.sum() * (bound / bounds), strict=True):
             factor = on_bound * float(part)
             parts += [factor * g for g in value.gradient]
-            apart = self.basis[positive], self.basis[~positive]
-            slopes = value.in_points(covering.searchable(sizes[~positive])[:, None] * apart[1])
-            for rows, basis, pull in zip((positive, ~positive), apart, slopes, strict=True):
-                on_sizes[rows] += factor * np.sum(pull * basis, axis=1, dtype=np.float64)
+            for rows, pull in zip((positive, ~positive), value.in_points(), strict=True):
+                on_sizes[rows] += factor * np.sum(pull * self.basis[rows], axis=1, dtype=np.float64)
         return -float(gain.mean()) / self.unit, np.concatenate([_PACE * on_sizes * sizes, *parts]) / self.unit
 
     def run(self, steps: int) -> _Found:
