@@ -11,9 +11,11 @@ import pytest
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from dualgap_jax.certify.moments.balls import BallBound, ball_bound
+from dualgap_jax.certify.moments.ascent import trust_region
+from dualgap_jax.certify.moments.balls import BallBound, ball_bound, side_of
 from dualgap_jax.certify.moments.covering import Effort
-from dualgap_jax.certify.moments.verify import verify_ball_bound
+from dualgap_jax.certify.moments.proof import Multipliers, scaled_points
+from dualgap_jax.certify.moments.verify import verify_ball_bound, verify_side
 from dualgap_jax.spectral.evidence import VerificationError
 
 QUICK = Effort(first_steps=60, steps=40)
@@ -230,3 +232,18 @@ def test_refused(x: np.ndarray, alpha: np.ndarray, words: str) -> None:
 def test_effort_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         ball_bound(np.ones((2, 2)), np.ones(2), effort=Effort()._replace(**changes))
+
+
+def test_a_claim_with_residuals_that_cancel_is_proven_again(rng: np.random.Generator) -> None:
+    """The rounding of `r_i` is large in `(r_i u)^2 / delta_i` if delta_i is smaller still; exact r_i prove it too."""
+    for _ in range(100):
+        x, sizes = rng.standard_normal((3, 2)), rng.uniform(0.5, 2, 3)
+        x, alpha = np.concatenate([x, x]), np.concatenate([sizes, -sizes])
+        points, left = scaled_points(x, alpha), 10.0 ** rng.uniform(-6, -3, 3)
+        vp, vn, cover = points.v[:3], points.v[3:], csr_array(np.diag(1 - left))
+        residual = vp - cover @ vn
+        delta = np.linalg.norm(residual, axis=1) * 10.0 ** rng.uniform(-6, -2, 3)
+        slope = 0.5 * vp.sum(axis=0) - 0.5 * vn.sum(axis=0)
+        mu, beta = trust_region(slope, (residual * (0.25 / delta)[:, None]).T @ residual)
+        side = side_of(points, Multipliers(delta, np.zeros(3), np.zeros(3), cover, mu, beta), 1)
+        assert verify_side(x, alpha, side) == side.upper

@@ -24,6 +24,7 @@ from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments.proof import Multipliers, norms
 
 _FLAT = 1e-280  # points shorter than this get no quadratic: its coefficient would overflow
+_ROUND = 2.0**-48
 _MARGIN = 2.0**-46  # of mu and beta, relative to the trace
 
 
@@ -125,7 +126,8 @@ def settle(
     """These multipliers with a little room in their conditions, and the best mu and beta for them."""
     residual, negative, weight, slope, lengths_n = reduced
     lengths_p = norms(residual)
-    delta = np.where(lengths_p > _FLAT, delta, 0.0)
+    whole = lengths_p if cover is None else lengths_p + abs(cover) @ lengths_n
+    delta = np.where(lengths_p > _FLAT, np.maximum(delta, _ROUND * whole), 0.0)  # as small as r_i is known
     room = np.maximum(0.0, weight - 1e-11)
     kappa = np.clip(kappa, -room, room)
     curvature = np.clip(curvature, 0.0, np.maximum(0.0, room - np.abs(kappa))) * (lengths_n > _FLAT)

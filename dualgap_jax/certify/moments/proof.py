@@ -25,7 +25,8 @@ duality of the trust-region problem).  Where a condition fails, the bound is cha
 their sizes, in any order (Higham, Accuracy and Stability of Numerical Algorithms, (3.5), (3.13)).  The Cholesky
 factor L of H is believed in nothing: `lambda_min(H) >= -||H - fl(L L^T)|| - g(k) ||L||_F^2`.  All charges are taken
 four times, for the
-rounding of the charges themselves.
+rounding of the charges themselves.  The form `(r_i u)^2 / (2 delta_i)` is charged for the rounding of `r_i` as well,
+which matters where delta_i is far smaller than r_i, so that the claim also follows from the exact r_i.
 """
 
 from __future__ import annotations
@@ -114,13 +115,14 @@ def prove(points: Points, multipliers: Multipliers) -> float:
     vp, vn = v[positive], v[~positive]
     p, m, (k, d) = len(vp), len(vn), v.shape
     sizes_p, sizes_n = norms(vp), norms(vn)
-    residual, load = vp, np.abs(kappa) + curvature
+    residual, load, off = vp, np.abs(kappa) + curvature, 2 * _UNIT * sizes_p  # how far a residual is off
     noise = float(2 * _UNIT * (sizes_p.sum() + sizes_n.sum()))  # of the points themselves
     if cover is not None:
         residual = vp - cover @ vn
         heavy = abs(cover)
         load = load + heavy.sum(axis=0)
-        noise += float(_charge(m + 2) * (sizes_p.sum() + (heavy @ sizes_n).sum()))
+        off = _charge(m + 4) * (sizes_p + heavy @ sizes_n)
+        noise += float(off.sum())
     excess = np.maximum(load * (1 + _ROOM * _charge(p + 4)) - 1, 0.0)
     lengths = norms(residual)
     used = delta > 0
@@ -130,6 +132,7 @@ def prove(points: Points, multipliers: Multipliers) -> float:
         hollow = curvature / (2 * sizes_n)
     if not (np.isfinite(bend).all() and np.isfinite(hollow).all()):
         raise ValueError("a delta, or a point with curvature, is so small that its inverse overflows; set it to 0.")
+    noise += float((bend * off) @ (2 * lengths + off))
     form = (residual * bend[:, None]).T @ residual - (vn * hollow[:, None]).T @ vn
     noise += float(_charge(k + 8) * (((bend * lengths) @ lengths) + (hollow * sizes_n) @ sizes_n))
     slope = 0.5 * vp.sum(axis=0) - (0.5 * (1 + kappa)) @ vn
