@@ -57,6 +57,12 @@ POINTS = "tests/test_numpy_ranges.py -k true_value_at_every_point&(atan|asinh)"
 ROUNDED = "tests/test_numpy_ranges.py -k rounded"
 
 
+GIVEN = "tests/test_moments.py -k whatever_multipliers|for_nothing"
+CANCEL = "tests/test_moments.py -k cancel"
+CLAIMS = "tests/test_moments.py -k too_low|several|other_multipliers|large"
+JOINT = "tests/test_moments_joint.py -k false_lower|below_every"
+
+
 class Mutation(NamedTuple):
     """What is done to a file of the package, and which tests should see it."""
 
@@ -145,6 +151,24 @@ MUTATIONS = [
     _of("duality/checker", "ranges", "the other branch of a choice", "            results.append(self._walk(branch, operands))", "            results.insert(0, self._walk(branch, operands))", ARRAYS),
     _of("duality/checker", "choices", "a constant that is not exact", "bool((x.value[0] == x.value[1]).all())", "True", ROUNDED),
     _of("duality/checker", "pairs", "a wrong sign", "    return _rising(np.arctan)(a), slope, neg(", "    return _rising(np.arctan)(a), slope, (", POINTS),
+    # The moment relaxation: what is proven, and what is proven again.
+    _of("certify/moments", "proof", "a sign", "- (0.5 * (1 + kappa)) @ vn", "- (0.5 * (1 - kappa)) @ vn", GIVEN),
+    _of("certify/moments", "proof", "a load that is not charged", "np.maximum(load * (1 + _ROOM * _charge(p + 4)) - 1, 0.0)", "np.maximum(load - 2, 0.0)", GIVEN),
+    _of("certify/moments", "proof", "a dropped share of the load", "np.abs(kappa) + curvature, 2 * _UNIT", "np.abs(kappa), 2 * _UNIT", GIVEN),
+    _of("certify/moments", "proof", "a wrong factor", "bend = 0.25 / np.where", "bend = 0.2 / np.where", GIVEN),
+    _of("certify/moments", "proof", "a wrong factor", "hollow = curvature / (2 * sizes_n)", "hollow = curvature / sizes_n", GIVEN),
+    _of("certify/moments", "proof", "a dropped term", "*(0.5 * lengths * ~used), ", "", GIVEN),
+    _of("certify/moments", "proof", "a shift that is not charged", "return shift + _ROOM * (", "return _ROOM * (", GIVEN),
+    _of("certify/moments", "proof", "an uncovered point", "residual = vp - cover @ vn", "residual = vp - 1.01 * (cover @ vn)", GIVEN),
+    _of("certify/moments", "proof", "a missing allowance", "noise += float((bend * off) @ (2 * lengths + off))", "pass", CANCEL),
+    _of("certify/moments", "balls", "the better of both signs", "each = [max(side.upper for side in pair)", "each = [min(side.upper for side in pair)", CLAIMS),
+    _of("certify/moments", "joint", "a tolerance that is not charged", "if bound.upper <= ceiling:", "if bound.upper <= ceiling * (1 + 1e-2):", JOINT),
+    _of("certify/moments", "verify", "a load that is not charged", "total += max(Fraction(0), load - 1) * length / 2", "pass", CLAIMS),
+    _of("certify/moments", "verify", "a sign", "s - (1 + kappa) * e / 2", "s - (1 - kappa) * e / 2", CLAIMS),
+    _of("certify/moments", "verify", "a pivot that is not looked at", "if pivot < 0 or (pivot == 0 and any(h[k][k:])):", "if pivot == 0 and any(h[k][k:]):", CLAIMS),
+    _of("certify/moments", "verify", "a sign, in floats", "-0.5 * (1 + side.kappa)) * (plus | minus)", "-0.5 * (1 - side.kappa)) * (plus | minus)", CLAIMS),
+    _of("certify/moments", "verify", "a shift that is not charged", "return least + 2 * _g(p + 8) * (size + p * least)", "return 2 * _g(p + 8) * (size + p * least)", CLAIMS),
+    _of("certify/moments", "verify", "a condition that is not asked for", "if not rho <= 2 * Fraction(penalty):", "if not rho <= 3 * Fraction(penalty):", JOINT),
 ]  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from dualgap_jax.spectral.evidence import VerificationError
 QUICK = Effort(first_steps=60, steps=40)
 
 
-def on_arcs(x: np.ndarray, alpha: np.ndarray) -> float:
-    """The largest size over the unit disc, d = 2, exactly but for rounding.
+def on_arcs(x: np.ndarray, alpha: np.ndarray, signs: tuple[int, ...] = (1, -1)) -> float:
+    """The largest size over the unit disc, d = 2, exactly but for rounding; of one sign of the sum, or both.
 
     On each arc without a change of signs the sum is linear in u: largest at the arc's ends, or in its own direction.
     """
@@ -33,7 +33,7 @@ def on_arcs(x: np.ndarray, alpha: np.ndarray) -> float:
     for low, high in itertools.pairwise(cuts):
         middle = np.array([np.cos((low + high) / 2), np.sin((low + high) / 2)])
         total = (alpha * (x @ middle > 0)) @ x / len(x)
-        for sign in (1, -1):
+        for sign in signs:
             angle = np.arctan2(sign * total[1], sign * total[0])
             angle = low + np.mod(angle - low, 2 * np.pi)
             for at in (low, high, *([angle] if angle <= high else [])):
@@ -247,3 +247,45 @@ def test_a_claim_with_residuals_that_cancel_is_proven_again(rng: np.random.Gener
         mu, beta = trust_region(slope, (residual * (0.25 / delta)[:, None]).T @ residual)
         side = side_of(points, Multipliers(delta, np.zeros(3), np.zeros(3), cover, mu, beta), 1)
         assert verify_side(x, alpha, side) == side.upper
+
+
+def test_whatever_multipliers_are_given_the_bound_holds(rng: np.random.Generator) -> None:
+    """Loads above 1, deltas of zero, an H that is not semidefinite, a negative mu: all are charged, not believed."""
+    for _ in range(100):
+        x, alpha = rng.standard_normal((6, 2)), rng.standard_normal(6)
+        alpha[0] = -abs(alpha[0])
+        points = scaled_points(x, alpha)
+        p = int(points.positive.sum())
+        size = float(np.abs(points.v).sum())
+        side = side_of(
+            points,
+            Multipliers(
+                10.0 ** rng.uniform(-2, 0, p) * (rng.random(p) < 0.7),
+                rng.uniform(-1.2, 1.2, 6 - p),
+                rng.uniform(0, 1.2, 6 - p) * (rng.random(6 - p) < 0.5),
+                csr_array(rng.uniform(-1, 1, (p, 6 - p)) * (rng.random((p, 6 - p)) < 0.5))
+                if rng.random() < 0.7
+                else None,
+                size * float(rng.uniform(-0.1, 0.3)),
+                size * float(rng.uniform(-0.1, 0.3)),
+            ),
+            1,
+        )
+        assert side.upper >= on_arcs(x, alpha, (1,)) * (1 - 1e-13)
+        assert verify_side(x, alpha, side) == side.upper
+
+
+def test_no_charge_is_made_for_nothing(rng: np.random.Generator) -> None:
+    """Where conditions hold, the bound is that of its formula: with neither cover nor curvature, in closed form."""
+    for _ in range(50):
+        x, alpha = rng.standard_normal((6, 2)), rng.standard_normal(6)
+        points = scaled_points(x, alpha)
+        vp, vn = points.v[points.positive], points.v[~points.positive]
+        delta, kappa = rng.uniform(0.1, 1, len(vp)), rng.uniform(-1, 1, len(vn))
+        form = (vp / (4 * delta)[:, None]).T @ vp
+        slope = 0.5 * vp.sum(axis=0) - 0.5 * (1 + kappa) @ vn
+        mu = float(np.linalg.eigvalsh(form)[-1]) + rng.uniform(0.1, 1)
+        beta = 0.25 * float(slope @ np.linalg.solve(mu * np.eye(2) - form, slope))
+        side = side_of(points, Multipliers(delta, kappa, np.zeros(len(vn)), None, mu, beta), 1)
+        wanted = math.ldexp((0.25 * delta.sum() + mu + beta) / 6, points.exponent)
+        np.testing.assert_allclose(side.upper, wanted, rtol=1e-12)
