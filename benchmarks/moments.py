@@ -29,7 +29,7 @@ import numpy as np
 from dualgap_jax import data
 from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments.balls import ball_bound
-from dualgap_jax.certify.moments.covering import Effort
+from dualgap_jax.certify.moments.covering import Effort, effort_for
 from dualgap_jax.certify.moments.joint import relaxation
 from dualgap_jax.certify.moments.start import FORMS
 from dualgap_jax.certify.moments.verify import verify_relaxation
@@ -125,9 +125,7 @@ def measure(case: Case, pixels: str, smoke: bool) -> dict[str, Any]:
     size = (8, 50, 1) if smoke else (100, 1500, 3) if case.n <= 100 else (60, 1000 if case.n <= 1000 else 300, 1)
     network, z, directions = trained(seen, y, case.loss, penalty, *size)
     alpha = form.slope(z, y)
-    steps = 400 if case.n <= 100 else 150
-    effort = Effort(steps=steps) if case.n <= 1000 else Effort(steps=20, partners=8)
-    effort = Effort(first_steps=20, steps=10) if smoke else effort
+    effort = Effort(first_steps=20, steps=10) if smoke else effort_for(case.n)
     start = time.process_time()
     found = relaxation(x, y, case.loss, penalty=penalty, alpha=alpha, effort=effort)
     seconds = time.process_time() - start

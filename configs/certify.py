@@ -14,7 +14,7 @@ optimal, and the budget over the squared radius.
 
 Expect the best known risk of I branches to fall to F* faster than 1/I for tanh, like the sawtooth of 1/I for the chain,
 and to be F* from a few branches on for ReLU units.  On two CPU cores the default run takes half a minute, images take
-up to one for 1,000 examples and three for 10,000.
+up to one for 1,000 examples and one and a half for 10,000.
 """
 
 from dualgap_jax.certify import OptimumSpec

@@ -16,7 +16,7 @@ from dualgap_jax.certify import OptimumSpec, RiskProblem, optimum, verify_bound
 from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.reduced import solve
-from dualgap_jax.certify.search import best_units
+from dualgap_jax.certify.search import BranchSearch, best_units
 from dualgap_jax.config import ConfigError
 
 QUICK = OptimumSpec(units=12, starts=16, tolerance=5e-6)
@@ -211,6 +211,21 @@ def test_an_estimate_above_the_risk_of_a_network_is_none(rng: Any, monkeypatch: 
     assert missed.search_missed
     assert missed.lower_estimated is missed.gap_estimated is None
     assert "no estimate: the search has missed" in missed.as_text()
+
+
+def test_a_search_over_parts_of_the_examples_keeps_the_branches_it_is_given(
+    rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = problem(drawn(rng, 60, 5), "squared", penalty=0.02)
+    alpha = one.slope(np.zeros(one.shape))
+    best, values = BranchSearch(one, starts=16)(alpha, 0.0, 1.0)
+    monkeypatch.setattr("dualgap_jax.certify.search._NUMBERS", 50)
+    look = BranchSearch(one, starts=16)
+    assert look.in_parts
+    for how in ({}, {"coarse": True}, {"alone": True}):
+        points, found = look.kappa(alpha, best[:4], **how)
+        assert found[0] >= -values[0] * (1 - 1e-9)
+        assert -look.values(points[:1], alpha, 0.0)[0] == pytest.approx(found[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["squared", "binary_hinge"])  # smooth and with kinks

@@ -148,11 +148,13 @@ def tampered(found: BallBound, which: int, **changes: Any) -> BallBound:
 def test_what_is_claimed_too_low_is_refused(n: int, rng: np.random.Generator) -> None:
     x, alpha = rng.standard_normal((n, 8 if n > 9 else 2)), rng.standard_normal(n)
     found = ball_bound(x, alpha, effort=QUICK)
+    assert n == 9 or any(side.cover is not None for side in found.sides[0])
     for which in (0, 1):
         side = found.sides[0][which]
         low = side.upper * (1 - 1e-6)
-        cover = np.zeros((n, n)) if side.cover is None else side.cover
-        covers = [None, 1.05 * cover, -cover, cover[:-1], np.nan * cover] if n > 9 else [cover[:-1]]
+        covers = [np.zeros((n - 1, n))]
+        if side.cover is not None:  # of the sign that counts, or of both
+            covers = [None, 1.05 * side.cover, -side.cover, side.cover[:-1], np.nan * side.cover]
         for changes in (
             {"upper": low},
             *({"cover": other if other is None else csr_array(other)} for other in covers),

@@ -138,6 +138,14 @@ def test_gradients_of_the_smoothed_bound(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(gradient, numeric, atol=1e-8)
 
 
+def test_a_longer_search_proves_no_less(rng: np.random.Generator) -> None:
+    """What is rounded into the domain, or left out of a nearly perfect cover, moves residuals; deltas follow them."""
+    for _ in range(4):
+        x, y = rng.standard_normal((12, 2)), np.sign(rng.standard_normal(12))
+        few = relaxation(x, y, "hinge", penalty=0.09, alpha=-y, effort=Effort(steps=50, ahead=50)).lower
+        assert relaxation(x, y, "hinge", penalty=0.09, alpha=-y).lower >= few
+
+
 def test_candidates_of_many_points_reach_every_point(rng: np.random.Generator) -> None:
     pairs = candidates(rng.standard_normal((400, 3)), rng.standard_normal((500, 3)), 4)
     assert len(pairs.rows) < 400 * 500

@@ -346,15 +346,15 @@ def lower_estimated(
 
 
 def searched(
-    problem: RiskProblem, look: BranchSearch, alpha: np.ndarray, lam: float, points: np.ndarray, *, coarse: bool = False
+    problem: RiskProblem, look: BranchSearch, alpha: np.ndarray, lam: float, points: np.ndarray, **how: bool
 ) -> tuple[Bound, np.ndarray, np.ndarray]:
     """The estimated bound of dual vectors, and the branches `[k, p]` that a search from `points` found, the best first.
 
     The multiplier `lam` counts for branches that are not homogeneous.  The third is what the search made least, `[k]`:
-    phi, or minus kappa for a homogeneous branch, whose points have norm 1.  `coarse`: see `BranchSearch.kappa`.
+    phi, or minus kappa for a homogeneous branch, whose points have norm 1.  `how`: see `BranchSearch.kappa`.
     """
     if problem.structure is not None:
-        ends, values = look.kappa(alpha, points, coarse=coarse)
+        ends, values = look.kappa(alpha, points, **how)
         return bound_from(problem, alpha, float(values[0]), ends[0], "search"), ends, -values
     ends, values = look(alpha, lam, problem.radius, points)
     cost = lam * problem.budget if problem.budget is not None else 0.0

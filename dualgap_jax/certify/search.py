@@ -25,7 +25,7 @@ _MEMORY = 10  # steps that L-BFGS remembers
 _CORNERS = (1e-1, 1e-2, 1e-3, 1e-4)  # of the size of the inputs
 _LARGE = 2**17  # numbers of the inputs above which units are raised in float32
 _TINY = 1e-30
-_NUMBERS = 2**21  # of the inputs that a first search looks at
+_NUMBERS = 2**20  # of the inputs that a first search looks at
 
 
 @functools.lru_cache(maxsize=16)
@@ -138,13 +138,16 @@ class BranchSearch:
             return 1
         return -(-known.inputs(self._problem.one.x).size // _NUMBERS)
 
-    def kappa(self, alpha: np.ndarray, points: np.ndarray, *, coarse: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def kappa(
+        self, alpha: np.ndarray, points: np.ndarray, *, coarse: bool = False, alone: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Branches `[k, p]` of norm 1, of a homogeneous kind, and `-(1/n) sum <alpha_j, f(w; x_j)>`, largest first.
 
         Args:
           alpha: `[n, out]`.
           points: `[m, p]`, further starts.
           coarse: of many examples, units are raised over a part only; the values are over all, but not the largest.
+          alone: units of many examples start from these points alone.
         """
         known, x = self._problem.structure, self._problem.one.x
         assert known is not None
@@ -156,12 +159,14 @@ class BranchSearch:
             units = known.layers(points, (rows.shape[1] - known.use_bias, alpha.shape[1]))[0][0].reshape(
                 -1, rows.shape[1]
             )
-            starts = self._generator.standard_normal((self._starts, rows.shape[1]))
-            every = self._every()
-            part, slope, steps = (rows[::every], -alpha[::every]), known.negative_slope, 60
-            starts = np.concatenate([_largest(*part, units, slope, self._starts), starts])
-            if every > 1:  # the best of what a part of the examples says, raised over all of them
-                starts = _largest(rows, -alpha, best_units(*part, starts, slope)[0], slope, 4)
+            every, slope, steps = self._every(), known.negative_slope, 60
+            part, starts = (rows[::every], -alpha[::every]), units
+            if not alone or every == 1:
+                starts = self._generator.standard_normal((self._starts, rows.shape[1]))
+                starts = np.concatenate([_largest(*part, units, slope, self._starts), starts])
+            if every > 1:  # the best of what a part of the examples says, and of the points, raised over all of them
+                raised = units[:0] if alone else best_units(*part, starts, slope)[0]
+                starts = _largest(rows, -alpha, np.concatenate([units, raised]), slope, 4)
                 steps = 0 if coarse else 20
             directions, sums = best_units(rows, -alpha, starts, slope, steps)
             values = np.linalg.norm(sums, axis=1)

@@ -14,6 +14,7 @@ trusted.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float64
 from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments.proof import Multipliers, norms
 
+_LARGE = 2**17  # numbers in the points above which the search begins in float32
 _FLAT = 1e-280  # points shorter than this get no quadratic: its coefficient would overflow
 _ROUND = 2.0**-48
 _MARGIN = 2.0**-46  # of mu and beta, relative to the trace
@@ -96,14 +98,17 @@ def ascend(reduced: Reduced, rank: int, steps: int) -> Float64[np.ndarray, "r k"
     r = len(reduced.slope)
     scale = float(np.mean(np.concatenate([norms(reduced.residual), reduced.lengths])))
     moment = np.random.default_rng(0).standard_normal((r, rank))
+    large = reduced.residual.size + reduced.negative.size > _LARGE
+    rough = np.float32 if large and np.min(reduced.lengths, initial=math.inf) > 1e-6 * scale else np.float64
 
-    def objective(flat: np.ndarray, width: float) -> tuple[float, np.ndarray]:
-        value, gradient, _ = _smoothed(reduced, flat.reshape(r, rank), width)
-        return -value / scale, -gradient.ravel() / scale
+    def objective(flat: np.ndarray, width: float, seen: Reduced) -> tuple[float, np.ndarray]:
+        value, gradient, _ = _smoothed(seen, flat.reshape(r, rank).astype(seen.slope.dtype), width)
+        return -float(value) / scale, -gradient.ravel().astype(np.float64) / scale
 
-    for width in (1e-1, 1e-2, 1e-3):
+    for width, kind in ((1e-1, rough), (1e-2, rough), (1e-3, np.float64)):
         flat = (moment / np.linalg.norm(moment)).ravel()
-        flat = lbfgs(objective, flat, width * scale, maxiter=steps, maxcor=20, ftol=1e-10, gtol=1e-12)
+        seen = Reduced(*(part.astype(kind) for part in reduced))
+        flat = lbfgs(objective, flat, width * scale, seen, maxiter=steps, maxcor=20, ftol=1e-10, gtol=1e-12)
         moment = flat.reshape(r, rank)
     return moment / np.linalg.norm(moment)
 

@@ -17,10 +17,8 @@ import numpy as np
 import scipy
 from jaxtyping import Float64
 
-from dualgap_jax.certify.moments.covering import Effort, multipliers
+from dualgap_jax.certify.moments.covering import Effort, covered, effort_for, plain
 from dualgap_jax.certify.moments.proof import Multipliers, Points, prove, scaled_points
-
-_EFFORT = Effort()
 
 
 class Side(NamedTuple):
@@ -64,7 +62,7 @@ class BallBound(NamedTuple):
     sides: tuple[tuple[Side, Side], ...]
 
 
-def ball_bound(x: Any, alpha: Any, *, effort: Effort = _EFFORT) -> BallBound:
+def ball_bound(x: Any, alpha: Any, *, effort: Effort | None = None) -> BallBound:
     """Proves an upper bound of `max over |u| <= 1 of |(1/n) sum_j alpha_j (u x_j)_+|`.
 
     The bound holds for these float64 numbers as they are: every rounding between them and it is charged to it, and the
@@ -73,15 +71,16 @@ def ball_bound(x: Any, alpha: Any, *, effort: Effort = _EFFORT) -> BallBound:
     Args:
       x: `[n, d]`, float32 or float64, with at least one row and one column.
       alpha: `[n]`, or `[n, C]` for C outputs, where the Euclidean norm of the C sums is bounded.
-      effort: What the search for multipliers may cost.
+      effort: What the search for multipliers may cost; by default by the number of examples (`covering.effort_for`).
+        A sign whose bound does not count is searched for less.
 
     Raises:
       ValueError: The arrays are not finite, not of these types or shapes, or the bound leaves the range of float64.
     """
     x, alpha = checked(x, alpha)
-    check_effort(effort)
+    effort = checked_effort(effort, len(x))
     columns = alpha.reshape(len(alpha), -1).T
-    sides = tuple((_side(x, a, 1, effort), _side(x, a, -1, effort)) for a in columns)
+    sides = tuple(_both(x, a, effort) for a in columns)
     return BallBound(combined(sides), sides)
 
 
@@ -127,17 +126,27 @@ def in_range(value: float, exponent: int) -> float:
     return scaled
 
 
-def check_effort(effort: Effort) -> None:
-    """Raises ValueError unless all are integers in range."""
-    least = Effort(2, 1, 0, 1, 1, 1)
+def checked_effort(effort: Effort | None, count: int) -> Effort:
+    """The effort, or that for so many examples.  Raises ValueError unless all are integers in range."""
+    if effort is None:
+        return effort_for(count)
+    least = Effort(2, 1, 0, 1, 1, 1, 1)
     for name, value, low in zip(Effort._fields, effort, least, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
             raise ValueError(f"effort.{name}={value!r} must be an integer of at least {low}.")
+    return effort
 
 
-def _side(x: np.ndarray, alpha: np.ndarray, sign: int, effort: Effort) -> Side:
-    points = scaled_points(x, sign * alpha)
-    return side_of(points, multipliers(points, effort), sign)
+def _both(x: np.ndarray, alpha: np.ndarray, effort: Effort) -> tuple[Side, Side]:
+    """Both signs.  The larger bound counts: that one gets a cover first, and the other if it is the larger one then."""
+    points = {sign: scaled_points(x, sign * alpha) for sign in (1, -1)}
+    first = {sign: plain(points[sign], effort) for sign in (1, -1)}
+    sides = {sign: side_of(points[sign], first[sign].multipliers, sign) for sign in (1, -1)}
+    large = 1 if sides[1].upper >= sides[-1].upper else -1
+    for sign in (large, -large):
+        if sides[sign].upper >= sides[-sign].upper:
+            sides[sign] = side_of(points[sign], covered(points[sign], first[sign], effort), sign)
+    return sides[1], sides[-1]
 
 
 def side_of(points: Points, found: Multipliers, sign: int) -> Side:

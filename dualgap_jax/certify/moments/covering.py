@@ -27,6 +27,8 @@ UNUSABLE = 1e30  # the value of a trial that leaves the range of floats
 _TINY = 1e-30  # lengths and deltas below this are taken for it, so that float32 holds what they divide
 _SMALL = 1e-4  # entries of a cover below this are left out
 _DENSE = 1 << 17  # pairs up to which all are candidates
+_MANY = 1 << 16  # numbers in the points above which the search sees them in float32
+FEW = 256  # examples up to which a search costs little
 _GATHER = 1 << 12  # pairs whose products are formed at once
 
 
@@ -253,8 +255,8 @@ def descend(
 
 
 def searchable(points: np.ndarray) -> np.ndarray:
-    """Points as a search sees them: in float32, which is enough where nothing is trusted and takes half the time."""
-    return points.astype(np.float32)
+    """Points as a search sees them: many in float32, which takes half the time; few may cancel to any digit."""
+    return points.astype(np.float32 if points.size > _MANY else np.float64)
 
 
 def options(steps: int) -> dict[str, Any]:
@@ -267,12 +269,17 @@ def principal(v: Float64[np.ndarray, "k r"], width: int) -> Float64[np.ndarray, 
     return np.linalg.eigh(v.T @ v)[1][:, ::-1][:, :width]
 
 
-def kept(cover: scipy.sparse.csc_array) -> scipy.sparse.csr_array:
-    """A cover in float64, without the entries that hardly matter."""
-    cover = scipy.sparse.csr_array(cover, dtype=np.float64)
+def kept(found: Value) -> tuple[scipy.sparse.csr_array, Float64[np.ndarray, " p"]]:
+    """The cover in float64 without the entries that hardly matter, and deltas that make up for these.
+
+    Where a cover is nearly perfect, what is left out is far larger than the residual and its delta.
+    """
+    cover = scipy.sparse.csr_array(found.cover, dtype=np.float64)
+    dropped = cover.copy()
+    dropped.data[np.abs(dropped.data) >= _SMALL] = 0.0
     cover.data[np.abs(cover.data) < _SMALL] = 0.0
     cover.eliminate_zeros()
-    return cover
+    return cover, found.delta + np.linalg.norm(dropped @ found.vn.astype(np.float64), axis=1)
 
 
 class Effort(NamedTuple):
@@ -285,6 +292,8 @@ class Effort(NamedTuple):
       width: How many principal directions of the points the search for a cover looks at.
       last_width: How many its last round looks at; the proof takes all.
       partners: How many points of the other sign each point can be covered by, at least.
+      ahead: The most steps in the cover alone, with each of two degrees of smoothing, before dual vectors are raised
+        with it.
     """
 
     rank: int = 10
@@ -293,24 +302,50 @@ class Effort(NamedTuple):
     width: int = 150
     last_width: int = 300
     partners: int = 30
+    ahead: int = 150
 
 
-def multipliers(points: Points, effort: Effort) -> Multipliers:
-    """Multipliers of a bound near the best: first without a cover, then with one, and the better of the two."""
-    v, positive = ascent.in_basis(points.v), points.positive
+def effort_for(count: int) -> Effort:
+    """What pays: of few examples more steps; of many fewer, with fewer directions and partners."""
+    if count <= FEW:
+        return Effort(steps=400, ahead=400)
+    return Effort() if count <= 2048 else Effort(steps=100, width=80, last_width=200, partners=16, ahead=100)
+
+
+class Plain(NamedTuple):
+    """What is found without a cover.
+
+    Attributes:
+      multipliers: The best.
+      moment: `[r, rank]`, which says what points are alike; None where there are none.
+    """
+
+    multipliers: Multipliers
+    moment: np.ndarray | None
+
+
+def plain(points: Points, effort: Effort) -> Plain:
+    """Multipliers of a bound near the best without a cover."""
+    v = ascent.in_basis(points.v)
     if not v.size:
-        return Multipliers(np.zeros(0), np.zeros(0), np.zeros(0), None, 0.0, 0.0)
-    reduced = ascent.reduce(v, positive)
+        return Plain(Multipliers(np.zeros(0), np.zeros(0), np.zeros(0), None, 0.0, 0.0), None)
+    reduced = ascent.reduce(v, points.positive)
     moment = ascent.ascend(reduced, effort.rank, effort.first_steps)
-    plain = ascent.read_off(reduced, moment)
-    size = ascent.worth(plain)
-    if not effort.steps or not positive.any() or positive.all() or not size > 0:
-        return plain
+    return Plain(ascent.read_off(reduced, moment), moment)
+
+
+def covered(points: Points, first: Plain, effort: Effort) -> Multipliers:
+    """Multipliers with a cover, or the first ones where these are not worse."""
+    positive, moment, given = points.positive, first.moment, first.multipliers
+    size = ascent.worth(given)
+    if moment is None or not effort.steps or not positive.any() or positive.all() or not size > 0:
+        return given
+    v = ascent.in_basis(points.v)
     axes = principal(v, max(effort.width, effort.last_width))
     vp, vn = v[positive], v[~positive]
     with np.errstate(all="ignore"):
         pairs = candidates(vp @ moment, vn @ moment, effort.partners)
-        shares = first_shares(pairs, np.maximum(plain.delta, 1e-12 * size))
+        shares = first_shares(pairs, np.maximum(given.delta, 1e-12 * size))
         try:
             for levels, width, steps in (
                 (LEVELS[:-1], effort.width, effort.steps),
@@ -319,10 +354,10 @@ def multipliers(points: Points, effort: Effort) -> Multipliers:
                 plus, minus = (searchable(part @ axes[:, :width]) for part in (vp, vn))
                 shares, found = descend(plus, minus, pairs, shares, size=size, steps=steps, levels=levels)
         except np.linalg.LinAlgError:
-            return plain
+            return given
         if not all(np.isfinite(part).all() for part in (found.cover.data, found.kappa, found.curvature, found.delta)):
-            return plain
-        cover = kept(found.cover)
+            return given
+        cover, delta = kept(found)
         left = ascent.reduce(v, positive, cover)
-        covered = ascent.settle(left, found.delta, found.kappa, found.curvature, cover)
-    return covered if ascent.worth(covered) < size else plain
+        better = ascent.settle(left, delta, found.kappa, found.curvature, cover)
+    return better if ascent.worth(better) < size else given

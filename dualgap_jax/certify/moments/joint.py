@@ -23,7 +23,7 @@ from jaxtyping import Float64
 from dualgap_jax import losses
 from dualgap_jax.certify.descent import lbfgs
 from dualgap_jax.certify.moments import ascent, covering
-from dualgap_jax.certify.moments.balls import BallBound, Side, check_effort, checked, combined, side_of
+from dualgap_jax.certify.moments.balls import BallBound, Side, checked, checked_effort, combined, side_of
 from dualgap_jax.certify.moments.covering import Effort, Shares, Value, evaluate
 from dualgap_jax.certify.moments.proof import scaled_points
 from dualgap_jax.certify.moments.start import FORMS, Form, first_alpha
@@ -33,8 +33,8 @@ _LEAST = 1e-4  # of the largest |alpha|: smaller ones start there
 _PACE = 0.3  # of log |alpha| beside the logits of a cover
 _NORM = 64  # of the larger of both bounds, as the search sees it
 _ROUGH = 60  # steps of a first search whose moment only says which points are alike
+_BRIEF = 8  # steps ahead in a second search of few examples: many may fit a cover to the dual vectors of the start
 _TRIES = 8  # scalings of alpha until its bound is proven
-_EFFORT = Effort()
 _LOSSES = {"squared": losses.squared, "logistic": losses.logistic, "hinge": losses.binary_hinge}
 
 
@@ -59,7 +59,7 @@ def relaxation(
     *,
     penalty: float,
     alpha: Any = None,
-    effort: Effort = _EFFORT,
+    effort: Effort | None = None,
 ) -> Relaxation:
     """Proves a lower bound on `(1/n) sum_j l(sum_i a_i (u_i x_j)_+, y_j) + penalty sum_i (a_i^2 + |u_i|^2)`, any units.
 
@@ -70,7 +70,8 @@ def relaxation(
       penalty: Positive.
       alpha: `[n]`, a dual vector to start from, such as the slopes of the loss at the outputs of a trained network; by
         default that of the relaxation without a cover.
-      effort: What the search may cost; `first_steps` are those of the start, `steps` those of the descent.
+      effort: What the search may cost, by default by the number of examples; `first_steps` are those of the start,
+        `steps` those of the descent.
 
     Raises:
       ValueError: An argument is out of its range, or the bound leaves the range of float64.
@@ -84,7 +85,9 @@ def relaxation(
         raise ValueError(f"the {loss} loss needs labels -1 and +1.")
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < math.inf:
         raise ValueError(f"penalty={penalty!r} must be positive and finite.")
-    check_effort(effort)
+    efforts = [checked_effort(effort, len(x))]
+    if effort is None and len(x) <= covering.FEW:
+        efforts.append(efforts[0]._replace(ahead=_BRIEF))
     form, ceiling = FORMS[loss], 2.0 * penalty
     live = np.any(x != 0, axis=1)
     idle = form.slope(np.zeros(len(y)), y)  # what is best for examples that are zero
@@ -92,18 +95,20 @@ def relaxation(
         alpha = checked(x, alpha)[1]
         if alpha.shape != y.shape:
             raise ValueError(f"alpha must be of shape {list(y.shape)}, got {list(alpha.shape)}.")
-    found = None
+    tries: list[_Found | None] = []
     if live.any():
         power = int(np.frexp(np.abs(x[live]).max())[1])
         data, targets = np.ldexp(x[live], -power), y[live]
         price = math.ldexp(ceiling, -power)
         if alpha is None:
-            first = first_alpha(data, targets, form, price, rank=effort.rank, steps=effort.first_steps)
+            first = first_alpha(data, targets, form, price, rank=efforts[0].rank, steps=efforts[0].first_steps)
         else:
             first = alpha[live]
-        found = _Descent(data, targets, form, price * len(x), first, effort).run(effort.steps)
-        found = found._replace(delta=np.ldexp(found.delta, power))
-    return _proven(x, y, loss, ceiling, idle, live, found)
+        for each in efforts:
+            found = _Descent(data, targets, form, price * len(x), first, each).run(each.steps)
+            tries.append(found._replace(delta=np.ldexp(found.delta, power)))
+    proven = [_proven(x, y, loss, ceiling, idle, live, found) for found in tries or [None]]
+    return max(proven, key=lambda made: made.lower)
 
 
 class _Found(NamedTuple):
@@ -161,11 +166,11 @@ class _Descent:
             pairs = covering.candidates(seen[positive], seen[~positive], effort.partners)
             self.pairs.append(pairs)
             shares = covering.first_shares(pairs, np.maximum(delta / size, 1e-12))
-            v = covering.searchable(sizes)[:, None] * self.basis
+            v = sizes.astype(self.basis.dtype)[:, None] * self.basis
             levels = covering.LEVELS[:-1]
             with np.errstate(all="ignore"):
                 shares, _ = covering.descend(
-                    v[positive], v[~positive], pairs, shares, size=1.0, steps=effort.steps, levels=levels
+                    v[positive], v[~positive], pairs, shares, size=1.0, steps=effort.ahead, levels=levels
                 )
             self.shares.append(shares)
         self.layout = np.cumsum([len(y), *(len(part) for shares in self.shares for part in shares)])[:-1]
@@ -176,7 +181,7 @@ class _Descent:
         """The sizes of alpha, and the smoothed bounds of both signs."""
         logs, *parts = np.split(flat, self.layout)
         sizes = np.exp(_PACE * logs)
-        v = covering.searchable(sizes)[:, None] * self.basis
+        v = sizes.astype(self.basis.dtype)[:, None] * self.basis
         values = []
         for which, positive in enumerate(self.masks):
             shares = Shares(*parts[4 * which : 4 * which + 4])
@@ -224,9 +229,10 @@ class _Descent:
         delta, kappa, curvature = (np.zeros(len(sizes)) for _ in range(3))
         covers = []
         for value, positive in zip(values, self.masks, strict=True):
-            delta[positive] = value.delta / sizes[positive] * self.size
+            cover, wide = covering.kept(value)
+            delta[positive] = wide / sizes[positive] * self.size
             kappa[~positive], curvature[~positive] = value.kappa, value.curvature
-            entries = covering.kept(value.cover).tocoo()
+            entries = cover.tocoo()
             place = np.flatnonzero(positive)[entries.row], np.flatnonzero(~positive)[entries.col]
             covers.append(scipy.sparse.csr_array((entries.data, place), shape=(len(sizes), len(sizes))))
         return _Found(theta * self.signs * sizes, delta, kappa, curvature, (covers[0], covers[1]))
@@ -275,12 +281,16 @@ def _side(x: np.ndarray, alpha: np.ndarray, sign: int, live: np.ndarray, found: 
     points = scaled_points(x, sign * alpha)
     v, positive = ascent.in_basis(points.v), points.positive
     if found is None or not v.size:
-        return side_of(points, covering.multipliers(points, _EFFORT), sign)
+        return side_of(points, covering.plain(points, Effort()).multipliers, sign)
     rows = np.searchsorted(np.flatnonzero(live), points.rows)
     plus, minus = rows[positive], rows[~positive]
     cover = scipy.sparse.csr_array(found.covers[0 if sign == 1 else 1][plus][:, minus])
     weights, powers = np.frexp(np.abs(alpha[points.rows[positive]]))
     delta = np.ldexp(found.delta[plus] * weights, powers - points.exponent)
+    # What was rounded into the domain moves the residuals, which may be far larger than delta then.
+    ratios = np.abs(found.alpha[rows]) / np.abs(alpha[points.rows])
+    moved = v * (1 - ratios / np.median(ratios))[:, None]
+    delta = delta + np.linalg.norm(moved[positive] - cover @ moved[~positive], axis=1)
     reduced = ascent.reduce(v, positive, cover)
     settled = ascent.settle(reduced, delta, found.kappa[minus], found.curvature[minus], cover)
     return side_of(points, settled, sign)
