@@ -125,14 +125,14 @@ def measure(case: Case, pixels: str, smoke: bool) -> dict[str, Any]:
     size = (8, 50, 1) if smoke else (100, 1500, 3) if case.n <= 100 else (60, 1000 if case.n <= 1000 else 300, 1)
     network, z, directions = trained(seen, y, case.loss, penalty, *size)
     alpha = form.slope(z, y)
-    effort = Effort(first_steps=20, steps=10) if smoke else effort_for(case.n)
+    effort = Effort(first_steps=20, steps=10) if smoke else None
     start = time.process_time()
     found = relaxation(x, y, case.loss, penalty=penalty, alpha=alpha, effort=effort)
     seconds = time.process_time() - start
     start = time.process_time()
     verify_relaxation(x, y, case.loss, penalty, found)
     verify_seconds = time.process_time() - start
-    plain = ball_bound(x, alpha, effort=effort._replace(steps=0)).upper
+    plain = ball_bound(x, alpha, effort=(effort or effort_for(case.n))._replace(steps=0)).upper
     gaps = [
         100 * (network - lower) / network
         for lower in (
