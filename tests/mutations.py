@@ -60,6 +60,7 @@ ROUNDED = "tests/test_numpy_ranges.py -k rounded"
 GIVEN = "tests/test_moments.py -k whatever_multipliers|for_nothing"
 CANCEL = "tests/test_moments.py -k cancel"
 CLAIMS = "tests/test_moments.py -k too_low|several|other_multipliers|large"
+KINDS = "tests/test_certify_kinds.py -k program_over|does_not_follow|lies_below"
 JOINT = "tests/test_moments_joint.py -k false_lower|below_every"
 
 
@@ -169,6 +170,9 @@ MUTATIONS = [
     _of("certify/moments", "verify", "a sign, in floats", "-0.5 * (1 + side.kappa)) * (plus | minus)", "-0.5 * (1 - side.kappa)) * (plus | minus)", CLAIMS),
     _of("certify/moments", "verify", "a shift that is not charged", "return least + 2 * _g(p + 8) * (size + p * least)", "return 2 * _g(p + 8) * (size + p * least)", CLAIMS),
     _of("certify/moments", "verify", "a condition that is not asked for", "if not rho <= 2 * Fraction(penalty):", "if not rho <= 3 * Fraction(penalty):", JOINT),
+    # Branches of several kinds.
+    _of("certify", "kinds", "the better of both kinds", "return min(bound.value for bound in self.kinds)", "return max(bound.value for bound in self.kinds)", KINDS),
+    _of("certify", "kinds", "a kind that is not looked at", "problems, bound.kinds, strict=True)):\n        if one.multiplier", "problems[:1], bound.kinds[:1], strict=True)):\n        if one.multiplier", KINDS),
 ]  # fmt: skip
 
 

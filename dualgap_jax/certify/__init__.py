@@ -8,6 +8,7 @@
 
 `F*` is the least regularised risk over all probability measures of branches, so at most that of I branches for every I.
 `assess` tries several dual vectors on a trained network, `excess_along` follows its branches through training.
+`kinds` bounds networks that mix branches of several kinds.
 `bounds` proves lower bounds on it from dual vectors, over what `engines` prove about one branch (`closed`, `cells`,
 `weighted`, `moments`, branch and bound from `duality`); `optimum` finds the measure and the dual vectors (over
 `sliding`, `reduced` and `search`); `primal` evaluates networks with all rounding; `verify` goes through a proof again.
@@ -18,6 +19,7 @@ from dualgap_jax.certify.assess import Assessment, assess
 from dualgap_jax.certify.bounds import Bound, lower_bound, lower_estimated
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import distance
+from dualgap_jax.certify.kinds import MixedBound, MixedCertificate, mixed_bound, mixed_distance, verify_mixed
 from dualgap_jax.certify.optimum import OptimumSpec, optimum
 from dualgap_jax.certify.problem import RiskProblem, risk_problem
 from dualgap_jax.certify.verify import verify_bound
@@ -27,6 +29,8 @@ __all__ = [
     "Bound",
     "Certificate",
     "Excess",
+    "MixedBound",
+    "MixedCertificate",
     "OptimumSpec",
     "RiskProblem",
     "assess",
@@ -34,7 +38,10 @@ __all__ = [
     "excess_along",
     "lower_bound",
     "lower_estimated",
+    "mixed_bound",
+    "mixed_distance",
     "optimum",
     "risk_problem",
     "verify_bound",
+    "verify_mixed",
 ]

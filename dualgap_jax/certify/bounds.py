@@ -89,7 +89,7 @@ def homogeneous_minimum(kappa: float, degree: int, power: float, radius: float, 
     return min(0.0, cost - gain - 64 * _EPS * (cost + gain) - 1e-300)
 
 
-def _multiplier(problem: RiskProblem, kappa: float, level: float) -> float:
+def best_multiplier(problem: RiskProblem, kappa: float, level: float) -> float:
     """The best multiplier for a budget: minus a slope of the envelope of `-kappa b^(L/q) - level sqrt(b)`, at K.
 
     `level` is the norm of the mean dual vector where there is an output bias, else 0.
@@ -117,7 +117,7 @@ def _bias_minimum(level: float, lam: float, radius: float) -> float:
     return -level * radius * (1 + 8 * _EPS)
 
 
-def _level(problem: RiskProblem, alpha: np.ndarray) -> float:
+def bias_level(problem: RiskProblem, alpha: np.ndarray) -> float:
     """An upper bound on the norm of the mean dual vector, for a branch with an output bias; else 0."""
     if problem.structure is None or not problem.structure.use_bias:
         return 0.0
@@ -125,11 +125,11 @@ def _level(problem: RiskProblem, alpha: np.ndarray) -> float:
     return math.hypot(*mean) * (1 + (len(mean) + 8) * _EPS)
 
 
-def _assembled(problem: RiskProblem, alpha: np.ndarray, kappa: float, lam: float) -> Pieces:
+def pieces_of(problem: RiskProblem, alpha: np.ndarray, kappa: float, lam: float) -> Pieces:
     known = problem.structure
     assert known is not None
     minimum = homogeneous_minimum(kappa, known.degree, problem.power, problem.radius, lam)
-    minimum += _bias_minimum(_level(problem, alpha), lam, problem.radius)
+    minimum += _bias_minimum(bias_level(problem, alpha), lam, problem.radius)
     cost = 0.0 if problem.budget is None else math.nextafter(lam * problem.budget, math.inf) if lam > 0 else 0.0
     return Pieces(problem.conjugate.upper_mean(alpha, problem.y), minimum, cost)
 
@@ -142,7 +142,7 @@ def total(pieces: Pieces) -> float:
     return math.nextafter(value, -math.inf)
 
 
-def _largest_multiple(problem: RiskProblem, alpha: np.ndarray) -> float:
+def largest_multiple(problem: RiskProblem, alpha: np.ndarray) -> float:
     """The largest multiple of alpha, up to 2^20, that is in the domain of the conjugate; at least 1."""
     low, high = 0.0, 1.0
     while high < 2.0**20 and not problem.conjugate.outside(alpha * high, problem.y).any():
@@ -165,10 +165,10 @@ def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: 
     """
     known = problem.structure
     assert known is not None
-    level, lam = _level(problem, alpha), problem.penalty
+    level, lam = bias_level(problem, alpha), problem.penalty
 
     def multiplier(theta: float) -> float:
-        return _multiplier(problem, theta * kappa, theta * level) if lam is None else lam
+        return best_multiplier(problem, theta * kappa, theta * level) if lam is None else lam
 
     def dual(theta: float) -> float:
         at, rows = multiplier(theta), problem.conjugate.nearest(alpha * theta, problem.y)
@@ -183,7 +183,7 @@ def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: 
         limit = lam / kappa * (1 - 4 * _EPS)
     theta = min(1.0, limit)
     if (scale or limit < 1) and np.any(alpha):
-        top = min(_largest_multiple(problem, alpha), limit)
+        top = min(largest_multiple(problem, alpha), limit)
         found = scipy.optimize.minimize_scalar(
             lambda t: -dual(t), bounds=(0.0, top), method="bounded", options={"xatol": 1e-11 * top}
         )
@@ -196,8 +196,8 @@ def from_kappa(problem: RiskProblem, alpha: np.ndarray, kappa: float, *, scale: 
         moved = np.linalg.norm(rows - exact, axis=1) + (0 if theta == 1 else 2 * _EPS) * np.linalg.norm(exact, axis=1)
         change = float(np.mean(moved * x)) * known.share * (1 + (len(x) + 64) * _EPS)
         there = theta * kappa * (1 + 4 * _EPS) + change if theta != 1 else kappa
-        at = _multiplier(problem, there, _level(problem, rows)) if lam is None else lam
-        pieces = _assembled(problem, rows, there, at)
+        at = best_multiplier(problem, there, bias_level(problem, rows)) if lam is None else lam
+        pieces = pieces_of(problem, rows, there, at)
         if math.isfinite(pieces.minimum) or theta == 0:
             break
         theta *= max(0.5, 1 - 2 * (there / at - 1)) * (1 - 8 * _EPS)  # below it by as much as it was above
@@ -210,7 +210,7 @@ def bound_from(problem: RiskProblem, alpha: np.ndarray, kappa: float, point: Any
     return Bound(total(pieces), rows, lam, pieces, there, None, point, method)
 
 
-def _estimated_multiplier(problem: RiskProblem, alpha: np.ndarray, seed: int) -> float:
+def estimated_multiplier(problem: RiskProblem, alpha: np.ndarray, seed: int) -> float:
     """A multiplier for a budget: a slope of the envelope of the one-branch problem's estimated value function."""
     one = problem.branch_problem(alpha)
     assert problem.budget is not None
@@ -316,7 +316,7 @@ def lower_bound(
     small = boxes_apply(problem) and (engine == "branch and bound" or problem.one.size <= _AUTO_UP_TO or not found)
     if small and not exact:
         lam = problem.penalty if problem.penalty is not None else multiplier
-        lam = _estimated_multiplier(problem, rows, seed) if lam is None else lam
+        lam = estimated_multiplier(problem, rows, seed) if lam is None else lam
         points = BranchSearch(problem, steps=200, seed=seed)(rows, lam, problem.radius)[0][:8]
         found.append(by_boxes(problem, rows, lam, spec, points, label))
     elif engine == "branch and bound":
@@ -341,7 +341,7 @@ def lower_estimated(
     look = BranchSearch(problem, starts=starts, steps=steps, seed=seed)
     lam = problem.penalty if problem.penalty is not None else multiplier
     if problem.structure is None:
-        lam = _estimated_multiplier(problem, rows, seed) if lam is None else number("multiplier", lam)
+        lam = estimated_multiplier(problem, rows, seed) if lam is None else number("multiplier", lam)
     return searched(problem, look, rows, lam or 0.0, np.zeros((0, problem.one.size)))[0]
 
 

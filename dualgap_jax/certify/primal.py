@@ -122,7 +122,9 @@ def branch_sums(problem: RiskProblem, weights: np.ndarray, alpha: np.ndarray) ->
     return np.concatenate(found)
 
 
-def _outputs(problem: RiskProblem, weights: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+def bounded_outputs(
+    problem: RiskProblem, weights: np.ndarray, shares: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """`sum_k shares_k f(w_k; x_j)` `[n, out]`, bounds on its error, and whether they are proven."""
     total, error = np.zeros(problem.shape), np.zeros(problem.shape)
     size = np.zeros(problem.shape)
@@ -169,7 +171,11 @@ def risk(problem: RiskProblem, weights: np.ndarray, shares: np.ndarray) -> Risk:
 
     With `reduce='sum'` the shares are those of a sum.  Constraints are not looked at.
     """
-    outputs, error, proven = _outputs(problem, weights, shares)
+    return risk_of_outputs(problem, *bounded_outputs(problem, weights, shares), mean_h(problem, weights, shares))
+
+
+def risk_of_outputs(problem: RiskProblem, outputs: np.ndarray, error: np.ndarray, proven: bool, cost: float) -> Risk:
+    """The regularised risk from outputs `[n, out]`, bounds on their errors, and a bound from above on the mean h."""
     values = problem.losses(outputs)
     if not np.isfinite(values).all():
         raise ValueError("the network's outputs or losses are not finite on these data.")
@@ -181,6 +187,5 @@ def risk(problem: RiskProblem, weights: np.ndarray, shares: np.ndarray) -> Risk:
     sizes = 1 + values + np.abs(outputs).sum(axis=1) * min(kind.lipschitz, 1e300 if kind.lipschitz < math.inf else 1.0)
     slack = slopes * error.max(axis=1) + 16 * (problem.shape[1] + 1) * _EPS * sizes
     loss, upper = float(math.fsum(values.tolist()) / len(values)), math.fsum((values + slack).tolist()) / len(values)
-    cost = mean_h(problem, weights, shares)
     penalty = problem.penalty or 0.0
     return Risk(loss + penalty * cost, (upper + penalty * cost) * (1 + 8 * _EPS) + 1e-300, loss, cost, outputs, proven)
