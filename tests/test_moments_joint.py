@@ -146,6 +146,13 @@ def test_a_longer_search_proves_no_less(rng: np.random.Generator) -> None:
         assert relaxation(x, y, "hinge", penalty=0.09, alpha=-y).lower >= few
 
 
+def test_a_trial_that_leaves_the_range_of_floats_is_none(rng: np.random.Generator) -> None:
+    vp, vn = 1e130 * rng.standard_normal((4, 3)), 1e130 * rng.standard_normal((3, 3))
+    pairs = candidates(vp, vn, 3)
+    with np.errstate(all="ignore"), pytest.raises(np.linalg.LinAlgError):
+        evaluate(vp, vn, pairs, first_shares(pairs, np.full(4, 1.0)), 1e-3, 1.0)
+
+
 def test_candidates_of_many_points_reach_every_point(rng: np.random.Generator) -> None:
     pairs = candidates(rng.standard_normal((400, 3)), rng.standard_normal((500, 3)), 4)
     assert len(pairs.rows) < 400 * 500

@@ -213,6 +213,8 @@ def _barrier(slope: np.ndarray, form: np.ndarray, eps: float, mu: float) -> _Bar
                 break
             low, high = (mu, high) if load > 1 else (low, mu)
             bend = float(2 * mean @ (inverse @ mean) + eps * np.sum(inverse**2))
+            if not 0 < bend < math.inf:
+                raise np.linalg.LinAlgError("the barrier leaves the range of floats")
             guess = mu + 2 * (load**1.5 - load) / bend
         mu = guess if low < guess < high else 0.5 * (low + high) if high < math.inf else 2 * abs(mu) + eps
     else:
