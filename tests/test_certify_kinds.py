@@ -187,6 +187,9 @@ def test_bad_kinds(rng: np.random.Generator) -> None:
             certify.mixed_bound([one, other], alpha)
     with pytest.raises(ValueError, match="at least one"):
         certify.mixed_bound([], alpha)
+    spent = problem(data, "squared", budget=1.0)
+    with pytest.raises(ValueError, match="multiplier=-1"):
+        certify.mixed_bound([spent, spent], alpha, multiplier=-1.0)
     with pytest.raises(ValueError, match="as many networks"):
         certify.mixed_distance([one, one], [np.ones((1, 3))])
     wide = problem(data, "squared", penalty=0.05, hidden=(4, 4), use_bias=True, radius=1.0)

@@ -126,6 +126,7 @@ def bias_level(problem: RiskProblem, alpha: np.ndarray) -> float:
 
 
 def pieces_of(problem: RiskProblem, alpha: np.ndarray, kappa: float, lam: float) -> Pieces:
+    """The terms of the bound by alpha and the multiplier lam, for a homogeneous branch with `kappa(alpha) <= kappa`."""
     known = problem.structure
     assert known is not None
     minimum = homogeneous_minimum(kappa, known.degree, problem.power, problem.radius, lam)
@@ -250,8 +251,15 @@ def least_losses(problem: RiskProblem) -> Bound:
 def from_ceiling(problem: RiskProblem, alpha: np.ndarray, top: Ceiling, scale: bool = True) -> Bound:
     """The bound that a proven ceiling of `kappa(alpha)` gives; `scale` as in `lower_bound`."""
     at, lam, pieces, kappa = from_kappa(problem, alpha, top.upper, scale=scale)
-    made = Bound(total(pieces), at, lam, pieces, kappa, top.evidence, top.point, top.method)
-    return proven(made, subject_of(problem.branch_problem(at)))
+    return from_pieces(problem, at, lam, pieces, kappa, top)
+
+
+def from_pieces(
+    problem: RiskProblem, alpha: np.ndarray, lam: float, pieces: Pieces, kappa: float, top: Ceiling
+) -> Bound:
+    """The proven bound with these terms; `kappa` bounds that of alpha, by the ceiling's evidence."""
+    made = Bound(total(pieces), alpha, lam, pieces, kappa, top.evidence, top.point, top.method)
+    return proven(made, subject_of(problem.branch_problem(alpha)))
 
 
 def best_proven(problem: RiskProblem, alpha: np.ndarray, spec: BoundSpec, label: str | None = None) -> Bound:

@@ -12,8 +12,31 @@ from dualgap_jax.certify.bounds import Bound
 from dualgap_jax.duality.values import Status
 
 
+class TwoSided:
+    """What follows from an upper bound on F* and a lower one, whatever the branches."""
+
+    upper: float
+    upper_proven: bool
+    bound: Any  # with a value and a status
+
+    @property
+    def lower(self) -> float:
+        """The proven lower bound on F*; minus infinity for a bound that is estimated."""
+        return self.bound.value if self.bound.status == "certified" else -math.inf
+
+    @property
+    def gap(self) -> float:
+        """`upper - lower`, rounded up: the network is at most that far from the optimum."""
+        return math.nextafter(self.upper - self.lower, math.inf)
+
+    @property
+    def status(self) -> Status:
+        """'certified' if both bounds are proven."""
+        return "certified" if self.upper_proven and self.bound.status == "certified" else "estimated"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Certificate:
+class Certificate(TwoSided):
     """Bounds on F* from both sides.  Proven and estimated numbers stand in fields of their own.
 
     Attributes:
@@ -47,24 +70,9 @@ class Certificate:
     search_missed: bool = False
 
     @property
-    def lower(self) -> float:
-        """The proven lower bound on F*; minus infinity for a bound that is estimated."""
-        return self.bound.value if self.bound.status == "certified" else -math.inf
-
-    @property
-    def gap(self) -> float:
-        """`upper - lower`, rounded up: the network is at most that far from the optimum."""
-        return math.nextafter(self.upper - self.lower, math.inf)
-
-    @property
     def gap_estimated(self) -> float | None:
         """`upper - lower_estimated`; None without an estimate."""
         return None if self.lower_estimated is None else self.upper - self.lower_estimated
-
-    @property
-    def status(self) -> Status:
-        """'certified' if both bounds are proven."""
-        return "certified" if self.upper_proven and self.bound.status == "certified" else "estimated"
 
     @property
     def method(self) -> str:

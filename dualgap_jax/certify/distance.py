@@ -47,6 +47,12 @@ def check_feasible(problem: RiskProblem, weights: np.ndarray, found: Risk) -> bo
     return bool(found.mean_h <= budget and norms[worst] * (1 + 1e-14 * (1 + weights.shape[1] / 64)) <= problem.radius)
 
 
+def fenchel_loss(problem: RiskProblem, alpha: np.ndarray, outputs: np.ndarray) -> float:
+    """`mean l(z) + l*(alpha) - <alpha, z>` at outputs z `[n, out]`: what alpha loses against a subgradient there."""
+    terms = problem.losses(outputs) + problem.conjugate(alpha, problem.y) - (alpha * outputs).sum(axis=1)
+    return float(np.mean(terms))
+
+
 def assembled(
     problem: RiskProblem,
     weights: np.ndarray,
@@ -63,7 +69,6 @@ def assembled(
     lam, alpha = bound.multiplier, bound.alpha
     costs = np.linalg.norm(weights, axis=1) ** problem.power
     phi = branch_sums(problem, weights, alpha) + lam * costs
-    fenchel = problem.losses(found.outputs) + problem.conjugate(alpha, problem.y) - (alpha * found.outputs).sum(axis=1)
     slack = 0.0 if problem.budget is None else problem.budget - float(shares @ costs)
     # The branch that would help most, by the network's own dual vectors and at the size of the present branches.
     points = [b.point for b in (bound, estimated) if b is not None and b.point is not None]
@@ -89,7 +94,7 @@ def assembled(
         shares=shares,
         excess=phi - bound.pieces.minimum,
         slack=slack,
-        fenchel=float(np.mean(fenchel)),
+        fenchel=fenchel_loss(problem, alpha, found.outputs),
         entering=entering,
         entering_slope=slope,
         history=history,

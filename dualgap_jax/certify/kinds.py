@@ -24,12 +24,14 @@ from dualgap_jax.certify.bounds import (
     boxes_apply,
     by_boxes,
     estimated_multiplier,
+    from_pieces,
     largest_multiple,
     least_losses,
     pieces_of,
     total,
 )
-from dualgap_jax.certify.distance import check_feasible
+from dualgap_jax.certify.certificate import TwoSided
+from dualgap_jax.certify.distance import check_feasible, fenchel_loss
 from dualgap_jax.certify.engines import Ceiling, ceiling
 from dualgap_jax.certify.primal import as_weights, bounded_outputs, branch_sums, mean_h, risk_of_outputs
 from dualgap_jax.certify.problem import RiskProblem
@@ -37,8 +39,7 @@ from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.verify import verify_bound
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.checker.value_functions import Verified
-from dualgap_jax.duality.problem import subject_of
-from dualgap_jax.duality.values import Status, number, proven
+from dualgap_jax.duality.values import Status, number
 
 _EPS = float(np.finfo(np.float64).eps)
 _SHRINK = 8  # times that dual vectors are scaled down until every kind gives a bound
@@ -92,7 +93,7 @@ class MixedBound:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MixedCertificate:
+class MixedCertificate(TwoSided):
     """How far a network of several kinds of branches is from the best network of such kinds.
 
     Attributes:
@@ -110,21 +111,6 @@ class MixedCertificate:
     excess: tuple[np.ndarray, ...]
     slack: float
     fenchel: float
-
-    @property
-    def lower(self) -> float:
-        """The proven lower bound on F*; minus infinity for one that is estimated."""
-        return self.bound.value if self.bound.status == "certified" else -math.inf
-
-    @property
-    def gap(self) -> float:
-        """`upper - lower`, rounded up."""
-        return math.nextafter(self.upper - self.lower, math.inf)
-
-    @property
-    def status(self) -> Status:
-        """'certified' if both sides are proven."""
-        return "certified" if self.upper_proven and self.bound.status == "certified" else "estimated"
 
 
 def _checked(problems: Sequence[RiskProblem]) -> tuple[RiskProblem, ...]:
@@ -235,7 +221,10 @@ def _common(
     if problems[0].penalty is not None:
         return problems[0].penalty
     if given is not None:
-        return number("multiplier", given)
+        lam = number("multiplier", given)
+        if lam < 0:
+            raise ValueError(f"multiplier={given} must be at least 0.")
+        return lam
     known = [(p, top.upper) for p, top in zip(problems, tops, strict=True) if top is not None]
     rest = [estimated_multiplier(p, rows, seed) for p, top in zip(problems, tops, strict=True) if top is None]
     if known:
@@ -249,9 +238,7 @@ def _of_kind(
     """The bound of one kind at these dual vectors and this multiplier."""
     if top is None:
         return by_boxes(problem, rows, lam, spec, BranchSearch(problem, seed=seed)(rows, lam, problem.radius)[0][:8])
-    pieces = pieces_of(problem, rows, top.upper, lam)
-    made = Bound(total(pieces), rows, lam, pieces, top.upper, top.evidence, top.point, top.method)
-    return proven(made, subject_of(problem.branch_problem(rows)))
+    return from_pieces(problem, rows, lam, pieces_of(problem, rows, top.upper, lam), top.upper, top)
 
 
 def mixed_distance(
@@ -301,11 +288,9 @@ def mixed_distance(
     for problem, w in zip(problems, weights, strict=True):
         h = np.linalg.norm(w, axis=1) ** problem.power
         excess.append(branch_sums(problem, w, bound.alpha) + bound.multiplier * h - best)
-    fenchel = first.losses(outputs) + first.conjugate(bound.alpha, first.y) - (bound.alpha * outputs).sum(axis=1)
     slack = 0.0 if first.budget is None else first.budget - cost
-    return MixedCertificate(
-        found.upper, found.proven and feasible, bound, tuple(excess), slack, float(np.mean(fenchel))
-    )
+    fenchel = fenchel_loss(first, bound.alpha, outputs)
+    return MixedCertificate(found.upper, found.proven and feasible, bound, tuple(excess), slack, fenchel)
 
 
 def verify_mixed(problems: Sequence[RiskProblem], bound: MixedBound) -> Verified:

@@ -270,6 +270,7 @@ def optimum(
     atoms = np.zeros((0, problem.one.size))
     with Progress(spec.rounds, label or "optimum", at_most=True) as line:
         for k in range(spec.rounds):
+            # Corners of a loss are rounded less and less; where bounds are estimated, every other time by 1e-3.
             eps = 1e-2 * 10.0 ** -min(k, 3 if k % 2 == 0 or solver.proven is not None else 1)
             slid, parts, solver.bias = solver.slide(
                 weights, shares, solver.bias, eps=1.0 if smooth else eps, steps=spec.steps

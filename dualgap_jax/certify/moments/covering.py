@@ -320,29 +320,30 @@ class Plain(NamedTuple):
     Attributes:
       multipliers: The best.
       moment: `[r, rank]`, which says what points are alike; None where there are none.
+      v: `[k, r]`, the points in a basis of what they span.
     """
 
     multipliers: Multipliers
     moment: np.ndarray | None
+    v: np.ndarray
 
 
 def plain(points: Points, effort: Effort) -> Plain:
     """Multipliers of a bound near the best without a cover."""
     v = ascent.in_basis(points.v)
     if not v.size:
-        return Plain(Multipliers(np.zeros(0), np.zeros(0), np.zeros(0), None, 0.0, 0.0), None)
+        return Plain(Multipliers(np.zeros(0), np.zeros(0), np.zeros(0), None, 0.0, 0.0), None, v)
     reduced = ascent.reduce(v, points.positive)
     moment = ascent.ascend(reduced, effort.rank, effort.first_steps)
-    return Plain(ascent.read_off(reduced, moment), moment)
+    return Plain(ascent.read_off(reduced, moment), moment, v)
 
 
 def covered(points: Points, first: Plain, effort: Effort) -> Multipliers:
     """Multipliers with a cover, or the first ones where these are not worse."""
-    positive, moment, given = points.positive, first.moment, first.multipliers
+    positive, (given, moment, v) = points.positive, first
     size = ascent.worth(given)
     if moment is None or not effort.steps or not positive.any() or positive.all() or not size > 0:
         return given
-    v = ascent.in_basis(points.v)
     axes = principal(v, max(effort.width, effort.last_width))
     vp, vn = v[positive], v[~positive]
     with np.errstate(all="ignore"):
