@@ -130,8 +130,8 @@ def steps(
 
     shapes = jax.eval_shape(start, jax.random.key(0))
     slots = branches // len(devices)
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (shapes.params, shapes.state))
-    chunk = chunk or plan.branch_chunk(branch, one, shaped(BATCH, *IMAGE), slots, plan.chunk_bytes(memory))
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), shapes)
+    chunk = chunk or plan.branch_chunk(branch, one, shaped(BATCH, *IMAGE), slots, memory)
     loss = multi_margin()
 
     def local(carry: Carry, x: Any, y: Any, rate: Any, key: Any, first: Any, axis: str | None) -> Any:

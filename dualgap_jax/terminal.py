@@ -21,6 +21,7 @@ PLAIN_SECONDS = 30.0  # between two lines of one stage where there is no termina
 _SOON = 1.0  # a stage shorter than this has its last line only
 _REDRAW = 0.1
 _TICK = 0.5
+_ENOUGH = 0.2  # seconds of work that a rate is told from
 _BAR = 20
 
 _COLOURS = {"bold": "1", "dim": "2", "green": "32", "cyan": "36"}
@@ -228,7 +229,7 @@ class Progress:
         if self._waiting is not None and (self._total is None or self._done == 0):
             return f"{name}: {self._waiting}, {duration(elapsed)}"
         said = [self._waiting or ""]
-        if self._total is not None and self._seconds > 0 and self._counted > 0:
+        if self._total is not None and self._seconds >= _ENOUGH and self._counted > 0:
             rate = self._counted / self._seconds
             left = max(self._total - self._done, 0) / rate
             said.append(_per_second(rate))

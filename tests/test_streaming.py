@@ -137,11 +137,16 @@ def test_a_chunk_takes_a_share_of_an_accelerator_and_the_cache_of_a_cpu() -> Non
     assert plan.chunk_bytes(None) == 12 * 2**20
     assert plan.chunk_bytes(16 * 2**30) == 2**28
     branch, x = mlp((8, 8, 8), 10), jax.ShapeDtypeStruct((128, 3072), np.float32)
-    one = jax.eval_shape(branch.init, jax.random.key(0), jnp.zeros((1, 3072)))
-    sizes = [plan.branch_chunk(branch, one, x, 50_000, plan.chunk_bytes(memory)) for memory in (None, 2**34, 2**36)]
+    params, state = jax.eval_shape(branch.init, jax.random.key(0), jnp.zeros((1, 3072)))
+    one = Carry(params, state, ())
+    sizes = [plan.branch_chunk(branch, one, x, 50_000, memory) for memory in (None, 2**34, 2**36)]
     assert sizes[0] < sizes[1] // 20
     assert sizes[2] // 4 == pytest.approx(sizes[1], abs=1)
     assert plan.branch_chunk(branch, one, x, 5, 2**34) == 5
+    adam = Carry(params, state, (params, params))
+    with_adam = [plan.branch_chunk(branch, adam, x, 50_000, memory) for memory in (None, 2**34)]
+    assert sizes[0] / 3 <= with_adam[0] < sizes[0] / 1.5  # the moments are in the cache, too
+    assert with_adam[1] == sizes[1]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +353,9 @@ def test_a_large_run_in_memory_says_beforehand_what_it_takes(
     for net in (multi_branch(branch, 20), mixture([multi_branch(branch, 3), branch])):
         train_as(net, multi_margin(), dataset, spec, num_solutions=3, group_size=2, report=said.append)
     whole, without_time = said
-    assert whole.startswith("training: 3 solutions, 2 at a time\n  memory (estimate): 35.5 kB a solution = 71 kB")
+    # Four copies of the parameters and momentum, 35.5 kB, and what a step computes on 8 or all examples.
+    sizes = {8: "48.3 kB a solution = 96.6 kB", 0: "72.6 kB a solution = 145 kB"}[batch_size]
+    assert whole.startswith(f"training: 3 solutions, 2 at a time\n  memory (estimate): {sizes}")
     assert re.search(r"time \(estimate\): .* s a step of one solution; at most 4 steps x 3 solutions = \d+ s", whole)
     assert "memory" in without_time
     assert "a step" not in without_time

@@ -76,7 +76,7 @@ def test_one_line_on_a_terminal_and_complete_when_it_ends(monkeypatch: pytest.Mo
             progress.wait("compiling")
             for done in range(51, 151):
                 progress.update(done, note=f"loss {done}")
-                time.sleep(0.002)
+                time.sleep(0.004)
             with Progress(5, "inside") as inner:  # one line only
                 inner.update(5)
             progress.update(151, "loss 0.1, converged")
@@ -94,6 +94,16 @@ def test_one_line_on_a_terminal_and_complete_when_it_ends(monkeypatch: pytest.Mo
     )
     assert "inside" not in text
     assert len(seen) < 20
+
+
+def test_no_rate_is_told_from_an_instant() -> None:
+    with Progress(1000, "landscape") as progress:
+        progress.update(0)
+        progress.update(500)
+        assert progress.text() == "landscape: 500 of 1,000"
+        time.sleep(0.3)
+        progress.update(600)
+        assert re.fullmatch(r"landscape: 600 of 1,000, [\d,]+/s, \S+ s left", progress.text())
 
 
 def test_a_line_is_cut_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ import pytest
 from dualgap_jax import losses
 from dualgap_jax.config import ConfigError
 from dualgap_jax.data import Dataset
-from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.networks import BRANCHES, gated, mlp, multi_branch
 from dualgap_jax.optimizers import for_network
 from dualgap_jax.training import TrainingSpec, plan, solution_key, spec, train
-from dualgap_jax.training.engine import begin
+from dualgap_jax.training.engine import Carry, begin
 from dualgap_jax.training.together import step
+from dualgap_jax.types import Network
 
 OPTIMIZERS = {
     "adamw under a schedule": lambda: optax.adamw(optax.cosine_decay_schedule(0.05, 12), weight_decay=0.3),
@@ -144,13 +145,60 @@ def test_counts_are_whole_numbers() -> None:
 
 def test_large_networks_are_streamed_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "memory_available", lambda: 2**50)
-    below, at = plan.STREAM_FROM - 1, plan.STREAM_FROM
-    assert plan.choose(below, 3, None, True, []) == plan.Choice(3, False)
-    assert plan.choose(at, 3, None, True, []) == plan.Choice(1, True)
-    assert plan.choose(at, 3, None, False, []) == plan.Choice(3, False)
-    assert plan.choose(at, 3, 2, True, []) == plan.Choice(2, False)
-    assert plan.choose(at, 3, None, True, [plan.Choice(3, False)]) == plan.Choice(3, False)  # as it was begun
-    monkeypatch.setattr(plan, "memory_available", lambda: 8 * below)
-    assert plan.choose(below, 3, None, True, []) == plan.Choice(1, False)
-    monkeypatch.setattr(plan, "memory_available", lambda: 7 * below)
-    assert plan.choose(below, 3, None, True, []) == plan.Choice(1, True)
+    enough = 2**26
+    below, at = plan.Need(enough - 1, 10), plan.Need(enough, 10)
+    assert plan.choose(below, 3, None, True, [], enough) == plan.Choice(3, False)
+    assert plan.choose(at, 3, None, True, [], enough) == plan.Choice(1, True)
+    assert plan.choose(at, 3, None, False, [], enough) == plan.Choice(3, False)
+    assert plan.choose(at, 3, 2, True, [], enough) == plan.Choice(2, False)
+    assert plan.choose(at, 3, None, True, [plan.Choice(3, False)], enough) == plan.Choice(3, False)  # as it was begun
+    monkeypatch.setattr(plan, "memory_available", lambda: 8 * enough + 13)
+    assert plan.choose(below, 3, None, True, [], enough) == plan.Choice(1, False)
+    monkeypatch.setattr(plan, "memory_available", lambda: 7 * enough)
+    assert plan.choose(below, 3, None, True, [], enough) == plan.Choice(1, True)
+    assert plan.choose(plan.Need(10, 4 * enough), 3, None, True, [], enough) == plan.Choice(1, True)  # by what is kept
+
+
+def carry_of(net: Network, optimizer: Any, x: Any) -> Carry:
+    transformation = for_network(net, optimizer)
+    return jax.eval_shape(
+        lambda key: begin(transformation, *net.init(key, jnp.zeros(x.shape, x.dtype))), jax.random.key(0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("branch", "optimizer", "memory", "faster"),
+    [
+        (mlp((8,), 3), optax.sgd(1.0), None, True),
+        (mlp((8,), 3), optax.sgd(1.0, momentum=0.9), None, False),
+        (mlp((8,), 3), optax.adam(1.0), None, False),
+        (mlp((8,), 3), optax.sgd(1.0), 2**34, False),
+        (gated(8, 3), optax.sgd(1.0), None, False),
+    ],
+)
+def test_streaming_begins_early_where_it_is_the_faster_way(
+    branch: Network, optimizer: Any, memory: int | None, faster: bool
+) -> None:
+    net = multi_branch(branch, 3)
+    found = plan.stream_from(net, carry_of(net, optimizer, jax.ShapeDtypeStruct((1, 20), np.float32)), memory)
+    assert found == (2**26 if faster else 2**28)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "gru", "vgg9"])
+def test_what_a_plain_step_needs_is_no_less_than_the_compiler_says(name: str) -> None:
+    image, settings = {
+        "mlp": ((40,), {"hidden": (8, 8)}),
+        "conv": ((16, 16, 3), {}),
+        "gru": ((24, 5), {}),
+        "vgg9": ((32, 32, 3), {"width": 2}),
+    }[name]
+    net, loss = multi_branch(BRANCHES[name](out=3, **settings), 6), losses.multi_margin()
+    x, y = jax.ShapeDtypeStruct((32, *image), np.float32), jax.ShapeDtypeStruct((32,), np.int32)
+    transformation, carry = for_network(net, optax.adam(1.0)), carry_of(net, optax.adam(1.0), x)
+
+    def one(carry: Carry, x: Any, y: Any) -> Any:
+        return step(net, loss, transformation, carry, x, y, jnp.ones(()), jax.random.key(0))
+
+    analysis = jax.jit(one, donate_argnums=0).lower(carry, x, y).compile().memory_analysis()
+    said = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
+    assert said <= plan.need(net, carry, x).plain <= 12 * said

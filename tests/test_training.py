@@ -29,8 +29,9 @@ from dualgap_jax.networks import conv, from_functions, mlp, multi_branch
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.training import Solution, TrainingSpec, plan, solution_key, together
-from dualgap_jax.training.batches import BatchOrder
+from dualgap_jax.training.batches import BatchOrder, batch_shape
 from dualgap_jax.training.engine import Carry
+from dualgap_jax.training.together import draw
 from dualgap_jax.types import Network
 
 CONSTANT = Component("constant", {})
@@ -565,7 +566,11 @@ def test_little_memory_means_one_solution_at_a_time(
 
     monkeypatch.setattr(together, "make_segment", watched)
     spec = spec_with(max_steps=6)
-    one = 4 * 8 * 2 * 2 * (4 * 5 + 4 + 4 + 1)  # four copies of 29 float64 in each of two branches, and their momentum
+    copies = 4 * 8 * 2 * 2 * (4 * 5 + 4 + 4 + 1)  # four of 29 float64 in each of two branches, and their momentum
+    transformation = transformation_of(net, spec)
+    carry = jax.eval_shape(lambda key: draw(net, data, transformation, key), jax.random.key(0))
+    one = plan.need(net, carry, batch_shape(data, spec.batch_size)).plain
+    assert copies + 8 * 2 * 4 * spec.batch_size <= one <= copies + 12 * 8 * 2 * 4 * spec.batch_size  # and some units
     for free, expected in ((6 * one, [1] * 6), (6 * one + 2, [3] * 2)):
         widths.clear()
         monkeypatch.setattr(plan, "memory_available", lambda free=free: free)

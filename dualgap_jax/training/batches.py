@@ -33,6 +33,12 @@ def example_input(data: Batch | Dataset) -> Array:
     return standardise(jnp.asarray(data.x[:1]), jnp.asarray(data.mean), jnp.asarray(data.std))
 
 
+def batch_shape(dataset: Dataset, batch_size: int) -> jax.ShapeDtypeStruct:
+    """Shape and type of a standardised batch; a size of 0 is the full data set."""
+    example = jax.eval_shape(lambda: example_input(dataset))
+    return jax.ShapeDtypeStruct((batch_size or len(dataset.y), *example.shape[1:]), example.dtype)
+
+
 class BatchOrder:
     """The order in which one solution visits the data: a fresh permutation each epoch.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,14 @@ from dualgap_jax.config import require
 from dualgap_jax.data import as_dataset
 from dualgap_jax.evaluation import check_fits
 from dualgap_jax.losses import as_loss
+from dualgap_jax.machine import device_memory
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.networks import as_network
 from dualgap_jax.schedules import Schedule, constant
 from dualgap_jax.sharding import MeshSpec, local_devices
 from dualgap_jax.training import plan
-from dualgap_jax.training.engine import Engine, tree_bytes
+from dualgap_jax.training.batches import batch_shape
+from dualgap_jax.training.engine import Engine
 from dualgap_jax.training.loop import Loop
 from dualgap_jax.training.resume import begin_run, identity_of, is_over, newest, require_alike
 from dualgap_jax.training.spec import Streaming, check
@@ -88,10 +91,11 @@ def train(
     """Trains `num_solutions` networks from independent initialisations with any optax optimiser.
 
     There are three ways, and size and free memory decide (`streaming` and `group_size` override).  Solutions are
-    trained together in one vmapped program when four copies of each fit in half of the memory; else one after another;
-    and a network that is too large for that too, or larger than 256 MB with its optimiser, by the streamed step
-    (`branch_step`), which needs little more than the parameters.  On a mesh of several devices the step is always the
-    streamed one.
+    trained together in one vmapped program when four copies of each, and what a step computes, fit in half of the
+    memory; else one after another.  The streamed step (`branch_step`) needs little more than the parameters: it is
+    taken where a network is too large for that too, is larger than 268 MB with its optimiser, or is trained faster so
+    (on CPU from 67 MB, if the optimiser keeps nothing of the parameters' size).  On a mesh of several devices the step
+    is always the streamed one.
 
     With `checkpoints`, progress is saved under `solution_K/`, and a second call goes on from there, in the same way, so
     that its numbers are those of an uninterrupted run bit for bit.  A network trained by the streamed step is then left
@@ -185,7 +189,10 @@ def train(
         shapes = jax.eval_shape(functools.partial(draw, net, dataset, transformation), jax.random.key(0))
         may_stream = streaming == "auto" and net.stacked is not None and not net.replaced()
         begun = [plan.Choice(f.meta["group_size"], f.meta["streamed"]) for f in found if f is not None]
-        choice = plan.choose(tree_bytes(shapes), num_solutions, group_size, may_stream, begun)
+        # Snapshots need the network in memory, so that they are worth a slower way.
+        enough = plan.stream_from(net, shapes, device_memory()) if snapshot is None else sys.maxsize
+        needed = plan.need(net, shapes, batch_shape(dataset, batch_size))
+        choice = plan.choose(needed, num_solutions, group_size, may_stream, begun, enough)
     require(
         snapshot is None or not choice.streamed,
         "snapshots are taken of networks that are trained in memory, and this one is streamed; train it without"

@@ -19,7 +19,7 @@ from jax import Array
 from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import sum_branches
 from dualgap_jax.sharding import Layout, is_first_process
-from dualgap_jax.training.engine import tree_bytes
+from dualgap_jax.training.engine import Carry, tree_bytes
 from dualgap_jax.types import Network, Params, State
 
 # What a chunk of branches may take, parameters and activations: on CPU a gradient that stays in the cache is used from
@@ -27,8 +27,12 @@ from dualgap_jax.types import Network, Params, State
 _CHUNK_BYTES_CPU = 12 * 2**20
 _CHUNK_SHARE = 1 / 64
 
+# Bytes of parameters, state and optimiser from which on a network is streamed though it fits into memory: on CPU where
+# that is the faster way, by a tenth (docs/results.md); else where it is the smaller one.
+_STREAM_FASTER = 2**26
+_STREAM_SMALLER = 2**28
+
 COPIES = 4  # of parameters, state and optimiser that the plain step needs
-STREAM_FROM = 2**28  # bytes of these from which on the streamed step is the faster and the smaller way
 WORTH_SAYING = 10**8  # bytes of a network from which on a run says beforehand what it will take
 PROBE_BYTES = 2**25  # of parameters and optimiser, on which the time of a step is measured
 
@@ -40,26 +44,88 @@ class Choice(NamedTuple):
     streamed: bool
 
 
-def choose(carry: int, num_solutions: int, group_size: int | None, may_stream: bool, begun: Sequence[Choice]) -> Choice:
+class Need(NamedTuple):
+    """What a solution takes, in bytes.
+
+    Attributes:
+      carry: its parameters, state and optimiser.
+      kept: what a plain step computes on a batch, an upper bound of what its gradient keeps.
+    """
+
+    carry: int
+    kept: int
+
+    @property
+    def plain(self) -> int:
+        """Bytes of the plain step."""
+        return COPIES * self.carry + self.kept
+
+
+def need(net: Network, carry: Carry, x: Any) -> Need:
+    """What a solution takes, from shapes.
+
+    Args:
+      net: the network.
+      carry: its parameters, state and optimiser.
+      x: a batch.
+    """
+    return Need(tree_bytes(carry), _computed_bytes(net.apply, carry.params, carry.state, x, jax.random.key(0)))
+
+
+def stream_from(net: Network, carry: Carry, memory: int | None) -> int:
+    """Bytes of a carry from which on a network is streamed though it fits into memory.
+
+    On CPU streaming is faster early where the first layer's output can be kept, and where nothing but parameters is
+    brought up to date: copies of an optimiser's moments cost more than a gradient that stays in the cache saves.
+
+    Args:
+      net: a stacked network.
+      carry: shapes of its parameters, state and optimiser.
+      memory: of an accelerator, in bytes; None is a CPU.
+    """
+    stem = net.stacked is not None and net.stacked.branch.stem is not None
+    bare = tree_bytes(carry.opt_state) < tree_bytes(carry.params) / 2
+    return _STREAM_FASTER if memory is None and stem and bare else _STREAM_SMALLER
+
+
+def choose(
+    need: Need, num_solutions: int, group_size: int | None, may_stream: bool, begun: Sequence[Choice], enough: int
+) -> Choice:
     """How to train, by size and free memory; training that goes on keeps to what it was begun with, if that fits.
 
     Args:
-      carry: bytes of parameters, state and optimiser of one solution.
+      need: what a solution takes.
       num_solutions: number of solutions.
       group_size: asked for, or None.
       may_stream: whether the streamed step may be used.
       begun: the choices that checkpoints keep.
+      enough: bytes of a carry that is streamed though it fits; see `stream_from`.
     """
     if group_size is not None:
         return Choice(group_size, False)
-    one, free = COPIES * carry, memory_available()
+    one, free = need.plain, memory_available()
     for choice in begun:
         fits = choice.group_size == 1 or one * choice.group_size < free
         if may_stream if choice.streamed else fits:
             return choice
-    if may_stream and (one > free / 2 or carry >= STREAM_FROM):
+    if may_stream and (one > free / 2 or need.carry >= enough):
         return Choice(1, True)
     return Choice(num_solutions if one * num_solutions < free / 2 else 1, False)
+
+
+def _computed_bytes(apply: Callable[..., Any], params: Params, state: State, x: Any, key: Any) -> int:
+    """Bytes of all that a network computes on a batch in training, an upper bound of what its gradient keeps."""
+
+    def total(jaxpr: Any) -> int:
+        size = 0
+        for eqn in jaxpr.eqns:
+            inner = [getattr(p, "jaxpr", p) for p in jax.tree.leaves(list(eqn.params.values()))]
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            size += times * sum(total(p) for p in inner if hasattr(p, "eqns"))
+            size += sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval.dtype, "itemsize"))
+        return size
+
+    return total(jax.make_jaxpr(lambda p, s, x: apply(p, s, x, key=key, train=True))(params, state, x).jaxpr)
 
 
 def activation_bytes(branch: Network, params: Params, state: State, x: Any) -> int:
@@ -71,20 +137,14 @@ def activation_bytes(branch: Network, params: Params, state: State, x: Any) -> i
       x: shape of a batch.
     """
 
-    def total(jaxpr: Any) -> int:
-        inner = [p for eqn in jaxpr.eqns for p in jax.tree.leaves(list(eqn.params.values()))]
-        nested = sum(total(getattr(p, "jaxpr", p)) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns"))
-        own = [v.aval for eqn in jaxpr.eqns for v in eqn.outvars]
-        return nested + sum(a.size * a.dtype.itemsize for a in own if hasattr(a.dtype, "itemsize"))
-
     def of(count: int) -> int:
         stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), (params, state))
         keys = jax.random.split(jax.random.key(0), count)
 
-        def run(params: Params, state: State, x: Array) -> Array:
-            return sum_branches(branch, params, state, x, keys=keys, train=True)[0]
+        def run(params: Params, state: State, x: Array, *, key: Array, train: bool) -> Any:
+            return sum_branches(branch, params, state, x, keys=key, train=train)
 
-        return total(jax.make_jaxpr(run)(*stacked, x).jaxpr)
+        return _computed_bytes(run, *stacked, x, keys)
 
     return of(2) - of(1)
 
@@ -112,18 +172,18 @@ class Estimate(NamedTuple):
         return self.parameters + self.optimizer + self.temporaries + self.data
 
 
-def in_memory(one: int, together: int, seconds: float | None, max_steps: int, num_solutions: int, devices: int) -> str:
+def in_memory(each: int, together: int, seconds: float | None, max_steps: int, num_solutions: int, devices: int) -> str:
     """What a run in memory will take, as text.
 
     Args:
-      one: bytes of parameters, state and optimiser of one solution.
+      each: bytes of one solution.
       together: solutions in one program.
       seconds: a step of one solution, or None where that is not known.
       max_steps, num_solutions: of the run.
       devices: that share the solutions.
     """
     how = {1: "one after another", num_solutions: "together"}.get(together, f"{together} at a time")
-    each, free = COPIES * one, f"available: {_size(memory_available())}"
+    free = f"available: {_size(memory_available())}"
     lines = [
         f"training: {num_solutions} solutions, {how}",
         f"  memory (estimate): {_size(each)} a solution = {_size(each * together)}; {free}",
@@ -182,18 +242,20 @@ def chunk_bytes(memory: int | None) -> int:
     return _CHUNK_BYTES_CPU if memory is None else int(memory * _CHUNK_SHARE)
 
 
-def branch_chunk(branch: Network, one: tuple[Params, State], x: Any, slots: int, budget: int) -> int:
-    """As many branches at a time as a budget of bytes holds with their activations.
+def branch_chunk(branch: Network, one: Carry, x: Any, slots: int, memory: int | None) -> int:
+    """As many branches at a time as fit in `chunk_bytes` with their activations, and on CPU their optimiser.
 
     Args:
       branch: the one-branch network.
-      one: shapes of the parameters and state of one branch.
+      one: shapes of the parameters, state and optimiser of one branch.
       x: shape of a batch.
       slots: branches on a device.
-      budget: see `chunk_bytes`.
+      memory: of an accelerator, in bytes; None is a CPU.
     """
-    each = tree_bytes(one) + activation_bytes(branch, *one, x)
-    return int(np.clip(budget // each, 1, slots))
+    each = tree_bytes((one.params, one.state)) + activation_bytes(branch, one.params, one.state, x)
+    if memory is None:
+        each += tree_bytes(one.opt_state)
+    return int(np.clip(chunk_bytes(memory) // each, 1, slots))
 
 
 def seconds_of(step: Callable[[int], Any]) -> float:

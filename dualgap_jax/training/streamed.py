@@ -26,7 +26,7 @@ from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.schedules import Schedule, constant
 from dualgap_jax.sharding import BRANCH, DATA, MeshSpec, on_all
 from dualgap_jax.training import plan
-from dualgap_jax.training.batches import example_input
+from dualgap_jax.training.batches import batch_shape, example_input
 from dualgap_jax.training.branch_step import branch_step
 from dualgap_jax.training.engine import Carry, LeafReader, Steps, Transformation, all_finite, begin, item, tree_bytes
 from dualgap_jax.training.placement import Placement, verify_leaf
@@ -91,18 +91,17 @@ class Streamed:
         self._loss, self._transformation, self._dataset, self._batch = loss, transformation, dataset, batch
         self._mesh_spec, self._on_disk = mesh, on_disk
         self._example = example_input(dataset)
-        one = jax.eval_shape(lambda k: draw_branches(self.stacked.branch, k, self._example, 0, 1), jax.random.key(0))
+        first = jax.eval_shape(functools.partial(self._begun, first=0, count=1), jax.random.key(0))
         require(
-            mesh.data == 1 or not jax.tree.leaves(one[1]),
+            mesh.data == 1 or not jax.tree.leaves(first.state),
             f"mesh.data={mesh.data}: these branches have state (batch statistics), which would be that of a share of"
             " the batch; use mesh.branch only.",
         )
         self._placement = Placement(self.stacked.num_branches, mesh)
         self.layout = self._placement.layout
-        params, state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), one)
-        x = jax.ShapeDtypeStruct((batch // mesh.data, *self._example.shape[1:]), self._example.dtype)
-        budget = plan.chunk_bytes(device_memory())
-        self.chunk = chunk or plan.branch_chunk(self.stacked.branch, (params, state), x, self.layout.slots, budget)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), first)
+        x = batch_shape(dataset, batch // mesh.data)
+        self.chunk = chunk or plan.branch_chunk(self.stacked.branch, one, x, self.layout.slots, device_memory())
         self._constants = tuple(self._placement.everywhere(a) for a in (dataset.mean, dataset.std))
         self._rate = jax.jit((schedule or constant(0)).rate)
 
@@ -143,9 +142,7 @@ class Streamed:
 
         def local(key: Array) -> Carry:
             shard = self._placement.shard()
-            root = jax.random.wrap_key_data(key)
-            params, state = draw_branches(self.stacked.branch, root, self._example, shard.first, shard.slots)
-            return begin(self._transformation, params, state)
+            return self._begun(jax.random.wrap_key_data(key), shard.first, shard.slots)
 
         program = self._placement.over_devices(local, (None,), BRANCH)
         return jax.jit(program).lower(self._placement.everywhere(jax.random.key_data(jax.random.key(0)))).compile()
@@ -153,12 +150,12 @@ class Streamed:
     @functools.cached_property
     def shapes(self) -> Carry:
         """Shapes and dtypes of a carry in the order of the branches, `[I, ...]`, without padding."""
-
-        def whole(key: KeyArray) -> Carry:
-            params, state = draw_branches(self.stacked.branch, key, self._example, 0, self.stacked.num_branches)
-            return begin(self._transformation, params, state)
-
+        whole = functools.partial(self._begun, first=0, count=self.stacked.num_branches)
         return jax.eval_shape(whole, jax.random.key(0))
+
+    def _begun(self, key: KeyArray, first: Array | int, count: int) -> Carry:
+        """Some branches at step 0."""
+        return begin(self._transformation, *draw_branches(self.stacked.branch, key, self._example, first, count))
 
     # --- the run ---
 

@@ -18,7 +18,7 @@ from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.schedules import Schedule
 from dualgap_jax.sharding import filled, over_devices, share_out
 from dualgap_jax.training import plan
-from dualgap_jax.training.batches import Batch, example_input, on_device
+from dualgap_jax.training.batches import Batch, batch_shape, example_input, on_device
 from dualgap_jax.training.engine import (
     Carry,
     LeafReader,
@@ -147,11 +147,14 @@ class Together:
 
     def plan(self, max_steps: int, num_solutions: int, checkpoints: Path | None) -> str:
         del checkpoints
-        one = tree_bytes(self.template(jax.random.key(0)))
-        if one < plan.WORTH_SAYING:
+        x = batch_shape(self._dataset, self._batch_size)
+        need = plan.need(self._net, self.template(jax.random.key(0)), x)
+        if need.carry < plan.WORTH_SAYING:
             return ""
         together = min(num_solutions, self._group_size)
-        return plan.in_memory(one, together, self._seconds_per_step(), max_steps, num_solutions, len(self._devices))
+        return plan.in_memory(
+            need.plain, together, self._seconds_per_step(), max_steps, num_solutions, len(self._devices)
+        )
 
     def join(self, carries: Sequence[Carry]) -> Carry:
         lanes = filled(len(carries), self._devices)
