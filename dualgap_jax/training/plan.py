@@ -138,13 +138,13 @@ def activation_bytes(branch: Network, params: Params, state: State, x: Any) -> i
     """
 
     def of(count: int) -> int:
-        stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), (params, state))
+        many, states = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), (params, state))
         keys = jax.random.split(jax.random.key(0), count)
 
         def run(params: Params, state: State, x: Array, *, key: Array, train: bool) -> Any:
             return sum_branches(branch, params, state, x, keys=key, train=train)
 
-        return _computed_bytes(run, *stacked, x, keys)
+        return _computed_bytes(run, many, states, x, keys)
 
     return of(2) - of(1)
 
