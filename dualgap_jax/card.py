@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dualgap_jax import machine
-from dualgap_jax.files import DamagedFileError, canonical, file_digest, load_json, save_json, text_digest
+from dualgap_jax.files import DamagedFileError, canonical, file_digest, is_temporary, load_json, save_json, text_digest
 
 _log = logging.getLogger(__name__)
+
+OUTPUTS = {"results", "figures"}  # the folders that a complete run's card vouches for
 
 _KEYS = {"status", "reason", "start", "config", "inputs", "files", "attempts"}
 _KEPT = ("status", "reason", "command", "start", "end", "seconds", "git")  # of an earlier attempt
@@ -21,6 +24,19 @@ _KEPT = ("status", "reason", "command", "start", "end", "seconds", "git")  # of 
 def altered(folder: Path, card: Mapping[str, Any]) -> list[str]:
     """The results and figures of a complete run in `folder` that are gone or not what its card says was written."""
     return [name for name, digest in card.get("files", {}).items() if digest_or_none(folder / name) != digest]
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """The digest of every file in folders `results` and `figures` of a run, those of runs inside it too."""
+    found: dict[str, str] = {}
+    for where, inside, names in os.walk(folder):
+        inside[:] = sorted(name for name in inside if name not in ("checkpoints", "parts", "tensorboard"))
+        relative = Path(where).relative_to(folder)
+        if OUTPUTS & {*relative.parts}:
+            paths = [Path(where, name) for name in sorted(names)]
+            digests = {str(relative / p.name): digest_or_none(p) for p in paths if not is_temporary(p)}
+            found |= {name: digest for name, digest in digests.items() if digest is not None}
+    return found
 
 
 def digest_or_none(path: Path) -> str | None:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from dualgap_jax import interrupts, lock
-from dualgap_jax.card import RunCard, altered, digest_or_none
+from dualgap_jax.card import OUTPUTS, RunCard, altered, outputs
 from dualgap_jax.files import (
     DamagedFileError,
     canonical,
@@ -49,8 +49,6 @@ from dualgap_jax.files import (
 from dualgap_jax.metrics import Metrics, read_metrics
 
 _log = logging.getLogger(__name__)
-
-_OUTPUTS = {"results", "figures"}  # the folders that a complete run's card vouches for
 
 
 class WorkdirError(ValueError):
@@ -328,7 +326,7 @@ class Workdir:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock.held(self.path))
                 fresh = not self._check_config()
-                remove_temporary([self.path, *(self.path / name for name in ("parts", "checkpoints", *_OUTPUTS))])
+                remove_temporary([self.path, *(self.path / name for name in ("parts", "checkpoints", *OUTPUTS))])
                 if fresh:
                     save_json(self.path / "config.json", self.config)
                 self._confirmed = {}
@@ -348,7 +346,7 @@ class Workdir:
             try:
                 with interrupts.raised():
                     yield
-                    files = self._outputs()
+                    files = outputs(self.path)
                     status, reason = "complete", None
             except BaseException as error:
                 status, reason = "failed", f"{type(error).__name__}: {error}"
@@ -372,26 +370,14 @@ class Workdir:
         """
         try:
             with lock.held(self.path):
-                found = self._outputs()
+                found = outputs(self.path)
                 yield
                 card = self._card.own()
-                written = {name: digest for name, digest in self._outputs().items() if found.get(name) != digest}
+                written = {name: digest for name, digest in outputs(self.path).items() if found.get(name) != digest}
                 if card is not None and card["status"] == "complete":
                     self._card.update(files={**card["files"], **written})
         except lock.LockedError as error:
             raise WorkdirError(str(error)) from error
-
-    def _outputs(self) -> dict[str, str]:
-        """The digest of every file in folders `results` and `figures`, those of workdirs inside this one too."""
-        found: dict[str, str] = {}
-        for folder, inside, names in os.walk(self.path):
-            inside[:] = sorted(name for name in inside if name not in ("checkpoints", "parts", "tensorboard"))
-            relative = Path(folder).relative_to(self.path)
-            if _OUTPUTS & {*relative.parts}:
-                paths = [Path(folder, name) for name in sorted(names)]
-                digests = {str(relative / p.name): digest_or_none(p) for p in paths if not is_temporary(p)}
-                found |= {name: digest for name, digest in digests.items() if digest is not None}
-        return found
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -212,3 +212,9 @@ def test_the_checkers_use_nothing_of_what_they_check() -> None:
         names = [name.split(".") for _, name in imported(source, f"duality.checker.{path.stem}")]
         used = {parts[1] for parts in names if parts[0] == "duality" and len(parts) > 1}
         assert not used & solvers, path.name
+
+
+def test_no_file_is_longer_than_a_reader_takes_in() -> None:
+    sizes = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in ROOT.rglob("*.py")}
+    assert len(sizes) > 200
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
