@@ -380,3 +380,30 @@ def test_a_benchmark_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_claims_are_proven_again(monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("proofs", monkeypatch)
     assert module.row(module.cases(smoke=True)["certify cells"]()).endswith("| yes |")
+
+
+def test_exponents_are_those_of_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    slope = load("growth", monkeypatch).slope
+    values = [10, 20, 40, 80, 160, 320]
+    found = slope(values, [1.0, 1.0, 3 * 40**1.5, 3 * 80**1.5, 3 * 160**1.5, 3 * 320**1.5])  # constant costs below
+    assert [found[key] for key in ("exponent", "least", "largest", "local")] == pytest.approx([1.5] * 4)
+    noisy = slope(values, [v * factor for v, factor in zip(values, (1, 1.1, 0.9, 1.2, 0.9, 1.1), strict=True)])
+    assert noisy["least"] < 1 < noisy["largest"]
+    assert noisy["largest"] - noisy["least"] > 0.1
+    assert slope([1, 2], [1.0, 2.0])["exponent"] is None
+
+
+def test_growth_is_measured_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run("growth", tmp_path / "growth.json", monkeypatch, "--only", "theorem 1", "--rounds", "1")["rows"]
+    assert [row["case"] for row in rows] == ["theorem 1: I", "theorem 1: m"]
+    assert [row["values"] for row in rows] == [[10, 100], [129, 257]]
+    assert all(second > 0 for row in rows for second in row["seconds"])
+
+
+def test_every_work_whose_growth_is_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("growth", monkeypatch)
+    for work in module.WORKS.values():
+        assert work.varied.keys() == work.base.keys() == work.explained.keys()
+        assert all(list(values) == sorted(set(values)) for values in work.varied.values())
+        sizes = {key: min(work.varied[key][0], value) for key, value in work.base.items()}
+        assert jax.block_until_ready(work.prepare(sizes)()) is not None
