@@ -385,6 +385,7 @@ STEMMED: dict[str, Callable[[], Network]] = {
     "mean": lambda: multi_branch(networks.mlp((5, 4), 3), 4),
     "sum": lambda: multi_branch(networks.mlp((), 3, use_bias=False), 4, reduce="sum"),
     "nested": lambda: multi_branch(multi_branch(networks.mlp((5,), 3), 2, reduce="sum"), 3),
+    "gated": lambda: multi_branch(networks.gated(5, 3), 4),
     "mixture": lambda: mixture([networks.mlp((5,), 3), networks.mlp((), 3)], weights=(2.0, -1.0)),
     "mixed": lambda: mixture([multi_branch(networks.mlp((5,), 3), 3), networks.mlp((2, 2), 3)]),
     "stacked_mixture": lambda: multi_branch(mixture([networks.mlp((5,), 3), networks.mlp((), 3)]), 3),

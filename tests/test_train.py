@@ -173,7 +173,8 @@ def carry_of(net: Network, optimizer: Any, x: Any) -> Carry:
         (mlp((8,), 3), optax.sgd(1.0, momentum=0.9), None, False),
         (mlp((8,), 3), optax.adam(1.0), None, False),
         (mlp((8,), 3), optax.sgd(1.0), 2**34, False),
-        (gated(8, 3), optax.sgd(1.0), None, False),
+        (gated(8, 3), optax.sgd(1.0), None, True),
+        (mlp((8,), 3)._replace(stem=None), optax.sgd(1.0), None, False),
     ],
 )
 def test_streaming_begins_early_where_it_is_the_faster_way(

@@ -13,7 +13,6 @@ import numpy as np
 from jax import Array
 
 from dualgap_jax import seeds
-from dualgap_jax.networks.functions import from_functions
 from dualgap_jax.networks.precision import accumulator
 from dualgap_jax.networks.settings import activation as activation_function
 from dualgap_jax.networks.settings import positive, positives
@@ -154,19 +153,26 @@ def gated(
     given = np.zeros((positive(gates, "gated: gates"), 0)) if drawn else np.array(gates, np.float64)
     if given.ndim != 2 or not len(given) or not np.isfinite(given).all():
         raise ValueError(f"gated: gates must be a matrix [gates, inputs] of finite numbers, got shape {given.shape}.")
-    units = mlp((len(given),), out, use_bias=False, init=init, init_scale=init_scale)
+    units = mlp((len(given),), out, "identity", False, init, init_scale)
+    above = units.stem
+    assert above is not None
 
-    def apply(params: Params, x: Array, /) -> Array:
-        rows = x.reshape(x.shape[0], -1)
-        size = rows.shape[1]
+    def preactivation(params: Params, x: Array, /) -> Array:
+        columns = x.reshape(x.shape[0], -1).T
+        size = len(columns)
         fixed = seeds.generator(seed).standard_normal((len(given), size)) if drawn else given
         if fixed.shape[1] != size:
             raise ValueError(f"gated: the gates have {fixed.shape[1]} entries, the inputs {size}.")
         # A product, so that an input that is not a number shows in the outputs.
-        open_ = (rows @ jnp.asarray(fixed, rows.dtype).T >= 0).astype(rows.dtype)
-        return (open_ * (rows @ params[0]["kernel"].T)) @ params[1]["kernel"].T
+        open_ = (jnp.asarray(fixed, columns.dtype) @ columns >= 0).astype(columns.dtype)
+        return open_ * above.preactivation(params, x)
 
-    return from_functions(lambda key, x: units.init(key, x)[0], apply)
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        return above.rest(params, state, preactivation(params, x), key=key, train=train)
+
+    return Network(units.init, apply, Stem(preactivation, above.rest, above.rest_sum, apply))
 
 
 def mlp_output_bound(num_layers: int, radius: int | float, input_norm: int | float) -> float:
