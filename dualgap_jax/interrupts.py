@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import signal
 import sys
 import threading
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _LOOK_SECONDS = 0.25
+_LEAVE_SECONDS = 10.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -64,16 +67,24 @@ def deferred() -> Iterator[None]:
             signal.raise_signal(waiting[-1])
 
 
-def leave() -> None:
+def leave(status: int, seconds: float = _LEAVE_SECONDS) -> None:
     """For a process on its way out: further signals change neither that nor its exit status.
 
-    Python takes its own handlers away before it is gone, so the signals are ignored; an end that does not come in half
-    a minute is forced.
+    Python takes its own handlers away before it is gone, so the signals are ignored.  An end that does not come in time,
+    for a program in compilation cannot be interrupted, is forced; where Python itself no longer runs, by SIGALRM.
+
+    Args:
+      status: the exit status.
+      seconds: how long the end may take.
     """
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        signal.alarm(30)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    force = threading.Timer(seconds, os._exit, (status,))
+    force.daemon = True
+    force.start()
+    signal.alarm(math.ceil(3 * seconds))
 
 
 class _Handler:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -151,3 +153,23 @@ def test_nothing_is_raised_where_no_signal_came() -> None:
     with interrupts.deferred():
         pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("status", [130, 143])
+@pytest.mark.parametrize("hang", ["thread", "atexit", "nothing"])
+def test_an_end_that_does_not_come_is_forced_with_its_status(hang: str, status: int) -> None:
+    """What cannot be interrupted, such as a compilation: a thread that Python waits for, a hook at its exit."""
+    program = f"""
+import atexit, sys, threading, time
+from dualgap_jax import interrupts
+if {hang!r} == "thread":
+    threading.Thread(target=time.sleep, args=(60,)).start()
+elif {hang!r} == "atexit":
+    atexit.register(time.sleep, 60)
+interrupts.leave({status}, seconds=2)
+sys.exit({status})
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == status, done.stderr
+    assert time.monotonic() - began < 30
