@@ -23,9 +23,10 @@ class Terminated(KeyboardInterrupt):
 def raised() -> Iterator[None]:
     """Turns SIGTERM into `Terminated` and Ctrl-C into `KeyboardInterrupt`, again until one of them is under way.
 
-    Python drops an exception that a signal handler raises inside a garbage-collection callback or a finaliser.  So a
-    thread looks whether the main thread is on its way out, and otherwise sends the signal again.  Outside the main
-    thread, where handlers cannot be set, and within another `raised`, nothing changes.
+    Python drops an exception that a signal handler raises inside a garbage-collection callback or a finaliser, and
+    prints it.  So a thread looks whether the main thread is on its way out, and otherwise sends the signal again, and
+    nothing is printed of the first.  Outside the main thread, where handlers cannot be set, and within another
+    `raised`, nothing changes.
     """
     ours = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in ours}
@@ -39,10 +40,18 @@ def raised() -> Iterator[None]:
     stop = threading.Event()
     watch = threading.Thread(target=_watch, args=(handler, threading.get_ident(), stop), name="signals", daemon=True)
     watch.start()
+    dropped = sys.unraisablehook
+
+    def say_dropped(what: Any) -> None:
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            dropped(what)
+
+    sys.unraisablehook = say_dropped
     try:
         yield
     finally:
         stop.set()
+        sys.unraisablehook = dropped
         for number, previous in before.items():
             if _is_ours(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
@@ -70,8 +79,8 @@ def deferred() -> Iterator[None]:
 def leave(status: int, seconds: float = _LEAVE_SECONDS) -> None:
     """For a process on its way out: further signals change neither that nor its exit status.
 
-    Python takes its own handlers away before it is gone, so the signals are ignored.  An end that does not come in time,
-    for a program in compilation cannot be interrupted, is forced; where Python itself no longer runs, by SIGALRM.
+    Python takes its own handlers away before it is gone, so the signals are ignored.  An end that does not come in
+    time (a program in compilation cannot be interrupted) is forced; where Python no longer runs, by SIGALRM.
 
     Args:
       status: the exit status.

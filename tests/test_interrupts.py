@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_signals_are_raised_and_handlers_put_back(number: signal.Signals, error:
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_a_signal_that_lands_in_a_garbage_collection_is_not_lost() -> None:
+def test_a_signal_that_lands_in_a_garbage_collection_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python prints and drops what a callback of the collector raises."""
     landed: list[str] = []
 
@@ -53,15 +54,30 @@ def test_a_signal_that_lands_in_a_garbage_collection_is_not_lost() -> None:
         for _ in range(400):
             time.sleep(0.05)
 
-    import sys
-
-    hook, sys.unraisablehook = sys.unraisablehook, lambda info: None
-    try:
-        with pytest.raises(Terminated), interrupts.raised():
-            work()
-    finally:
-        sys.unraisablehook = hook
+    said: list[type[BaseException] | None] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda info: said.append(info.exc_type))
+    with pytest.raises(Terminated), interrupts.raised():
+        work()
     assert landed == ["start", "went on"]
+    assert said == []  # nothing of a traceback for what is not lost
+
+
+def test_what_else_is_dropped_is_still_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[type[BaseException] | None] = []
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ZeroDivisionError
+
+    def mine(info: Any) -> None:
+        said.append(info.exc_type)
+
+    monkeypatch.setattr(sys, "unraisablehook", mine)
+    with interrupts.raised():
+        broken = Broken()
+        del broken
+    assert said == [ZeroDivisionError]
+    assert sys.unraisablehook is mine
 
 
 def test_cleaning_up_is_not_interrupted_again() -> None:
