@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ def between(
     extremes: tuple[tuple[float, float], ...] = (),
     *,
     ulps: float = ULPS,
+    grows: Callable[[Array], Array] | None = None,
     extra: float = 0.0,
     low: float = -_HUGE,
     high: float = _HUGE,
@@ -55,6 +56,7 @@ def between(
       f: the function, evaluated at the ends; good to `ulps` of its value and `extra` units of rounding.
       extremes: `(point, value)` pairs.  A pair counts where the point may lie inside, up to rounding.
       ulps, extra: what the ends are moved outward by.
+      grows: further ulps at a point: that of an exponential is as wrong as its rounded argument.
       low, high: bounds on the function.
     """
 
@@ -65,7 +67,8 @@ def between(
         for point, value in extremes:
             inside = (a.lo <= point + slack * abs(point)) & (a.hi >= point - slack * abs(point))
             lo, hi = jnp.where(inside, jnp.minimum(lo, value), lo), jnp.where(inside, jnp.maximum(hi, value), hi)
-        wide = outward(lo.astype(a.lo.dtype), hi.astype(a.lo.dtype), ulps, extra * intervals.epsilon(a.lo))
+        charge: Any = ulps if grows is None else ulps + jnp.maximum(grows(a.lo), grows(a.hi))
+        wide = outward(lo.astype(a.lo.dtype), hi.astype(a.lo.dtype), charge, extra * intervals.epsilon(a.lo))
         wide = whole(wide.lo, wide.hi, jnp.isnan(ends[0]) | jnp.isnan(ends[1]))
         return Interval(jnp.clip(wide.lo, low, high), jnp.clip(wide.hi, low, high))
 
@@ -198,7 +201,9 @@ _ASINH2 = between(
 _EXP = between(jnp.exp, low=0.0)
 _EXP2 = between(jnp.exp2, ulps=1024.0, low=0.0)  # exp(x ln 2) on some devices
 _LN2 = math.log(2)
-_SINH, _COSH = between(jnp.sinh, ulps=64.0), between(jnp.cosh, ((0.0, 1.0),), low=1.0)
+# XLA's are exponentials of x + log(1/2), which is rounded; half an ulp of it is |x| / 2 of theirs.
+_SINH = between(jnp.sinh, ulps=64.0, grows=lambda x: jnp.minimum(2 * jnp.abs(x), 2048.0))
+_COSH = between(jnp.cosh, ((0.0, 1.0),), ulps=64.0, grows=lambda x: jnp.minimum(2 * jnp.abs(x), 2048.0), low=1.0)
 
 
 def _abs(a: Interval) -> Interval:
@@ -259,7 +264,8 @@ FUNCTIONS: dict[str, Elementary] = {
     "logistic": Elementary(between(jax.nn.sigmoid, low=0.0, high=1.0), _LOGISTIC1, _LOGISTIC2),
     "erf": Elementary(between(lax.erf, low=-1.0, high=1.0), _BELL1, _BELL2),
     "erfc": Elementary(
-        between(lax.erfc, ulps=256.0, low=0.0, high=2.0),
+        # Of exp(-x^2), whose argument is rounded, until it is below the numbers that are charged to underflow.
+        between(lax.erfc, ulps=256.0, grows=lambda x: jnp.minimum(2 * x * x, 2048.0), low=0.0, high=2.0),
         lambda a: intervals.neg(_BELL1(a)),
         lambda a: intervals.neg(_BELL2(a)),
     ),
@@ -268,7 +274,7 @@ FUNCTIONS: dict[str, Elementary] = {
     "cosh": Elementary(_COSH, _SINH, _COSH),
     "asinh": Elementary(
         between(jnp.arcsinh, ulps=64.0),
-        between(lambda x: 1 / jnp.sqrt(1 + x * x), ((0.0, 1.0),), low=0.0, high=1.0),
+        between(lambda x: 1 / jnp.hypot(1, x), ((0.0, 1.0),), low=0.0, high=1.0),  # x * x may overflow
         _ASINH2,
     ),
     "sin": Elementary(_wave(math.pi / 2), _wave(0.0), _wave(math.pi / 2, -1.0)),

@@ -71,7 +71,7 @@ def whole(lo: Array, hi: Array, where: Array | None = None) -> Interval:
     return Interval(jnp.where(keep_lo, lo, -jnp.inf), jnp.where(keep_hi, hi, jnp.inf))
 
 
-def outward(lo: Array, hi: Array, ulps: float = 2.0, extra: Any = 0.0) -> Interval:
+def outward(lo: Array, hi: Array, ulps: Any = 2.0, extra: Any = 0.0) -> Interval:
     """The interval, wider by `ulps` of each end and by `extra`."""
     eps = ulps * epsilon(lo)
     return whole(lo - (eps * jnp.abs(lo) + (tiny(lo) + extra)), hi + (eps * jnp.abs(hi) + (tiny(hi) + extra)))

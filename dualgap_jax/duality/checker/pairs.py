@@ -124,9 +124,14 @@ def _erf(a: Pair) -> tuple[Pair, Pair, Pair]:
 
 
 def _erfc(a: Pair) -> tuple[Pair, Pair, Pair]:
-    value = _rising(lambda x: -special.erfc(x))(a)
+    # Half an ulp of the rounded x^2 in exp(-x^2) is x^2 / 2 of the value, down to where that is nothing.
+    lo, hi = (
+        value * (1 + sign * 2 * _EPS * np.minimum(end * end, 800.0))
+        for end, value, sign in ((a[1], special.erfc(a[1]), -1), (a[0], special.erfc(a[0]), 1))
+    )
+    value = _bound_to(out(lo, hi, 16), 0, 2)
     slope, curvature = _bell(a)
-    return neg(value), neg(slope), neg(curvature)
+    return value, neg(slope), neg(curvature)
 
 
 def _exp(a: Pair) -> tuple[Pair, Pair, Pair]:
