@@ -200,8 +200,7 @@ def by_disk(config: str, workdir: Path, cache: Path, seconds: float, rng: random
                 _out, err = process.communicate(timeout=_PATIENCE)
         subprocess.run(["mount", "-o", "remount,rw", str(workdir.parent)], check=True)
         return refusal("read-only", process.returncode, err) if done.returncode == 0 else Blow("read-only, refused")
-    left = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file()) // 1024
-    size = left + int(10 ** rng.uniform(1, 3.5))
+    size = shutil.disk_usage(workdir.parent).used // 1024 + int(10 ** rng.uniform(1, 3.5))
     remount(workdir.parent, f"{size}k")
     with start(config, workdir, cache) as process:
         _, err = process.communicate(timeout=_PATIENCE)
