@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from dualgap_jax.config import require
+from dualgap_jax.config import ConfigError, require
 from dualgap_jax.data import Dataset, as_dataset, standardise
 from dualgap_jax.losses import Loss, as_loss, measure
-from dualgap_jax.networks import check_network, sum_branches, upcast
+from dualgap_jax.networks import accumulator, check_network, sum_branches, upcast
 from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
 from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network, Params, State
@@ -40,6 +40,28 @@ def check_fits(loss: Loss, dataset: Dataset) -> None:
     require(
         dataset.task in loss.tasks,
         f"the loss fits {' and '.join(loss.tasks)} labels, but data set {dataset.name!r} has {dataset.task} labels.",
+    )
+
+
+def check_outputs(shape: tuple[int, ...], loss: Loss, dataset: Dataset) -> None:
+    """Refuses a network that is not for the labels of a data set.
+
+    A loss that was made of a plain function takes outputs of every kind, if it takes these.
+
+    Args:
+      shape: of the outputs of a batch.
+      loss: what is taken of them.
+      dataset: whose labels they are compared with.
+
+    Raises:
+      ConfigError: unless there is an output for each class, or one for signs and for real targets.
+    """
+    if loss.plain or shape[1:] == (dataset.num_outputs,):
+        return
+    hint = " (labels 0 and 1 are two classes; signs -1 and +1 need one output)" * (dataset.task == "multiclass")
+    raise ConfigError(
+        f"the network gives outputs of shape [{', '.join(['batch', *map(str, shape[1:])])}], but the {dataset.task}"
+        f" labels of data set {dataset.name!r} need [batch, {dataset.num_outputs}]{hint}."
     )
 
 
@@ -69,7 +91,7 @@ def evaluate(
       label: the name on the progress line.
 
     Raises:
-      ConfigError: if the loss does not fit the data set, or a size is below 1.
+      ConfigError: if the loss or the network does not fit the data set, or a size is below 1.
       TypeError, ValueError: for a network that is no handle, or of another number of branches than `net` has.
     """
     net, loss, dataset = check_network(net, "evaluate").computed(), as_loss(loss), as_dataset(dataset)
@@ -119,7 +141,8 @@ def evaluate(
                     x = standardise(dataset.x[which], dataset.mean, dataset.std)
                     if index not in totals:
                         shape = jax.eval_shape(outputs, block[0], block[1], x)
-                        totals[index] = jnp.zeros(shape.shape, shape.dtype)
+                        check_outputs(shape.shape, loss, dataset)
+                        totals[index] = jnp.zeros(shape.shape, accumulator(shape.dtype))
                     totals[index] = jax.block_until_ready(add(totals[index], block, x))
                     if progress is not None:
                         progress.update(number * len(batches) + index + 1)

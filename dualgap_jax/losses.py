@@ -35,6 +35,8 @@ class Loss(NamedTuple):
         without one.
       slope: `(outputs [batch, out], labels [batch]) -> [batch, out]`, an element of the subdifferential in the outputs,
         in float64 on the host; None where `conjugate` is.
+      plain: whether it was made of a plain function, so that nothing is known of the outputs that it takes; else it
+        takes an output for each class, or one for signs and for real targets.
     """
 
     per_example: Callable[[Array, Array], Array]
@@ -43,6 +45,7 @@ class Loss(NamedTuple):
     tasks: tuple[str, ...]
     conjugate: Conjugate | None = None
     slope: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    plain: bool = False
 
 
 def marked(values: Array, outputs: Array) -> Array:
@@ -266,11 +269,14 @@ LOSSES: Table[Callable[..., Loss]] = Table(
 def as_loss(given: Any) -> Loss:
     """The loss as it is, or a `Loss` from a plain function `(outputs [batch, out], labels [batch]) -> losses`.
 
-    The function may return one number per example, `[batch]`, or a single number, which is taken as the mean over the
-    batch of losses of single examples.  Such a loss has no margin and no tau, and fits data of every kind.
+    The function may return one number per example, `[batch]`, or a single number, which has to be the mean over the
+    batch of losses of single examples: what it says of single examples is what is used.  Counts and comparisons become
+    floats.  Such a loss has no margin and no tau, and fits data of every kind.
 
     Raises:
       TypeError: for what is neither; from the loss, for a function that returns another shape.
+      ValueError: from the loss, for a function whose losses depend on the rest of the batch, or whose single number is
+        no mean of losses of single examples (a root of a mean, a sum); tried on four made-up examples.
     """
     if isinstance(given, Loss):
         return given
@@ -279,16 +285,52 @@ def as_loss(given: Any) -> Loss:
         write = f"losses.{names[0]}()" if names else "losses.multi_margin() or a function of outputs and labels"
         raise TypeError(f"a loss is needed, got {given!r}: write {write}.")
 
+    def alone(outputs: Outputs, labels: Labels) -> PerExample:
+        def one(output: Array, label: Array) -> Array:
+            value = jnp.asarray(given(output[None], label[None])).reshape(())
+            return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+        return jax.vmap(one)(outputs, labels)
+
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         values = jnp.asarray(given(outputs, labels))
+        if values.shape in ((), labels.shape):
+            _check_alone(given, alone, outputs, labels)
         if values.ndim == 0:
-            values = jax.vmap(lambda output, label: given(output[None], label[None]))(outputs, labels)
+            values = alone(outputs, labels)
         if values.shape != labels.shape:
             raise TypeError(
                 f"the loss function returned shape {values.shape} for outputs {outputs.shape} and labels"
                 f" {labels.shape}: it must return one loss per example, [batch], or their mean. With one output"
                 " compare outputs[:, 0] with the labels."
             )
-        return values
+        return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
-    return Loss(per_example, None, None, ("binary", "multiclass", "regression"))
+    return Loss(per_example, None, None, ("binary", "multiclass", "regression"), plain=True)
+
+
+def _check_alone(given: Any, alone: Callable[[Array, Array], Array], outputs: Array, labels: Array) -> None:
+    """Raises ValueError where what a function says of a batch is not what it says of the examples one at a time.
+
+    It is tried on made-up outputs with labels that data sets of the kind may have, outside of any program that is
+    traced.
+    """
+    rng = np.random.default_rng(0)
+    with jax.ensure_compile_time_eval():
+        made = jnp.asarray(rng.standard_normal((4, *outputs.shape[1:])), outputs.dtype)
+        signs = jnp.issubdtype(labels.dtype, jnp.floating)
+        marks = jnp.asarray([1.0, -1.0, 1.0, 1.0] if signs else [0, 0, 0, 0], labels.dtype)
+        whole, each = (np.asarray(jnp.asarray(f(made, marks)), np.float64) for f in (given, alone))
+    if whole.ndim == 0:
+        each = each.mean()
+    with np.errstate(invalid="ignore"):
+        close = np.abs(whole - each) <= 1e-2 * np.maximum(np.abs(whole), np.abs(each)) + 1e-5
+    close = np.where(np.isfinite(whole) & np.isfinite(each), close, ~np.isfinite(whole) & ~np.isfinite(each))
+    if not close.all():
+        one = np.array2string(each, precision=4) + " for one at a time" + " in the mean" * (whole.ndim == 0)
+        raise ValueError(
+            f"the loss function gives {np.array2string(whole, precision=4)} for a batch of four made-up examples, and"
+            f" {one}: return a loss for each example alone, [batch], or the mean of such. A root, a sum or a statistic"
+            " of the batch is none. With one output compare outputs[:, 0] with the labels: outputs - labels has shape"
+            " [batch, batch]."
+        )

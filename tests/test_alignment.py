@@ -283,3 +283,22 @@ def test_mistakes_are_named(rng: np.random.Generator) -> None:
     skip = multi_branch(tied, 2)
     with pytest.raises(ValueError, match="changes the outputs"):
         landscape.align(skip, [InMemory(skip.init(jax.random.key(k), x)[0]) for k in range(2)], x)
+
+
+@pytest.mark.parametrize("over", ["branches", "units"])
+def test_alignment_does_not_depend_on_the_size_of_the_weights(over: str, rng: np.random.Generator) -> None:
+    """Inner products of float32 numbers of 1e-23 are 0, of 1e20 infinite."""
+    net = multi_branch(mlp((4,), 1), 6)
+    x = jnp.asarray(rng.standard_normal((8, 5)), jnp.float32)
+    networks = [InMemory(*net.init(jax.random.key(k), x[:1])) for k in range(2)]
+
+    def found(scale: float) -> landscape.Alignment:
+        scaled = [InMemory(jax.tree.map(lambda a: a * np.float32(scale), n.params), n.state) for n in networks]
+        return landscape.align(net, scaled, x, over=over)
+
+    wanted = found(1.0)
+    assert wanted.distances[1, 1] < 0.95 * wanted.distances[1, 0]
+    for scale in (2.0**-100, 2.0**-75, 2.0**60):
+        at = found(scale)
+        np.testing.assert_array_equal(at.permutations[1].branches, wanted.permutations[1].branches)
+        np.testing.assert_allclose(at.distances / scale, wanted.distances, rtol=1e-6)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from certify_oracles import convex_program, dataset, drawn, group_lasso, problem, rho_by_arcs
@@ -19,8 +20,10 @@ from dualgap_jax.certify.engines import ceiling
 from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.problem import risk_problem
 from dualgap_jax.certify.verify import conjugate, verify_bound
+from dualgap_jax.data import from_arrays
+from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.envelope import dual_by_envelope
-from dualgap_jax.networks import InMemory, conv, mlp, multi_branch
+from dualgap_jax.networks import InMemory, conv, from_functions, mlp, multi_branch
 
 LOSSES = ("binary_hinge", "squared", "logistic")
 HIDDEN_3 = (1, 1)
@@ -450,3 +453,35 @@ def test_bad_alpha_and_weights(rng: Any) -> None:
     with pytest.raises(ValueError, match="outside W"):
         distance(ball, np.ones((1, 3)))
     assert bounds.ENGINES[0] == "auto"
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "square"])
+@pytest.mark.parametrize("margin", [100.0, 300.0, 350.0])
+def test_saturated_examples_beside_others_that_count_for_nothing_are_proven_again(
+    activation: str, margin: float
+) -> None:
+    """Weights of 1e-260 beside a zero example whose weight is 1/2: the checker's squares would underflow."""
+    x, y = np.array([[0.0, 0.0], [1.0, 1.0]], np.float32), np.array([-1, 1])
+    branch = mlp((1,), 1, activation, use_bias=False)
+    radius = {"radius": 100.0} if activation == "square" else {}
+    one = risk_problem(branch, dataset(x, y), losses.logistic(), penalty=1e-5, **radius)
+    found = distance(one, np.ones((1, 3)) * margin**0.5, estimate=False)
+    assert found.bound.status == "certified"
+    assert verify_bound(one, found.bound).holds
+
+
+def test_the_slope_of_asinh_does_not_vanish_where_squares_overflow() -> None:
+    """A branch whose inputs are 1e147: a slope of 0 would make its bound that of its middle."""
+    branch = from_functions(
+        lambda key, x: {"w": jnp.zeros(())}, lambda params, x: jnp.arcsinh(params["w"] * x**5) + 0 * x
+    )
+    data = from_arrays(np.full((1, 1), 3e31, np.float32), np.array([400.0], np.float32))
+    with jax.enable_x64(True):
+        one = risk_problem(branch, data, losses.squared(), penalty=0.1, radius=2.0)
+        alpha = np.array([[-1.0]])
+        bound = lower_bound(one, alpha, engine="branch and bound", spec=BoundSpec(1e-2, 4000))
+        w = np.linspace(-2, 2, 40_001)
+        values = 0.05 * w**2 - np.abs(np.arcsinh(w * 3e31**5))
+    assert bound.pieces.minimum <= values.min() + 1e-6
+    assert bound.pieces.minimum >= values.min() - 0.1
+    assert bound.status != "certified" or verify_bound(one, bound).holds

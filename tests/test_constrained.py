@@ -191,6 +191,10 @@ def test_a_search_is_estimated_and_its_points_are_feasible(rng: np.random.Genera
         (leaves(lambda w: jnp.floor(jnp.abs(w))), "may jump.*floor"),
         (leaves(lambda w: (jnp.abs(w) > 0.5).astype(w.dtype)), "cases do not meet|may jump|not convex"),
         (leaves(lambda w: jnp.where(w > 0.5, 1.0, 0.0)), "cases do not meet"),
+        # Jumps at single points, which no search over midpoints sees.
+        (leaves(lambda w: jnp.abs(w) + 3 * (w == 0.3).astype(w.dtype)), "may jump.*convert_element_type"),
+        (leaves(lambda w: jnp.abs(w) + 3.0 * (w != 0)), "may jump.*convert_element_type"),
+        (leaves(lambda w: jnp.abs(w) + (w >= 1).astype(jnp.int32).astype(w.dtype)), "may jump.*convert_element_type"),
         (lambda params: jnp.zeros(()), "does not depend"),
         (lambda params: jnp.ones(3) * leaves(jnp.abs)(params), "one real number"),
         (leaves(lambda w: jnp.log(w)), "not finite"),

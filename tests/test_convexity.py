@@ -701,3 +701,19 @@ def test_masked_losses_are_left_out_and_complex_ones_refused() -> None:
     for given in ((xs, xs, loss + 1j), (xs + 0j, xs, loss)):
         with pytest.raises(ValueError, match="must be real numbers"):
             convexity.scores(*given)
+
+
+def test_masked_ends_and_pairs_count_for_nothing() -> None:
+    t = np.array([0.0, 0.5, 1.0])
+    assert math.isnan(convexity.barrier(t, np.ma.masked_array([-99.0, 5, 2], [1, 0, 0])))
+    assert math.isnan(convexity.barrier(t, np.ma.masked_array([0.0, 5, 2], [0, 1, 0])))
+    assert convexity.barrier(t, np.ma.masked_array([0.0, 5, 2], [0, 0, 0])) == 4.0
+    losses = np.ma.masked_array([[0.0, 0, 0], [0, 9, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    found = convexity.midpoint_violations(losses, np.zeros((3, 3)))
+    assert (found.rate, found.pairs) == (0.0, 4)
+    for call in (
+        lambda: convexity.barrier(t, np.array([0, 1j, 0])),
+        lambda: convexity.midpoint_violations(np.full((3, 3), 1j), np.zeros((3, 3))),
+    ):
+        with pytest.raises(ValueError, match="must be real numbers"):
+            call()

@@ -958,3 +958,16 @@ def test_an_npz_without_x_says_how_to_save_one(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", features=np.ones(3), y=np.ones(3))
     with pytest.raises(ValueError, match=r"holds features, y; save it as np.savez\(path, x=features, y=labels\)"):
         data.own(path=str(tmp_path / "d.npz"))
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_numbers_that_float32_does_not_tell_apart_are_refused(standardise: bool, rng: np.random.Generator) -> None:
+    signs = np.asarray([-1, 1] * 8)
+    times = np.stack([rng.standard_normal(16), 1.7e9 + rng.random(16)], axis=1)
+    with pytest.raises(ValueError, match=r"x holds numbers .* subtract their mean"):
+        data.from_arrays(times, signs, standardise=standardise)
+    with pytest.raises(ValueError, match=r"y holds numbers .* subtract their mean"):
+        data.from_arrays(times[:, :1], times[:, 1], standardise=standardise)
+    data.from_arrays(times - times.mean(axis=0), signs, standardise=standardise)
+    data.from_arrays(times[:, :1] + 1000, signs, standardise=standardise)
+    data.from_arrays(np.full((16, 2), 1.7e9), signs, standardise=standardise)  # constant columns stay what they are

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from flax import linen as nn
 from flax import nnx
 
 import dualgap_jax as dg
+from dualgap_jax import landscape
+from dualgap_jax.config import ConfigError
 from dualgap_jax.losses import LOSSES, as_loss
+from dualgap_jax.networks import InMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,6 +132,99 @@ def test_what_is_no_loss_is_told_what_to_write() -> None:
             squared.per_example(jnp.ones((5, 1)), jnp.ones(5))
         with pytest.raises(TypeError, match=r"returned shape \(1, 1\)"):
             squared.per_example(jnp.ones((1, 1)), jnp.ones(1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda o, y: jnp.sqrt(jnp.mean((o[:, 0] - y) ** 2)),  # a root of a mean
+        lambda o, y: jnp.sum((o[:, 0] - y) ** 2),
+        lambda o, y: (o[:, 0] - y) ** 2 / jnp.var(y),  # a statistic of the batch
+        lambda o, y: jnp.mean((o - y[None]) ** 2),  # outputs [batch, 1] against labels: a table of all pairs
+    ],
+)
+def test_a_function_of_the_batch_as_a_whole_is_no_loss(function: Any, rng: np.random.Generator) -> None:
+    outputs, labels = jnp.asarray(rng.standard_normal((6, 1))), jnp.asarray(rng.standard_normal(6))
+    with pytest.raises(ValueError, match=r"for one at a time.*statistic of the batch"):
+        jax.jit(as_loss(function).per_example)(outputs, labels)
+
+
+@pytest.mark.parametrize("kind", [bool, np.int32])
+def test_counts_of_a_function_are_floats_so_that_nan_is_seen(kind: Any, rng: np.random.Generator) -> None:
+    data = dg.data.from_arrays(rng.standard_normal((9, 2)), rng.integers(0, 3, 9))
+    net = dg.multi_branch(dg.mlp(hidden=(2,), out=3), 2)
+    loss = as_loss(lambda outputs, labels: (outputs.argmax(-1) != labels).astype(kind))
+    params, state = net.init(jax.random.key(0), jnp.ones((1, 2)))
+    measured = dg.evaluate(net, loss, data, InMemory(params, state))
+    assert measured.loss == pytest.approx(1 - measured.accuracy)
+    spoilt = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
+    assert math.isnan(dg.evaluate(net, loss, data, InMemory(spoilt, state)).loss)
+    sources = [InMemory(*net.init(jax.random.key(k), jnp.ones((1, 2)))) for k in range(3)]
+    ticks = np.array([-3e38, 0.0, 3e38])
+    assert np.isnan(dg.surface(net, loss, data, dg.plane(sources), ticks, ticks).loss[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("out", "name", "labels", "needed"),
+    [
+        (1, "logistic", [0, 1, 1, 0], r"\[batch, 2\] \(labels 0 and 1 are two classes; signs"),
+        (2, "logistic", [0, 1, 2, 1], r"\[batch, 3\]"),
+        (2, "multi_margin", [0, 1, 2, 1], r"\[batch, 3\]"),
+        (2, "squared", [0.5, -1.0, 2.0, 0.0], r"\[batch, 1\]"),
+        (2, "logistic", [-1, 1, 1, -1], r"\[batch, 1\]"),
+    ],
+)
+def test_outputs_that_are_not_those_of_the_labels_are_refused(
+    out: int, name: str, labels: Any, needed: str, rng: np.random.Generator
+) -> None:
+    data = dg.data.from_arrays(rng.standard_normal((4, 2)), np.asarray(labels))
+    net, loss = dg.multi_branch(dg.mlp(hidden=(2,), out=out), 2), LOSSES[name]()
+    networks = [InMemory(*net.init(jax.random.key(k), jnp.ones((1, 2)))) for k in range(3)]
+    plane = dg.plane(networks)
+    for call in (
+        lambda: dg.train(net, loss, data, optax.sgd(0.1), max_steps=1, batch_size=2),
+        lambda: dg.evaluate(net, loss, data, networks[0]),
+        lambda: landscape.evaluate_points(net, loss, data, plane, plane.anchors),
+        lambda: landscape.hessian(net, loss, data, networks[0]),
+    ):
+        with pytest.raises(ConfigError, match=rf"outputs of shape \[batch, {out}\], but .*{needed}"):
+            call()
+    # A function knows what it takes.
+    free = as_loss(lambda outputs, labels: (outputs**2).sum(-1))
+    assert math.isfinite(dg.evaluate(net, free, data, networks[0]).loss)
+
+
+def test_a_loss_for_other_labels_is_refused_wherever_it_is_evaluated(rng: np.random.Generator) -> None:
+    classes = dg.data.from_arrays(rng.standard_normal((4, 2)), np.asarray([0, 1, 1, 0]))
+    signs = dg.data.from_arrays(classes.x, np.asarray([-1, 1, 1, -1]))
+    net, loss = dg.multi_branch(dg.mlp(hidden=(2,), out=1), 2), dg.losses.binary_hinge()
+    networks = [InMemory(*net.init(jax.random.key(k), jnp.ones((1, 2)))) for k in range(3)]
+    plane = dg.plane(networks)
+    for call in (
+        lambda: landscape.evaluate_points(net, loss, classes, plane, plane.anchors),
+        lambda: landscape.hessian(net, loss, classes, networks[0]),
+        lambda: landscape.curve(net, loss, signs, *networks[:2], steps=1, measured=classes),
+    ):
+        with pytest.raises(ConfigError, match=r"the loss fits binary labels, but .* has multiclass labels"):
+            call()
+
+
+def test_sums_of_branches_of_few_digits_do_not_stand_still() -> None:
+    """Outputs in bfloat16: a running sum of ones would stop at 256."""
+
+    def apply(params: Any, x: Any) -> Any:
+        return jnp.zeros((len(x), 1), jnp.bfloat16) + params["b"][None].astype(jnp.bfloat16)
+
+    net = dg.multi_branch(dg.from_functions(lambda key, x: {"b": jnp.ones(1)}, apply), 3000)
+    data = dg.data.from_arrays(np.ones((4, 2)), np.zeros(4), task="regression")
+    network = InMemory(*net.init(jax.random.key(0), jnp.zeros((1, 2))))
+    assert dg.evaluate(net, dg.losses.squared(), data, network, branch_chunk=2).loss == pytest.approx(0.5, rel=1e-3)
+    for streaming in ("on", "off"):
+        (solution,) = dg.train(
+            net, dg.losses.squared(), data, optax.sgd(0.0), max_steps=1, check_every=1, batch_size=0, num_solutions=1,
+            streaming=streaming, branch_chunk=2 if streaming == "on" else 0,
+        )  # fmt: skip
+        assert solution.batch_loss == pytest.approx(0.5, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------- tried by a user

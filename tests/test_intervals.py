@@ -14,6 +14,7 @@ from scipy import special
 from dualgap_jax.duality import programs
 from dualgap_jax.duality.bounding import elementary, intervals, ranges, rules
 from dualgap_jax.duality.bounding.intervals import Interval
+from dualgap_jax.duality.checker import pairs
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -180,8 +181,10 @@ CURVATURES: dict[str, Any] = {
 
 def magnitudes(name: str) -> np.ndarray:
     """Arguments of many sizes, of both signs where the function allows it."""
-    top = 2.7 if name in ("exp", "exp2", "expm1", "sinh", "cosh") else 5.5 if name in ("sin", "cos") else 100.0
-    sizes = np.concatenate([10.0 ** np.linspace(-30, top, 6000), np.linspace(0, 12, 6000)[1:]])
+    top = 2.845 if name in ("exp", "exp2", "expm1", "sinh", "cosh") else 5.5 if name in ("sin", "cos") else 300.0
+    rng = np.random.default_rng(len(name))
+    sizes = [10.0 ** np.linspace(-30, min(top, 100.0), 6000), np.linspace(0, 12, 6000)[1:], rng.uniform(0, 700, 3000)]
+    sizes = np.concatenate([*sizes, 10.0 ** rng.uniform(-300, top, 6000)])
     if name in ("log", "sqrt", "rsqrt"):
         return sizes
     if name == "log1p":
@@ -204,6 +207,49 @@ def test_elementary_functions_hold_the_true_value_at_every_point(name: str, part
     # Below the normal numbers the two may differ by what a long double still holds.
     assert (low <= truth + np.longdouble(1e-305)).all()
     assert (truth <= high + np.longdouble(1e-305)).all()
+
+
+def long_erfc(x: np.ndarray) -> np.ndarray:
+    """`erfc` from 2 on in long doubles: `exp(-x^2) / sqrt(pi)` times a continued fraction."""
+    x = x.astype(np.longdouble)
+    fraction = x
+    for k in range(400, 0, -1):
+        fraction = x + np.longdouble(k) / 2 / fraction
+    return np.exp(-x * x) / np.sqrt(np.longdouble(np.pi)) / fraction
+
+
+def test_the_complement_of_the_error_function_holds_its_value_far_out(x64: None, rng: np.random.Generator) -> None:
+    """exp(-x^2) is as wrong as its rounded argument: by 250 units in the last place at 24."""
+    if np.finfo(np.longdouble).eps > 1e-18:
+        pytest.skip("long double is no wider than double here")
+    x = np.sort(rng.uniform(2, 26.4, 20_000))
+    truth = long_erfc(x)
+    np.testing.assert_allclose(truth.astype(float), special.erfc(x), rtol=1e-12)
+    rule = elementary.FUNCTIONS["erfc"].value
+    bounding = [np.asarray(a) for a in rule(Interval(jnp.asarray(x), jnp.asarray(x)))[:2]]
+    for low, high in (bounding, pairs.SMOOTH["erfc"]((x, x))[0]):
+        assert (low <= truth).all()
+        assert (truth <= high).all()
+        assert (high - low <= 1e-11 * truth + np.longdouble(1e-298)).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["sinh", "cosh", "asinh", "atan", "log1p", "exp", "expm1", "tanh", "sqrt", "rsqrt", "cbrt"]
+)
+@pytest.mark.parametrize("part", ["value", "slope"])
+def test_elementary_functions_hold_in_float32_at_every_size(name: str, part: str, rng: np.random.Generator) -> None:
+    """What overflows in float32 is no slope of 0: asinh's from 1e19 on."""
+    assert not jax.config.jax_enable_x64
+    top = 1.945 if name in ("exp", "expm1", "sinh", "cosh") else 36.0
+    sizes = np.concatenate([10.0 ** rng.uniform(-36, top, 4000), rng.uniform(0, 80, 2000)]).astype(np.float32)
+    x = sizes if name in ("sqrt", "rsqrt", "log1p") else np.concatenate([sizes, -sizes])
+    with np.errstate(over="ignore"):
+        truth = {"value": WIDE, "slope": SLOPES}[part][name](x.astype(np.longdouble))
+    rule = getattr(elementary.FUNCTIONS[name], part)
+    low, high = (np.asarray(a) for a in jax.jit(lambda a: rule(Interval(a, a))[:2])(jnp.asarray(x)))
+    assert low.dtype == np.float32
+    assert (low <= truth + np.longdouble(1e-44)).all()
+    assert (truth <= high + np.longdouble(1e-44)).all()
 
 
 @pytest.mark.parametrize("name", ["erf", "erfc"])

@@ -669,3 +669,13 @@ def test_a_record_without_its_arrays_is_refused(tmp_path: Path) -> None:
     save_npz(tmp_path / "w/results/shapley_folkman.npz", hull=np.zeros((3, 2)))
     with pytest.raises(ValueError, match="lacks n1_vertices, n1_lengths"):
         figures.draw(tmp_path / "w")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Counts as whole numbers; a radius in float32 rounds nothing that is called exact."""
+    found = sf.LpBall(0.5, np.float32(0.1)).distance_to_hull(np.int64(3))
+    assert found == sf.LpBall(0.5, float(np.float32(0.1))).distance_to_hull(3)
+    assert type(found.value) is float
+    for wrong in (np.bool_(True), 2.0, 0, np.int64(-1)):
+        with pytest.raises(sf.SetError, match="whole number of at least 1"):
+            sf.LpBall(0.5, 1.0).distance_to_hull(wrong)

@@ -138,14 +138,38 @@ def _power_of_two(array: np.ndarray) -> int:
     return math.frexp(float(np.abs(array).max(initial=0.0)))[1]
 
 
+def _balanced(x: np.ndarray, alpha: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The same sums `alpha_j psi(u.x_j)` but for a power of two, with points and the largest weight of sizes near 1.
+
+    As psi is positively homogeneous, a power of two may go from a point to its weight.  A weight that is then lost to
+    underflow is 2^-1000 of the largest, which every rounding that is charged exceeds.
+
+    Args:
+      x, alpha: `[n, d]`, `[n, out]`.
+      degree: psi(2 t) is 2^degree psi(t).
+
+    Returns:
+      Points, weights, and the power: the sums are `2^power` times those of the two.
+    """
+    longest, largest = (np.abs(a).max(axis=1, initial=0.0) for a in (x, alpha))
+    ex, ea = np.frexp(longest)[1].astype(np.int64), np.frexp(largest)[1].astype(np.int64)
+    live = (longest > 0) & (largest > 0)  # the others add 0
+    power = int((degree * ex + ea)[live].max(initial=-(10**6)))
+    if not live.any():
+        return np.zeros_like(x), np.zeros_like(alpha), 0
+    points = np.ldexp(np.where(live[:, None], x, 0.0), -ex[:, None])
+    return points, np.ldexp(np.where(live[:, None], alpha, 0.0), (degree * ex - power)[:, None]), power
+
+
 def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, claim: float) -> str:
     """Why `kappa(alpha) <= claim` was not proven again, or ""."""
     squared = known.activation == "square"
-    ex, ea = _power_of_two(x), _power_of_two(alpha)
-    points, weights = np.ldexp(x, -ex), np.ldexp(alpha, -ea)
+    points, weights, power = _balanced(x, alpha, 2 if squared else 1)
+    if claim >= 0 and not (points.any() and weights.any()):
+        return ""  # every sum is 0
     # A unit (u, a) of norm 1 has |u|^2 |a| <= 2/3 (1/3)^(1/2), and L layers a product of norms of at most L^(-L/2).
     factor = 1.5 * math.sqrt(3) if squared else known.degree ** (known.degree / 2)
-    rho = math.ldexp(claim, -ex * (2 if squared else 1) - ea) * factor * (1 - 16 * _EPS)
+    rho = math.ldexp(claim, -power) * factor * (1 - 16 * _EPS)
     lengths = [math.hypot(*row) for row in points.tolist()]
     norms = [math.hypot(*row) for row in weights.tolist()], [s * s for s in lengths] if squared else lengths
     size = math.fsum(a * b for a, b in zip(*norms, strict=True)) / len(x) * (1 + 16 * _EPS)

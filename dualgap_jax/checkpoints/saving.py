@@ -21,6 +21,12 @@ from dualgap_jax.types import PyTree
 
 _log = logging.getLogger(__package__)
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a folder that is not complete
+_SAID_TWICE = "_SignalingThread.run() raised an exception"  # by Orbax, of an error that it raises, too
+
+
+def _is_said_once(record: logging.LogRecord) -> bool:
+    """Whether a line of a log is not the traceback of an error that comes out of `save` anyway."""
+    return _SAID_TWICE not in str(record.msg)
 
 
 class Checkpointer:
@@ -57,6 +63,7 @@ class Checkpointer:
                 shutil.rmtree(left)
         self._company.meet("the folder is made")
         self._leaves = orbax_item.LeafHandler()
+        logging.getLogger("absl").addFilter(_is_said_once)
         ways = ocp.options.MultiprocessingOptions(
             active_processes=None if together else {0}, barrier_sync_key_prefix=None if together else "dualgap_jax"
         )

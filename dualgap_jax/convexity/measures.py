@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from dualgap_jax.convexity.grids import UNIFORM, checked, step
+from dualgap_jax.convexity.grids import UNIFORM, checked, real, step
 
 _EXACT_PAIRS = 1_000_000  # a grid with more pairs is sampled, by as many draws
 _STEPS = 50  # of second differences over the window
@@ -58,8 +58,9 @@ def midpoint_violations(values: np.ndarray, error: np.ndarray) -> Midpoints:
       error: the absolute error allowed in each loss, `[ny, nx]`.
 
     Raises:
-      ValueError: when the two shapes differ.
+      ValueError: when the two shapes differ, or numbers are complex.
     """
+    values, error = real(values), real(error)
     if values.ndim != 2 or error.shape != values.shape:
         raise ValueError(
             f"values and error must be two grids of one shape [ny, nx]; got {values.shape} and {error.shape}."
@@ -186,7 +187,7 @@ def barrier(t: np.ndarray, losses: np.ndarray) -> float:
     Raises:
       ValueError: for shapes that differ, fewer than 2 points, or t that does not run strictly upwards from 0 to 1.
     """
-    t, losses = np.asarray(t, np.float64), np.asarray(losses, np.float64)
+    t, losses = real(t), real(losses)
     if t.ndim != 1 or t.size < 2 or losses.shape != t.shape:
         raise ValueError(f"t and losses must be vectors of one length m >= 2; got shapes {t.shape} and {losses.shape}.")
     if not ((np.diff(t) > 0).all() and abs(t[0]) <= UNIFORM and abs(t[-1] - 1) <= UNIFORM):

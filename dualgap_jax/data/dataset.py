@@ -206,6 +206,9 @@ def _known(name: str, label: str, given: Any) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "V" and jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
+_LEAST_SPREAD = 1e-5  # of numbers, relative to their size, that float32 still tells apart to two digits
+
+
 def _as_float32(name: str, label: str, array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         single = array.astype(np.float32)
@@ -213,4 +216,14 @@ def _as_float32(name: str, label: str, array: np.ndarray) -> np.ndarray:
         raise ValueError(f"data set {name!r}: {label} holds numbers too large for float32; scale them.")
     if array.any() and (np.abs(single) < np.finfo(np.float32).tiny).all():
         raise ValueError(f"data set {name!r}: {label} holds only numbers that are 0 in float32; scale them.")
+    if len(array) > 1 and array.dtype.kind in "iuf" and array.dtype.itemsize > 2 and np.isfinite(array).all():
+        low, high = array.min(axis=0), array.max(axis=0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            size, spread = np.maximum(np.abs(low), np.abs(high)), high - low
+        if ((spread > 0) & (spread < _LEAST_SPREAD * size)).any():
+            raise ValueError(
+                f"data set {name!r}: {label} holds numbers (in a column, of examples) that differ by less than"
+                f" {_LEAST_SPREAD:.0e} of their size, of which float32 keeps some digits only; subtract their mean"
+                " before."
+            )
     return single

@@ -186,11 +186,14 @@ def constrained_problem(
 def _jumps(program: Program) -> set[str]:
     """The operations of a program that are not continuous in what its inputs decide."""
     found = set()
+    made = {o: shape for e in program.equations for o, shape in zip(e.outputs, e.shapes, strict=True)}
     for equation in program.equations:
         if not equation.depends:
             continue
-        rounds = equation.name == "convert_element_type" and not jnp.issubdtype(equation.shapes[0].dtype, jnp.floating)
-        if equation.name in _JUMPING or rounds:
+        # To whole numbers, or from them and from truth values, which come of a comparison.
+        ends = (*equation.shapes, *(made[i] for i in equation.inputs if isinstance(i, int) and i in made))
+        converts = equation.name == "convert_element_type"
+        if equation.name in _JUMPING or (converts and not all(jnp.issubdtype(a.dtype, jnp.floating) for a in ends)):
             found.add(equation.name)
         if equation.name == "select_n" and equation.choice == JUMPS:
             found.add("a choice whose cases do not meet")

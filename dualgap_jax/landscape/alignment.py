@@ -114,7 +114,7 @@ def align(
             for k, part in zip((to, number), parts, strict=True):
                 if not all(np.isfinite(numbers).all() for numbers in part.values()):
                     raise ValueError(f"network {k} holds numbers that are not finite (a diverged run?).")
-            compared = parts
+            compared = _scaled(parts)
             if by == "activations":
                 compared = activations(net, pair[0], x, known), activations(net, pair[1], x, known)
             match = _units if over == "units" else _branches
@@ -186,7 +186,8 @@ def _parts(params: Any, known: Symmetry) -> Parts:
     for number, leaf in enumerate(jax.tree.leaves(params)):
         if not trees.is_float(leaf):
             continue
-        array = np.asarray(leaf, np.float32)
+        array = np.asarray(leaf)
+        array = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
         places = [(k, a) for k, g in enumerate(known.groups) for a in g.axes if a.leaf == number]
         places.sort(key=lambda place: -place[0])
         groups = tuple(k for k, _ in places)
@@ -207,6 +208,19 @@ def _parts(params: Any, known: Symmetry) -> Parts:
         flat = canonical.reshape(*canonical.shape[: 1 + len(groups)], -1)
         gathered.setdefault(groups, []).append(flat)
     return {groups: np.concatenate(flats, axis=-1) for groups, flats in gathered.items()}
+
+
+_COMFORTABLE = 30  # powers of two of numbers whose sums of products float32 holds, with all digits that count
+
+
+def _scaled(pair: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
+    """Both in float32, scaled by a power of two where products of their numbers would leave its range."""
+    largest = max((float(np.abs(numbers).max(initial=0.0)) for part in pair for numbers in part.values()), default=0.0)
+    power = -int(np.frexp(largest)[1])
+    if abs(power) <= _COMFORTABLE and all(n.dtype == np.float32 for part in pair for n in part.values()):
+        return pair
+    a, b = ({g: np.ldexp(numbers, power).astype(np.float32) for g, numbers in part.items()} for part in pair)
+    return a, b
 
 
 def _units(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:

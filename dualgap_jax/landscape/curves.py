@@ -21,6 +21,7 @@ from jaxtyping import Float
 from dualgap_jax import trees
 from dualgap_jax.convexity import barrier
 from dualgap_jax.data import as_dataset
+from dualgap_jax.evaluation import check_fits
 from dualgap_jax.identity import arrays_digest
 from dualgap_jax.landscape.planes import Plane, check_alike
 from dualgap_jax.landscape.points import evaluate_points
@@ -93,6 +94,8 @@ def curve(
       TypeError: for what is no handle.
     """
     net, loss, data = check_network(net, "landscape.curve"), as_loss(loss), as_dataset(data)
+    over = data if measured is None else as_dataset(measured)
+    check_fits(loss, over)
     if steps < 1 or points < 3:
         raise ValueError(f"a curve needs at least 1 step and 3 points, got steps={steps} and points={points}.")
     check_alike((start, end), "two ends of a curve")
@@ -122,7 +125,6 @@ def curve(
     t = np.linspace(0.0, 1.0, points)
     along = np.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2], axis=1) @ _CORNERS
     segment = t[:, None] * _CORNERS[2]
-    over = data if measured is None else as_dataset(measured)
     losses = evaluate_points(net, loss, over, plane, np.concatenate([along, segment]), **options)
     bent, straight = losses[:points], losses[points:]
     return Curve(plane, t, along, bent, straight, barrier(t, bent), barrier(t, straight))

@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from dualgap_jax.data import Dataset, as_dataset, standardise
+from dualgap_jax.evaluation import check_fits, check_outputs
 from dualgap_jax.identity import arrays_digest, combined, function_digest, versions
 from dualgap_jax.landscape import kernels as compiled
 from dualgap_jax.landscape.partial import Saver, Work, on_exception
@@ -81,6 +82,7 @@ def evaluate_points(
     Raises:
       UnknownNameError: for an unknown route or state.
       IdentityError: where `partial` holds another evaluation; it names what differs.
+      ConfigError: if the loss or the network does not fit the data set.
       TypeError, ValueError: for arguments of another kind; for route='stem' on a network without one, a size below 1,
         points that are not `[P, 2]`, a plane on disk with route='plain' or with a network that is no sum of branches,
         networks of another number of branches, or state='estimate' for a state that is no running average.
@@ -89,6 +91,7 @@ def evaluate_points(
     branch_chunk = compiled.chunk() if branch_chunk is None else branch_chunk
     sizes = {"sample_chunk": sample_chunk, "branch_chunk": branch_chunk, "point_chunk": point_chunk}
     _check_call(net, plane, route, state, sizes | {"state_samples": state_samples})
+    check_fits(loss, dataset)
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must have shape [P, 2], got {points.shape}.")
@@ -160,7 +163,7 @@ class _Evaluation:
         branch_chunk: int,
         point_chunk: int,
     ) -> None:
-        self._dataset, self._plane = dataset, plane
+        self._loss, self._dataset, self._plane = loss, dataset, plane
         self._kernels = functools.partial(
             compiled.kernels, net, loss, plain, branch_chunk=branch_chunk, together=point_chunk
         )
@@ -224,6 +227,7 @@ class _Evaluation:
         if self._outputs is None:
             few = jax.tree.map(lambda leaf: leaf[: self._multiple], states.find(todo[0], block, self._padded[todo[0]]))
             self._outputs = jax.eval_shape(kernels.outputs, block, few, z, jnp.zeros((self._multiple, 2), float))
+            check_outputs(self._outputs.shape[1:], self._loss, self._dataset)
         wide = jnp.promote_types(self._outputs.dtype, jnp.float32)  # sums of narrow outputs need more digits
         nothing = 0, jnp.zeros((self.size, len(y), *self._outputs.shape[2:]), wide)
         totals = [self.done.parts.get((batch, p), nothing)[1] for p in todo]

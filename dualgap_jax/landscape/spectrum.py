@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from dualgap_jax import seeds, trees
 from dualgap_jax.data import Dataset, as_dataset, standardise
+from dualgap_jax.evaluation import check_fits, check_outputs
 from dualgap_jax.landscape.lanczos import Tridiagonal, lanczos
 from dualgap_jax.losses import Loss, as_loss, marked
 from dualgap_jax.machine import memory_available
@@ -106,12 +107,14 @@ def hessian(
       seed: of the probes.
 
     Raises:
+      ConfigError: if the loss or the network does not fit the data set.
       ValueError: for a number out of its range, blocks of a network that is no sum of branches, a network whose loss is
         not finite, parameters that are complex, or more memory than there is.
       TypeError: for what is no network or handle.
     """
     net, loss, dataset = check_network(net, "landscape.hessian").computed(), as_loss(loss), as_dataset(dataset)
     check_source(net, network)
+    check_fits(loss, dataset)
     for name, value in {"k": k, "probes": probes, "steps": steps, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
@@ -241,6 +244,8 @@ class _Products:
 
         self._rest, self._feels, self._add = (still, state), feels, add
         self._dataset, self._batch = dataset, batch_size
+        x = self._examples(np.arange(1))[0]
+        check_outputs(jax.eval_shape(lambda p, s, x: net.apply(p, s, x)[0], params, state, x).shape, loss, dataset)
 
     @functools.cached_property
     def _felt(self) -> np.ndarray:

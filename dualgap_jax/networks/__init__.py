@@ -19,7 +19,7 @@ from dualgap_jax.networks.functions import from_functions
 from dualgap_jax.networks.given import check_network
 from dualgap_jax.networks.modules import conv, gru, vgg9
 from dualgap_jax.networks.multibranch import branch_keys, draw_branches, mixture, multi_branch, sum_branches, sum_rest
-from dualgap_jax.networks.precision import upcast, with_precision
+from dualgap_jax.networks.precision import accumulator, upcast, with_precision
 from dualgap_jax.networks.settings import ACTIVATIONS
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import Table
@@ -34,6 +34,7 @@ __all__ = [
     "BRANCHES",
     "KERNEL_INITS",
     "InMemory",
+    "accumulator",
     "as_network",
     "branch_keys",
     "check_network",

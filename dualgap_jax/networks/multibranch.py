@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dualgap_jax.networks.flax import as_network
+from dualgap_jax.networks.precision import accumulator
 from dualgap_jax.networks.settings import positive
 from dualgap_jax.types import KeyArray, Network, Params, PyTree, Stacked, State, Stem
 
@@ -48,7 +49,7 @@ def sum_branches(
         z = jax.vmap(branch.stem.preactivation, (0, None))(params, x)
         return sum_rest(branch, params, state, z, keys=keys, train=train)
     y, state = jax.vmap(lambda p, s, k: branch.apply(p, s, x, key=k, train=train))(params, state, keys)
-    return y.sum(0), state
+    return y.sum(0, dtype=accumulator(y.dtype)), state
 
 
 def sum_rest(
@@ -65,7 +66,7 @@ def sum_rest(
         return branch.stem.rest_sum(params, state, z, key=keys, train=train)
     rest = branch.stem.rest
     y, state = jax.vmap(lambda p, s, a, k: rest(p, s, a, key=k, train=train))(params, state, z, keys)
-    return y.sum(0), state
+    return y.sum(0, dtype=accumulator(y.dtype)), state
 
 
 def draw_branches(branch: Network, key: KeyArray, x: Array, first: Array | int, count: int) -> tuple[Params, State]:

@@ -39,6 +39,7 @@ class LpBall:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise SetError(f"{name}={value} must be positive and finite.")
+            object.__setattr__(self, name, float(value))
         if self.p < 0.02:
             raise SetError(f"p={self.p} is below 0.02, where float64 no longer resolves the curve; give a larger p.")
 

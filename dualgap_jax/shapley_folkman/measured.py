@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+import operator
+from typing import Literal, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -93,10 +94,14 @@ def bounds(radii: Radii, n: int) -> Bounds:
     return Bounds(factor * radii.circumradius, factor * radii.inner_radius)
 
 
-def checked_copies(n: int) -> int:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+def checked_copies(n: SupportsIndex) -> int:
+    try:
+        count = 0 if isinstance(n, bool | np.bool_) else operator.index(n)
+    except TypeError:
+        count = 0
+    if count < 1:
         raise SetError(f"number of copies n={n!r}: give a whole number of at least 1.")
-    return n
+    return count
 
 
 def checked_points(points: object, what: str) -> Float64[np.ndarray, "k 2"]:

@@ -11,7 +11,7 @@ from jax import Array
 
 from dualgap_jax.config import require
 from dualgap_jax.data import Dataset, standardise
-from dualgap_jax.types import KeyArray
+from dualgap_jax.types import KeyArray, Network
 
 
 class Batch(NamedTuple):
@@ -37,6 +37,16 @@ def batch_shape(dataset: Dataset, batch_size: int) -> jax.ShapeDtypeStruct:
     """Shape and type of a standardised batch; a size of 0 is the full data set."""
     example = jax.eval_shape(lambda: example_input(dataset))
     return jax.ShapeDtypeStruct((batch_size or len(dataset.y), *example.shape[1:]), example.dtype)
+
+
+def output_shape(net: Network, dataset: Dataset) -> tuple[int, ...]:
+    """Shape of what a network gives of one example, `[1, ...]`."""
+
+    def outputs(key: KeyArray) -> Array:
+        x = example_input(dataset)
+        return net.apply(*net.init(key, x), x, key=key, train=True)[0]
+
+    return jax.eval_shape(outputs, jax.random.key(0)).shape
 
 
 class BatchOrder:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dualgap_jax.losses import Loss, mean_loss
-from dualgap_jax.networks import branch_keys, sum_branches, sum_rest
+from dualgap_jax.networks import accumulator, branch_keys, sum_branches, sum_rest
 from dualgap_jax.training.engine import Carry, Transformation, updated
 from dualgap_jax.types import KeyArray, Params, PyTree, Stacked, State
 
@@ -161,10 +161,11 @@ def branch_step(
     def forward(piece: _Chunk, total: Array) -> Array:
         params, state = _take((carry.params, carry.state), piece.first, piece.size)
         part, _ = run(params, state, piece, preactivation(params, piece))
-        return total + (part if piece.weight is None else piece.weight.astype(part.dtype) * part)
+        return total + (part if piece.weight is None else piece.weight.astype(part.dtype) * part).astype(total.dtype)
 
     sum_shape = jax.eval_shape(lambda p, s, z: run(p, s, _Chunk(0, 1), z)[0], *one, z_shapes)
-    total = _over_chunks(shard, chunk, forward, jnp.zeros(sum_shape.shape, sum_shape.dtype))
+    zero = jnp.zeros(sum_shape.shape, accumulator(sum_shape.dtype))
+    total = _over_chunks(shard, chunk, forward, zero)
     if shard.branch_axis is not None:
         total = lax.psum(total, shard.branch_axis)
 
@@ -192,7 +193,7 @@ def branch_step(
                 return run(_with(params, uses, some), state, piece, z)
 
             _, pull, state = jax.vjp(upper, some, z, has_aux=True)
-            slope, slope_z = pull(gradient)
+            slope, slope_z = pull(gradient.astype(sum_shape.dtype))
             return slope, state, slope_z
 
         z = preactivation(params, piece)

@@ -15,7 +15,7 @@ from dualgap_jax import optimizers, seeds
 from dualgap_jax.checkpoints import Checkpointer, Restored
 from dualgap_jax.config import require
 from dualgap_jax.data import as_dataset
-from dualgap_jax.evaluation import check_fits
+from dualgap_jax.evaluation import check_fits, check_outputs
 from dualgap_jax.losses import as_loss
 from dualgap_jax.machine import device_memory
 from dualgap_jax.metrics import Metrics
@@ -23,7 +23,7 @@ from dualgap_jax.networks import as_network
 from dualgap_jax.schedules import Schedule, constant
 from dualgap_jax.sharding import MeshSpec, local_devices
 from dualgap_jax.training import plan
-from dualgap_jax.training.batches import batch_shape
+from dualgap_jax.training.batches import batch_shape, output_shape
 from dualgap_jax.training.engine import Engine
 from dualgap_jax.training.loop import Loop
 from dualgap_jax.training.resume import begin_run, identity_of, is_over, newest, require_alike
@@ -108,7 +108,8 @@ def train(
       loss: a loss that fits the task of the data, or a plain function; see `losses.as_loss`.
       data: the training set, a `Dataset` or a pair of arrays `(x, y)`; see `data.from_arrays`.
       optimizer: an `optax.GradientTransformation` with its own rate, sign and schedule, such as `optax.adamw(1e-3)`.
-        It acts on each branch alone; see `optimizers.for_network`.
+        In a network of `multi_branch` it acts on each branch alone, in any other on all parameters as they lie; see
+        `optimizers.for_network`.
       schedule: what the optimiser's updates are multiplied by, from a look at the mean loss every `check_every` steps,
         and when to stop; None leaves them as they are.
       batch_size: examples a step, drawn without replacement within an epoch; 0 is the full data set.
@@ -131,9 +132,9 @@ def train(
 
     Raises:
       TypeError: for what is no network, loss or data set.
-      ConfigError: if the loss does not fit the data set, the batch is larger than it, a number is out of its range, the
-        optimiser is none or needs what a step does not have, or streamed training is asked for and cannot be (see
-        `Streamed`), or is needed where snapshots are taken.
+      ConfigError: if the loss or the network does not fit the data set, the batch is larger than it, a number is out of
+        its range, the optimiser is none or needs what a step does not have, or streamed training is asked for and
+        cannot be (see `Streamed`), or is needed where snapshots are taken.
       IdentityError: if `checkpoints` holds solutions of another run; the message names what differs.
     """
     net, loss, dataset, mesh = as_network(net, "train"), as_loss(loss), as_dataset(data), mesh or MeshSpec()
@@ -153,6 +154,7 @@ def train(
         learning_rate=schedule.base,
     )
     check_fits(loss, dataset)
+    check_outputs(output_shape(net, dataset), loss, dataset)
     require(
         batch_size <= len(dataset.y),
         f"batch_size={batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
