@@ -481,7 +481,7 @@ def test_the_slope_of_asinh_does_not_vanish_where_squares_overflow() -> None:
         alpha = np.array([[-1.0]])
         bound = lower_bound(one, alpha, engine="branch and bound", spec=BoundSpec(1e-2, 4000))
         w = np.linspace(-2, 2, 40_001)
-        values = 0.05 * w**2 - np.abs(np.arcsinh(w * 3e31**5))
+        values = 0.1 * w**2 - np.abs(np.arcsinh(w * 3e31**5))
     assert bound.pieces.minimum <= values.min() + 1e-6
     assert bound.pieces.minimum >= values.min() - 0.1
     assert bound.status != "certified" or verify_bound(one, bound).holds
