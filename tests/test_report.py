@@ -145,6 +145,14 @@ def test_several_runs_stand_on_one_page_and_in_one_table(finished: Path, tmp_pat
     assert float(rows[-2]["envelope max"]) == wanted[1]["rows"][0][3]  # in full
 
 
+def test_columns_of_one_name_keep_their_numbers_in_the_table(tmp_path: Path) -> None:
+    columns = ["n", "barrier", "aligned", "env. max", "aligned", "run"]
+    save_json(tmp_path / "results" / "report.json", {"columns": columns, "rows": [[1, 2.0, 3.0, None, 5.0, "a"]]})
+    head, row = csv.reader(io.StringIO(report.table_csv([tmp_path])))
+    assert head == ["run", "n", "barrier", "barrier aligned", "env. max", "env. max aligned", "run of the run"]
+    assert row == [str(tmp_path), "1", "2.0", "3.0", "", "5.0", "a"]
+
+
 def test_damaged_and_missing_records_are_said(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from dualgap_jax import cli, commands
 from dualgap_jax.commands import sweep
 from dualgap_jax.config import ConfigError
+from dualgap_jax.experiments import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 # An experiment of milliseconds, so that sweeping is all that is tested.
@@ -123,6 +124,65 @@ def test_leaves_and_arguments_beside_those_given(folder: Path) -> None:
     assert second.config.names == ("y", "z")
     assert first.folder != second.folder
     assert not set("/()'") & set(first.folder + second.folder)
+
+
+def written(folder: Path, keys: list[str], done: list[tuple[sweep.Run, Any]]) -> list[list[str]]:
+    sweep._write_csv(folder / "sweep.csv", keys, done)
+    with open(folder / "sweep.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_every_column_of_a_run_is_in_the_table_under_a_name_of_its_own(folder: Path) -> None:
+    columns = ["I", "barrier", "… aligned", "envelope max", "… aligned", "I=2", "I=2", "error", "run"]
+    result = Report("", columns, [[1, 0.1, 0.2, 0.3, 0.4, 5, 6, 7, 8]])
+    done = [(sweep.Run({"seed": "0"}, None, "seed=0"), result)]
+    names = [
+        *("I", "barrier", "barrier aligned", "envelope max", "envelope max aligned", "I=2", "I=2 (2)"),
+        *("error of the run", "run of the run"),
+    ]
+    head, row = written(folder, ["seed"], done)
+    assert head == ["run", "seed", *names, "error"]
+    assert row == ["seed=0", "0", "1", "0.1", "0.2", "0.3", "0.4", "5", "6", "7", "8", ""]
+    assert list(sweep._table(["seed"], done).columns) == ["seed", *names]
+
+
+def test_a_run_s_own_column_stays_beside_the_one_swept_over_where_it_says_more(folder: Path) -> None:
+    done = [
+        (sweep.Run({"I": f"{a}/{b}"}, None, f"I={a}_{b}"), Report("", ["I", "loss"], [[a, 0.5], [b, 0.25]]))
+        for a, b in ((2, 3), (2, 5))
+    ]
+    head, *found = written(folder, ["I"], done)
+    assert head == ["run", "I", "I of the run", "loss", "error"]
+    assert [row[1:3] for row in found] == [["2/3", "2"], ["2/3", "3"], ["2/5", "2"], ["2/5", "5"]]
+    alike = [(sweep.Run({"I": str(n)}, None, f"I={n}"), Report("", ["I", "loss"], [[n, 0.5]])) for n in (2, 3)]
+    assert written(folder, ["I"], alike)[0] == ["run", "I", "loss", "error"]
+
+
+def test_keys_with_the_same_last_part_are_told_apart(folder: Path) -> None:
+    given = ["--config=shares.py", "--extend=shares"]
+    (one,) = sweep.combinations({"seed": ["1"], "config.seed": ["2"], "config.count": ["3"]}, given)
+    assert one.folder == "seed=1,config.seed=2,count=3"
+    head, row = written(folder, list(one.values), [(one, Report("", ["seed"], [[2]]))])
+    assert head == ["run", "seed", "config.seed", "count", "seed of the run", "error"]
+    assert row[1:5] == ["1", "2", "3", "2"]
+
+
+def test_a_folder_of_another_run_or_sweep_is_refused_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["shares.py", "--extend=shares"]
+    assert commands.main(["run", *command, "--workdir=single"]) == 0
+    assert commands.main(["sweep", *command, "--over=count=1,2", "--workdir=w"]) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for arguments, message in (
+        (["--workdir=single"], "single is the folder of a run"),
+        (["--workdir=w", "--config.seed=5"], "holds another config"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            commands.main(["sweep", *command, "--over=count=1,2", *arguments])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,12 @@ from typing import Any, NamedTuple
 from dualgap_jax import cli, experiments, interrupts, report, terminal
 from dualgap_jax.config import ConfigError, check_numbers, require, spec_of
 from dualgap_jax.experiments import Report
+from dualgap_jax.experiments.base import identity
 from dualgap_jax.files import text_digest, utf8, write_atomically
+from dualgap_jax.workdir import Workdir
 
 _MOST = 10_000  # runs of a sweep
+_BESIDE = ("run", "error")  # columns of the table that are of the sweep
 
 
 class Run(NamedTuple):
@@ -69,7 +72,7 @@ def combinations(over: Mapping[str, Sequence[str]], arguments: Sequence[str]) ->
         if inside:
             given += ("," if ":" in given else ":") + inside
         leaves = [f"--{k}={v}" for k, v in values.items() if k.startswith("config.")]
-        label = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in values.items())
+        label = ",".join(map("=".join, zip(_names(list(over)), chosen, strict=True)))
         folder = re.sub(r"[^\w=.,+-]", "_", label)[:150]
         yield Run(values, cli.parse([given, *leaves, *rest]).config, folder)
 
@@ -111,13 +114,17 @@ def _sweep(over: Mapping[str, Sequence[str]], given: Sequence[str], command: Seq
     require(count <= _MOST, f"a sweep of {count:,} runs is more than {_MOST:,}: give fewer values.")
     runs = list(combinations(over, given))
     require(len({run.folder for run in runs}) == len(runs), "two runs would share a folder: give shorter values.")
+    digest = text_digest(repr([(run.folder, run.config.to_json()) for run in runs]))[:8]
+    root = Path(flags.workdir or f"runs/{flags.name}-sweep-{digest}")
+    own = next((name for name in ("config.json", "run.json") if (root / name).exists()), None)
+    require(own is None, f"{root} is the folder of a run, it holds {own}: give the sweep another --workdir.")
     for run in runs:  # a mistake is said before anything is computed
-        spec: Any = spec_of(run.config, tables.experiments[run.config["experiment"]].spec)
+        experiment = tables.experiments[run.config["experiment"]]
+        spec: Any = spec_of(run.config, experiment.spec)
         check_numbers(spec)
         if hasattr(spec, "validate"):
             spec.validate(tables)
-    digest = text_digest(repr([(run.folder, run.config.to_json()) for run in runs]))[:8]
-    root = Path(flags.workdir or f"runs/{flags.name}-sweep-{digest}")
+        Workdir.open(root / run.folder, identity(experiment, spec))  # which refuses the folder of another run
     _check_table(root / "sweep.csv", [run.folder for run in runs])
     done: list[tuple[Run, Report | str]] = []
     with terminal.spoken():
@@ -161,16 +168,32 @@ def _check_table(path: Path, folders: Sequence[str]) -> None:
 
 
 def _rows(keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> tuple[list[str], list[list[Any]]]:
-    """One table of all: the values swept over, then the columns of any of the runs but those with the same name."""
-    names = [key.rpartition(".")[2] for key in keys]
-    found = dict.fromkeys(c for _, result in done if isinstance(result, Report) for c in result.columns)
-    columns = [c for c in found if c not in names]
-    rows = []
-    for run, result in done:
-        for row in _lines(result):
-            cells = dict(zip(result.columns, row, strict=True)) if isinstance(result, Report) else {}
-            rows.append([*run.values.values(), *(cells.get(column) for column in columns)])
+    """One table of all: the values swept over, then the columns of any of the runs but those that say the same."""
+    names = _names(keys)
+    heads = [_heads(result, names) for _, result in done]
+    told = {f"{name} of the run": key for key, name in zip(keys, names, strict=True)}
+    lines: list[tuple[Run, dict[str, Any]]] = []
+    for (run, result), head in zip(done, heads, strict=True):
+        lines += [(run, dict(zip(head, row, strict=True))) for row in _lines(result)]
+    columns = [
+        column
+        for column in dict.fromkeys(column for head in heads for column in head)
+        if column not in told
+        or any(column in cells and str(cells[column]) != run.values[told[column]] for run, cells in lines)
+    ]
+    rows = [[*run.values.values(), *(cells.get(column) for column in columns)] for run, cells in lines]
     return [*names, *columns], rows
+
+
+def _names(keys: Sequence[str]) -> list[str]:
+    """The names of what is swept over: the last part of each key, or all of it where that is not its own."""
+    short = [key.rpartition(".")[2] for key in keys]
+    names = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
+    return [f"{name} swept over" if name in _BESIDE else name for name in names]
+
+
+def _heads(result: Report | str, names: Sequence[str]) -> list[str]:
+    return report.distinct(result.columns, [*_BESIDE, *names]) if isinstance(result, Report) else []
 
 
 def _write_csv(path: Path, keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> None:

@@ -20,7 +20,8 @@ from dualgap_jax.card import altered
 from dualgap_jax.files import DamagedFileError, load_json, load_npz, utf8, write_atomically
 from dualgap_jax.report import page, surfaces
 
-SURFACES = (("landscape", "as trained"), ("aligned", "aligned"))
+_ALIGNED = "aligned"  # a head that says of the column before it that it is of the aligned surface
+SURFACES = (("landscape", "as trained"), (_ALIGNED, _ALIGNED))
 
 
 class NothingToReportError(ValueError):
@@ -60,6 +61,31 @@ def write(workdirs: Sequence[str | Path], output: str | Path) -> Path:
     return Path(output)
 
 
+def distinct(columns: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """Names of columns that differ from one another, in their order, for a table that is read by names.
+
+    ['barrier', '… aligned', 'I=2', 'I=2'] is ['barrier', 'barrier aligned', 'I=2', 'I=2 (2)'].
+
+    Args:
+      columns: the heads of a run's table, in which one may stand for a word more about the column before it.
+      taken: names of columns beside them; a head of that name is called 'NAME of the run'.
+    """
+    names: list[str] = []
+    before = ""
+    for column in columns:
+        if column.startswith("… ") or (column == _ALIGNED and list(columns).count(column) > 1):
+            name = f"{before} {column.removeprefix('… ')}".strip()
+        else:
+            name = before = column
+        first = name = f"{name} of the run" if name in taken else name
+        number = 1
+        while name in names or name in taken:
+            number += 1
+            name = f"{first} ({number})"
+        names.append(name)
+    return names
+
+
 def table_csv(workdirs: Sequence[str | Path]) -> str:
     """The tables of runs as CSV, numbers in full: the folder, then the columns of any of them.
 
@@ -74,13 +100,14 @@ def table_csv(workdirs: Sequence[str | Path]) -> str:
             why = run.said() or f"{folder} holds no results/report.json: the run is not complete."
             raise NothingToReportError(why)
         read.append((folder, report))
-    columns = list(dict.fromkeys(name for _, report in read for name in report["columns"]))
+    heads = [distinct(report["columns"], ["run"]) for _, report in read]
+    columns = list(dict.fromkeys(name for names in heads for name in names))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", *columns])
-    for folder, report in read:
+    for (folder, report), names in zip(read, heads, strict=True):
         for row in report["rows"]:
-            values = dict(zip(report["columns"], row, strict=True))
+            values = dict(zip(names, row, strict=True))
             writer.writerow([folder, *("" if values.get(name) is None else values[name] for name in columns)])
     return out.getvalue()
 
