@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
@@ -9,15 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dualgap_jax import cli, interrupts
-from dualgap_jax.config import ConfigError, check_numbers, load, override, spec_of
-from dualgap_jax.experiments import TABLES
+from dualgap_jax.config import Component, ConfigError, check_numbers, experiment_config, load, override, spec_of
+from dualgap_jax.experiments import TABLES, Experiment, Report, Tables
+from dualgap_jax.experiments import run as run_config
+from dualgap_jax.experiments.base import identity
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.files import leaves, load_json
+from dualgap_jax.hitting import SgdSpec
 from dualgap_jax.interrupts import Terminated
+from dualgap_jax.sharding import MeshSpec
+from dualgap_jax.workdir import Workdir, WorkdirError
 
 pytestmark = pytest.mark.usefixtures("children_share_programs")
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,6 +265,36 @@ def test_a_whole_run_of_an_experiment_of_ones_own(name: str, tmp_path: Path) -> 
     assert other.returncode == 2
     assert f"holds a run of experiment '{name}', not '{another}'" in other.stderr
     assert "The sum of some numbers." in run("--extend=own", "--list", cwd=tmp_path).stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Settings of somebody's own, under names that the package has too."""
+
+    mesh: int = 10
+    devices: int = 1
+    data_dir: str = "a"
+    branch: Component = Component("wide", {"data_dir": "a"})
+    data: Component = Component("mnist", {"data_dir": "a"})
+    shared: MeshSpec = MeshSpec()
+    sgd: SgdSpec = SgdSpec()
+
+
+def test_settings_of_ones_own_belong_to_a_run_whatever_their_names(tmp_path: Path) -> None:
+    def area(spec: Grid, workdir: Workdir, tables: Tables) -> Report:
+        return Report("Area", ["area"], [[spec.mesh**2]])
+
+    own = Experiment("grid", Grid, area)
+    tables = TABLES.with_experiments(own)
+    changes: list[dict[str, Any]] = [{"mesh": 20}, {"devices": 2}, {"data_dir": "b"}]
+    changes += [{"branch": Component("wide", {"data_dir": "b"})}]
+    for change in changes:
+        assert identity(own, Grid(**change)) != identity(own, Grid()), change
+    elsewhere = Grid(data=Component("mnist", {"data_dir": "b"}), shared=MeshSpec(branch=2), sgd=SgdSpec(devices=2))
+    assert identity(own, elsewhere) == identity(own, Grid())
+    run_config(experiment_config("grid", Grid()), tables=tables, workdir=tmp_path / "w")
+    with pytest.raises(WorkdirError, match="mesh: 10 there, 20 asked for"):
+        run_config(experiment_config("grid", Grid(mesh=20)), tables=tables, workdir=tmp_path / "w")
 
 
 def test_a_whole_run_with_ones_own_branch(tmp_path: Path) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualgap_jax import figures
+from dualgap_jax.config import Component
 from dualgap_jax.data import DATASETS
 from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
+from dualgap_jax.hitting import SgdSpec
 from dualgap_jax.identity import arrays_digest
 from dualgap_jax.losses import LOSSES
 from dualgap_jax.networks import BRANCHES
 from dualgap_jax.registry import Table
 from dualgap_jax.shapley_folkman import SETS
-from dualgap_jax.sharding import agreed, is_first_process, meet
+from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, meet
 from dualgap_jax.terminal import Progress, paragraph, table
 from dualgap_jax.workdir import Workdir, WorkdirError
 
@@ -104,16 +106,32 @@ class Tables(NamedTuple):
 def identity(experiment: Experiment, spec: Any) -> dict[str, Any]:
     """The configuration that a workdir belongs to: the experiment's name and the spec as JSON.
 
-    What is of this machine only is left out, where the data lie and which devices share the work: a run goes on on
-    another machine, or another mesh.
+    What is of this machine only is left out, where the package's data lie and which devices share the work: a run goes
+    on on another machine, or another mesh.  Settings of those names that are somebody's own belong to it.
     """
+    return {"experiment": experiment.name, **jsonable(_of_any_machine(spec), where="config")}
 
-    def strip(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {k: strip(v) for k, v in tree.items() if k not in ("data_dir", "mesh", "devices")}
-        return tree
 
-    return {"experiment": experiment.name, **strip(jsonable(spec, where="config"))}
+def _of_any_machine(value: Any) -> Any:
+    """A spec, or a part of one, without what the package's own specs and data sets say of this machine."""
+    if isinstance(value, Component):
+        left_out = {"data_dir"} if value.name in DATASETS else set()
+        return {k: _of_any_machine(v) for k, v in value._asdict().items() if k not in left_out}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {
+            name: _of_any_machine(item)
+            for name, item in fields.items()
+            if not isinstance(item, MeshSpec) and not (name == "devices" and _declares(SgdSpec, type(value), name))
+        }
+    if isinstance(value, Mapping):
+        return {key: _of_any_machine(item) for key, item in value.items()}
+    return [_of_any_machine(item) for item in value] if type(value) in (list, tuple) else value
+
+
+def _declares(owner: type, spec: type, name: str) -> bool:
+    """Whether a field of a spec is that of `owner`, inherited or its own."""
+    return owner is next((c for c in spec.__mro__ if name in c.__dict__.get("__annotations__", {})), None)
 
 
 def confirm_data(workdir: Workdir, *arrays: Any, **facts: Any) -> None:
