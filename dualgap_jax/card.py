@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dualgap_jax.files import DamagedFileError, canonical, file_digest, is_tempo
 _log = logging.getLogger(__name__)
 
 OUTPUTS = {"results", "figures"}  # the folders that a complete run's card vouches for
+CERTIFICATE = "certificate.json"  # among the results, of solutions that others are computed from too
 
 _KEYS = {"status", "reason", "start", "config", "inputs", "files", "attempts"}
 _KEPT = ("status", "reason", "command", "start", "end", "seconds", "git")  # of an earlier attempt
@@ -34,8 +36,33 @@ def outputs(folder: Path) -> dict[str, str]:
         relative = Path(where).relative_to(folder)
         if OUTPUTS & {*relative.parts}:
             paths = [Path(where, name) for name in sorted(names)]
-            digests = {str(relative / p.name): digest_or_none(p) for p in paths if not is_temporary(p)}
+            written = [p for p in paths if not is_temporary(p) and (p.name != CERTIFICATE or is_certified(p))]
+            digests = {str(relative / p.name): digest_or_none(p) for p in written}
             found |= {name: digest for name, digest in digests.items() if digest is not None}
+    return found
+
+
+def certified(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
+    """What a certificate keeps as `of`: digests of results in `folder` that come of the solutions that it is about."""
+    return {name: digest_or_none(folder / name) for name in names}
+
+
+def is_certified(path: Path) -> bool:
+    """Whether the certificate at `path` is of the solutions whose results lie in its run's folder."""
+    folder = path.parents[1]
+    try:
+        of = load_json(path).get("of")
+    except (FileNotFoundError, DamagedFileError):
+        return False
+    return isinstance(of, dict) and certified(folder, of) == of
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """When each file of a run's own results and figures was written, in terms of the file system."""
+    found = {}
+    for path in (path for name in sorted(OUTPUTS) for path in (folder / name).rglob("*")):
+        with contextlib.suppress(OSError):
+            found[str(path.relative_to(folder))] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
 
 

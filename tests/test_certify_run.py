@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from certify_oracles import convex_program
 
-from dualgap_jax import checkpoints, cli, experiments
+from dualgap_jax import checkpoints, cli, experiments, report
 from dualgap_jax.config import Component, experiment_config
 from dualgap_jax.duality.checker.value_functions import Verified
 from dualgap_jax.experiments import TABLES
@@ -187,6 +187,51 @@ def test_certificates_are_of_the_ends_of_this_run_s_training(tmp_path: Path, mon
     shutil.rmtree(kept / "solution_1")
     with pytest.raises(CertifyRunError, match="no checkpoints of solution 1"):
         certify_run(folder, TABLES)
+
+
+def test_a_certificate_of_other_solutions_is_neither_shown_nor_vouched_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[int] = []
+
+    def solution(*_: Any) -> dict[str, Any]:
+        solved.append(1)
+        return {"proven": False, "said": "seen"}
+
+    monkeypatch.setattr(module, "_solution", solution)
+    source, folder = tmp_path / "own.npz", tmp_path / "w"
+    x = np.random.default_rng(0).normal(size=(24, 2)).astype(np.float32)
+    training = dataclasses.replace(SPEC.training, max_steps=4, check_every=2)
+    spec = dataclasses.replace(SPEC, data=Component("own", {"path": str(source)}), training=training)
+    name = "results/certificate.json"
+
+    def page() -> str:
+        return report.write([folder], tmp_path / "report.html").read_text(encoding="utf-8")
+
+    def anew() -> None:
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "run.json").unlink()
+        finished(spec, folder)
+
+    np.savez(source, x=x, y=np.sign(x[:, 0]))
+    finished(spec, folder)
+    certify_run(folder, TABLES)
+    assert name in load_json(folder / "run.json")["files"]
+    anew()  # of the same data: the same solutions
+    assert name in load_json(folder / "run.json")["files"]
+    assert "<h2>Distance from the global optimum</h2>" in page()
+    (folder / "figures" / "landscape.png").rename(folder / "figures" / "old.png")
+    (folder / "results" / "old.json").write_text("{}")
+    np.savez(source, x=x, y=np.sign(x[:, 1]))
+    anew()
+    assert not {name, "figures/old.png", "results/old.json"} & {*load_json(folder / "run.json")["files"]}
+    assert "certificate.json is not of these solutions" in page()
+    assert "<h2>Distance from the global optimum</h2>" not in page()
+    assert "<figcaption>old</figcaption>" not in page()
+    certify_run(folder, TABLES)
+    assert len(solved) == 6
+    assert "<h2>Distance from the global optimum</h2>" in page()
+    assert name in load_json(folder / "run.json")["files"]
 
 
 def test_what_no_engine_covers_is_said(tmp_path: Path) -> None:

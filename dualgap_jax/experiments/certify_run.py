@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dualgap_jax import certify
+from dualgap_jax.card import CERTIFICATE, certified
 from dualgap_jax.config import spec_of
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments import landscape
@@ -25,8 +26,8 @@ from dualgap_jax.training import train
 from dualgap_jax.types import BranchSource
 from dualgap_jax.workdir import Workdir
 
-RECORD = "certificate.json"
 _SOLUTIONS = 3  # of a landscape
+_OF = "results/landscape.npz"  # the results by which a certificate knows its solutions
 _TITLE = "Distance from the global optimum"
 COLUMNS = (
     "run",
@@ -75,7 +76,8 @@ def certify_run(path: str | Path, tables: Tables, say: Callable[[str], object] =
             notes += [note for note in found.notes if note not in notes]
         report = Report(_TITLE, COLUMNS, rows, notes)
         if whole is not None:
-            save_json(whole.results / RECORD, report)
+            of = certified(folder, [f"{cell.relative_to(folder)}/{_OF}" for cell in cells])
+            save_json(whole.results / CERTIFICATE, {**report._asdict(), "of": of})
     return report
 
 
@@ -125,7 +127,9 @@ def _certified(folder: Path, prefix: str, tables: Tables, say: Callable[[str], o
                 found.append(value)
                 line.update(k + 1, f"solution {k}")
         report = _report(spec, prefix, found)
-        save_json(workdir.results / RECORD, {**report._asdict(), "solutions": found})
+        save_json(
+            workdir.results / CERTIFICATE, {**report._asdict(), "of": certified(folder, [_OF]), "solutions": found}
+        )
     for k, value in enumerate(found):
         say(f"{prefix}solution {k}: {value['said']}")
     return report

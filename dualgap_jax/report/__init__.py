@@ -16,7 +16,7 @@ from typing import Any
 
 import humanize
 
-from dualgap_jax.card import altered
+from dualgap_jax.card import CERTIFICATE, OUTPUTS, altered, is_certified
 from dualgap_jax.files import DamagedFileError, load_json, load_npz, utf8, write_atomically
 from dualgap_jax.report import page, surfaces
 
@@ -113,7 +113,7 @@ def table_csv(workdirs: Sequence[str | Path]) -> str:
 
 
 class _Run:
-    """The records of a work folder, but for those of a complete run that are not what it wrote.
+    """The records of a work folder, but for those of a complete run that are not what it wrote, or not its own.
 
     Attributes:
       card: `run.json`, or None.
@@ -123,12 +123,16 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.altered: list[str] = []
+        self.card: dict[str, Any] | None = None
         self.card = self.record("run.json")
         self.altered = altered(folder, self.card or {})
 
     def path(self, name: str) -> Path | None:
-        """A file of the run, or None where it was altered."""
-        return None if name in self.altered else self.folder / name
+        """A file of the run, or None where it was altered, or a complete run did not write it."""
+        card = self.card or {}
+        vouched = card["files"] if card.get("status") == "complete" and "files" in card else [name]
+        own = name in vouched or not OUTPUTS & {*Path(name).parts}
+        return self.folder / name if own and name not in self.altered else None
 
     def record(self, name: str) -> dict[str, Any] | None:
         """A record, or None where there is none, or it is damaged or altered."""
@@ -167,11 +171,14 @@ def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
     if report is not None:
         said.append("<h2>Results</h2>" + page.table(report["columns"], report["rows"]))
         said.append(page.paragraphs(report["notes"]))
-    if (certified := run.record("results/certificate.json")) is not None:
+    certificate = folder / "results" / CERTIFICATE
+    if certificate.exists() and not is_certified(certificate):
+        said.append(page.paragraphs([f"Not shown: {certificate} is not of these solutions; certify the run again."]))
+    elif (certified := run.record(f"results/{CERTIFICATE}")) is not None:
         said.append(f"<h2>{page.text(certified['title'])}</h2>")
         said.append(page.table(certified["columns"], certified["rows"]) + page.paragraphs(certified["notes"]))
     said.append(_surfaces(run, plots))
-    pictures = [p for p in sorted((folder / "figures").glob("*.png")) if f"figures/{p.name}" not in run.altered]
+    pictures = [p for p in sorted((folder / "figures").glob("*.png")) if run.path(f"figures/{p.name}") is not None]
     if pictures:
         said.append("<h2>Figures</h2>" + "".join(map(_picture, pictures)))
     shown = json.dumps(config, indent=2, ensure_ascii=False)
