@@ -28,8 +28,13 @@ def altered(folder: Path, card: Mapping[str, Any]) -> list[str]:
     return [name for name, digest in card.get("files", {}).items() if digest_or_none(folder / name) != digest]
 
 
-def outputs(folder: Path) -> dict[str, str]:
-    """The digest of every file in folders `results` and `figures` of a run, those of runs inside it too."""
+def outputs(folder: Path, before: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The digest of every file in folders `results` and `figures` of a run, those of runs inside it too.
+
+    Args:
+      folder: of the run.
+      before: `stamps` of files that count only if they were written since.
+    """
     found: dict[str, str] = {}
     for where, inside, names in os.walk(folder):
         inside[:] = sorted(name for name in inside if name not in ("checkpoints", "parts", "tensorboard"))
@@ -39,7 +44,9 @@ def outputs(folder: Path) -> dict[str, str]:
             written = [p for p in paths if not is_temporary(p) and (p.name != CERTIFICATE or is_certified(p))]
             digests = {str(relative / p.name): digest_or_none(p) for p in written}
             found |= {name: digest for name, digest in digests.items() if digest is not None}
-    return found
+    now = stamps(folder) if before else {}
+    left = {name for name in before or () if before and before[name] == now.get(name)}
+    return {name: digest for name, digest in found.items() if name not in left or Path(name).name == CERTIFICATE}
 
 
 def certified(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
@@ -78,8 +85,8 @@ class RunCard:
     """`run.json` of one configuration.
 
     Its fields: `status`, `reason`, `command`, `start`, `end`, `seconds`, `peak_memory_bytes`; `git`, `packages`,
-    `python`, `platform`, `devices`, `process`; `config`, the digest of the configuration; `inputs`, what the run is
-    computed from; `files`, the digests of the results and figures of a complete run; `attempts`, earlier cards,
+    `python`, `platform`, `devices`, `x64`, `process`; `config`, the digest of the configuration; `inputs`, what the run
+    is computed from; `sources`, digests of the files of one's own that it reads or runs; `files`, the digests of the results and figures of a complete run; `attempts`, earlier cards,
     shortened.
 
     Args:
@@ -116,7 +123,18 @@ class RunCard:
         card = self._now if self._now is not None else self.own()
         return {} if card is None else dict(card["inputs"])
 
-    def begin(self, command: Sequence[str]) -> None:
+    def other_precision(self) -> str | None:
+        """How the last attempt was set up, `JAX_ENABLE_X64=1`, where this process is set up otherwise."""
+        then = (self.own() or {}).get("x64")
+        return None if then is None or then == _x64() else f"JAX_ENABLE_X64={int(then)}"
+
+    def changes(self, sources: Mapping[str, str | None]) -> list[str]:
+        """What is no longer as it was in the last attempt, of files of one's own and of the precision."""
+        then = (self.own() or {}).get("sources", {})
+        changed = [name for name, digest in sources.items() if name in then and then[name] != digest]
+        return changed + ([f"{x64} (not so now)"] if (x64 := self.other_precision()) is not None else [])
+
+    def begin(self, command: Sequence[str], sources: Mapping[str, str | None]) -> None:
         """Writes the card of a new attempt, and says what is no longer as it was in the last one."""
         facts, last = machine.facts(), self.read()
         if last is not None and last["config"] != self._config:
@@ -137,6 +155,8 @@ class RunCard:
             "seconds": None,
             "peak_memory_bytes": None,
             **facts,
+            "x64": _x64(),
+            "sources": dict(sources),
             "process": machine.this_process(),
             "config": self._config,
             "inputs": last["inputs"] if last is not None else {},
@@ -170,6 +190,12 @@ class RunCard:
         ):
             if then != now:
                 _log.warning("%s: begun with %s %s, goes on with %s", self._path.parent, what, then, now)
+
+
+def _x64() -> bool:
+    import jax  # which a report does without
+
+    return bool(jax.config.read("jax_enable_x64"))
 
 
 def _time() -> str:

@@ -26,12 +26,13 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dualgap_jax import interrupts, lock
-from dualgap_jax.card import CERTIFICATE, OUTPUTS, RunCard, altered, outputs, stamps
+from dualgap_jax.card import OUTPUTS, RunCard, altered, outputs, stamps
 from dualgap_jax.files import (
     DamagedFileError,
     canonical,
@@ -223,6 +224,10 @@ class Workdir:
             return None
         return altered(self.path, card)
 
+    def changes(self, sources: Mapping[str, str | None]) -> list[str]:
+        """What the last session had otherwise, of the files whose digests are given and of the precision."""
+        return self._card.changes(sources)
+
     # --- what a run can go on from ------------------------------------------------------------------------------------
 
     def confirm(self, name: str, value: Mapping[str, Any]) -> None:
@@ -310,28 +315,31 @@ class Workdir:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self, sources: Mapping[str, str | None] = MappingProxyType({})) -> Iterator[None]:
         """Holds the folder and keeps its card while work is done: `with workdir.session(): ...`.
 
         The status is 'running' inside; 'complete' after a normal end; 'interrupted' after KeyboardInterrupt or SIGTERM
         (raised inside as `interrupts.Terminated`); 'failed' after any other exception, with its type and message as the
-        reason.  Exceptions propagate.  What earlier sessions recorded is kept, shortened, under `attempts`.
+        reason.  Exceptions propagate.  What earlier sessions recorded is kept, shortened, under `attempts`, and the
+        digests of `sources`, files of one's own, as they are.
 
         Raises:
-          WorkdirError: if another process is at work in the folder, it belongs to something else, or it cannot be
-            written.
+          WorkdirError: if another process is at work in the folder, it belongs to something else, was begun at another
+            precision, or cannot be written.
         """
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock.held(self.path))
                 fresh = not self._check_config()
+                if (begun := self._card.other_precision()) is not None and not self._failed_before_anything():
+                    raise WorkdirError(f"{self.path} was begun with {begun}: set it so, or give another --workdir")
                 remove_temporary([self.path, *(self.path / name for name in ("parts", "checkpoints", *OUTPUTS))])
                 if fresh:
                     save_json(self.path / "config.json", self.config)
                 self._confirmed = {}
                 before = {} if self._card.own() is not None else stamps(self.path)  # of nobody knows what
-                self._card.begin(self._command)
+                self._card.begin(self._command, sources)
             except lock.LockedError as error:
                 raise WorkdirError(str(error)) from error
             except OSError as error:
@@ -347,9 +355,7 @@ class Workdir:
             try:
                 with interrupts.raised():
                     yield
-                    now = stamps(self.path)
-                    left = {n for n in before if before[n] == now.get(n) and Path(n).name != CERTIFICATE}
-                    files = {name: digest for name, digest in outputs(self.path).items() if name not in left}
+                    files = outputs(self.path, before)
                     status, reason = "complete", None
             except BaseException as error:
                 status, reason = "failed", f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from dualgap_jax import cli, interrupts
@@ -295,6 +297,44 @@ def test_settings_of_ones_own_belong_to_a_run_whatever_their_names(tmp_path: Pat
     run_config(experiment_config("grid", Grid()), tables=tables, workdir=tmp_path / "w")
     with pytest.raises(WorkdirError, match="mesh: 10 there, 20 asked for"):
         run_config(experiment_config("grid", Grid(mesh=20)), tables=tables, workdir=tmp_path / "w")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a file."""
+
+    data: Component = Component("own", {"path": "own.npz"})
+
+
+def test_what_changed_since_a_complete_run_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "sizes_of_files.py").write_text("def size(spec, workdir, tables):\n    return REPORT\n")
+    module = importlib.import_module("sizes_of_files")
+    module.REPORT = Report("Size", ["size"], [[1]])
+    tables = TABLES.with_experiments(Experiment("sizes", Sizes, module.size))
+
+    def go_on() -> tuple[bool, str]:
+        caplog.clear()
+        was_complete = run_config(experiment_config("sizes", Sizes()), tables=tables, workdir="w")[2]
+        return was_complete, caplog.text
+
+    (tmp_path / "own.npz").write_bytes(b"1")
+    assert go_on() == (False, "")
+    assert go_on() == (True, "")
+    with jax.enable_x64(True):
+        assert "computed before this changed: JAX_ENABLE_X64=0 (not so now)" in go_on()[1]
+    (tmp_path / "own.npz").write_bytes(b"2")
+    (tmp_path / "sizes_of_files.py").write_text("")
+    was_complete, said = go_on()
+    assert was_complete
+    assert "computed before this changed: file own.npz, module sizes_of_files;" in said
+    assert len(caplog.records) == 1
+    (tmp_path / "w" / "results" / "report.json").unlink()
+    assert "goes on although this changed since it was begun: file own.npz, module sizes_of_files" in go_on()[1]
+    assert go_on() == (True, "")
 
 
 def test_a_whole_run_with_ones_own_branch(tmp_path: Path) -> None:

@@ -619,6 +619,23 @@ def test_other_data_are_refused(workdir: Workdir) -> None:
     assert card(again)["inputs"] == {"data": {"digest": "sha256:1", "name": "mnist", "from": "/a"}}
 
 
+def test_a_run_begun_in_another_precision_is_not_gone_on_with(workdir: Workdir) -> None:
+    def interrupted() -> None:
+        workdir.keep("part", {"x": np.zeros(2)})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), workdir.session():
+        interrupted()
+    before = listing(workdir.path)
+    with jax.enable_x64(True):
+        assert workdir.changes({}) == ["JAX_ENABLE_X64=0 (not so now)"]
+        with pytest.raises(WorkdirError, match="was begun with JAX_ENABLE_X64=0: set it so"), workdir.session():
+            raise AssertionError
+    assert listing(workdir.path) == before
+    made(workdir.path)
+    assert card(workdir)["x64"] is False
+
+
 # --- One process ------------------------------------------------------------------------------------------------------
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualgap_jax import figures
+from dualgap_jax.card import digest_or_none
 from dualgap_jax.config import Component
 from dualgap_jax.data import DATASETS
 from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
@@ -131,7 +133,7 @@ def _of_any_machine(value: Any) -> Any:
 
 def _declares(owner: type, spec: type, name: str) -> bool:
     """Whether a field of a spec is that of `owner`, inherited or its own."""
-    return owner is next((c for c in spec.__mro__ if name in c.__dict__.get("__annotations__", {})), None)
+    return owner is next((c for c in spec.__mro__ if name in inspect.get_annotations(c)), None)
 
 
 def confirm_data(workdir: Workdir, *arrays: Any, **facts: Any) -> None:
@@ -169,15 +171,48 @@ def execute(
             meet("the experiment is done")
         return NO_REPORT, workdir, complete
     workdir = Workdir.open(path, identity(experiment, spec), command=command)
+    sources = _sources(experiment, spec, tables)
+    changed = ", ".join(workdir.changes(sources))
     before = _complete_report(experiment, workdir)
     if agreed(before is not None) and before is not None:
+        if changed:
+            said = "computed before this changed: %s; to compute it anew, give another --workdir or delete this one"
+            _log.warning(f"%s: {said}", workdir.path, changed)
         return before, workdir, True
-    with workdir.session():
+    with workdir.session(sources):
+        if changed:
+            _log.warning("%s: goes on although this changed since it was begun: %s", workdir.path, changed)
         report = experiment.run(spec, workdir, tables)
         save_json(workdir.results / "report.json", report)
         experiment.drawn(workdir)
     meet("the experiment is done")
     return report, workdir, False
+
+
+def _sources(experiment: Experiment, spec: Any, tables: Tables) -> dict[str, str | None]:
+    """Digests of the files of one's own behind a run: those that its data are read from, and the modules it calls."""
+    called, found = [experiment.run], {}
+    for chosen in _components(spec):
+        called += [table[chosen.name] for table in tables[1:] if chosen.name in table]
+        if isinstance(path := chosen.settings.get("path"), str) and Path(path).is_file():
+            found[f"file {path}"] = digest_or_none(Path(path))
+    for name in sorted({str(getattr(entry, "__module__", None)) for entry in called}):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is not None and name.partition(".")[0] != __name__.partition(".")[0]:
+            found[f"module {name}"] = digest_or_none(Path(file))
+    return found
+
+
+def _components(value: Any) -> Iterator[Component]:
+    """The table entries that a spec names."""
+    if isinstance(value, Component):
+        yield value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _components(getattr(value, field.name))
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _components(item)
 
 
 def _complete_report(experiment: Experiment, workdir: Workdir) -> Report | None:
