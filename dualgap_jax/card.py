@@ -86,8 +86,8 @@ class RunCard:
 
     Its fields: `status`, `reason`, `command`, `start`, `end`, `seconds`, `peak_memory_bytes`; `git`, `packages`,
     `python`, `platform`, `devices`, `x64`, `process`; `config`, the digest of the configuration; `inputs`, what the run
-    is computed from; `sources`, digests of the files of one's own that it reads or runs; `files`, the digests of the results and figures of a complete run; `attempts`, earlier cards,
-    shortened.
+    is computed from; `sources`, digests of the files of one's own that it reads or runs; `files`, the digests of the
+    results and figures of a complete run; `attempts`, earlier cards, shortened.
 
     Args:
       path: the file.

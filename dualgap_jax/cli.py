@@ -13,6 +13,7 @@ import difflib
 import importlib
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -124,7 +125,7 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = "r
       program: 'run.py' or 'dualgap run', for `--help`.
 
     Returns:
-      The flags; `config` is a ConfigDict or None, `name` the name of its file.
+      The flags; `config` is a ConfigDict or None, `name` the name of its file, `changes` the arguments that change it.
 
     Raises:
       ConfigError: for an argument that is unknown, given twice or without its dashes, a missing file, a bad argument
@@ -144,6 +145,8 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = "r
         require(key not in overrides, f"--config.{key} is given twice: give it once.")
         overrides[key] = value
     flags.name, flags.given = None, flags.config
+    flags.changes = [f"--config.{key}" + ("" if text is None else f"={text}") for key, text in overrides.items()]
+    flags.changes += [f"--extend={module}" for module in flags.extend]
     if flags.config is None:
         require(not overrides, f"--config.{next(iter(overrides), '')} without --config=configs/NAME.py; give both.")
         return flags
@@ -231,6 +234,7 @@ def run(
     tables: Tables,
     command: Sequence[str],
     given: str | None = None,
+    changes: Sequence[str] = (),
 ) -> None:
     """Runs a config, and prints what `summary.lines` says of it.
 
@@ -241,12 +245,15 @@ def run(
       tables: the registry.
       command: the command line, for the run card.
       given: how the config was named, `FILE:ARG`; from it follows what the run has less of than the config in full.
+      changes: the arguments that change it or bring entries in, for the command of the run in full.
     """
     if config is None:
         raise ConfigError(
             "no config given: use --config=configs/NAME.py:KEY=VALUE or dualgap run NAME:KEY=VALUE; --list prints them."
         )
-    compared = _compared(config, given)  # before the run: a config file that is edited meanwhile changes nothing
+    compared = _compared(
+        config, given, changes
+    )  # before the run: a config file that is edited meanwhile changes nothing
     began = time.monotonic()
     with terminal.spoken(sharding.is_first_process()):
         report, folder, was_complete = experiments.run(
@@ -267,7 +274,7 @@ def run(
         print(line)
 
 
-def _compared(config: ConfigDict, given: str | None) -> dict[str, str]:
+def _compared(config: ConfigDict, given: str | None, changes: Sequence[str] = ()) -> dict[str, str]:
     """How the settings of a run differ from those of its config, in full and as named; see `summary.lines`."""
     if given is None:
         return {}
@@ -275,11 +282,8 @@ def _compared(config: ConfigDict, given: str | None) -> dict[str, str]:
     changed = summary.difference(config, as_named, "in the config")
     if full == given:
         return {"changed": changed}
-    return {
-        "changed": changed,
-        "reduced": summary.difference(as_named, load(located(full)), "in full"),
-        "again": full,
-    }
+    reduced = summary.difference(as_named, load(located(full)), "in full", still=config)
+    return {"changed": changed, "reduced": reduced, "again": shlex.join([full, *changes]) if reduced else ""}
 
 
 def certify(workdir: str | Path, tables: Tables) -> None:
@@ -375,5 +379,5 @@ def main(argv: Sequence[str], description: str | None = None) -> None:
             require(flags.config is None, "--certify reads the config of the run: give it without --config.")
             certify(flags.certify, tables)
         else:
-            run(flags.config, flags.name, flags.workdir, tables, argv, flags.given)
+            run(flags.config, flags.name, flags.workdir, tables, argv, flags.given, flags.changes)
         sys.stdout.flush()

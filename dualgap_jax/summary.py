@@ -24,13 +24,17 @@ def without_smoke(given: str) -> str:
     return f"{path}:{','.join(kept)}" if kept else path
 
 
-def difference(now: ConfigDict, before: ConfigDict, word: str) -> str:
-    """'training.max_steps 40 (in full 20,000), ...': the settings that differ, those of `before` behind `word`."""
+def difference(now: ConfigDict, before: ConfigDict, word: str, still: ConfigDict | None = None) -> str:
+    """'training.max_steps 40 (in full 20,000), ...': the settings that differ, those of `before` behind `word`.
+
+    With `still`, only those of `now` that stand there too.
+    """
     theirs = dict(leaves(before.to_dict()))
+    kept = dict(leaves((now if still is None else still).to_dict()))
     said = [
         f"{key} {_written(value)}" + (f" ({word} {_written(theirs[key])})" if key in theirs else "")
         for key, value in leaves(now.to_dict())
-        if key not in theirs or theirs[key] != value
+        if (key not in theirs or theirs[key] != value) and key in kept and kept[key] == value
     ]
     if len(said) > _MOST:
         said[_MOST:] = [f"and {len(said) - _MOST} more in config.json"]
@@ -59,7 +63,7 @@ def lines(
       workdir: its folder.
       page: the HTML report, or None.
       reduced, changed: how the settings differ from the config's in full, and from those that ship; see `difference`.
-      again: how the config is named in full where this one was reduced.
+      again: what to give `dualgap run` for all of it in full, where this one was reduced.
     """
     title, _, rest = report.text().partition("\n")
     yield terminal.paint(title, "bold", sys.stdout)

@@ -214,6 +214,26 @@ def test_good_arguments_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.parse(["--config", "configs/figure1.py", "--config.cell.plane.half_width", "1e-3"]).config is not None
 
 
+def test_only_the_reductions_that_hold_are_said_and_the_run_in_full_keeps_what_was_changed() -> None:
+    given = ["--config=figure1:smoke,I=2/3/4", "--config.num_branches=(2,3,4)", "--config.cell.plane.points", "9"]
+    flags = cli.parse([*given, "--config.cell.tensorboard", "--extend=mine"])
+    said = cli._compared(flags.config, flags.given, flags.changes)
+    assert "cell.training.max_steps 40 (in full" in said["reduced"]
+    assert "num_branches" not in said["reduced"]
+    assert "points" not in said["reduced"].replace("edge_points", "")
+    assert said["again"] == (
+        "figure1:I=2/3/4 '--config.num_branches=(2,3,4)' --config.cell.plane.points=9 --config.cell.tensorboard"
+        " --extend=mine"
+    )
+    full = load(cli.located("theorem2"))
+    small = load(cli.located("theorem2:smoke"))
+    assert cli._compared(small, "theorem2:smoke")["again"] == "theorem2"
+    said = cli._compared(full, "theorem2:smoke")
+    assert (said["reduced"], said["again"]) == ("", "")
+    again = cli.parse([f"--config={flags.given}", *flags.changes])
+    assert again.config == flags.config
+
+
 def test_errors_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
         raise ConfigError("what was given, what is allowed.")
