@@ -112,6 +112,21 @@ def test_surfaces_are_those_of_the_records(finished: Path, tmp_path: Path) -> No
     assert [plot["layout"]["title"]["text"] for plot in plots][:2] == ["I = 3, as trained", "I = 3, aligned"]
 
 
+def test_surfaces_of_several_seeds_say_their_seed_and_stand_in_order(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    names = ("I_2", "I_2_seed_1", "I_2_seed_10", "I_10", "I_10_seed_1")
+    for name in names:
+        shutil.copytree(finished / "I_3", folder / name)
+        record = load_json(folder / name / "results" / "landscape.json")
+        save_json(folder / name / "results" / "landscape.json", record | {"num_branches": int(name.split("_")[1])})
+        config = load_json(folder / name / "config.json")
+        save_json(folder / name / "config.json", config | {"seed": int(name.partition("_seed_")[2] or 0)})
+    save_json(folder / "results" / "report.json", {"title": "T", "columns": ["a"], "rows": [[1]], "notes": []})
+    plots = plots_of(report.write([folder], tmp_path / "report.html").read_text(encoding="utf-8"))
+    wanted = [f"I = {count}, seed {seed}" for count, seed in ((2, 0), (2, 1), (2, 10), (10, 0), (10, 1))]
+    assert [plot["layout"]["title"]["text"] for plot in plots][::2] == [f"{which}, as trained" for which in wanted]
+
+
 def test_what_needs_a_screen_is_not_printed(finished: Path, tmp_path: Path) -> None:
     source = report.write([finished], tmp_path / "report.html").read_text(encoding="utf-8")
     style = re.search(r"@media print \{(.*?)\n\}", source, re.DOTALL)

@@ -10,6 +10,7 @@ import base64
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,10 +225,11 @@ def _picture(path: Path) -> str:
 def _surfaces(run: _Run, plots: list[dict[str, Any]]) -> str:
     """The surfaces of the run and of its cells, raw and aligned side by side."""
     inner = [p.name for p in run.folder.iterdir() if (p / "results" / "landscape.npz").exists()]
+    seeds = any("_seed_" in name for name in inner)
     rows = []
     for cell in ("", *(f"{name}/" for name in sorted(inner, key=_order))):
         pair = ""
-        record = run.record(f"{cell}results/landscape.json") or {}
+        record, config = (run.record(cell + name) or {} for name in ("results/landscape.json", "config.json"))
         for stem, said in SURFACES:
             path = run.path(f"{cell}results/{stem}.npz")
             if path is None:
@@ -243,8 +245,9 @@ def _surfaces(run: _Run, plots: list[dict[str, Any]]) -> str:
             shown = [f"{k.replace('_', ' ')} {page.cell(scores[k])}" for k in _SHOWN if k in scores]
             pair += f'<figure><div class="plot" data-plot="{len(plots)}"></div>'
             pair += f"<figcaption>{page.text('; '.join(shown))}</figcaption></figure>"
-            branches = f"I = {record['num_branches']:,}, " if "num_branches" in record else ""
-            plots.append(surfaces.surface(stored, branches + said))
+            which = [f"I = {record['num_branches']:,}"] if "num_branches" in record else []
+            which += [f"seed {config['seed']}"] if seeds and "seed" in config else []
+            plots.append(surfaces.surface(stored, ", ".join([*which, said])))
         if pair:
             rows.append(f'<div class="pair">{pair}</div>')
     if not rows:
@@ -257,7 +260,6 @@ def _surfaces(run: _Run, plots: list[dict[str, Any]]) -> str:
 _SHOWN = ("envelope_max", "midpoint_violation_rate", "negative_curvature_share", "barrier_max")
 
 
-def _order(cell: str) -> tuple[int, str]:
-    """Cells by their number of branches: `I_3` before `I_10`."""
-    number = cell.rpartition("_")[2]
-    return (int(number) if number.isdigit() else 0, cell)
+def _order(cell: str) -> list[str | int]:
+    """Cells by their numbers: `I_3`, `I_3_seed_1`, `I_10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", cell)]
