@@ -64,12 +64,12 @@ def is_certified(path: Path) -> bool:
     return isinstance(of, dict) and certified(folder, of) == of
 
 
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+def stamps(folder: Path) -> dict[str, list[int]]:
     """When each file of a run's own results and figures was written, in terms of the file system."""
     found = {}
     for path in (path for name in sorted(OUTPUTS) for path in (folder / name).rglob("*")):
         with contextlib.suppress(OSError):
-            found[str(path.relative_to(folder))] = (path.stat().st_ino, path.stat().st_mtime_ns)
+            found[str(path.relative_to(folder))] = [path.stat().st_ino, path.stat().st_mtime_ns]
     return found
 
 
@@ -87,7 +87,8 @@ class RunCard:
     Its fields: `status`, `reason`, `command`, `start`, `end`, `seconds`, `peak_memory_bytes`; `git`, `packages`,
     `python`, `platform`, `devices`, `x64`, `process`; `config`, the digest of the configuration; `inputs`, what the run
     is computed from; `sources`, digests of the files of one's own that it reads or runs; `files`, the digests of the
-    results and figures of a complete run; `attempts`, earlier cards, shortened.
+    results and figures of a complete run; `left`, `stamps` of those that lay there before the first attempt;
+    `attempts`, earlier cards, shortened.
 
     Args:
       path: the file.
@@ -134,6 +135,10 @@ class RunCard:
         changed = [name for name, digest in sources.items() if name in then and then[name] != digest]
         return changed + ([f"{x64} (not so now)"] if (x64 := self.other_precision()) is not None else [])
 
+    def left(self) -> dict[str, Any]:
+        """The `stamps` of what lay in the folder before the first attempt, of nobody knows what."""
+        return dict((self._now or {}).get("left", {}))
+
     def begin(self, command: Sequence[str], sources: Mapping[str, str | None]) -> None:
         """Writes the card of a new attempt, and says what is no longer as it was in the last one."""
         facts, last = machine.facts(), self.read()
@@ -161,6 +166,7 @@ class RunCard:
             "config": self._config,
             "inputs": last["inputs"] if last is not None else {},
             "files": {},
+            "left": stamps(self._path.parent) if last is None else last.get("left", {}),
             "attempts": attempts,
         }
         save_json(self._path, self._now)

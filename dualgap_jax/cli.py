@@ -251,9 +251,8 @@ def run(
         raise ConfigError(
             "no config given: use --config=configs/NAME.py:KEY=VALUE or dualgap run NAME:KEY=VALUE; --list prints them."
         )
-    compared = _compared(
-        config, given, changes
-    )  # before the run: a config file that is edited meanwhile changes nothing
+    # Before the run: a config file that is edited meanwhile changes nothing.
+    compared = _compared(config, given, changes)
     began = time.monotonic()
     with terminal.spoken(sharding.is_first_process()):
         report, folder, was_complete = experiments.run(

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from dualgap_jax import interrupts, lock
-from dualgap_jax.card import OUTPUTS, RunCard, altered, outputs, stamps
+from dualgap_jax.card import OUTPUTS, RunCard, altered, outputs
 from dualgap_jax.files import (
     DamagedFileError,
     canonical,
@@ -338,7 +338,6 @@ class Workdir:
                 if fresh:
                     save_json(self.path / "config.json", self.config)
                 self._confirmed = {}
-                before = {} if self._card.own() is not None else stamps(self.path)  # of nobody knows what
                 self._card.begin(self._command, sources)
             except lock.LockedError as error:
                 raise WorkdirError(str(error)) from error
@@ -355,7 +354,7 @@ class Workdir:
             try:
                 with interrupts.raised():
                     yield
-                    files = outputs(self.path, before)
+                    files = outputs(self.path, self._card.left())
                     status, reason = "complete", None
             except BaseException as error:
                 status, reason = "failed", f"{type(error).__name__}: {error}"

@@ -619,6 +619,24 @@ def test_other_data_are_refused(workdir: Workdir) -> None:
     assert card(again)["inputs"] == {"data": {"digest": "sha256:1", "name": "mnist", "from": "/a"}}
 
 
+def test_what_lay_there_before_the_first_attempt_is_not_the_run_s_own(workdir: Workdir) -> None:
+    def written(*names: str) -> None:
+        for name in names:
+            save_json(workdir.results / name, {"n": 1})
+
+    with workdir.session():
+        written("old.json", "made.json")
+    (workdir.path / "run.json").unlink()
+    with pytest.raises(KeyboardInterrupt), workdir.session():
+        raise KeyboardInterrupt
+    with workdir.session():
+        written("made.json")
+    assert card(workdir)["files"].keys() == {"results/made.json"}
+    with workdir.session():  # what it writes later is
+        written("old.json")
+    assert card(workdir)["files"].keys() == {"results/made.json", "results/old.json"}
+
+
 def test_a_run_begun_in_another_precision_is_not_gone_on_with(workdir: Workdir) -> None:
     def interrupted() -> None:
         workdir.keep("part", {"x": np.zeros(2)})
