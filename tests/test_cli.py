@@ -241,7 +241,7 @@ def test_errors_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert capsys.readouterr().err == "ConfigError: what was given, what is allowed.\n"
     with pytest.raises(ValueError, match="a defect"), cli.errors_in_one_line():
         raise ValueError("a defect keeps its traceback")
-    monkeypatch.setattr(interrupts, "leave", lambda: None)
+    monkeypatch.setattr(interrupts, "leave", lambda status: None)
     for error, code in ((KeyboardInterrupt(), 130), (Terminated("SIGTERM"), 143), (OSError(28, "No space"), 2)):
         with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
             raise error
