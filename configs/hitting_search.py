@@ -18,7 +18,7 @@ of the table depends on teacher and rate, its rise with width much less.  A quar
 
 import dataclasses
 
-from dualgap_jax.config import experiment_config, parse_arg
+from dualgap_jax.config import experiment_config, numbered, parse_arg
 from dualgap_jax.experiments.hitting_search import HittingSearchSpec
 
 
@@ -30,10 +30,10 @@ def get_config(arg=None):
     table = dataclasses.replace(spec.table, seeds=args.seeds, sgd=dataclasses.replace(spec.table.sgd, steps=args.steps))
     spec = dataclasses.replace(
         spec,
-        teachers=tuple(range(1, args.teachers + 1)),
+        teachers=numbered("teachers", args.teachers, first=1),
         screen_seeds=args.screen_seeds,
         refined=args.refined,
-        held_out=tuple(range(101, 101 + args.held_out)),
+        held_out=numbered("held_out", args.held_out, first=101),
         held_out_seeds=args.held_out_seeds,
         table=table,
     )

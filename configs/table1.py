@@ -17,7 +17,7 @@ loss=hinge: labels are the teacher's sign.  loss=squared: its real output, at ra
 
 import dataclasses
 
-from dualgap_jax.config import Component, component, experiment_config, parse_arg, require
+from dualgap_jax.config import Component, component, experiment_config, numbered, parse_arg, require
 from dualgap_jax.data import DATASETS
 from dualgap_jax.experiments.hitting_rate import HittingRateSpec
 from dualgap_jax.losses import LOSSES
@@ -47,7 +47,7 @@ def get_config(arg=None):
     del data["seed"]  # the teachers' seeds take its place
     spec = HittingRateSpec(
         seeds=args.seeds,
-        teachers=tuple(range(args.first_teacher, args.first_teacher + args.teachers)),
+        teachers=numbered("teachers", args.teachers, first=args.first_teacher),
         learning_rate=rate,
         data=Component("synthetic_relu", data),
         loss=component(LOSSES, loss),

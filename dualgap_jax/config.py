@@ -31,6 +31,8 @@ T = TypeVar("T")
 # Parameters of table entries that an experiment supplies: the outputs that the data asks for, the length of the run.
 FROM_CONTEXT = ("out", "max_steps")
 
+_MOST = 10_000  # numbers that a config file lists for an argument that says how many
+
 
 class ConfigError(ValueError):
     """A config key or value that is not allowed."""
@@ -143,6 +145,16 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str | tuple[Any,
     return Arguments(**{**fixed, **values})
 
 
+def numbered(key: str, count: int, *, first: int) -> tuple[int, ...]:
+    """As many whole numbers, from `first` on, as a config argument `key` says.
+
+    Raises:
+      ConfigError: for fewer than none, or more than 10,000.
+    """
+    require(0 <= count <= _MOST, f"{key}={count} must lie between 0 and {_MOST:,}: it says how many there are.")
+    return tuple(range(first, first + count))
+
+
 def as_dict(spec: Any) -> Any:
     """A spec as nested dicts that `to_spec` turns back into it; lists become tuples."""
 
@@ -229,8 +241,16 @@ def to_spec(cls: type[T], config: Mapping[str, Any], *, where: str = "config") -
     return cls(**converted)
 
 
+_REPLACED: dict[str, Mapping[str, str]] = {}  # of each experiment that has a config, see `experiment_config`
+
+
 def experiment_config(experiment: str, spec: Any) -> ConfigDict:
-    """What a config file returns: the name of an experiment beside the leaves of its spec, locked."""
+    """What a config file returns: the name of an experiment beside the leaves of its spec, locked.
+
+    A class of specs may have a `REPLACED`: dotted names of leaves that the experiment sets itself, each with what it
+    sets them by; `override` does not take another value for one.
+    """
+    _REPLACED[experiment] = getattr(type(spec), "REPLACED", {})
     return ConfigDict({"experiment": experiment, **as_dict(spec)}).lock()
 
 
@@ -251,7 +271,8 @@ def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
         not given take the entry's defaults.
 
     Raises:
-      ConfigError: for a name that is not there, or a text that does not fit.
+      ConfigError: for a name that is not there, a text that does not fit, or another value of a leaf that the
+        experiment sets itself.
     """
     tree = config.to_dict()
     for name, text in texts.items():
@@ -275,7 +296,22 @@ def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
                 raise ConfigError(f"config.{name} is a group; set one of its keys: {', '.join(group[at])}.")
             else:
                 group[at] = _read_leaf(f"--config.{name}", text, group[at])
-    return ConfigDict(as_dict(tree)).lock()
+    changed = as_dict(tree)
+    for name, by in _REPLACED.get(tree.get("experiment", ""), {}).items():
+        before, after = _leaf(config.to_dict(), name), _leaf(changed, name)
+        require(
+            after is None or after == before,
+            f"--config.{name}: {after!r:.60} would not be used, {tree['experiment']} sets it by {by}; change that, and leave"
+            f" {name} out.",
+        )
+    return ConfigDict(changed).lock()
+
+
+def _leaf(tree: Any, name: str) -> Any:
+    """The value at a dotted name; None where there is none."""
+    for key in name.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _read_component(key: str, text: str | None) -> dict[str, Any]:
