@@ -168,6 +168,7 @@ def test_the_trend_counts_teachers() -> None:
         ({"widths": ()}, "widths is empty"),
         ({"widths": (12, 12)}, "twice"),
         ({"widths": (0,)}, "width=0"),
+        ({"widths": (12, 2_000_000_000)}, "widths=.* must be at most 10,000"),
         ({"seeds": 0}, "seeds=0"),
         ({"teachers": (2000,)}, "teachers"),
         ({"stream": 64}, "stream=64"),
@@ -179,6 +180,22 @@ def test_the_trend_counts_teachers() -> None:
 def test_a_bad_table_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         tiny(**changes)
+
+
+@pytest.mark.parametrize(("loss", "labels"), [("multi_margin", "sign"), ("squared", "class"), ("squared", "sign")])
+def test_a_loss_that_does_not_fit_the_labels_is_refused_before_anything_is_drawn(loss: str, labels: str) -> None:
+    table = tiny(loss=Component(loss, {}), data=Component("synthetic_relu", {"n": 40, "labels": labels}))
+    for spec in (table, search(table=table)):
+        with pytest.raises(ConfigError, match=f"loss '{loss}' with data.labels='{labels}'.* is known for"):
+            spec.validate(TABLES)
+
+
+def test_runs_whose_weights_exceed_the_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny()
+    spec.validate(TABLES)
+    monkeypatch.setattr("dualgap_jax.experiments.hitting_rate.memory_available", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"hidden units take .*B, available are 1\.0 kB"):
+        spec.validate(TABLES)
 
 
 def test_a_loss_without_known_minimum_is_refused(tmp_path: Path) -> None:
@@ -269,6 +286,12 @@ def test_a_search_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"programs": ("10/torhc/constant",)}, "Did you mean 'torch'"),
         ({"programs": ("10/torch/linear",)}, "unknown schedule"),
         ({"textbook": ("10/torch/constant/fast",)}, "BATCH/INIT/SCHEDULE/RATE"),
+        ({"programs": ("10/torch/constant",) * 2}, "name one twice"),
+        ({"programs": ("10/torch/constant", "010/torch/constant")}, "mean the same"),
+        ({"learning_rates": (0.1, 0.1)}, "learning_rates=.* names one twice"),
+        ({"textbook": ("10/torch/constant/0.1", "10/torch/constant/1e-1")}, "mean the same"),
+        ({"screen_widths": (12, 12)}, "screen_widths=.* names one twice"),
+        ({"screen_widths": (12, -3)}, "width=-3 must be at least 1"),
         ({"held_out": (3,)}, "both searched and held out"),
         ({"screen_widths": (5,)}, "none is in the paper's table"),
         ({"teachers": ()}, "teachers is empty"),

@@ -7,16 +7,18 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import humanize
 import numpy as np
 import scipy
 
 from dualgap_jax import figures, hitting
-from dualgap_jax.config import Component, require
+from dualgap_jax.config import Component, component, require
 from dualgap_jax.data import Dataset
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
 from dualgap_jax.files import save_json, save_npz
 from dualgap_jax.hitting import GroundTruth, Outcome, Runs, SgdSpec
 from dualgap_jax.losses import Loss
+from dualgap_jax.machine import memory_available
 from dualgap_jax.sharding import local_devices
 from dualgap_jax.workdir import Workdir
 
@@ -25,6 +27,7 @@ PAPER_HITS = {12: 21, 13: 24, 14: 24, 15: 29, 16: 30, 17: 32, 18: 35, 19: 52, 20
 """Table 1 of the paper: hidden units -> hits in 100 runs."""
 
 _TEACHERS, _STREAMS, _SEEDS = 2**10, 2**6, 2**16  # together the 2^32 seeds of runs
+_WIDEST = 10_000  # hidden units: a compiled step is written out unit by unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +77,33 @@ class HittingRateSpec:
             self.tolerance > 0 and min(self.tolerances) > 0, "tolerance and every one of tolerances must be positive."
         )
         require("seed" not in self.data.settings, "data.seed comes from `teachers`; leave it out.")
+        require(
+            max(self.widths) <= _WIDEST, f"widths={self.widths} must be at most {_WIDEST:,} each; give fewer units."
+        )
         hitting.make_runs(self.widths, 0, learning_rate=self.learning_rate, init_scale=self.init_scale)
 
     def validate(self, tables: Tables) -> None:
         """Looks every name and setting up, so that a bad config fails before anything is written."""
-        tables.losses.build(self.loss.name, **self.loss.settings)
+        loss = tables.losses.build(self.loss.name, **self.loss.settings)
         tables.datasets.check(self.data.name, **self.data.settings, seed=0)
         local_devices(self.sgd.devices)
+        settings = component(tables.datasets, self.data.name, **self.data.settings).settings
+        if self.data.name == "synthetic_relu":
+            labels, hinge = settings["labels"], loss.tau is not None and "binary" in loss.tasks
+            known = {"sign": hinge, "real": "regression" in loss.tasks, "class": False}
+            require(
+                known.get(labels, True),  # labels that there are not are named by the data set
+                f"loss {self.loss.name!r} with data.labels={labels!r}: the global minimum is known for a hinge loss of"
+                " one output (binary_hinge) on labels='sign' and for the squared loss on labels='real'.",
+            )
+        features = settings.get("d", 1)
+        runs, units = len(self.widths) * len(self.teachers) * self.seeds, max(self.widths)
+        needed, free = 4 * runs * units * (features + 2 if isinstance(features, int) else 1), memory_available()
+        require(
+            needed < free,
+            f"the weights of {runs:,} runs of up to {units:,} hidden units take {humanize.naturalsize(needed)},"
+            f" available are {humanize.naturalsize(max(free, 0))}; take fewer runs or smaller widths.",
+        )
 
 
 class Study(NamedTuple):

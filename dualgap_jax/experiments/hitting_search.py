@@ -7,8 +7,8 @@ some setting will come near the ten printed rates; this is a fit and is called s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy
@@ -54,6 +54,15 @@ class HittingSearchSpec:
       table: the full table: widths, seeds, data, loss, steps, tolerance.
     """
 
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "table.teachers": "teachers and held_out",
+        "table.stream": "the stage of the search",
+        "table.learning_rate": "learning_rates",
+        "table.sgd.batch_size": "programs",
+        "table.sgd.init": "programs",
+        "table.sgd.schedule": "programs",
+    }
+
     title: str = "Which setting gives the paper's Table 1?"
     programs: tuple[str, ...] = (
         "10/torch/constant",
@@ -75,25 +84,43 @@ class HittingSearchSpec:
     def __post_init__(self) -> None:
         for name in ("programs", "learning_rates", "teachers", "screen_widths"):
             require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one.")
+        for name in ("learning_rates", "screen_widths"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"{name}={values} names one twice.")
         require(self.refined >= 1, f"refined={self.refined} must be at least 1.")
         for name in ("screen_seeds", "held_out_seeds"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         for teachers in (self.teachers, self.held_out):
             if teachers:
                 dataclasses.replace(self.table, teachers=teachers)  # which refuses those that there are not
+        dataclasses.replace(self.table, widths=self.screen_widths)  # likewise
         both = sorted(set(self.teachers) & set(self.held_out))
         require(not both, f"teachers {both} are both searched and held out; held-out ones must be others.")
         named = [width for width in self.screen_widths if width in PAPER_HITS]
         require(bool(named), f"screen_widths={self.screen_widths}: none is in the paper's table, 12 to 21.")
-        for program in self.programs:
-            for rate in self.learning_rates:
-                _setting(self.table, f"{program}/{rate!r}")
-        for setting in self.textbook:
-            _setting(self.table, setting)
+        self._check_settings([f"{program}/{rate!r}" for program in self.programs for rate in self.learning_rates])
+        self._check_settings(self.textbook)
+
+    def _check_settings(self, texts: Sequence[str]) -> None:
+        """Raises ConfigError for a text that is no setting, and for two that mean the same."""
+        require(len(set(texts)) == len(texts), f"settings {', '.join(texts)} name one twice.")
+        meant: dict[str, HittingRateSpec] = {}
+        for text in texts:
+            found = _setting(self.table, text)
+            for other, spec in meant.items():
+                require(spec != found, f"settings {other!r} and {text!r} mean the same: give one of them.")
+            meant[text] = found
 
     def validate(self, tables: Tables) -> None:
-        """As `HittingRateSpec.validate`."""
-        self.table.validate(tables)
+        """As `HittingRateSpec.validate`, for the tables of every stage."""
+        small = dataclasses.replace(self.table, widths=self.screen_widths, seeds=self.screen_seeds)
+        for teachers, table in (
+            (self.teachers[:1], self.table),
+            (self.teachers, small),
+            (self.held_out, dataclasses.replace(self.table, seeds=self.held_out_seeds)),
+        ):
+            if teachers:
+                dataclasses.replace(table, teachers=teachers).validate(tables)
 
 
 def _setting(table: HittingRateSpec, text: str) -> HittingRateSpec:
