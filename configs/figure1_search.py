@@ -19,7 +19,7 @@ half an hour of CPU time.
 import dataclasses
 from pathlib import Path
 
-from dualgap_jax.config import experiment_config, load, parse_arg, spec_of
+from dualgap_jax.config import experiment_config, load, numbered, parse_arg, spec_of
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.landscape_search import LandscapeSearchSpec
 
@@ -62,13 +62,14 @@ def get_config(arg=None):
     counts = (10, 30) if args.smoke else tuple(PUBLISHED)
     spec = LandscapeSearchSpec(
         title="Which setting gives the authors' Figure 1?",
+        target_branches=counts,
         num_branches=counts,
         target=tuple(PUBLISHED[count] / ZERO_LOSS for count in counts),
         settings=("", "net=plain,scaling=none") if args.smoke else SETTINGS,
         data_seeds=args.teachers[:1] if args.smoke else args.teachers,
         refined=1 if args.smoke else args.refined,
         seeds=2 if args.smoke else args.seeds,
-        held_out=tuple(range(101, 101 + (1 if args.smoke else args.held_out))),
+        held_out=numbered("held_out", args.held_out, first=101)[: 1 if args.smoke else None],
         cell=cell,
     )
     return experiment_config("landscape_search", spec)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dualgap_jax import config as config_lib
-from dualgap_jax.config import ConfigError
+from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.experiments import TABLES, execute, landscape_search
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.landscape_search import (
@@ -136,8 +136,14 @@ def test_a_search_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"settings": ("loss=multi_margn",)}, "multi_margin"),
         ({"settings": ()}, "settings is empty"),
         ({"settings": ("", "")}, "names one twice"),
+        ({"settings": ("rate=0.1", "rate=1e-1")}, "'rate=0.1' and 'rate=1e-1' mean the same"),
+        ({"settings": ("", "net=mean")}, "'' and 'net=mean' mean the same"),
+        ({"num_branches": (2, 3)}, "those of I = 10, 30, none is of I = 2, 3"),
+        ({"target_branches": (10, 10)}, "target_branches=.* names one twice"),
         ({"target": (1.0,)}, "target"),
         ({"target": (1.0, math.nan)}, "target"),
+        ({"held_out": (101, 101)}, "held_out=.* names one twice"),
+        ({"held_out": (2**32,)}, "a seed of held_out=4294967296"),
         ({"held_out": (1,)}, "both searched and held out"),
         ({"refined": 0}, "refined=0"),
         ({"seeds": 1}, "seeds=1"),
@@ -146,3 +152,22 @@ def test_a_search_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_is_no_search_is_refused_before_it_starts(changes: dict[str, Any], words: str) -> None:
     with pytest.raises((ConfigError, UnknownNameError), match=words):
         search(**changes).validate(TABLES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"branch": Component("conv", {})}, "cell.branch='conv' names no init_scale"),
+        ({"branch": Component("mlp", {"hidden": (), "init_scale": 1.0})}, "net=plain widens the last hidden layer"),
+        ({"branch": Component("gated", {"init_scale": 1.0})}, "net=plain widens the last hidden layer"),
+        ({"seed": 2**32 - 1}, "seeds=2, from cell.seed=4294967295 on, go beyond the last seed"),
+    ],
+)
+def test_a_landscape_that_settings_cannot_change_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        search(cell=dataclasses.replace(search().cell, **changes)).validate(TABLES)
+
+
+def test_published_scores_stay_with_their_numbers_of_branches() -> None:
+    spec = search(target_branches=(10, 30, 70), target=(0.8, 0.4, 0.2), num_branches=(70, 10))
+    assert spec.targets == (0.2, 0.8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Experiment, Report, Tables, execute
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.planes import PlaneSpec
-from dualgap_jax.experiments.row import ALIGNED_SCORES, aligned_scores, intervals
+from dualgap_jax.experiments.row import ALIGNED_SCORES, aligned_scores, check_last_seed, intervals
 from dualgap_jax.files import load_json, save_json
 from dualgap_jax.workdir import Workdir
 
@@ -46,6 +46,11 @@ class ArchitectureSpec:
       cell: the landscape; its data set must have a split 'test'.
     """
 
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "cell.num_branches": "num_branches",
+        "cell.test": "cell.data, of which it is the split 'test'",
+    }
+
     title: str = "Accuracy and convexity at an equal number of parameters"
     num_branches: tuple[int, ...] = (1, 4, 16)
     seeds: int = 1
@@ -69,7 +74,14 @@ class ArchitectureSpec:
 
     def validate(self, tables: Tables) -> None:
         """As `LandscapeSpec.validate`; the data set must take `split`."""
-        self.cell.validate(tables)
+        check_last_seed(self.cell, self.seeds)
+        for count in self.num_branches:
+            dataclasses.replace(self.cell, num_branches=count).validate(tables)
+        require(
+            self.cell.data.settings.get("split") != "test",
+            "cell.data.split='test': networks are trained on that split and tested on the split 'test', which must be"
+            " another; leave it at 'train'.",
+        )
         tables.datasets.check(self.cell.data.name, **{**self.cell.data.settings, "split": "test"})
 
 

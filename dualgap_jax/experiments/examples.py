@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from dualgap_jax import figures, terminal
 from dualgap_jax.config import Component, require
@@ -19,7 +19,7 @@ from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Experiment, Report, Tables
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.landscape_report import partial_notes
-from dualgap_jax.experiments.row import intervals, scores_of
+from dualgap_jax.experiments.row import check_last_seed, intervals, scores_of
 from dualgap_jax.files import save_json
 from dualgap_jax.workdir import Workdir
 
@@ -35,8 +35,13 @@ class ExamplesSpec:
       num_examples: how many of the first examples a network is trained on, and its surface taken over; 0 is all.
       num_branches: the values of I.
       seeds: how many landscapes for each, at the seeds from that of `cell` on.
-      cell: the landscape; its `num_branches`, `seed` and the data's `num_examples` are replaced.
+      cell: the landscape; its `num_branches` and the data's `num_examples` are replaced.
     """
+
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "cell.num_branches": "num_branches",
+        "cell.data.num_examples": "num_examples",
+    }
 
     title: str = "Barriers against branches and examples"
     paper_item: str = ""
@@ -60,6 +65,7 @@ class ExamplesSpec:
             "num_examples" in self.cell.data.settings,
             f"data set {self.cell.data.name!r} has no setting num_examples; take one that has, such as 'cifar10'.",
         )
+        check_last_seed(self.cell, self.seeds)
         for examples, count in itertools.product(self.num_examples, self.num_branches):
             _cell(self, examples, count, 0).validate(tables)
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from dualgap_jax import figures, terminal
+from dualgap_jax import figures, seeds, terminal
 from dualgap_jax.config import Component, parse_arg, require
 from dualgap_jax.experiments.base import Experiment, Report, Tables
 from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.experiments.landscape_report import partial_notes
-from dualgap_jax.experiments.row import intervals, scores_of
+from dualgap_jax.experiments.row import check_last_seed, intervals, scores_of
 from dualgap_jax.files import save_json
 from dualgap_jax.registry import unknown
 from dualgap_jax.workdir import Workdir
@@ -38,8 +38,9 @@ class LandscapeSearchSpec:
 
     Attributes:
       title: head of the table and the figure.
-      num_branches: the values of I of the published row.
+      target_branches: the values of I of the published row.
       target: its scores (`SCORE`), one for each.
+      num_branches: the values of I that are searched, of those.
       settings: what each setting has other than `cell`, as 'key=value,key=value'; the keys are `net` ('mean', 'sum',
         'plain'), `scaling` (of the rate by I), `rate`, `batch` (0: all examples), `schedule` (with its own defaults),
         `loss` (with the settings of `cell`'s), `init_scale` and `margin` (of the data).  An empty text is `cell`
@@ -51,9 +52,17 @@ class LandscapeSearchSpec:
       cell: the landscape that the settings change.
     """
 
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "cell.num_branches": "num_branches",
+        "cell.reduce": "settings, as in 'net=sum'",
+        "cell.data.seed": "data_seeds and held_out",
+        "cell.data.labels": "the loss",
+    }
+
     title: str = "Which setting gives the published landscapes?"
-    num_branches: tuple[int, ...] = (10, 30, 70, 1000)
+    target_branches: tuple[int, ...] = (10, 30, 70, 1000)
     target: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    num_branches: tuple[int, ...] = (10, 30, 70, 1000)
     settings: tuple[str, ...] = ("",)
     data_seeds: tuple[int, ...] = (1, 2, 3)
     refined: int = 3
@@ -62,14 +71,22 @@ class LandscapeSearchSpec:
     cell: LandscapeSpec = LandscapeSpec()
 
     def __post_init__(self) -> None:
-        for name in ("num_branches", "settings", "data_seeds"):
+        for name in ("target_branches", "num_branches", "settings", "data_seeds", "held_out"):
             values = getattr(self, name)
-            require(len(values) > 0, f"{name} is empty; give at least one.")
+            require(len(values) > 0 or name == "held_out", f"{name} is empty; give at least one.")
             require(len(set(values)) == len(values), f"{name}={values} names one twice.")
         require(min(self.num_branches) >= 1, f"num_branches={self.num_branches} must be positive integers.")
+        known = self.target_branches
         require(
-            len(self.target) == len(self.num_branches) and all(0 < t < math.inf for t in self.target),
-            f"target={self.target} must hold a positive number for each of the {len(self.num_branches)} num_branches.",
+            len(self.target) == len(known) and all(0 < t < math.inf for t in self.target),
+            f"target={self.target} must hold a positive number for each of the {len(known)} target_branches.",
+        )
+        without = [count for count in self.num_branches if count not in known]
+        require(
+            not without,
+            f"num_branches={self.num_branches}: the published scores in target are those of I = "
+            f"{', '.join(map(str, known))}, none is of I = {', '.join(map(str, without))}; take num_branches of those,"
+            " or give target_branches and target of another row.",
         )
         both = sorted(set(self.data_seeds) & set(self.held_out))
         require(not both, f"data_seeds {both} are both searched and held out; held-out ones must be others.")
@@ -77,14 +94,34 @@ class LandscapeSearchSpec:
         require(2 <= self.seeds <= 1000, f"seeds={self.seeds} must lie between 2 and 1,000.")
 
     def validate(self, tables: Tables) -> None:
-        """As `LandscapeSpec.validate`, for every setting and count with one teacher, and every teacher with one."""
+        """As `LandscapeSpec.validate`, for every setting and count; settings must differ in what they mean."""
+        branch, data = self.cell.branch, self.cell.data
         for name in ("seed", "min_margin", "labels"):
-            require(name in self.cell.data.settings, f"data set {self.cell.data.name!r} has no setting {name!r}.")
-        teachers = (*self.data_seeds, *self.held_out)
-        cells = [(setting, count, teachers[0]) for setting in self.settings for count in self.num_branches]
-        cells += [(self.settings[0], self.num_branches[0], seed) for seed in teachers[1:]]
-        for setting, count, data_seed in cells:
-            cell_of(self, setting, count, data_seed, 0).validate(tables)
+            require(name in data.settings, f"data set {data.name!r} has no setting {name!r}.")
+        tables.branches.build(branch.name, **{**branch.settings, "out": 1})
+        require(
+            "init_scale" in branch.settings,
+            f"cell.branch={branch.name!r} names no init_scale, which settings of the search change; take a branch that"
+            " has it, and name it, as in 'mlp(hidden=(1,),init_scale=1.0)'.",
+        )
+        for name, given in (("data_seeds", self.data_seeds), ("held_out", self.held_out)):
+            for seed in given:
+                seeds.check(seed, f"a seed of {name}")
+        check_last_seed(self.cell, self.seeds)
+        meant: dict[str, list[LandscapeSpec]] = {}
+        for setting in self.settings:
+            cells = [cell_of(self, setting, count, self.data_seeds[0], 0) for count in self.num_branches]
+            for cell in cells:
+                cell.validate(tables)
+            for other, those in meant.items():
+                require(cells != those, f"settings {other!r} and {setting!r} mean the same: give one of them.")
+            meant[setting] = cells
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The published score of each of `num_branches`."""
+        known = dict(zip(self.target_branches, self.target, strict=True))
+        return tuple(known[count] for count in self.num_branches)
 
 
 def cell_of(spec: LandscapeSearchSpec, setting: str, count: int, data_seed: int, repeat: int) -> LandscapeSpec:
@@ -104,7 +141,13 @@ def cell_of(spec: LandscapeSearchSpec, setting: str, count: int, data_seed: int,
     require(args.net in NETS, unknown(f"net in setting {setting!r}:", args.net, NETS))
     branch = {**cell.branch.settings, "init_scale": args.init_scale}
     if args.net == "plain":
-        *first, last = branch["hidden"]
+        hidden = branch.get("hidden", ())
+        require(
+            isinstance(hidden, tuple | list) and len(hidden) > 0,
+            f"setting {setting!r}: net=plain widens the last hidden layer, and cell.branch={cell.branch.name!r} names"
+            " none; give it hidden layers, as in 'mlp(hidden=(1,),init_scale=1.0)'.",
+        )
+        *first, last = hidden
         branch["hidden"] = (*first, last * count)
     same_schedule = args.schedule == cell.training.schedule.name
     labels = "class" if args.loss in _OF_CLASSES else "sign"
@@ -174,7 +217,7 @@ class _Search:
                 }
             )
             means.append(mean)
-        fit = decades(means, self.spec.target)
+        fit = decades(means, self.spec.targets)
         return {"setting": setting, "data_seed": data_seed, "decades": fit, "rows": rows}
 
 
@@ -189,7 +232,7 @@ def landscape_search(spec: LandscapeSearchSpec, workdir: Workdir, tables: Tables
     record = {
         "title": spec.title,
         "num_branches": spec.num_branches,
-        "target": spec.target,
+        "target": spec.targets,
         "screen": screen,
         "refined": refined,
         "chosen": chosen,
@@ -209,12 +252,12 @@ def inside(entry: Mapping[str, Any], target: Sequence[float]) -> int:
 def _report(spec: LandscapeSearchSpec, record: Mapping[str, Any]) -> Report:
     counts = spec.num_branches
     columns = ("setting", "data", *(f"I={count}" for count in counts), "inside", "decades", "loss")
-    rows: list[list[Any]] = [["published", None, *spec.target, None, None, None]]
+    rows: list[list[Any]] = [["published", None, *spec.targets, None, None, None]]
 
     def line(entry: Mapping[str, Any], label: str, seeds: int) -> list[Any]:
         losses = [loss for row in entry["rows"] for loss in row["losses"]]
         known = all(loss is not None and math.isfinite(loss) for loss in losses)
-        held = f"{inside(entry, spec.target)}/{len(counts)}" if seeds > 1 else None
+        held = f"{inside(entry, spec.targets)}/{len(counts)}" if seeds > 1 else None
         text = f"{label}: {entry['setting'] or 'base'}"
         scores = [row["mean"] for row in entry["rows"]]
         return [text, entry["data_seed"], *scores, held, entry["decades"], max(losses) if known else None]

@@ -6,12 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import scipy
 
-from dualgap_jax import figures, terminal
+from dualgap_jax import figures, seeds, terminal
 from dualgap_jax.config import require
 from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, execute
@@ -48,6 +48,8 @@ class RowSpec:
       cell: the landscape; its `num_branches` is replaced by each value.
     """
 
+    REPLACED: ClassVar[Mapping[str, str]] = {"cell.num_branches": "num_branches"}
+
     title: str = "Loss landscapes"
     paper_item: str = ""
     num_branches: tuple[int, ...] = (10, 30, 70, 1000)
@@ -64,8 +66,19 @@ class RowSpec:
         require(1 <= self.seeds <= 1000, f"seeds={self.seeds} must lie between 1 and 1,000.")
 
     def validate(self, tables: Tables) -> None:
-        """As `LandscapeSpec.validate`."""
-        self.cell.validate(tables)
+        """As `LandscapeSpec.validate`, for every panel."""
+        check_last_seed(self.cell, self.seeds)
+        for count in self.num_branches:
+            dataclasses.replace(self.cell, num_branches=count).validate(tables)
+
+
+def check_last_seed(cell: LandscapeSpec, count: int) -> None:
+    """Raises ConfigError unless `count` seeds from that of `cell` on are seeds."""
+    require(
+        cell.seed + count <= seeds.LIMIT,
+        f"seeds={count}, from cell.seed={cell.seed} on, go beyond the last seed, 2**32 - 1 = {seeds.LIMIT - 1}; give"
+        " fewer, or begin at a smaller one.",
+    )
 
 
 def aligned_scores(record: Mapping[str, Any]) -> dict[str, Any]:
