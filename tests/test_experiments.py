@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -22,13 +23,17 @@ from dualgap_jax import convexity, experiments, figures, losses
 from dualgap_jax.checkpoints import load
 from dualgap_jax.config import Component, ConfigError, experiment_config, to_spec
 from dualgap_jax.data import DATASETS, Dataset
+from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments import EXPERIMENTS, TABLES, Experiment, Report, base, planes
 from dualgap_jax.experiments import landscape as landscape_experiments
 from dualgap_jax.experiments.architecture import ArchitectureSpec, narrowed
+from dualgap_jax.experiments.certify import CertifySpec
+from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.experiments.examples import ExamplesSpec
 from dualgap_jax.experiments.landscape import LandscapeSpec, PlaneSpec, regime
 from dualgap_jax.experiments.planes import window
+from dualgap_jax.experiments.regimes import RegimesSpec
 from dualgap_jax.experiments.row import RowSpec, intervals
 from dualgap_jax.files import load_json, load_npz
 from dualgap_jax.metrics import read_metrics
@@ -407,8 +412,6 @@ def test_what_landscapes_over_examples_do_not_take(changes: dict[str, Any], mess
 
 
 def test_diverged_cells_of_the_regimes_are_named(tmp_path: Path) -> None:
-    from dualgap_jax.experiments.regimes import RegimesSpec
-
     cell = tiny(training=TrainingSpec(batch_size=10, max_steps=20, check_every=10, learning_rate=1e30))
     cell = dataclasses.replace(cell, loss=Component("squared", {}))
     spec = RegimesSpec(
@@ -438,7 +441,7 @@ def test_a_repetition_that_diverged_counts_as_above_every_number(values: list[An
 
 
 def test_the_table_of_regimes_does_not_average_over_survivors() -> None:
-    from dualgap_jax.experiments.regimes import RegimesSpec, _report
+    from dualgap_jax.experiments.regimes import _report
 
     def cell(count: int, repeat: int, score: float | None) -> dict[str, Any]:
         statuses = ["converged"] * 2 + ["diverged" if score is None else "converged"]
@@ -458,6 +461,89 @@ def test_the_table_of_regimes_does_not_average_over_survivors() -> None:
     assert one_lost[4:] == ["17/18", 1]
     assert rows((3.0, 1.0, 2.0), (None, None, 0.3))[:3] == [2.0, None, "diverges"]
     assert rows((None, None, 2.0), (0.1, 0.2, 0.3))[:3] == [None, 0.2, "-"]
+
+
+# --- values of an axis, seeds and settings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "words"),
+    [
+        (RegimesSpec, {"num_branches": (3, 3)}, "num_branches=.* names one twice"),
+        (RegimesSpec, {"lr_scalings": ("none", "none")}, "lr_scalings=.* names one twice"),
+        (RegimesSpec, {"inits": ("torch", "torch")}, "inits=.* names one twice"),
+        (RegimesSpec, {"inits": ("torch*2", "torch*2.0")}, r"inits 'torch\*2' and 'torch\*2.0' mean the same"),
+        (RegimesSpec, {"inits": ("torch", "torch*1")}, r"inits 'torch' and 'torch\*1' mean the same"),
+        (CertifySpec, {"num_branches": (2, 2)}, "num_branches=.* names one twice"),
+        (DualityGapSpec, {"num_branches": (2, 2)}, "num_branches=.* names one twice"),
+        (DualityGapSpec, {"trained": TrainedSpec(num_branches=(1, 1))}, "trained.num_branches=.* names one twice"),
+    ],
+)
+def test_values_that_are_named_twice_are_refused(spec: type, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        spec(**changes)
+
+
+@pytest.mark.parametrize("spec", [RowSpec, ExamplesSpec, ArchitectureSpec])
+def test_seeds_beyond_the_last_are_refused_before_the_first_is_run(spec: type) -> None:
+    data = Component("mnist", {"num_examples": 20})
+    last = tiny(data=data, loss=Component("multi_margin", {}), seed=2**32 - 2)
+    spec(num_branches=(2, 3), seeds=2, cell=last).validate(TABLES)
+    with pytest.raises(ConfigError, match=r"seeds=3, from cell\.seed=4294967294 on, go beyond the last seed"):
+        spec(num_branches=(2, 3), seeds=3, cell=last).validate(TABLES)
+
+
+@pytest.mark.parametrize(
+    ("config", "leaf", "text", "by"),
+    [
+        ("figure1", "cell.num_branches", "7", "num_branches"),
+        ("regimes", "cell.num_branches", "7", "num_branches"),
+        ("regimes", "cell.reduce", "sum", "reduces"),
+        ("regimes", "cell.branch.init", "normal", "inits"),
+        ("regimes", "cell.branch.init_scale", "3.0", "inits"),
+        ("regimes", "cell.branch", "mlp(init_scale=3.0)", "inits"),
+        ("regimes", "cell.training.lr_scaling", "none", "lr_scalings"),
+        ("architecture", "cell.num_branches", "7", "num_branches"),
+        ("architecture", "cell.test", "mnist", "split 'test'"),
+        ("figure4_examples", "cell.num_branches", "7", "num_branches"),
+        ("figure4_examples", "cell.data.num_examples", "7", "num_examples"),
+        ("figure1_search", "cell.reduce", "sum", "settings"),
+        ("figure1_search", "cell.data.seed", "7", "data_seeds"),
+        ("hitting_search", "table.learning_rate", "0.5", "learning_rates"),
+        ("hitting_search", "table.teachers", "7", "teachers"),
+        ("hitting_search", "table.sgd.schedule", "cosine", "programs"),
+    ],
+)
+def test_a_setting_that_the_experiment_sets_itself_is_not_overridden(
+    config: str, leaf: str, text: str, by: str
+) -> None:
+    given = config_lib.load(ROOT / "configs" / f"{config}.py", "smoke")
+    with pytest.raises(ConfigError, match=f"--config.*would not be used, .* sets it by .*{by}"):
+        config_lib.override(given, {leaf: text})
+
+
+def test_every_setting_that_an_experiment_sets_itself_is_there() -> None:
+    for path in CONFIGS:
+        given = config_lib.load(path, "smoke")
+        replaced = getattr(EXPERIMENTS[given.experiment].spec, "REPLACED", {})
+        same = {leaf: functools.reduce(lambda tree, key: tree[key], leaf.split("."), given) for leaf in replaced}
+        leaves = {leaf: str(value) for leaf, value in same.items() if not isinstance(value, config_lib.ConfigDict)}
+        assert config_lib.override(given, leaves) == given
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ("figure1_search", "held_out"),
+        ("hitting_search", "held_out"),
+        ("hitting_search", "teachers"),
+        ("table1", "teachers"),
+    ],
+)
+def test_a_config_lists_no_more_seeds_than_it_should(config: str, key: str) -> None:
+    for count in (-3, 100_000_000):
+        with pytest.raises(ConfigError, match=f"{key}={count} must lie between 0 and 10,000"):
+            config_lib.load(ROOT / "configs" / f"{config}.py", f"{key}={count}")
 
 
 # --- entries of one's own -----------------------------------------------------------------------------------------
@@ -842,6 +928,12 @@ def test_architecture_measures_the_solutions_on_the_test_split(tfds_dir: Path, t
     again = [evaluate(setting.net, setting.loss, test, s.network).accuracy for s in solutions]
     np.testing.assert_allclose(accuracies[0], again)
     assert "±" in report.rows[0][3]
+
+
+def test_an_architecture_is_not_trained_on_its_test_split() -> None:
+    cell = tiny(data=Component("mnist", {"num_examples": 20, "split": "test"}), loss=Component("multi_margin", {}))
+    with pytest.raises(ConfigError, match=r"cell\.data\.split='test'"):
+        ArchitectureSpec(cell=cell).validate(TABLES)
 
 
 def test_an_architecture_needs_widths_and_a_test_split() -> None:

@@ -93,6 +93,9 @@ class CertifySpec:
             len(self.num_branches) > 0 and min(self.num_branches) >= 1,
             f"num_branches={self.num_branches} must be positive integers, at least one.",
         )
+        require(
+            len(set(self.num_branches)) == len(self.num_branches), f"num_branches={self.num_branches} names one twice."
+        )
         require(self.along >= 0, f"along={self.along} must be at least 0.")
         require(0 < self.along_rate < math.inf, f"along_rate={self.along_rate} must be positive and finite.")
         for name in ("seeds", "steps", "along_steps"):

@@ -89,6 +89,8 @@ class DualityGapSpec:
         require(0 < self.budget_share <= 1, f"budget_share={self.budget_share} must lie in (0, 1].")
         require(len(self.num_branches) > 0, "num_branches is empty; give at least one, as in I=1/10/100.")
         require(all(n >= 1 for n in self.num_branches), f"num_branches={self.num_branches} must be positive integers.")
+        for name, counts in (("", self.num_branches), ("trained.", self.trained.num_branches)):
+            require(len(set(counts)) == len(counts), f"{name}num_branches={counts} names one twice.")
         require(3 <= self.grid <= 2**20, f"grid={self.grid} must lie between 3 and {2**20:,}.")
         require(0 <= self.second_share <= 1, f"second_share={self.second_share} must lie in [0, 1].")
         alike = self.second_share == 0 or (self.fresh_samples == 0 and not self.trained.num_branches)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -38,6 +38,14 @@ class RegimesSpec:
       cell: the landscape of a cell; its branch must take `init` and `init_scale`.
     """
 
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "cell.num_branches": "num_branches",
+        "cell.reduce": "reduces",
+        "cell.branch.init": "inits",
+        "cell.branch.init_scale": "inits, as in 'torch*3'",
+        "cell.training.lr_scaling": "lr_scalings",
+    }
+
     title: str = "Convexity against the training regime"
     inits: tuple[str, ...] = ("torch", "torch*3", "normal")
     lr_scalings: tuple[LearningRateScaling, ...] = ("branches", "none")
@@ -49,10 +57,14 @@ class RegimesSpec:
 
     def __post_init__(self) -> None:
         for name in ("inits", "lr_scalings", "reduces", "num_branches"):
-            require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one.")
+            values = getattr(self, name)
+            require(len(values) > 0, f"{name} is empty; give at least one.")
+            require(len(set(values)) == len(values), f"{name}={values} names one twice.")
         require(1 <= self.repeats <= 1000, f"repeats={self.repeats} must lie between 1 and 1,000.")
+        meant: dict[tuple[str, float], str] = {}
         for init in self.inits:
-            parse_init(init)
+            other = meant.setdefault(parse_init(init), init)
+            require(other == init, f"inits {other!r} and {init!r} mean the same: give one of them.")
 
     def validate(self, tables: Tables) -> None:
         """As `LandscapeSpec.validate`, for every cell."""
