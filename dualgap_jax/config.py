@@ -301,8 +301,8 @@ def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
         before, after = _leaf(config.to_dict(), name), _leaf(changed, name)
         require(
             after is None or after == before,
-            f"--config.{name}: {after!r:.60} would not be used, {tree['experiment']} sets it by {by}; change that, and leave"
-            f" {name} out.",
+            f"--config.{name}: {after!r:.60} would not be used, {tree['experiment']} sets it by {by}; change that,"
+            f" and leave {name} out.",
         )
     return ConfigDict(changed).lock()
 
