@@ -154,11 +154,11 @@ def train(
         learning_rate=schedule.base,
     )
     check_fits(loss, dataset)
-    check_outputs(output_shape(net, dataset), loss, dataset)
     require(
         batch_size <= len(dataset.y),
         f"batch_size={batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
     )
+    check_outputs(output_shape(net, dataset), loss, dataset)
     several = mesh.size > 1 or jax.process_count() > 1
     require(
         jax.process_count() == 1 or folder is not None,
