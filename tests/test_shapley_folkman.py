@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from dualgap_jax.experiments import TABLES
 from dualgap_jax.experiments.shapley_folkman import ShapleyFolkmanSpec, decay_exponent
 from dualgap_jax.files import load_json, load_npz, save_npz
 from dualgap_jax.registry import SettingError, UnknownNameError
+from dualgap_jax.shapley_folkman import measured
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = range(4)
@@ -673,9 +676,12 @@ def test_a_record_without_its_arrays_is_refused(tmp_path: Path) -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     """Counts as whole numbers; a radius in float32 rounds nothing that is called exact."""
-    found = sf.LpBall(0.5, np.float32(0.1)).distance_to_hull(np.int64(3))
-    assert found == sf.LpBall(0.5, float(np.float32(0.1))).distance_to_hull(3)
-    assert type(found.value) is float
-    for wrong in (np.bool_(True), 2.0, 0, np.int64(-1)):
+    # In a process of its own: here the types of all arguments are checked.
+    program = "import numpy as np; from dualgap_jax import shapley_folkman as sf"
+    program += "; print(sf.LpBall(0.5, np.float32(0.1)).distance_to_hull(np.int64(3)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == str(sf.LpBall(0.5, float(np.float32(0.1))).distance_to_hull(3))
+    assert measured.checked_copies(np.int64(3)) == 3
+    for wrong in (np.bool_(True), 0, np.int64(-1)):
         with pytest.raises(sf.SetError, match="whole number of at least 1"):
-            sf.LpBall(0.5, 1.0).distance_to_hull(wrong)
+            measured.checked_copies(wrong)
