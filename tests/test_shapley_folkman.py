@@ -682,6 +682,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == str(sf.LpBall(0.5, float(np.float32(0.1))).distance_to_hull(3))
     assert measured.checked_copies(np.int64(3)) == 3
-    for wrong in (np.bool_(True), 0, np.int64(-1)):
+    for wrong in (True, 0, np.int64(-1)):
         with pytest.raises(sf.SetError, match="whole number of at least 1"):
             measured.checked_copies(wrong)
