@@ -158,7 +158,6 @@ def train(
         batch_size <= len(dataset.y),
         f"batch_size={batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
     )
-    check_outputs(output_shape(net, dataset), loss, dataset)
     several = mesh.size > 1 or jax.process_count() > 1
     require(
         jax.process_count() == 1 or folder is not None,
@@ -216,6 +215,7 @@ def train(
     else:
         devices = local_devices(min(choice.group_size, num_solutions, mesh.seed or jax.local_device_count()))
         engine = Together(net, loss, transformation, schedule, dataset, batch_size, devices, choice.group_size)
+    check_outputs(output_shape(net, dataset), loss, dataset)
     loop = Loop(
         engine=engine,
         schedule=schedule,
