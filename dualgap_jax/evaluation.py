@@ -54,14 +54,17 @@ def check_outputs(shape: tuple[int, ...], loss: Loss, dataset: Dataset) -> None:
       dataset: whose labels they are compared with.
 
     Raises:
-      ConfigError: unless there is an output for each class, or one for signs and for real targets.
+      ConfigError: unless there is an output for each class, two at least (more do no harm: a part of a data set may
+        lack the last class), or one for signs and for real targets.
     """
-    if loss.plain or shape[1:] == (dataset.num_outputs,):
+    classes = dataset.task == "multiclass"
+    needed = max(2, dataset.num_outputs) if classes else 1
+    if loss.plain or (len(shape) == 2 and (shape[1] >= needed if classes else shape[1] == needed)):
         return
-    hint = " (labels 0 and 1 are two classes; signs -1 and +1 need one output)" * (dataset.task == "multiclass")
+    hint = " at least (labels 0 and 1 are two classes; signs -1 and +1 need one output)" * classes
     raise ConfigError(
         f"the network gives outputs of shape [{', '.join(['batch', *map(str, shape[1:])])}], but the {dataset.task}"
-        f" labels of data set {dataset.name!r} need [batch, {dataset.num_outputs}]{hint}."
+        f" labels of data set {dataset.name!r} need [batch, {needed}]{hint}."
     )
 
 

@@ -167,7 +167,7 @@ def test_counts_of_a_function_are_floats_so_that_nan_is_seen(kind: Any, rng: np.
 @pytest.mark.parametrize(
     ("out", "name", "labels", "needed"),
     [
-        (1, "logistic", [0, 1, 1, 0], r"\[batch, 2\] \(labels 0 and 1 are two classes; signs"),
+        (1, "logistic", [0, 1, 1, 0], r"\[batch, 2\] at least \(labels 0 and 1 are two classes; signs"),
         (2, "logistic", [0, 1, 2, 1], r"\[batch, 3\]"),
         (2, "multi_margin", [0, 1, 2, 1], r"\[batch, 3\]"),
         (2, "squared", [0.5, -1.0, 2.0, 0.0], r"\[batch, 1\]"),
@@ -189,6 +189,11 @@ def test_outputs_that_are_not_those_of_the_labels_are_refused(
     ):
         with pytest.raises(ConfigError, match=rf"outputs of shape \[batch, {out}\], but .*{needed}"):
             call()
+    # A part of a data set may lack the last class.
+    part = dg.data.from_arrays(data.x, np.asarray([0, 1, 1, 0]))
+    wide = dg.multi_branch(dg.mlp(hidden=(2,), out=3), 2)
+    found = InMemory(*wide.init(jax.random.key(0), jnp.ones((1, 2))))
+    assert math.isfinite(dg.evaluate(wide, dg.losses.multi_margin(), part, found).loss)
     # A function knows what it takes.
     free = as_loss(lambda outputs, labels: (outputs**2).sum(-1))
     assert math.isfinite(dg.evaluate(net, free, data, networks[0]).loss)
