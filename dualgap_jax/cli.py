@@ -349,6 +349,8 @@ def message(error: BaseException) -> str | None:
         return f"{name}: {error}; what is done is kept, and the same command goes on once this is mended."
     if isinstance(error, MemoryError) or (name == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)):
         return f"out of memory ({error!s:.200}); give the run more of it, or make it smaller."
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
+        return f"{error!s:.300}; JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}: unset it, or name 'cpu'."
     if name == "JaxRuntimeError" and not sharding.is_alone():
         return (
             f"another process of this run has ended, or cannot be reached ({error!s:.200}); what is done is kept: start"

@@ -249,6 +249,16 @@ def test_errors_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         assert "what is done is kept, and the same command goes on" in capsys.readouterr().err
 
 
+def test_a_platform_that_is_none_is_one_message(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), "--config=configs/synthetic_relu.py:I=2,smoke"]
+    command.append(f"--workdir={tmp_path / 'w'}")
+    environment = {**os.environ, "JAX_PLATFORMS": "nonsense"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "JAX_PLATFORMS is 'nonsense': unset it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("module", "message"), [("no_such_module_here", "can be imported from here"), ("json", "defines no extend")]
 )
