@@ -129,6 +129,7 @@ def test_what_is_no_optimiser_is_refused_in_words(given: Any, words: str, rng: n
         ({"num_solutions": True}, "num_solutions=True must be a whole number"),
         ({"tolerance": float("nan")}, "tolerance=nan must be at least 0 and finite"),
         ({"batch_size": 21}, "batch_size=21 exceeds the 20 examples"),
+        ({"streaming": "on", "group_size": 2}, "group_size=2: streamed solutions are trained one after another"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: Any, words: str, rng: np.random.Generator) -> None:
@@ -138,9 +139,13 @@ def test_settings_out_of_range_are_refused(settings: Any, words: str, rng: np.ra
 
 def test_counts_are_whole_numbers() -> None:
     spec.check(max_steps=np.int64(3), batch_size=0, tolerance=0.5)
-    for name, value in (("max_steps", 1e1), ("batch_size", np.float32(2)), ("check_every", True)):
+    for name, value in (("max_steps", 1e1), ("batch_size", np.float32(2)), ("check_every", True), ("batch_size", "8")):
         with pytest.raises(ConfigError, match=f"{name}=.* must be a whole number"):
             spec.check(**{name: value})
+    with pytest.raises(ConfigError, match="max_steps=None must be a whole number"):
+        spec.check(max_steps=None)
+    with pytest.raises(ConfigError, match="tolerance='x' must be a number"):
+        spec.check(tolerance="x")
 
 
 def test_large_networks_are_streamed_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

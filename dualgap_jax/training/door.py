@@ -140,6 +140,10 @@ def train(
     net, loss, dataset, mesh = as_network(net, "train"), as_loss(loss), as_dataset(data), mesh or MeshSpec()
     folder = Path(checkpoints) if checkpoints is not None else None
     seeds.check(seed)
+    require(
+        group_size in (None, 1) or (streaming != "on" and mesh.size == 1),
+        f"group_size={group_size}: streamed solutions are trained one after another; leave it out.",
+    )
     schedule = schedule or constant(max_steps)
     check(
         batch_size=batch_size,

@@ -43,6 +43,8 @@ def check(where: str = "", **settings: Any) -> None:
         if name == "learning_rate":
             require(bool(0 < value < math.inf), f"{where}{name}={value} must be positive and finite.")
         elif (least := _AT_LEAST.get(name)) is not None:
+            kind = "a number" if name in _REAL else "a whole number"
+            require(isinstance(value, int | float | np.number), f"{where}{name}={value!r} must be {kind}.")
             limits = f"at least {least} and finite" if isinstance(value, float) else f"at least {least}"
             require(bool(least <= value < math.inf), f"{where}{name}={value} must be {limits}.")
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
