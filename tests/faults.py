@@ -237,12 +237,13 @@ def by_company(config: str, workdir: Path, cache: Path, seconds: float, rng: ran
             return Blow("")
         except subprocess.TimeoutExpired:
             with start(config, workdir, cache, container=True) as second:
-                _, said = second.communicate(timeout=_PATIENCE)
+                out, said = second.communicate(timeout=_PATIENCE)
             was_at_work = process.poll() is None
             _, err = process.communicate(timeout=_PATIENCE)
     if process.returncode not in (0, 2) or {process.returncode, second.returncode} == {2}:
         return Blow("company", f"exit status {process.returncode} and {second.returncode}: {err[-300:]} {said[-300:]}")
-    if was_at_work and process.returncode == 0 and second.returncode != 2:
+    # One that comes when all is done finds a complete run, while the first takes itself apart.
+    if was_at_work and process.returncode == 0 and second.returncode != 2 and "Complete already" not in out + said:
         return Blow("company", f"two were at work, status {second.returncode}: {said[-300:]}")
     return refusal("company", max(process.returncode, second.returncode), said + err, "is at work in")
 
