@@ -292,10 +292,14 @@ def as_loss(given: Any) -> Loss:
 
         return jax.vmap(one)(outputs, labels)
 
+    @functools.cache  # a program is traced many times
+    def check(num_outputs: tuple[int, ...], kind: Any, label_kind: Any) -> None:
+        _check_alone(given, alone, num_outputs, kind, label_kind)
+
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         values = jnp.asarray(given(outputs, labels))
         if values.shape in ((), labels.shape):
-            _check_alone(given, alone, outputs, labels)
+            check(outputs.shape[1:], outputs.dtype, labels.dtype)
         if values.ndim == 0:
             values = alone(outputs, labels)
         if values.shape != labels.shape:
@@ -309,7 +313,9 @@ def as_loss(given: Any) -> Loss:
     return Loss(per_example, None, None, ("binary", "multiclass", "regression"), plain=True)
 
 
-def _check_alone(given: Any, alone: Callable[[Array, Array], Array], outputs: Array, labels: Array) -> None:
+def _check_alone(
+    given: Any, alone: Callable[[Array, Array], Array], num_outputs: tuple[int, ...], kind: Any, label_kind: Any
+) -> None:
     """Raises ValueError where what a function says of a batch is not what it says of the examples one at a time.
 
     It is tried on made-up outputs with labels that data sets of the kind may have, outside of any program that is
@@ -317,9 +323,9 @@ def _check_alone(given: Any, alone: Callable[[Array, Array], Array], outputs: Ar
     """
     rng = np.random.default_rng(0)
     with jax.ensure_compile_time_eval():
-        made = jnp.asarray(rng.standard_normal((4, *outputs.shape[1:])), outputs.dtype)
-        signs = jnp.issubdtype(labels.dtype, jnp.floating)
-        marks = jnp.asarray([1.0, -1.0, 1.0, 1.0] if signs else [0, 0, 0, 0], labels.dtype)
+        made = jnp.asarray(rng.standard_normal((4, *num_outputs)), kind)
+        signs = jnp.issubdtype(label_kind, jnp.floating)
+        marks = jnp.asarray([1.0, -1.0, 1.0, 1.0] if signs else [0, 0, 0, 0], label_kind)
         whole, each = (np.asarray(jnp.asarray(f(made, marks)), np.float64) for f in (given, alone))
     if whole.ndim == 0:
         each = each.mean()

@@ -154,9 +154,9 @@ def _balanced(x: np.ndarray, alpha: np.ndarray, degree: int) -> tuple[np.ndarray
     longest, largest = (np.abs(a).max(axis=1, initial=0.0) for a in (x, alpha))
     ex, ea = np.frexp(longest)[1].astype(np.int64), np.frexp(largest)[1].astype(np.int64)
     live = (longest > 0) & (largest > 0)  # the others add 0
-    power = int((degree * ex + ea)[live].max(initial=-(10**6)))
     if not live.any():
         return np.zeros_like(x), np.zeros_like(alpha), 0
+    power = int((degree * ex + ea)[live].max())
     points = np.ldexp(np.where(live[:, None], x, 0.0), -ex[:, None])
     return points, np.ldexp(np.where(live[:, None], alpha, 0.0), (degree * ex - power)[:, None]), power
 
@@ -165,7 +165,7 @@ def _kappa(known: Structure, x: np.ndarray, alpha: np.ndarray, method: str, clai
     """Why `kappa(alpha) <= claim` was not proven again, or ""."""
     squared = known.activation == "square"
     points, weights, power = _balanced(x, alpha, 2 if squared else 1)
-    if claim >= 0 and not (points.any() and weights.any()):
+    if claim >= 0 and not weights.any():
         return ""  # every sum is 0
     # A unit (u, a) of norm 1 has |u|^2 |a| <= 2/3 (1/3)^(1/2), and L layers a product of norms of at most L^(-L/2).
     factor = 1.5 * math.sqrt(3) if squared else known.degree ** (known.degree / 2)

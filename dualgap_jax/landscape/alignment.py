@@ -114,9 +114,10 @@ def align(
             for k, part in zip((to, number), parts, strict=True):
                 if not all(np.isfinite(numbers).all() for numbers in part.values()):
                     raise ValueError(f"network {k} holds numbers that are not finite (a diverged run?).")
-            compared = _scaled(parts)
             if by == "activations":
                 compared = activations(net, pair[0], x, known), activations(net, pair[1], x, known)
+            else:
+                compared = _scaled(parts)
             match = _units if over == "units" else _branches
             piece = match(*compared, known, f"align {number + 1} of {len(networks)}")
             pieces.append(_shifted(piece, first, known))

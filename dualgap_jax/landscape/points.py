@@ -22,7 +22,7 @@ from dualgap_jax.landscape.partial import Saver, Work, on_exception
 from dualgap_jax.landscape.planes import Block, Plane
 from dualgap_jax.landscape.statistics import States, check_state, has_statistics, momenta
 from dualgap_jax.losses import Loss, as_loss
-from dualgap_jax.networks import check_network
+from dualgap_jax.networks import accumulator, check_network
 from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
 from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.terminal import Progress
@@ -228,7 +228,7 @@ class _Evaluation:
             few = jax.tree.map(lambda leaf: leaf[: self._multiple], states.find(todo[0], block, self._padded[todo[0]]))
             self._outputs = jax.eval_shape(kernels.outputs, block, few, z, jnp.zeros((self._multiple, 2), float))
             check_outputs(self._outputs.shape[1:], self._loss, self._dataset)
-        wide = jnp.promote_types(self._outputs.dtype, jnp.float32)  # sums of narrow outputs need more digits
+        wide = accumulator(self._outputs.dtype)
         nothing = 0, jnp.zeros((self.size, len(y), *self._outputs.shape[2:]), wide)
         totals = [self.done.parts.get((batch, p), nothing)[1] for p in todo]
         labels = y if number == self.last else None

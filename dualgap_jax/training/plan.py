@@ -28,7 +28,7 @@ _CHUNK_BYTES_CPU = 12 * 2**20
 _CHUNK_SHARE = 1 / 64
 
 # Bytes of parameters, state and optimiser from which on a network is streamed though it fits into memory: on CPU where
-# that is the faster way, by a tenth (docs/results.md); else where it is the smaller one.
+# that is the faster way, by a tenth (docs/scaling.md); else where it is the smaller one.
 _STREAM_FASTER = 2**26
 _STREAM_SMALLER = 2**28
 

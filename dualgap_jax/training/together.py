@@ -147,10 +147,10 @@ class Together:
 
     def plan(self, max_steps: int, num_solutions: int, checkpoints: Path | None) -> str:
         del checkpoints
-        x = batch_shape(self._dataset, self._batch_size)
-        need = plan.need(self._net, self.template(jax.random.key(0)), x)
-        if need.carry < plan.WORTH_SAYING:
+        carry = self.template(jax.random.key(0))
+        if tree_bytes(carry) < plan.WORTH_SAYING:
             return ""
+        need = plan.need(self._net, carry, batch_shape(self._dataset, self._batch_size))
         together = min(num_solutions, self._group_size)
         return plan.in_memory(
             need.plain, together, self._seconds_per_step(), max_steps, num_solutions, len(self._devices)
