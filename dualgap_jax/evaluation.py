@@ -16,6 +16,7 @@ from dualgap_jax.data import Dataset, as_dataset, standardise
 from dualgap_jax.losses import Loss, as_loss, measure
 from dualgap_jax.networks import accumulator, check_network, sum_branches, upcast
 from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
+from dualgap_jax.sizes import positive
 from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network, Params, State
 
@@ -99,8 +100,7 @@ def evaluate(
     """
     net, loss, dataset = check_network(net, "evaluate").computed(), as_loss(loss), as_dataset(dataset)
     check_fits(loss, dataset)
-    require(batch_size >= 1, f"batch_size={batch_size} must be at least 1.")
-    require(branch_chunk >= 1, f"branch_chunk={branch_chunk} must be at least 1.")
+    batch_size, branch_chunk = positive(batch_size, "batch_size"), positive(branch_chunk, "branch_chunk")
     check_source(net, network)
     stacked = net.stacked
     batches = [slice(first, first + count) for first, count in blocks(len(dataset.y), batch_size)]

@@ -280,7 +280,7 @@ def as_loss(given: Any) -> Loss:
     """
     if isinstance(given, Loss):
         return given
-    names = [name for name, make in LOSSES.items() if given is make or given == name]
+    names = [name for name, make in LOSSES.items() if given is make or (isinstance(given, str) and given == name)]
     if names or isinstance(given, str) or not callable(given):
         write = f"losses.{names[0]}()" if names else "losses.multi_margin() or a function of outputs and labels"
         raise TypeError(f"a loss is needed, got {given!r}: write {write}.")

@@ -30,8 +30,9 @@ def for_network(network: Network, transformation: Any) -> optax.GradientTransfor
     """The transformation that acts on every branch of `network` as `transformation` acts on one alone.
 
     For a stacked network each leaf `[I, ...]` of parameters, gradients and optimiser state is taken branch by branch,
-    at every level of nesting; each branch has a state of its own, whose leaves lead with the branch axis too.  Any
-    other network gets the transformation as it is.
+    at every level of nesting; each branch has a state of its own, whose leaves lead with the branch axis too.  Each
+    part of a mixture is taken alone, and so is each of its branches.  Any other network gets the transformation as it
+    is.
 
     Args:
       network: whose parameters are to be trained.
@@ -63,11 +64,16 @@ def for_network(network: Network, transformation: Any) -> optax.GradientTransfor
         check(transformation, params)
         return inner.init(params)
 
-    whole = optax.GradientTransformationExtraArgs(init, inner.update)
-    stacked = network.stacked
-    while stacked is not None:
-        whole, stacked = _mapped(whole), stacked.branch.stacked
-    return whole
+    return _within(network, optax.GradientTransformationExtraArgs(init, inner.update))
+
+
+def _within(network: Network, inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """The transformation that acts as `inner` on every part of a network that is no sum itself."""
+    if network.stacked is not None:
+        return _mapped(_within(network.stacked.branch, inner))
+    if network.mixed is not None:
+        return _each([_within(part, inner) for part in network.mixed.networks])
+    return inner
 
 
 def _with_value(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -98,6 +104,21 @@ def _mapped(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTrans
         if params is None:
             return over_branches(lambda u, s: inner.update(u, s, **extra), updates, state)
         return over_branches(lambda u, s, p: inner.update(u, s, p, **extra), updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _each(inners: Sequence[optax.GradientTransformationExtraArgs]) -> optax.GradientTransformationExtraArgs:
+    """One transformation for each item of a tuple of parameters."""
+
+    def init(params: Params) -> PyTree:
+        return tuple(inner.init(part) for inner, part in zip(inners, params, strict=True))
+
+    def update(updates: Params, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[Params, PyTree]:
+        given = (None,) * len(inners) if params is None else params
+        parts = zip(inners, updates, state, given, strict=True)
+        done = [inner.update(u, s, p, **extra) for inner, u, s, p in parts]
+        return tuple(u for u, _ in done), tuple(s for _, s in done)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -66,23 +66,25 @@ class Network(NamedTuple):
       apply: `(params, state, x, *, key=None, train=False) -> (y [batch, out], state)`.
       stem: the split at the first linear map, or None when the network does not name one.
       stacked: for a network made by `multi_branch`, what it is the sum of; None for every other.
+      mixed: for a network made by `mixture`, what it is the sum of; None for every other.
     """
 
     init: InitFn
     apply: ApplyFn
     stem: Stem | None = None
     stacked: Stacked | None = None
+    mixed: Mixed | None = None
 
     def computed(self) -> Network:
         """The network with only the structure that its `apply` has: `_replace(apply=...)` leaves the old one behind."""
         if "apply" in self.replaced():
-            return self._replace(stem=None, stacked=None)
+            return self._replace(stem=None, stacked=None, mixed=None)
         stale = self.stem is not None and self.stem.apply not in (None, self.apply)
         return self._replace(stem=None) if stale else self
 
     def replaced(self) -> list[str]:
-        """Which of `init` and `apply` are not those of the sum that `stacked` describes, as `_replace` leaves them."""
-        of_sum = self.stacked
+        """Which of `init` and `apply` are not those of the sum that the network was made as; `_replace` leaves it."""
+        of_sum = self.stacked or self.mixed
         return [n for n in ("init", "apply") if of_sum is not None and getattr(self, n) is not getattr(of_sum, n)]
 
 
@@ -99,6 +101,19 @@ class Stacked(NamedTuple):
     branch: Network
     num_branches: int
     scale: float
+    init: InitFn
+    apply: ApplyFn
+
+
+class Mixed(NamedTuple):
+    """The structure `f(w; x) = sum_k weights[k] * networks[k](w_k; x)`, for whoever treats the parts one by one.
+
+    Attributes:
+      networks: the parts; parameters and state of the sum are tuples, one item a part.
+      init, apply: the functions of the sum.
+    """
+
+    networks: tuple[Network, ...]
     init: InitFn
     apply: ApplyFn
 

@@ -272,7 +272,7 @@ def test_mistakes_are_named(rng: np.random.Generator) -> None:
         )
         with pytest.raises(ValueError, match="network 1 holds numbers that are not finite"):
             landscape.align(net, [networks[0], spoilt], x)
-    with pytest.raises(ValueError, match="block=0"):
+    with pytest.raises(ValueError, match="block must be a positive integer, got 0"):
         landscape.align(net, networks, x, block=0)
     with pytest.raises(ValueError, match="multi_branch"):
         landscape.align(mlp((3,), 2), networks, x)

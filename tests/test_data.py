@@ -121,9 +121,9 @@ def test_points_without_a_sign_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "n must be at least 1, got 0"),
-        ({"d": 0}, "d must be at least 1"),
-        ({"teacher_width": -1}, "teacher_width must be at least 1"),
+        ({"n": 0}, "n must be a positive integer, got 0"),
+        ({"d": 0}, "d must be a positive integer"),
+        ({"teacher_width": -1}, "teacher_width must be a positive integer"),
         ({"teacher_scale": 0.0}, "teacher_scale must be positive"),
         ({"teacher_scale": float("nan")}, "teacher_scale must be positive and finite"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0"),

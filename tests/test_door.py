@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -430,6 +431,63 @@ def test_flax_modules_are_branches_as_they_are() -> None:
         assert net.apply(*jax.jit(net.init)(jax.random.key(0), x), x)[0].shape == (2, 3)
     with pytest.raises(TypeError, match="each branch draws its own"):
         dg.multi_branch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 5)
+
+
+WRONG_KINDS = """
+import inspect, json, traceback
+import numpy as np, optax
+import dualgap_jax as dg
+from dualgap_jax import landscape
+
+x = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+data = dg.data.from_arrays(x, np.sign(x[:, 0]).astype(int))
+net, loss, axis = dg.multi_branch(dg.mlp((2,), out=1), 2), dg.losses.binary_hinge(), np.linspace(-1, 1, 3)
+nets = [s.network for s in dg.train(net, loss, data, optax.sgd(0.1), max_steps=2, num_solutions=3, batch_size=4)]
+good = dict(net=net, loss=loss, data=data, dataset=data, network=nets[0], networks=nets, plane=dg.plane(nets),
+            start=nets[0], end=nets[1], optimizer=optax.sgd(0.1), xs=axis, ys=axis, branch=dg.mlp((2,)),
+            num_branches=2, x=x, y=np.sign(x[:, 0]), max_steps=1, steps=1, batch_size=4, check_every=1, k=1)
+own = {dg.mixture: {"networks": [net, net]}, landscape.evaluate_points: {"points": np.zeros((1, 2))},
+       landscape.curve: {"points": 3}}
+calls = [dg.train, dg.evaluate, dg.surface, dg.plane, dg.mixture, dg.multi_branch, dg.data.from_arrays,
+         dg.data.synthetic_relu, landscape.evaluate_points, landscape.hessian, landscape.curve, landscape.align]
+free = {"name", "label", "report", "snapshot", "metrics", "checkpoints", "standardise", "per_branch", "partial"}
+tried, raw, taken = 0, [], []
+for call in calls:
+    names = inspect.signature(call).parameters
+    for name in [n for n, p in names.items() if p.kind is not p.VAR_KEYWORD and n not in free]:
+        for bad in ("3", 2.5, -1, float("nan"), object(), {}, b"x", 1j, (1, 2)):
+            given = {k: v for k, v in (good | own.get(call, {})).items() if k in names}
+            tried += 1
+            try:
+                call(**given | {name: bad})
+            except Exception as error:
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                if "dualgap_jax" not in last.filename or not last.line.startswith("raise"):
+                    raw.append(f"{call.__name__}({name}={bad!r:.20}): {type(error).__name__}: {error!s:.80}")
+            else:
+                taken.append(f"{call.__name__} {name}={bad!r:.20}")
+print(json.dumps([tried, raw, taken]))
+"""
+
+
+def test_arguments_of_another_kind_are_told_so_by_the_package_itself() -> None:
+    """Numbers, text, bytes, objects and tuples for every argument of the first calls; types are checked by hand here.
+
+    No error comes from below the package, which could not say what is allowed, and nothing senseless is taken.
+    """
+    tried, raw, taken = json.loads(python(WRONG_KINDS, env={**os.environ, "PYTHONWARNINGS": "ignore"}))
+    assert tried > 500
+    assert raw == []
+    assert set(taken) == {
+        "train tolerance=2.5",
+        "train checkpoint_seconds=2.5",
+        "evaluate xs=(1, 2)",
+        "evaluate ys=(1, 2)",
+        "mixture weights=(1, 2)",
+        "synthetic_relu teacher_scale=2.5",
+        "synthetic_relu min_margin=2.5",
+        "evaluate_points save_seconds=2.5",
+    }
 
 
 def test_an_int_for_the_hidden_widths_is_told_what_to_write() -> None:

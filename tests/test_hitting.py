@@ -409,6 +409,16 @@ def test_runs_that_diverged_are_those_without_a_finite_loss() -> None:
     assert not np.isfinite(outcome.final_loss[[1, 3, 4]]).any()
 
 
+def test_a_bounded_loss_does_not_hide_that_a_run_diverged() -> None:
+    """A loss of infinite outputs may be a number, as the hinge on the right side is; the outputs decide."""
+    runs = make_runs(5, np.arange(4), init_scale=[1.0, 1e25, 1.0, 1e25])
+    for loss in (lambda out, y: jnp.arctan(jnp.abs(out[:, 0] - y)), lambda out, y: jnp.where(out[:, 0] == y, 0.0, 1.0)):
+        outcome = train_runs([data()], loss, runs, tiny(steps=20))
+        np.testing.assert_array_equal(hitting.diverged(outcome), [False, True, False, True])
+        assert np.isnan(outcome.losses[1]).all()
+        assert np.isfinite(outcome.losses[0]).all()
+
+
 def test_a_plain_function_and_a_pair_of_arrays_are_taken() -> None:
     made, one = losses.binary_hinge(), data()
     asked = train_runs([one], made, make_runs(3, 0), tiny(stop_at_rest=False))

@@ -522,9 +522,9 @@ def test_the_first_layer_is_computed_three_times_a_batch_however_many_points(
     def apply(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("evaluated in full")
 
-    stacked = case.net.stacked._replace(apply=apply) if case.net.stacked is not None else None
+    stacked, mixed = (s if s is None else s._replace(apply=apply) for s in (case.net.stacked, case.net.mixed))
     stem = case.net.stem._replace(preactivation=preactivation, apply=apply)
-    net = case.net._replace(apply=apply, stem=stem, stacked=stacked)
+    net = case.net._replace(apply=apply, stem=stem, stacked=stacked, mixed=mixed)
     for xs, ys in ((XS[:1], YS[:1]), (XS, YS)):
         calls = 0
         surface = case._replace(net=net)(xs, ys, sample_chunk=4)
@@ -869,7 +869,7 @@ def test_misuse_of_evaluate_is_named(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="network with a stem; this one names none"):
         make("functions", rng, np.float32)(XS, YS, route="stem")
     for name in ("sample_chunk", "branch_chunk", "point_chunk"):
-        with pytest.raises(ValueError, match="must be at least 1"):
+        with pytest.raises(ValueError, match="must be a positive integer, got 0"):
             case(XS, YS, **{name: 0})
     for xs, ys in (([], YS), (XS, []), (np.zeros((2, 2)), YS), (XS, 0.5)):
         with pytest.raises(ValueError, match="non-empty vectors"):

@@ -20,6 +20,7 @@ GROUPS = {
         "config",
         "identity",
         "seeds",
+        "sizes",
         "files",
         "machine",
         "lock",

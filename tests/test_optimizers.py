@@ -15,7 +15,7 @@ from optax import contrib
 
 from dualgap_jax import optimizers
 from dualgap_jax.config import Component, ConfigError
-from dualgap_jax.networks import from_functions, mlp, multi_branch
+from dualgap_jax.networks import from_functions, mixture, mlp, multi_branch
 
 # Optax itself promotes ranks in places; the package's tests forbid it.
 pytestmark = pytest.mark.usefixtures("promotion")
@@ -227,6 +227,62 @@ def test_nested_stacks_are_taken_apart_to_the_innermost_branch() -> None:
     for i, j in np.ndindex(3, 2):
         alone = trained(clip, *jax.tree.map(lambda a, i=i, j=j: a[i, j], (params, gradients)))
         jax.tree.map(lambda a, b, i=i, j=j: np.testing.assert_allclose(a[i, j], b, rtol=1e-5), together, alone)
+
+
+def test_every_part_of_a_mixture_and_every_branch_in_it_is_taken_alone() -> None:
+    """Of a mixture in a mixture, of stacks and of branches alone; and of a stack of mixtures."""
+    branch = mlp((2,), out=1)
+    inner = mixture([multi_branch(branch, 3), branch])
+    clip = optax.chain(optax.clip_by_global_norm(0.5), optax.scale(-1.0))
+    rng = np.random.default_rng(7)
+    params = ((tree(rng, 3), tree(rng)), tree(rng))
+    gradients = [((tree(rng, 3, size=10.0), tree(rng, size=0.1)), tree(rng, size=100.0)) for _ in range(2)]
+    found = trained(optimizers.for_network(mixture([inner, branch]), clip), params, gradients)
+    alone = [jax.tree.map(lambda a, i=i: a[i], (params[0][0], [g[0][0] for g in gradients])) for i in range(3)]
+    alone += [(params[0][1], [g[0][1] for g in gradients]), (params[1], [g[1] for g in gradients])]
+    parts = [jax.tree.map(lambda a, i=i: a[i], found[0][0]) for i in range(3)] + [found[0][1], found[1]]
+    for part, (own, of_own) in zip(parts, alone, strict=True):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), part, trained(clip, own, of_own)
+        )
+
+    stacked = multi_branch(mixture([branch, branch]), 2)
+    params, gradients = (tree(rng, 2), tree(rng, 2)), [(tree(rng, 2, size=10.0), tree(rng, 2))]
+    found = trained(optimizers.for_network(stacked, clip), params, gradients)
+    for i, k in np.ndindex(2, 2):
+        expected = trained(clip, *jax.tree.map(lambda a, i=i: a[i], (params[k], [g[k] for g in gradients])))
+        one = jax.tree.map(lambda a, i=i: a[i], found[k])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, expected)
+
+
+def test_a_mixture_of_one_stack_is_trained_as_the_stack(rng: np.random.Generator) -> None:
+    """With a clipping that binds, which the norm over all branches would bind elsewhere; and its loss at hand."""
+    branch, x = mlp((3,), out=1), jnp.asarray(rng.normal(size=(16, 2)), float)
+    networks = multi_branch(branch, 4), mixture([multi_branch(branch, 4, reduce="sum")], weights=[0.25])
+    (params, own), after = networks[0].init(jax.random.key(0), x), []
+    for network, start, state_of_it in zip(networks, (params, (params,)), (own, (own,)), strict=True):
+        clip = optax.chain(optax.clip_by_global_norm(1e-3), optax.adam(0.1), optax.contrib.reduce_on_plateau())
+        transformation = optimizers.for_network(network, clip)
+        state, now = transformation.init(start), start
+
+        def loss(p: Any, network: Any = network, own: Any = state_of_it) -> Any:
+            return jnp.mean(network.apply(p, own, x)[0] ** 2)
+
+        for _ in range(3):
+            value, slope = jax.value_and_grad(loss)(now)
+            updates, state = transformation.update(slope, state, now, value=value)
+            now = optax.apply_updates(now, updates)
+        after.append(now)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after[1][0], after[0])
+
+
+def test_a_mixture_whose_functions_were_replaced_is_one_network() -> None:
+    network = mixture([mlp((2,), out=1)] * 2)
+    assert network.mixed is not None
+    assert network.computed() is network
+    other = network._replace(apply=lambda p, s, x, *, key=None, train=False: network.apply(p, s, 2 * x))
+    assert other.computed().mixed is None
+    assert other.replaced() == ["apply"]
 
 
 def test_a_network_without_branches_gets_the_transformation_itself() -> None:

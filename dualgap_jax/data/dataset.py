@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from dualgap_jax import registry
+from dualgap_jax.sizes import count
 
 TASKS = ("multiclass", "binary", "regression")
 
@@ -156,10 +157,13 @@ def from_arrays(
     for label, array in (("x", x), ("y", y)):
         if array.dtype.kind not in "iufb" or (label == "y" and array.dtype.kind == "b"):
             raise ValueError(f"data set {name!r}: {label} must hold numbers, got {array.dtype}.")
+    num_outputs = count(num_outputs, "num_outputs")
     if task == "auto":
         whole, signs = y.dtype.kind in "iu", bool((np.abs(y.astype(np.float64)) == 1).all())
         # Class indices may all be 1; signs among whole numbers show themselves by a -1.
         task = "binary" if signs and ((y < 0).any() or not whole) else "multiclass" if whole else "regression"
+    if x.ndim == 0:
+        raise ValueError(f"data set {name!r}: x must be an array [n, ...] of examples, got the number {x}.")
     if x.dtype != np.uint8:
         x = _as_float32(name, "x", x)
     if task != "multiclass":

@@ -10,8 +10,10 @@ from jaxtyping import Float
 
 from dualgap_jax import registry, seeds
 from dualgap_jax.data.dataset import Dataset, validate
+from dualgap_jax.sizes import positive
 
 LABELS = ("sign", "class", "real")
+_REAL = (int, float, np.number)
 _DRAWS_PER_EXAMPLE = 100  # synthetic_relu gives up after this many draws per example asked for
 
 
@@ -30,11 +32,9 @@ def relu_teacher(*, d: int = 10, teacher_width: int = 11, teacher_scale: float =
     Raises:
       ValueError: for a size below 1, a scale that is not positive and finite, or a seed that `seeds.check` refuses.
     """
-    for label, value in (("d", d), ("teacher_width", teacher_width)):
-        if value < 1:
-            raise ValueError(f"{label} must be at least 1, got {value}.")
-    if not (math.isfinite(teacher_scale) and teacher_scale > 0):
-        raise ValueError(f"teacher_scale must be positive and finite, got {teacher_scale}.")
+    d, teacher_width = positive(d, "d"), positive(teacher_width, "teacher_width")
+    if not isinstance(teacher_scale, _REAL) or not (math.isfinite(teacher_scale) and teacher_scale > 0):
+        raise ValueError(f"teacher_scale must be positive and finite, got {teacher_scale!r}.")
     rng = seeds.generator(seed, 0)
     w = rng.standard_normal((teacher_width, d))
     return Teacher(a=teacher_scale * rng.standard_normal(teacher_width), w=w)
@@ -91,12 +91,11 @@ def synthetic_relu(
     Raises:
       ValueError: for an argument out of range, or when too few points of 100 n draws exceed the margin.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}.")
+    n = positive(n, "n")
     if labels not in LABELS:
         raise ValueError(registry.unknown("labels", labels, LABELS))
-    if not (math.isfinite(min_margin) and min_margin >= 0):
-        raise ValueError(f"min_margin must be 0 or more and finite, got {min_margin}.")
+    if not isinstance(min_margin, _REAL) or not (math.isfinite(min_margin) and min_margin >= 0):
+        raise ValueError(f"min_margin must be 0 or more and finite, got {min_margin!r}.")
     if labels == "real" and min_margin > 0:
         raise ValueError(f"min_margin={min_margin} needs labels='sign'; with labels='real' leave it at 0.")
     teacher = relu_teacher(d=d, teacher_width=teacher_width, teacher_scale=teacher_scale, seed=seed)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from dualgap_jax.hitting.random import draw
 from dualgap_jax.hitting.runs import Order
-from dualgap_jax.losses import Loss
+from dualgap_jax.losses import Loss, marked
 from dualgap_jax.schedules import SCHEDULES, Schedule
 from dualgap_jax.sharding import over_devices
 from dualgap_jax.types import PyTree
@@ -185,7 +185,8 @@ class Program:
 
             def judged(block: Block, hidden: Array, xy: Array) -> tuple[Array, Array]:
                 outputs = _outputs(block, hidden)
-                values = jnp.where(row < self.n, _flat(self.loss.per_example, outputs, xy[self.d]), 0)
+                losses = marked(_flat(self.loss.per_example, outputs, xy[self.d]), outputs[..., None])
+                values = jnp.where(row < self.n, losses, 0)
                 margins = (
                     jnp.full_like(values, jnp.inf)
                     if self.loss.margin is None

@@ -15,7 +15,7 @@ from dualgap_jax.config import require
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.hitting.random import run_keys
 from dualgap_jax.hitting.runs import Runs, SgdSpec, Weights
-from dualgap_jax.losses import Loss
+from dualgap_jax.losses import Loss, marked
 from dualgap_jax.networks import mlp
 from dualgap_jax.types import PyTree
 
@@ -85,5 +85,6 @@ def full_loss(weights: Weights, runs: Runs, datasets: Sequence[Dataset], loss: L
                 kernel, bias, head, offset = (np.asarray(part[k], np.float64) for part in weights)
                 with np.errstate(over="ignore", invalid="ignore"):
                     f = np.maximum(x @ kernel.T + bias[None], 0) @ head + offset
-                result[k] = np.mean(np.asarray(loss.per_example(jnp.asarray(f)[:, None], y)))
+                outputs = jnp.asarray(f)[:, None]
+                result[k] = np.mean(np.asarray(marked(loss.per_example(outputs, y), outputs)))
     return result

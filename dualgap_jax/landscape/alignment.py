@@ -9,7 +9,7 @@ permutation of each pair, and a local maximum in the units.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,10 @@ from dualgap_jax import trees
 from dualgap_jax.landscape import symmetry as symmetries
 from dualgap_jax.landscape.activations import activations
 from dualgap_jax.landscape.symmetry import Parts, Permutation, Symmetry, Units, permuted
+from dualgap_jax.networks import check_network
 from dualgap_jax.networks.sources import blocks, check_source
 from dualgap_jax.registry import UnknownNameError, unknown
+from dualgap_jax.sizes import positive
 from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network
 
@@ -89,19 +91,20 @@ def align(
     Raises:
       ValueError: for fewer than two networks, `to` out of range, a block below 1, units that are not exchangeable,
         activations that cannot be read, numbers that are not finite, or more than one hidden layer for over='units'.
-      TypeError: for networks that are not handles.
+      TypeError: for what is no network, networks that are not handles, or units that are none.
       UnknownNameError: for an unknown `over` or `by`.
     """
-    if len(networks) < 2 or not 0 <= to < len(networks):
-        raise ValueError(f"align needs at least two networks and to={to} among them, got {len(networks)}.")
+    net = check_network(net, "landscape.align")
+    if not isinstance(networks, Sequence) or isinstance(networks, str | bytes):
+        raise TypeError(f"align takes a list of trained networks, got {networks!r:.80}.")
+    if isinstance(to, bool) or not isinstance(to, int | np.integer) or not 0 <= to < len(networks) >= 2:
+        raise ValueError(f"align needs at least two networks and to={to!r} among them, got {len(networks)}.")
     known = exchangeable(net, x, over=over, by=by, units=units)
     for network in networks:
         check_source(net, network)
     total = networks[to].num_branches
     most = EXACT_BRANCHES if over == "branches" else max(1, EXACT_UNITS // known.groups[0].size)
-    if block is not None and block < 1:
-        raise ValueError(f"block={block} must be at least 1.")
-    block = min(total, block if block is not None else -(-total // -(-total // most)))
+    block = min(total, positive(block, "block") if block is not None else -(-total // -(-total // most)))
     found, distances = [], np.zeros((len(networks), 2))
     for number, network in enumerate(networks):
         if number == to:
@@ -139,7 +142,7 @@ def exchangeable(
       net, x, over, by, units: as of `align`.
 
     Raises:
-      ValueError, UnknownNameError: as `align`.
+      TypeError, ValueError, UnknownNameError: as `align`.
     """
     for value, allowed, name in ((over, OVER, "over"), (by, BY, "by")):
         if value not in allowed:
@@ -147,10 +150,15 @@ def exchangeable(
     net = net.computed()
     if net.stacked is None:
         raise ValueError("align needs a network made by multi_branch; a single branch is multi_branch(branch, 1).")
-    x = jnp.asarray(np.asarray(x)[:32])
+    x = np.asarray(x)
+    if x.dtype.kind not in "iufb" or x.ndim < 2:
+        raise ValueError(f"x must hold examples [n, ...] as the network gets them, got {x.dtype} of shape {x.shape}.")
+    x = jnp.asarray(x[:32])
     shapes = jax.eval_shape(net.stacked.branch.init, jax.random.key(0), x)
     like = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape), leaf.dtype), shapes)
     params, state = like
+    if units is not None and not (isinstance(units, Sequence) and all(isinstance(group, Mapping) for group in units)):
+        raise TypeError(f"units={units!r:.80} must be None, or a list with a mapping of leaves to axes for each layer.")
     known = symmetries.symmetry(params, state, units)
     if over == "units" and len(known.groups) != 1:
         raise ValueError(

@@ -28,6 +28,8 @@ from dualgap_jax.landscape.points import evaluate_points
 from dualgap_jax.losses import as_loss
 from dualgap_jax.networks import check_network, upcast
 from dualgap_jax.networks.sources import InMemory, check_source
+from dualgap_jax.optimizers import for_network
+from dualgap_jax.sizes import positive
 from dualgap_jax.training import train
 from dualgap_jax.types import BranchSource, KeyArray, Network, Params, State
 
@@ -79,7 +81,7 @@ def curve(
     Args:
       net, loss, data: as of `train`.
       start, end: two trained networks; from disk they are brought into memory, some six times.
-      optimizer: any optax optimiser; None: `optax.adam(1e-3)`.
+      optimizer: any optax optimiser, which acts on each branch alone as in `train`; None: `optax.adam(1e-3)`.
       steps: of training.
       batch_size: examples a step.
       points: of the curve where losses are measured, both ends among them.
@@ -96,7 +98,8 @@ def curve(
     net, loss, data = check_network(net, "landscape.curve"), as_loss(loss), as_dataset(data)
     over = data if measured is None else as_dataset(measured)
     check_fits(loss, over)
-    if steps < 1 or points < 3:
+    steps, points = positive(steps, "steps"), positive(points, "points")
+    if points < 3:
         raise ValueError(f"a curve needs at least 1 step and 3 points, got steps={steps} and points={points}.")
     check_alike((start, end), "two ends of a curve")
     check_source(net, start)
@@ -107,7 +110,7 @@ def curve(
         _bezier(net, (first, last), first_state),
         loss,
         data,
-        optax.adam(1e-3) if optimizer is None else optimizer,
+        for_network(net, optax.adam(1e-3) if optimizer is None else optimizer),
         max_steps=steps,
         check_every=min(100, steps),
         batch_size=batch_size,

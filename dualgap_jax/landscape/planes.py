@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -154,6 +154,8 @@ def plane_through(networks: Sequence[BranchSource], axes: str = "authors") -> Pl
     """
     if axes not in AXES:
         raise UnknownNameError(unknown("axes", axes, AXES))
+    if not isinstance(networks, Iterable):
+        raise TypeError(f"a plane needs three trained networks, got {networks!r}.")
     networks = tuple(networks)
     if len(networks) != 3:
         raise ValueError(f"a plane needs three solutions, got {len(networks)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dualgap_jax.losses import Loss, as_loss
 from dualgap_jax.networks import accumulator, check_network
 from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
 from dualgap_jax.registry import UnknownNameError, unknown
+from dualgap_jax.sizes import positive
 from dualgap_jax.terminal import Progress
 from dualgap_jax.types import Network, PyTree
 
@@ -46,7 +47,7 @@ def evaluate_points(
     branch_chunk: int | None = None,
     point_chunk: int = 8,
     accumulator_bytes: int = ACCUMULATOR_BYTES,
-    partial: Path | None = None,
+    partial: str | Path | None = None,
     save_seconds: float = 30.0,
     label: str = "landscape",
 ) -> Float[np.ndarray, " points"]:
@@ -88,11 +89,18 @@ def evaluate_points(
         networks of another number of branches, or state='estimate' for a state that is no running average.
     """
     net, loss, dataset = check_network(net, "landscape.evaluate_points").computed(), as_loss(loss), as_dataset(dataset)
-    branch_chunk = compiled.chunk() if branch_chunk is None else branch_chunk
-    sizes = {"sample_chunk": sample_chunk, "branch_chunk": branch_chunk, "point_chunk": point_chunk}
-    _check_call(net, plane, route, state, sizes | {"state_samples": state_samples})
+    sample_chunk, point_chunk = positive(sample_chunk, "sample_chunk"), positive(point_chunk, "point_chunk")
+    branch_chunk = compiled.chunk() if branch_chunk is None else positive(branch_chunk, "branch_chunk")
+    state_samples = positive(state_samples, "state_samples")
+    accumulator_bytes = positive(accumulator_bytes, "accumulator_bytes")
+    if not isinstance(save_seconds, int | float | np.number) or not save_seconds >= 0:
+        raise ValueError(f"save_seconds={save_seconds!r} must be a number of seconds, at least 0.")
+    _check_call(net, plane, route, state)
     check_fits(loss, dataset)
-    points = np.asarray(points, np.float64)
+    try:
+        points = np.asarray(points, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("points must be numbers of shape [P, 2].") from None
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must have shape [P, 2], got {points.shape}.")
     work = _Evaluation(net, loss, dataset, plane, points, route == "plain", sample_chunk, branch_chunk, point_chunk)
@@ -104,7 +112,7 @@ def evaluate_points(
     keep = _momenta(net, work.head, some) if estimate else None
     states = States(net, keep, some, branch_chunk)
     saver = Saver(
-        partial,
+        None if partial is None else Path(partial),
         lambda: {
             **_identity(net, loss, dataset, plane, work.head, work.batch(slice(0, 2))),
             "points": arrays_digest(points),
@@ -275,7 +283,7 @@ def _identity(net: Network, loss: Loss, dataset: Dataset, plane: Plane, head: Bl
     }
 
 
-def _check_call(net: Network, plane: Any, route: str, state: str, sizes: Mapping[str, int]) -> None:
+def _check_call(net: Network, plane: Any, route: str, state: str) -> None:
     if not isinstance(plane, Plane):
         raise TypeError(
             f"the plane must be a landscape.Plane, got {type(plane).__name__}; arguments come in the order net, loss,"
@@ -284,9 +292,6 @@ def _check_call(net: Network, plane: Any, route: str, state: str, sizes: Mapping
     if route not in ROUTES:
         raise UnknownNameError(unknown("route", route, ROUTES))
     check_state(state)
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
     if route == "stem" and net.stem is None:
         raise ValueError("route='stem' needs a network with a stem; this one names none. Use 'auto' or 'plain'.")
     for source in plane.sources:

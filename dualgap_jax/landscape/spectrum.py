@@ -27,6 +27,7 @@ from dualgap_jax.losses import Loss, as_loss, marked
 from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import check_network, upcast
 from dualgap_jax.networks.sources import blocks, check_source
+from dualgap_jax.sizes import positive
 from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network, PyTree
 
@@ -115,11 +116,10 @@ def hessian(
     net, loss, dataset = check_network(net, "landscape.hessian").computed(), as_loss(loss), as_dataset(dataset)
     check_source(net, network)
     check_fits(loss, dataset)
-    for name, value in {"k": k, "probes": probes, "steps": steps, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance={tolerance} must lie in [0, 1).")
+    k, probes, steps = positive(k, "k"), positive(probes, "probes"), positive(steps, "steps")
+    batch_size = positive(batch_size, "batch_size")
+    if not isinstance(tolerance, int | float | np.number) or not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance!r} must lie in [0, 1).")
     if per_branch and net.stacked is None:
         raise ValueError("per_branch needs a network of multi_branch; this one is no sum of branches.")
     params, state = (upcast(tree) for tree in network.read(0, network.num_branches))

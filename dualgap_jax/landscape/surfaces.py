@@ -43,7 +43,10 @@ class Survey(NamedTuple):
 
 def _grid(xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The axes in float64 and the points `[ny nx, 2]` of the grid, row by row."""
-    xs, ys = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
+    try:
+        xs, ys = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("xs and ys must be vectors of numbers.") from None
     if xs.ndim != 1 or ys.ndim != 1 or not xs.size or not ys.size:
         raise ValueError(f"xs and ys must be non-empty vectors, got shapes {xs.shape} and {ys.shape}.")
     return xs, ys, np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)

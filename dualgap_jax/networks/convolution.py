@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from dualgap_jax.networks.settings import activation as activation_function
-from dualgap_jax.networks.settings import positive, positives
+from dualgap_jax.sizes import positive, positives
 
 # VGG-9: widths of the convolutions of each stage, in units of its width; max pooling follows each stage.
 VGG9_STAGES = ((1, 1), (2, 2), (4, 4, 4))

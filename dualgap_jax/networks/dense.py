@@ -15,8 +15,8 @@ from jax import Array
 from dualgap_jax import seeds
 from dualgap_jax.networks.precision import accumulator
 from dualgap_jax.networks.settings import activation as activation_function
-from dualgap_jax.networks.settings import positive, positives
 from dualgap_jax.registry import UnknownNameError, unknown
+from dualgap_jax.sizes import positive, positives
 from dualgap_jax.types import KeyArray, Network, Params, State, Stem
 
 # Half-width of the uniform law or standard deviation of the normal law, as a function of the fan-in.

@@ -11,7 +11,7 @@ from jax import Array
 
 from dualgap_jax.networks.flax import as_network
 from dualgap_jax.networks.multibranch import multi_branch
-from dualgap_jax.networks.settings import positive
+from dualgap_jax.sizes import positive
 from dualgap_jax.types import KeyArray, Network
 
 

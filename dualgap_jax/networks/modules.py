@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, SupportsIndex
 
 from dualgap_jax.networks.flax import from_linen
-from dualgap_jax.networks.settings import positive, positives
+from dualgap_jax.sizes import positive, positives
 from dualgap_jax.types import Network
 
 

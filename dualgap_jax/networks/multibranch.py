@@ -6,18 +6,18 @@ keep memory bounded, to stream and to shard rests on that.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from dualgap_jax.networks.flax import as_network
 from dualgap_jax.networks.precision import accumulator
-from dualgap_jax.networks.settings import positive
-from dualgap_jax.types import KeyArray, Network, Params, PyTree, Stacked, State, Stem
+from dualgap_jax.sizes import positive
+from dualgap_jax.types import KeyArray, Mixed, Network, Params, PyTree, Stacked, State, Stem
 
 REDUCTIONS = ("mean", "sum")
 _DRAWN_AT_A_TIME = 16 * 2**20
@@ -184,14 +184,19 @@ def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = 
       ValueError: if there is no network, or the weights do not match or are not finite; from `apply` if the networks
         give outputs of different shapes.
     """
+    if not isinstance(networks, Iterable):
+        raise TypeError(f"mixture needs a list of networks, got {networks!r}.")
     networks = tuple(as_network(network, "mixture").computed() for network in networks)
     if not networks:
         raise ValueError("mixture needs at least one network.")
-    coefficients = tuple(weights) if weights is not None else (1.0 / len(networks),) * len(networks)
-    if len(coefficients) != len(networks):
-        raise ValueError(f"{len(networks)} networks need as many weights, got {len(coefficients)}.")
-    if not all(map(math.isfinite, coefficients)):
-        raise ValueError(f"weights={coefficients} must be finite.")
+    coefficients = (1.0 / len(networks),) * len(networks)
+    if weights is not None:
+        given = np.asarray(weights)
+        if given.dtype.kind not in "iuf" or not np.isfinite(given).all():
+            raise ValueError(f"weights={weights!r} must be finite numbers.")
+        if given.shape != (len(networks),):
+            raise ValueError(f"{len(networks)} networks need as many weights, got {given.size}.")
+        coefficients = tuple(given.tolist())
 
     def child(key: KeyArray | None, index: int) -> KeyArray | None:
         return None if key is None else jax.random.fold_in(key, index)
@@ -215,9 +220,10 @@ def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = 
     ) -> tuple[Array, State]:
         return combine([n.apply for n in networks], params, state, [x] * len(networks), key, train)
 
+    mixed = Mixed(networks, init, apply)
     stems = [network.stem for network in networks if network.stem is not None]
     if len(stems) < len(networks):
-        return Network(init, apply)
+        return Network(init, apply, mixed=mixed)
 
     def preactivation(params: Params, x: Array, /) -> PyTree:
         return tuple(stem.preactivation(p, x) for stem, p in zip(stems, params, strict=True))
@@ -227,4 +233,4 @@ def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = 
     ) -> tuple[Array, State]:
         return combine([stem.rest for stem in stems], params, state, z, key, train)
 
-    return Network(init, apply, Stem(preactivation, rest, None, apply))
+    return Network(init, apply, Stem(preactivation, rest, None, apply), mixed=mixed)

@@ -47,19 +47,21 @@ def with_precision(branch: Network, *, param_dtype: Any = "float32", compute_dty
     smaller than 2^-9 of the weight is lost, and one larger than 2^-8 never is.
 
     Args:
-      branch: one branch.  Of a network of many, wrap the branch and sum afterwards.
+      branch: one branch.  Of a network of many, or of a mixture, wrap the branches and sum afterwards.
       param_dtype, compute_dtype: floating dtypes, as `jnp.dtype` takes them.
 
     Raises:
-      ValueError: for a dtype that is not floating, or a network made by `multi_branch`.
+      ValueError: for a dtype that is not floating, or a network made by `multi_branch` or `mixture`.
     """
     for name, dtype in (("param_dtype", param_dtype), ("compute_dtype", compute_dtype)):
         if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             raise ValueError(f"with_precision: {name}={dtype} must be a floating dtype, such as float32 or bfloat16.")
-    if branch.stacked is not None:
+    if branch.stacked is not None or branch.mixed is not None:
+        write = "mixture([with_precision(part, ...), ...])"
+        if branch.stacked is not None:
+            write = "multi_branch(with_precision(branch, ...), num_branches)"
         raise ValueError(
-            "with_precision takes one branch, and got a network of many, whose sum must stay float32:"
-            " write multi_branch(with_precision(branch, ...), num_branches)."
+            f"with_precision takes one branch, and got a network of many, whose sum must stay float32: write {write}."
         )
     wide = accumulator(jnp.dtype(compute_dtype))
 

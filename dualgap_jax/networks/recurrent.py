@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
-from dualgap_jax.networks.settings import positive
+from dualgap_jax.sizes import positive
 
 
 class GRU(nn.Module):

@@ -1,9 +1,8 @@
-"""What the constructors of networks take: activations by name, and counts."""
+"""What the constructors of networks take: activations by name, and what a network returns."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,29 +46,3 @@ def one_array(y: Any, name: str) -> Array:
         what = f"an array of shape {y.shape}" if isinstance(y, jax.Array) else f"a {type(y).__name__}"
         raise TypeError(f"{name} returned {what}: a network returns one array, [batch, ...], whose sum branches have.")
     return y
-
-
-def positive(value: object, name: str) -> int:
-    """The value as an int, if it is a positive integer of any kind (`int`, `np.int64`, ...) and no truth value.
-
-    Raises:
-      ValueError: for anything else.
-    """
-    try:
-        count = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        count = 0
-    if count < 1 or isinstance(value, bool):
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return count
-
-
-def positives(values: object, name: str) -> tuple[int, ...]:
-    """The values as a tuple of ints, if each is a positive integer.
-
-    Raises:
-      ValueError: for anything else.
-    """
-    if not isinstance(values, Iterable) or isinstance(values, str):
-        raise ValueError(f"{name}={values!r} must be a tuple of positive integers, such as (8,).")
-    return tuple(positive(value, f"every entry of {name}={values!r}") for value in values)

@@ -108,8 +108,8 @@ def train(
       loss: a loss that fits the task of the data, or a plain function; see `losses.as_loss`.
       data: the training set, a `Dataset` or a pair of arrays `(x, y)`; see `data.from_arrays`.
       optimizer: an `optax.GradientTransformation` with its own rate, sign and schedule, such as `optax.adamw(1e-3)`.
-        In a network of `multi_branch` it acts on each branch alone, in any other on all parameters as they lie; see
-        `optimizers.for_network`.
+        In a network of `multi_branch` or `mixture` it acts on each branch alone, in any other on all parameters as they
+        lie; see `optimizers.for_network`.
       schedule: what the optimiser's updates are multiplied by, from a look at the mean loss every `check_every` steps,
         and when to stop; None leaves them as they are.
       batch_size: examples a step, drawn without replacement within an epoch; 0 is the full data set.
@@ -137,9 +137,16 @@ def train(
         cannot be (see `Streamed`), or is needed where snapshots are taken.
       IdentityError: if `checkpoints` holds solutions of another run; the message names what differs.
     """
-    net, loss, dataset, mesh = as_network(net, "train"), as_loss(loss), as_dataset(data), mesh or MeshSpec()
+    net, loss, dataset = as_network(net, "train"), as_loss(loss), as_dataset(data)
+    mesh = MeshSpec() if mesh is None else mesh
     folder = Path(checkpoints) if checkpoints is not None else None
     seeds.check(seed)
+    require(isinstance(mesh, MeshSpec), f"mesh={mesh!r} is none; write MeshSpec(branch=2) of dualgap_jax.sharding.")
+    require(
+        schedule is None or isinstance(schedule, Schedule),
+        f"schedule={schedule!r} is none; take one of dualgap_jax.schedules, such as schedules.cosine(1000), or give the"
+        " optimizer a schedule of optax.",
+    )
     require(
         group_size in (None, 1) or (streaming != "on" and mesh.size == 1),
         f"group_size={group_size}: streamed solutions are trained one after another; leave it out.",
