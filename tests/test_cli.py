@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from tfds_files import write_tfds
 
 from dualgap_jax import cli, interrupts
 from dualgap_jax.config import Component, ConfigError, check_numbers, experiment_config, load, override, spec_of
@@ -334,6 +337,37 @@ class Sizes:
     """Of a file."""
 
     data: Component = Component("own", {"path": "own.npz"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Of a prepared folder."""
+
+    data: Component = Component("mnist", {"data_dir": "here"})
+
+
+def test_a_prepared_folder_that_changed_since_a_complete_run_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rng: np.random.Generator
+) -> None:
+    """Other images are; a copy of the same, later, and a machine without them are not."""
+    monkeypatch.chdir(tmp_path)
+
+    def images() -> Any:
+        return rng.integers(0, 256, (4, 28, 28, 1), np.uint8), np.arange(4)
+
+    def go_on(folder: str) -> str:
+        caplog.clear()
+        spec = Digits(Component("mnist", {"data_dir": folder}))
+        experiment = Experiment("digits", Digits, lambda *a: Report("Size", ["size"], [[1]]))
+        run_config(experiment_config("digits", spec), tables=TABLES.with_experiments(experiment), workdir="w")
+        return caplog.text
+
+    splits = {"train": images(), "test": images()}
+    write_tfds(Path("here"), "mnist", splits)
+    write_tfds(Path("changed"), "mnist", splits | {"test": images()})
+    shutil.copytree("here", "copy")
+    assert [go_on(folder) for folder in ("here", "here", "copy", "nowhere")] == [""] * 4
+    assert "computed before this changed: data set mnist;" in go_on("changed")
 
 
 def test_what_changed_since_a_complete_run_is_said(

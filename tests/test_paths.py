@@ -110,7 +110,11 @@ def test_a_curve_lies_lower_than_the_segment_and_its_losses_are_those_of_its_net
         landscape.curve(net, loss, data, a, b, steps=0)
     # A clipping that binds is that of each branch's own control point.
     clip = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
-    theta = landscape.curve(net, loss, data, a, b, steps=1, optimizer=clip, batch_size=16, points=3).plane.sources[1].read(0, 4)[0]
+    theta = (
+        landscape.curve(net, loss, data, a, b, steps=1, optimizer=clip, batch_size=16, points=3)
+        .plane.sources[1]
+        .read(0, 4)[0]
+    )
     moved = jax.tree.map(lambda m, p, q: np.asarray(m - (p + q) / 2).reshape(4, -1), theta, a.params, b.params)
     norms = np.linalg.norm(np.concatenate(jax.tree.leaves(moved), axis=1), axis=1)
     np.testing.assert_allclose(norms, 1e-3, rtol=1e-2)

@@ -14,7 +14,7 @@ from dualgap_jax.data.cache import cache_dir
 from dualgap_jax.data.dataset import Dataset, as_dataset, from_arrays, standardise, take, validate
 from dualgap_jax.data.from_file import own
 from dualgap_jax.data.images import cifar10, mnist
-from dualgap_jax.data.prepared import DataNotFoundError, find_prepared, resolve_data_dir
+from dualgap_jax.data.prepared import DataNotFoundError, contents_digest, find_prepared, resolve_data_dir
 from dualgap_jax.data.synthetic import Teacher, relu_teacher, synthetic_relu, teacher_outputs, teacher_std
 from dualgap_jax.registry import Table
 
@@ -30,6 +30,7 @@ __all__ = [
     "as_dataset",
     "cache_dir",
     "cifar10",
+    "contents_digest",
     "find_prepared",
     "from_arrays",
     "mnist",

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dualgap_jax.files import file_digest
+from dualgap_jax.identity import combined
+
 SPLITS = ("train", "test")
 IMAGE_SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 CACHE_FORMAT = 2  # part of the checksum: raise it when the content of the cache files changes
@@ -88,6 +91,21 @@ def find_prepared(name: str, data_dir: str = "") -> Prepared:
             "Name the folder by --config.data.data_dir or the environment's TFDS_DATA_DIR, or prepare the data by\n"
             f"  python scripts/prepare_data.py {name} --data_dir={shlex.quote(str(root))}"
         ) from error
+
+
+def contents_digest(name: str, data_dir: str = "") -> str | None:
+    """The SHA-256 of the data files of `find_prepared(name, data_dir)`, read in full; None where there are none.
+
+    Unlike the checksum of `Prepared` it is that of a copy too.
+    """
+    if name not in IMAGE_SHAPES:
+        return None
+    try:
+        folder = find_prepared(name, data_dir).folder
+        files = sorted(folder.glob("*.array_record-*"))
+        return combined(*(f"{file.name} {file_digest(file)}" for file in files))
+    except OSError:
+        return None
 
 
 class _NotPreparedError(ValueError):

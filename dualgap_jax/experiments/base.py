@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dualgap_jax import figures
 from dualgap_jax.card import digest_or_none
 from dualgap_jax.config import Component
-from dualgap_jax.data import DATASETS
+from dualgap_jax.data import DATASETS, contents_digest
 from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
 from dualgap_jax.hitting import SgdSpec
 from dualgap_jax.identity import arrays_digest
@@ -190,12 +190,17 @@ def execute(
 
 
 def _sources(experiment: Experiment, spec: Any, tables: Tables) -> dict[str, str | None]:
-    """Digests of the files of one's own behind a run: those that its data are read from, and the modules it calls."""
+    """Digests of the files behind a run: those that its data are read from, and the modules of one's own it calls.
+
+    Data that are not here, as on another machine, have none.
+    """
     called, found = [experiment.run], {}
     for chosen in _components(spec):
         called += [table[chosen.name] for table in tables[1:] if chosen.name in table]
         if isinstance(path := chosen.settings.get("path"), str) and Path(path).is_file():
             found[f"file {path}"] = digest_or_none(Path(path))
+        if (digest := contents_digest(chosen.name, str(chosen.settings.get("data_dir", "")))) is not None:
+            found[f"data set {chosen.name}"] = digest
     for name in sorted({str(getattr(entry, "__module__", None)) for entry in called}):
         file = getattr(sys.modules.get(name), "__file__", None)
         if file is not None and name.partition(".")[0] != __name__.partition(".")[0]:
