@@ -13,7 +13,7 @@ import pytest
 from certify_oracles import convex_program, dataset, drawn, group_lasso, problem, rho_by_arcs
 
 from dualgap_jax import duality, losses
-from dualgap_jax.certify import bounds, cells
+from dualgap_jax.certify import OptimumSpec, assess, bounds, cells, excess_along, optimum
 from dualgap_jax.certify.bounds import homogeneous_minimum, lower_bound, lower_estimated
 from dualgap_jax.certify.distance import distance
 from dualgap_jax.certify.engines import ceiling
@@ -22,6 +22,7 @@ from dualgap_jax.certify.problem import risk_problem
 from dualgap_jax.certify.verify import conjugate, verify_bound
 from dualgap_jax.data import from_arrays
 from dualgap_jax.duality.branch_and_bound import BoundSpec
+from dualgap_jax.duality.checker.value_functions import Verified
 from dualgap_jax.duality.envelope import dual_by_envelope
 from dualgap_jax.networks import InMemory, conv, from_functions, mlp, multi_branch
 
@@ -485,3 +486,73 @@ def test_the_slope_of_asinh_does_not_vanish_where_squares_overflow() -> None:
     assert bound.pieces.minimum <= values.min() + 1e-6
     assert bound.pieces.minimum >= values.min() - 0.1
     assert bound.status != "certified" or verify_bound(one, bound).holds
+
+
+# --- the checker against what was tampered with -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("activation", "engine"), [("identity", "linear"), ("square", "quadratic")])
+@pytest.mark.parametrize("size", [-1.0, -1e3, math.nan, math.inf])
+def test_a_kappa_that_is_none_bounds_nothing(activation: str, engine: str, size: float, rng: Any) -> None:
+    one = problem(drawn(rng, 9, 3), "squared", hidden=(3,), activation=activation, penalty=0.01, radius=2.0)
+    found = lower_bound(one, dual_vectors(rng, one), engine=engine, scale=False)
+    free = found.pieces._replace(minimum=0.0)
+    claim = dataclasses.replace(found, kappa=size * found.kappa, pieces=free, value=bounds.total(free))
+    assert found.value < claim.value
+    assert "kappa" in verify_bound(one, claim).reason
+
+
+def test_what_is_malformed_in_a_bound_is_a_reason(rng: Any) -> None:
+    one = problem(drawn(rng, 8, 4), "squared", hidden=(3,), penalty=0.01)
+    alpha = dual_vectors(rng, one)
+    for engine in ("spectral", "moments"):
+        found = lower_bound(one, alpha, engine=engine)
+        assert found.status == "certified"
+        evidence = found.evidence
+        forged = [evidence._replace(alpha=1e300 * evidence.alpha), evidence._replace(alpha=evidence.alpha * math.nan)]
+        forged += [evidence._replace(bound=evidence.bound._replace(upper=upper)) for upper in (math.nan, None, "large")]
+        if engine == "spectral":
+            forged.append(evidence._replace(bound=evidence.bound._replace(upper=1e300)))  # overflows in its own unit
+        changes = [{"evidence": each} for each in forged]
+        changes += [{name: math.nan} for name in ("value", "multiplier", "kappa")]
+        for change in changes:
+            answer = verify_bound(one, dataclasses.replace(found, **change))
+            assert not answer.holds, change
+            assert answer.reason, change
+
+
+def test_sizes_out_of_range_bound_nothing(rng: Any) -> None:
+    assert homogeneous_minimum(1e17, 3, 2.0, 9e99, 1e115) == -math.inf  # gain and cost both overflow
+    assert homogeneous_minimum(1.0, 2, 64.0, 1e99, 0.0) == pytest.approx(-1e198)
+    assert homogeneous_minimum(1e30, 4, 2.0, 1e-82, 0.0) < -1e-298  # the power of the radius underflows
+    x = np.array([[1e18, 0.0], [0.0, 1e18], [-1e18, 1e18]])
+    one = problem(dataset(x, np.array([0.9, -1.1, 0.7])), "squared", hidden=(1, 1), penalty=1e115, radius=9e99)
+    assert lower_bound(one, one.slope(np.zeros(one.shape))).value <= 0
+    wide = problem(drawn(rng, 6, 2), "squared", hidden=(3,), budget=0.1, radius=1e99, power=64)
+    assert lower_bound(wide, dual_vectors(rng, wide)).status == "certified"
+
+
+def test_a_power_next_to_the_degree_is_proven_again(rng: Any) -> None:
+    for radius in (1.0, 1e-3):
+        one = problem(drawn(rng, 6, 2), "squared", hidden=(3,), penalty=1e-3, power=2.0000000000000004, radius=radius)
+        assert verify_bound(one, lower_bound(one, dual_vectors(rng, one))).holds
+
+
+def test_what_the_checker_does_not_prove_is_estimated(rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = problem(drawn(rng, 6, 2), "squared", hidden=(3,), penalty=0.01)
+    alpha, w = dual_vectors(rng, one), rng.standard_normal((4, one.one.size))
+    assert lower_bound(one, alpha, engine="cells").status == distance(one, w, estimate=False).status == "certified"
+    monkeypatch.setattr(bounds, "verify_bound", lambda *_: Verified(False, "it is off", 0))
+    assert lower_bound(one, alpha, engine="cells").status == distance(one, w, estimate=False).status == "estimated"
+    assert distance(one, w, estimate=False).lower == -math.inf
+    spec = OptimumSpec(units=4, rounds=1, steps=10, starts=4)
+    assert optimum(one, spec=spec).status == assess(one, w).certificate.status == "estimated"
+
+
+def test_a_bound_of_another_problem_is_refused_along_a_training(rng: Any) -> None:
+    one, other = (problem(drawn(rng, 6, 2), "squared", hidden=(3,), penalty=p) for p in (0.01, 1.0))
+    w = rng.standard_normal((4, one.one.size))
+    bound = lower_bound(other, dual_vectors(rng, other))
+    with pytest.raises(ValueError, match="not proven for this problem"):
+        excess_along(one, [(0, w)], bound=bound)
+    assert excess_along(other, [(0, w)], bound=bound).lower[0] == bound.value

@@ -146,3 +146,29 @@ def test_the_record_says_what_is_known_of_the_hinge(tmp_path: Any) -> None:
         assert (row["lower_status"], row["upper_status"]) == ("certified", "certified")
         assert 0 <= row["lower"] <= row["upper"] <= 1
     assert any("hinge with its maximum (proven)" in note for note in report.notes)
+
+
+def test_counts_of_another_number_of_branches_and_no_numbers_are_refused(solved: tuple[Problem, Clipped]) -> None:
+    one, found = solved
+    first, last = found.rows[0], found.rows[-1]
+    assert last.upper < first.upper
+
+    def reasons(**change: Any) -> dict[str, str]:
+        return dict(verify_clipped(one, found._replace(rows=[last._replace(**change)])))
+
+    assert "not those of so many branches" in reasons(num_branches=1)["upper"]
+    assert reasons(counts=tuple(0.5 * count for count in last.counts), num_branches=last.num_branches // 2)["upper"]
+    for wrong in (float("nan"), float("inf"), None):
+        assert reasons(lower=wrong)["lower"]
+        assert reasons(budget=wrong)["lower"]
+    for change in ({"counts": ()}, {"points": last.points[:, :2]}, {"points": last.points[:0]}, {"upper": "small"}):
+        assert reasons(**change)["upper"]
+
+
+def test_what_the_checker_does_not_prove_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = branch_problem(mlp((1,), 1, use_bias=False), points(np.random.default_rng(5), 6, 2), tau=0.2, radius=2.0)
+    monkeypatch.setattr(clipped, "verify_clipped", lambda *_: {"lower": "it is off", "upper": "so is this"})
+    found = clipped_hinge(one, 1.5, [1, 2], effort=SMALL, points=65)
+    assert {row.upper_status for row in found.rows} == {"estimated"}
+    assert all(row.lower_status == ("estimated" if row.lower > 0 else "certified") for row in found.rows)
+    assert found.reasons["lower"] == "it is off"

@@ -16,7 +16,8 @@
 
 from dualgap_jax.certify.along import Excess, excess_along
 from dualgap_jax.certify.assess import Assessment, assess
-from dualgap_jax.certify.bounds import Bound, lower_bound, lower_estimated
+from dualgap_jax.certify.bound import Bound
+from dualgap_jax.certify.bounds import lower_bound, lower_estimated
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import distance
 from dualgap_jax.certify.kinds import MixedBound, MixedCertificate, mixed_bound, mixed_distance, verify_mixed

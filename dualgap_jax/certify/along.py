@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dualgap_jax.certify.bounds import Bound
+from dualgap_jax.certify.bound import Bound
 from dualgap_jax.certify.distance import assembled, distance
 from dualgap_jax.certify.primal import as_weights, risk
 from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.verify import verify_bound
 
 
 class Excess(NamedTuple):
@@ -57,10 +58,13 @@ def excess_along(
       engine: of these, as in `lower_bound`.
 
     Raises:
-      ValueError: for no networks, different numbers of branches, a sum of branches, or what `distance` refuses.
+      ValueError: for no networks, different numbers of branches, a sum of branches, a `bound` that calls itself
+        certified and is not proven again for this problem, or what `distance` refuses.
     """
     if problem.reduce != "mean":
         raise ValueError("the excess of branches adds up to the gap for a mean of branches; use reduce='mean'.")
+    if bound is not None and bound.status == "certified" and not (again := verify_bound(problem, bound)).holds:
+        raise ValueError(f"the bound is not proven for this problem: {again.reason}; give one that was made for it.")
     rows: list[tuple[Any, ...]] = []
     for step, network in networks:
         weights = as_weights(problem, network)

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualgap_jax.certify.bounds import Bound, best_proven, from_ceiling, least_losses, searched
+from dualgap_jax.certify.bound import Bound
+from dualgap_jax.certify.bounds import best_proven, from_ceiling, least_losses, proven_again, searched
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import assembled, check_feasible
 from dualgap_jax.certify.engines import EXACT, Ceiling, ceiling, relaxed
@@ -66,11 +67,11 @@ def assess(problem: RiskProblem, network: Any, *, starts: int = 16, seed: int = 
     lam = problem.penalty or 0.0
     guesses = [searched(problem, look, alpha, lam, weights, coarse=True)[0] for alpha in tried]
     best = max(range(len(tried)), key=lambda k: guesses[k].value)
-    guess, bound = guesses[best], least_losses(problem)
+    guess, bound = guesses[best], proven_again(problem, [least_losses(problem)])
     if look.in_parts:
         guess = searched(problem, look, tried[best], lam, weights)[0]
     if guess.value > bound.value:  # an engine proves at most that of these dual vectors
-        bound = max(bound, best_proven(problem, tried[best], BoundSpec(1e-7, 300_000)), key=lambda b: b.value)
+        bound = best_proven(problem, tried[best], BoundSpec(1e-7, 300_000))
     if problem.structure is not None and bound.alpha.any():  # a relaxation has moved them
         guess = max(guess, searched(problem, look, bound.alpha, lam, weights)[0], key=lambda b: b.value)
     estimate = max(guess, bound, key=lambda b: b.value)

@@ -15,58 +15,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy
 
+from dualgap_jax.certify.bound import Bound, Pieces
 from dualgap_jax.certify.engines import CEILINGS, EXACT, Ceiling, ceiling, relaxed
 from dualgap_jax.certify.problem import RiskProblem
 from dualgap_jax.certify.search import BranchSearch
+from dualgap_jax.certify.verify import verify_bound
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, Minimum, penalised_minimum
 from dualgap_jax.duality.envelope import dual_by_envelope
 from dualgap_jax.duality.problem import subject_of
 from dualgap_jax.duality.search import SearchSpec, search
-from dualgap_jax.duality.values import Provable, number, proven
+from dualgap_jax.duality.values import number, proven
 from dualgap_jax.registry import unknown
 
 ENGINES = ("auto", *CEILINGS, "branch and bound")
 _EPS = float(np.finfo(np.float64).eps)
 _AUTO_UP_TO = 4  # parameters for which 'auto' goes through boxes too, where nothing exact is known
-
-
-class Pieces(NamedTuple):
-    """What a bound adds up: `-conjugate + minimum - multiplier K`, each a proven bound on its term."""
-
-    conjugate: float
-    minimum: float
-    cost: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Bound(Provable):
-    """A lower bound on F*; its status says whether it is proven.
-
-    Attributes:
-      value: the bound; minus infinity where nothing is known.
-      alpha: `[n, out]`, the dual vectors it holds for, in the domain of the conjugate exactly.
-      multiplier: lam.
-      pieces: its terms.
-      kappa: the bound on kappa(alpha) behind it; None for branch and bound.
-      evidence: what the bound on one branch was proven with: the `Tree` of branch and bound, `engines.Relaxed` of the
-        moment relaxation; None for engines that can be run again.
-      point: `[p]`, the best branch known for alpha; None where none is known.
-      method: the engine, or the search.
-    """
-
-    value: float
-    alpha: np.ndarray
-    multiplier: float
-    pieces: Pieces
-    kappa: float | None
-    evidence: Any
-    point: np.ndarray | None
-    method: str
 
 
 def homogeneous_minimum(kappa: float, degree: int, power: float, radius: float, lam: float) -> float:
@@ -85,8 +54,19 @@ def homogeneous_minimum(kappa: float, degree: int, power: float, radius: float, 
             return -math.exp(exponent) * (1 - degree / power) * (1 + slack) - 1e-300
     if math.isinf(radius):
         return -math.inf
-    gain, cost = kappa * radius**degree, lam * radius**power
-    return min(0.0, cost - gain - 64 * _EPS * (cost + gain) - 1e-300)
+    gain, cost = float(kappa) * _power(radius, degree), float(lam) * _power(radius, power) if lam > 0 else 0.0
+    if math.isinf(gain):
+        return -math.inf
+    lost = (kappa + lam) * 1e-307  # where a power of the radius underflows
+    return min(0.0, cost - gain - 64 * _EPS * (cost + gain) - lost - 1e-300) if math.isfinite(cost) else 0.0
+
+
+def _power(base: float, exponent: int | float) -> float:
+    """`base ** exponent`, infinite where it overflows."""
+    try:
+        return float(base**exponent)
+    except OverflowError:
+        return math.inf
 
 
 def best_multiplier(problem: RiskProblem, kappa: float, level: float) -> float:
@@ -97,15 +77,15 @@ def best_multiplier(problem: RiskProblem, kappa: float, level: float) -> float:
     known, budget, q = problem.structure, problem.budget, problem.power
     assert known is not None
     assert budget is not None
-    most, degree = problem.radius**q if math.isfinite(problem.radius) else math.inf, known.degree
+    most, degree = _power(problem.radius, q), known.degree
     small = max(budget, 1e-200)
     bias = level / (2 * math.sqrt(small)) if level > 0 else 0.0
     if budget >= most:
         left = level / (2 * math.sqrt(max(budget - most, 1e-200))) if level > 0 else 0.0
         return min(max(left, 0.0), kappa) if level > 0 else 0.0
     if degree < q:
-        return kappa * degree / q * small ** (degree / q - 1)
-    return max(kappa if degree == q else kappa * problem.radius ** (degree - q), bias)
+        return kappa * degree / q * _power(small, degree / q - 1)
+    return max(kappa if degree == q else kappa * _power(problem.radius, degree - q), bias)
 
 
 def _bias_minimum(level: float, lam: float, radius: float) -> float:
@@ -262,14 +242,23 @@ def from_pieces(
     return proven(made, subject_of(problem.branch_problem(alpha)))
 
 
+def proven_again(problem: RiskProblem, found: Sequence[Bound]) -> Bound:
+    """The best of the bounds that `verify_bound` proves again; where it proves none, the best of all, as estimated."""
+    best_first = sorted(found, key=lambda bound: bound.value, reverse=True)
+    for bound in best_first:
+        if bound.status == "certified" and verify_bound(problem, bound).holds:
+            return bound
+    return dataclasses.replace(best_first[0])  # a copy carries no mark
+
+
 def best_proven(problem: RiskProblem, alpha: np.ndarray, spec: BoundSpec, label: str | None = None) -> Bound:
-    """The best bound that can be proven from `alpha` on: with dual vectors moved by the relaxation where it applies."""
+    """The best bound that is proven from `alpha` on: with dual vectors moved by the relaxation where it applies."""
+    found = [least_losses(problem)]
     if ceiling(problem, alpha, "exact") is None and (joint := relaxed(problem, alpha)):
-        found = [from_ceiling(problem, *one) for one in joint]
-        if problem.penalty is None or all(bound.method != "moments" for bound in found):
-            found.append(lower_bound(problem, alpha, spec=spec, label=label))
-        return max(least_losses(problem), *found, key=lambda bound: bound.value)
-    return lower_bound(problem, alpha, spec=spec, label=label)
+        found += [from_ceiling(problem, *one) for one in joint]
+        if problem.penalty is not None and any(bound.method == "moments" for bound in found):
+            return proven_again(problem, found)
+    return proven_again(problem, [*found, *_candidates(problem, problem.checked(alpha), spec=spec, label=label)])
 
 
 def lower_bound(
@@ -299,8 +288,9 @@ def lower_bound(
       label: shows progress under this name; None is silent.
 
     Returns:
-      A `Bound` with status 'certified'.  Where no engine proves more it is that of alpha = 0, method 'least losses':
-      the losses alone are at least that, whatever the branch.
+      The best `Bound` that `verify_bound` proves again in this call, with status 'certified'; where it does not, as for
+      a single engine on data of sizes out of range, the engine's own, with status 'estimated'.  Where no engine proves
+      more, 'auto' gives that of alpha = 0, method 'least losses': the losses are at least that, whatever the branch.
 
     Raises:
       ValueError: for an alpha of another shape or outside the domain, an unknown engine, or one that does not apply.
@@ -312,6 +302,21 @@ def lower_bound(
         multiplier = number("multiplier", multiplier)
         if multiplier < 0:
             raise ValueError(f"multiplier={multiplier} must be at least 0.")
+    found = _candidates(problem, rows, engine, multiplier, scale, spec, seed, label)
+    return proven_again(problem, [least_losses(problem), *found] if engine == "auto" else found)
+
+
+def _candidates(
+    problem: RiskProblem,
+    rows: np.ndarray,
+    engine: str = "auto",
+    multiplier: float | None = None,
+    scale: bool = True,
+    spec: BoundSpec = BoundSpec(1e-7, 300_000),
+    seed: int = 0,
+    label: str | None = None,
+) -> list[Bound]:
+    """What the engines prove, see `lower_bound`."""
     found: list[Bound] = []
     exact = False
     if engine != "branch and bound":
@@ -332,9 +337,7 @@ def lower_bound(
             f"branch and bound takes up to {MAX_PARAMETERS} parameters, power 2 and a radius; this problem has"
             f" {problem.one.size}, {problem.power:g} and {problem.radius:g}."
         )
-    if engine == "auto":
-        found.insert(0, least_losses(problem))
-    return max(found, key=lambda bound: bound.value)
+    return found
 
 
 def lower_estimated(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dualgap_jax.certify.bounds import Bound
+from dualgap_jax.certify.bound import Bound
 from dualgap_jax.duality.values import Status
 
 
@@ -31,7 +31,7 @@ class TwoSided:
 
     @property
     def status(self) -> Status:
-        """'certified' if both bounds are proven."""
+        """'certified' if both bounds are proven, the lower one by the checker too."""
         return "certified" if self.upper_proven and self.bound.status == "certified" else "estimated"
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dualgap_jax.certify.bounds import Bound, lower_bound, lower_estimated
+from dualgap_jax.certify.bound import Bound
+from dualgap_jax.certify.bounds import lower_bound, lower_estimated
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.primal import Risk, as_weights, branch_sums, risk
 from dualgap_jax.certify.problem import RiskProblem

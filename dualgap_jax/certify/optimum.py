@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualgap_jax.certify.bound import Bound
 from dualgap_jax.certify.bounds import (
-    Bound,
     best_proven,
     bound_from,
     boxes_apply,
     by_boxes,
+    from_ceiling,
     least_losses,
-    lower_bound,
+    proven_again,
     searched,
 )
 from dualgap_jax.certify.certificate import Certificate
@@ -128,9 +129,10 @@ class _Solver:
         problem, alpha = self.problem, found.alpha
         guess, ends, values = searched(problem, self.look, alpha, found.multiplier, self.weights)
         if problem.structure is not None:
-            exact = ceiling(problem, alpha, "exact")
+            rows = problem.checked(alpha)
+            exact = ceiling(problem, rows, "exact")
             if exact is not None and exact.point is not None:
-                made = lower_bound(problem, alpha, engine=exact.method)
+                made = from_ceiling(problem, rows, exact)
                 self.proven = made if self.proven is None or made.value > self.proven.value else self.proven
                 self.lower = self.proven.value
                 ends, values = np.concatenate([exact.point[None], ends]), np.append(-exact.lower, values)
@@ -293,22 +295,20 @@ def optimum(
             weights, shares = atoms, found.shares
             atoms = atoms[found.shares > 1e-10 * found.shares.max()]
     assert solver.guess is not None
-    bound = solver.proven
-    if bound is None:
-        bound = _proven(problem, solver.guess, solver.weights, spec, label) if prove else None
-    if bound is None:
-        bound = least_losses(problem)
+    if solver.proven is None and prove:
+        bound = _proven(problem, solver.guess, solver.weights, spec, label)
+    else:
+        bound = proven_again(problem, [least_losses(problem), *filter(None, [solver.proven])])
     measure = risk(problem, solver.weights, solver.shares)
     return assembled(problem, solver.weights, solver.shares, measure, bound, solver.guess, tuple(history))
 
 
-def _proven(
-    problem: RiskProblem, guess: Bound, points: np.ndarray, spec: OptimumSpec, label: str | None
-) -> Bound | None:
-    """The bound of the best dual vectors, proven; None where no engine applies."""
+def _proven(problem: RiskProblem, guess: Bound, points: np.ndarray, spec: OptimumSpec, label: str | None) -> Bound:
+    """The bound of the best dual vectors, by the best engine, proven again; that of the least losses where none applies."""
     if problem.structure is not None:
         return best_proven(problem, guess.alpha, spec.bound, label)
-    if not boxes_apply(problem):
-        return None
-    starts = points if guess.point is None else np.concatenate([guess.point[None], points])
-    return by_boxes(problem, guess.alpha, guess.multiplier, spec.bound, starts, label)
+    found = [least_losses(problem)]
+    if boxes_apply(problem):
+        starts = points if guess.point is None else np.concatenate([guess.point[None], points])
+        found.append(by_boxes(problem, guess.alpha, guess.multiplier, spec.bound, starts, label))
+    return proven_again(problem, found)

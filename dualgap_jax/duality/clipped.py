@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +78,7 @@ class Clipped(NamedTuple):
       problem: the one-branch problem with these weights.
       function: its value function.
       rows: bounds, one a number of branches.
+      reasons: of 'lower' and 'upper', why `verify_clipped` did not prove them again; "" where it did.
     """
 
     weights: Float64[np.ndarray, " n"]
@@ -84,6 +86,7 @@ class Clipped(NamedTuple):
     problem: Problem
     function: ValueFunction
     rows: list[HingeBounds]
+    reasons: Mapping[str, str] = MappingProxyType({"lower": "", "upper": ""})
 
 
 def weighted(problem: Problem, beta: Float64[np.ndarray, " n"]) -> Problem:
@@ -169,7 +172,8 @@ def clipped_hinge(
       cloud: weights to begin with, for instance the minimisers of a value function.
 
     Returns:
-      The weights beta and bounds for each number of branches; `lower_status` and `upper_status` say what is proven.
+      The weights beta and bounds for each number of branches; `lower_status` and `upper_status` are 'certified' where
+      `verify_clipped` has proven the bounds again in this call.
 
     Raises:
       ValueError: for numbers out of range, or labels that are not -1 and +1.
@@ -195,7 +199,13 @@ def clipped_hinge(
         used, times = w[list(chosen)], tuple(chosen.values())
         upper, status = _upper(problem, used, times, limit)
         rows.append(HingeBounds(count, limit, lower, upper, certain, status, used, times))
-    return Clipped(best.beta, dual.multiplier, one, function, rows)
+    claimed = Clipped(best.beta, dual.multiplier, one, function, rows)
+    reasons = verify_clipped(problem, claimed)
+    for k, row in enumerate(rows):
+        if reasons["lower"] and row.lower > 0:
+            row = row._replace(lower_status="estimated")
+        rows[k] = row._replace(upper_status="estimated") if reasons["upper"] else row
+    return claimed._replace(rows=rows, reasons=reasons)
 
 
 def _mixture(
@@ -314,28 +324,51 @@ def feasible(problem: Problem, points: np.ndarray, counts: Sequence[int], budget
 
 
 def verify_clipped(problem: Problem, found: Clipped) -> Mapping[str, str]:
-    """Proves the certified bounds again: 'lower' and 'upper' with the reason why not, "" where all were proven."""
-    reasons = {"lower": "", "upper": ""}
-    lowers = [row for row in found.rows if row.lower_status == "certified" and row.lower > 0]
-    if lowers:
-        one = weighted(problem, found.weights)
-        again = verify_function(one, found.function, multipliers=[found.multiplier])
-        budget = max(row.budget for row in lowers)
-        cost = Fraction(found.multiplier) * Fraction(budget) if found.multiplier else Fraction(0)
-        bound = Fraction(again.duals.get(found.multiplier, 0.0)) - cost
-        if not again.holds:
-            reasons["lower"] = again.reason
-        elif any(Fraction(row.lower) > bound for row in lowers):
-            reasons["lower"] = "the bound does not follow from that on the weighted problem"
-    try:
-        walker = Walker(problem)
-        for row in found.rows:
-            if row.upper_status == "certified" and not reasons["upper"]:
-                low, high = walker.outputs(row.points)
-                if not feasible(problem, row.points, row.counts, row.budget):
-                    reasons["upper"] = f"I = {row.num_branches:,}: the point is not feasible"
-                elif not mixture_risk(problem, low[:, :, 0], high[:, :, 0], row.counts) <= row.upper:
-                    reasons["upper"] = f"I = {row.num_branches:,}: the risk of the point is larger than claimed"
-    except Unsupported as error:
-        reasons["upper"] = str(error)
+    """Proves the certified bounds again: 'lower' and 'upper' with the reason why not, "" where all were proven.
+
+    Raises:
+      ValueError: for weights of the examples outside [0, 1].
+    """
+    one = weighted(problem, found.weights)
+    reasons = {}
+    for name, reason in (("lower", lambda: _not_below(one, found)), ("upper", lambda: _not_above(problem, found))):
+        try:
+            with np.errstate(all="ignore"):
+                reasons[name] = reason()
+        except Unsupported as error:
+            reasons[name] = str(error)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            reasons[name] = f"the bounds are not ones that can be checked: {error!r:.200}"
     return reasons
+
+
+def _not_below(one: Problem, found: Clipped) -> str:
+    """Why the lower bounds were not proven from those on the weighted problem, or ""."""
+    lowers = [row for row in found.rows if row.lower_status == "certified" and not row.lower <= 0]
+    if not lowers:
+        return ""
+    again = verify_function(one, found.function, multipliers=[found.multiplier])
+    if not again.holds:
+        return again.reason
+    cost = Fraction(found.multiplier) * max(Fraction(row.budget) for row in lowers) if found.multiplier else Fraction(0)
+    bound = Fraction(again.duals.get(found.multiplier, 0.0)) - cost
+    if found.multiplier < 0 or any(Fraction(row.lower) > bound for row in lowers):
+        return "the bound does not follow from that on the weighted problem"
+    return ""
+
+
+def _not_above(problem: Problem, found: Clipped) -> str:
+    """Why the upper bounds were not proven from their points, or ""."""
+    walker = Walker(problem)
+    for row in found.rows:
+        if row.upper_status != "certified":
+            continue
+        name = f"I = {row.num_branches:,}"
+        if [int(count) for count in row.counts] != list(row.counts) or sum(row.counts) != row.num_branches:
+            return f"{name}: the counts {row.counts} are not those of so many branches"
+        if not feasible(problem, row.points, row.counts, row.budget):
+            return f"{name}: the point is not feasible"
+        low, high = walker.outputs(row.points)
+        if not mixture_risk(problem, low[:, :, 0], high[:, :, 0], row.counts) <= row.upper:
+            return f"{name}: the risk of the point is larger than claimed"
+    return ""

@@ -9,7 +9,7 @@ import numpy as np
 
 from dualgap_jax.duality import deltas
 from dualgap_jax.duality.allocation import Allocation
-from dualgap_jax.duality.clipped import Clipped, clipped_hinge, verify_clipped
+from dualgap_jax.duality.clipped import Clipped, clipped_hinge
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.proofs import prove
 from dualgap_jax.duality.theorem import Effort
@@ -84,18 +84,17 @@ def hinge_rows(
     cloud = None if function.minimisers is None else function.minimisers[picked]
     with Progress(None, "the hinge with its maximum"):
         found = clipped_hinge(problem, budget, list(counts), effort=effort, seed=seed, cloud=cloud)
-        reasons = verify_clipped(problem, found)
     rows = []
     for row in found.rows:
         printed: dict[str, Any] = {"num_branches": row.num_branches, "lower": row.lower, "upper": row.upper}
         for name in ("lower", "upper"):
-            printed[f"{name}_status"] = "estimated" if reasons[name] else getattr(row, f"{name}_status")
+            printed[f"{name}_status"] = getattr(row, f"{name}_status")
         rows.append({**printed, "counts": list(row.counts)})
     record = {
         "rows": rows,
         "multiplier": found.multiplier,
         "mean_weight": float(found.weights.mean()),
         "method": found.function.method,
-        "failures": [reason for reason in reasons.values() if reason],
+        "failures": [reason for reason in found.reasons.values() if reason],
     }
     return record, found
