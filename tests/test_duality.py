@@ -444,6 +444,11 @@ def test_a_small_tau_is_reported_with_what_the_hinge_clips(rng: np.random.Genera
     assert risk.half_width == pytest.approx(1.959964 * terms.std(ddof=1) / math.sqrt(40), rel=1e-5)
     with pytest.raises(ValueError, match="tau"):
         primal_risk(one, binary_hinge(1.0), data, w, shares)
+    for level in (0.0, 1.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="confidence"):
+            primal_risk(one, binary_hinge(0.05), data, w, shares, confidence=level)
+    single = data._replace(x=data.x[:1], y=data.y[:1])
+    assert primal_risk(one, binary_hinge(0.05), single, w, shares).half_width == math.inf  # one example says nothing
 
 
 def test_confidence_intervals_cover_the_population(rng: np.random.Generator) -> None:

@@ -476,6 +476,8 @@ def test_hulls_without_interior() -> None:
         (lambda: sf.Pieces([]), "at least one piece"),
         (lambda: sf.disc((0, 0), -0.1), "radius=-0.1"),
         (lambda: sf.point((0, math.nan)), "finite coordinates"),
+        (lambda: sf.polygon([(0, 0), (1, 0), (1,)]), "corners of a piece: give pairs of numbers"),
+        (lambda: sf.point(("a", "b")), "corners of a piece: give pairs of numbers"),
         (lambda: sf.sets.random_discs(count=0), "count=0"),
         (lambda: sf.sets.random_points(count=9).distance_to_hull(30), r"9 pieces and n=30 copies make 48,903,492 sums"),
         (lambda: sf.sets.union().distance_to_hull(2, 0.0), "tolerance=0.0 must be positive"),

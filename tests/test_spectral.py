@@ -392,8 +392,23 @@ def test_the_proximal_operator_at_its_edges(rng, x64):
         np.testing.assert_allclose(mapped, prox(one, r=2, step=1.0), atol=1e-13)
     with pytest.raises(SpectralError, match="r=0 must be at least 1"):
         spectral.prox_r_norm(m, 0)
-    with pytest.raises(SpectralError, match=r"step=-1\.0 must be at least 0"):
-        spectral.prox_r_norm(m, 2, -1.0)
+    for step in (-1.0, np.nan, np.inf, np.ones(2)):
+        with pytest.raises(SpectralError, match=r"step=.* at least 0"):
+            spectral.prox_r_norm(m, 2, step)
+
+
+def test_norms_and_ceilings_that_are_none_are_refused(unchecked, rng):
+    m = rng.normal(size=(3, 4))
+    for r in (-1, -3):  # not all singular values but the last
+        with pytest.raises(SpectralError, match=f"r={r} must be at least 0"):
+            spectral.r_norm_squared(m, r)
+    for power in (0, -1):
+        with pytest.raises(SpectralError, match=f"power={power} must be at least 1"):
+            spectral.schatten_power(m, power)
+    for ceiling in (-1.0, np.nan, np.ones(2)):
+        with pytest.raises(SpectralError, match=r"ceiling=.* at least 0"):
+            spectral.clip_singular_values(m, ceiling)
+    assert spectral.r_norm_squared([[3.0, 0.0]], 1) == pytest.approx(9.0)
 
 
 def test_clipping_is_the_projection(rng, x64):
@@ -656,6 +671,9 @@ def test_checks_of_values_do_not_break_tracing(x64):
     x, y = (jnp.asarray(GOOD[k], jnp.float64) for k in "xy")
     found = jax.jit(lambda a, b, g: spectral.solve(a, b, gamma=g, widths=(2,)))(x, y, jnp.nan)
     assert np.isnan(found.relative_gap)  # never a certificate
+    found = jax.vmap(lambda g: spectral.solve(x, y, gamma=g, widths=(2,)))(jnp.array([0.1, -1.0]))
+    assert np.isnan(found.relative_gap).tolist() == [False, True]
+    assert not found.theorem_applies[1]
     found = jax.jit(lambda a, b, g: spectral.solve(a, b, gamma=g, widths=(2,)))(x.at[0, 0].set(jnp.nan), y, 0.1)
     assert np.isnan(found.relative_gap)
 

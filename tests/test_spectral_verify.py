@@ -151,3 +151,17 @@ def test_the_proof_shares_no_code_with_the_solvers():
         text = (folder / name).read_text()
         assert "import jax\n" not in text
         assert set(re.findall(r"dualgap_jax[\w.]*", text)) <= {"dualgap_jax.spectral.evidence"}
+
+
+def test_what_overflows_in_a_claim_is_an_error_and_warns_of_nothing(rng, recwarn):
+    x, y = rng.normal(size=(3, 5)), rng.normal(size=(2, 5))
+    found = spectral.solve(x, y, gamma=0.3, widths=(2,))
+    for size in (1e200, 1e300):
+        try:
+            proven = proof(x, y, 0.3, (2,), found, coefficients=np.full((2, 3), size))
+            assert_true(proven, rational_optimum(x, y, 0.3, 2))
+        except VerificationError:
+            pass
+        with pytest.raises(VerificationError, match="range"):
+            proof(x, y, 0.3, (2,), found, weights=[size * w for w in found.weights])
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

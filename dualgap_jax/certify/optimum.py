@@ -304,7 +304,7 @@ def optimum(
 
 
 def _proven(problem: RiskProblem, guess: Bound, points: np.ndarray, spec: OptimumSpec, label: str | None) -> Bound:
-    """The bound of the best dual vectors, by the best engine, proven again; that of the least losses where none applies."""
+    """The bound of the best dual vectors, by the best engine, proven again; else that of the least losses."""
     if problem.structure is not None:
         return best_proven(problem, guess.alpha, spec.bound, label)
     found = [least_losses(problem)]

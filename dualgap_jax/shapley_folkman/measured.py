@@ -105,7 +105,10 @@ def checked_copies(n: SupportsIndex) -> int:
 
 
 def checked_points(points: object, what: str) -> Float64[np.ndarray, "k 2"]:
-    array = np.asarray(points, dtype=np.float64)
+    try:
+        array = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise SetError(f"{what}: give pairs of numbers, got {points!r:.60}.") from None
     if array.ndim != 2 or array.shape[1] != 2 or len(array) == 0 or not np.isfinite(array).all():
         raise SetError(f"{what}: give finite coordinates of shape [k, 2] with k >= 1, got shape {array.shape}.")
     return array

@@ -84,7 +84,12 @@ def schatten_power(matrix: Float[Any, "a b"], power: int) -> Real:
 
     Its gradient, `H U diag(sigma^{H-1}) V^T`, is continuous for H >= 2 also where singular values coincide or vanish,
     where that of the singular value decomposition is not; it is therefore given by this formula.
+
+    Raises:
+      SpectralError: for a power below 1.
     """
+    if not power >= 1:
+        raise SpectralError(f"power={power} must be at least 1.")
     return _sum_of_powers(jnp.asarray(matrix), power)
 
 
@@ -134,8 +139,14 @@ def objective(weights: Weights, x: Float[Any, "d_0 n"], y: Float[Any, "d_H n"], 
 
 @exact_products
 def r_norm_squared(matrix: Float[Any, "a b"], r: int) -> Real:
-    """Returns `||M||_r^2`, the sum of the `r` largest squared singular values of the matrix, a scalar."""
-    return jnp.sum(jnp.linalg.svd(matrix, compute_uv=False)[:r] ** 2)
+    """Returns `||M||_r^2`, the sum of the `r` largest squared singular values of the matrix, a scalar.
+
+    Raises:
+      SpectralError: for a negative r.
+    """
+    if r < 0:
+        raise SpectralError(f"r={r} must be at least 0.")
+    return jnp.sum(jnp.linalg.svd(jnp.asarray(matrix), compute_uv=False)[:r] ** 2)
 
 
 def narrowest(widths: Sequence[int], d_0: int, d_H: int, n: int) -> int:

@@ -50,7 +50,8 @@ class SpectralSolution(NamedTuple):
       primal: objective of (4) at the weights; an upper bound of the optimum.
       dual: objective of (5) at the dual variable; a lower bound of the optimum.
       relative_gap: `(primal - dual) / (1/2 ||Y||_F^2)`; the unit is the objective at zero weights.  NaN where there is
-        no certificate: traced data that are not finite, or values that leave the range of the numbers.
+        no certificate: traced data that are not finite, a traced gamma below 0, or values that leave the range of the
+        numbers.
       sigma_min: the smallest singular value of Yt above the rounding of Y; 0 if there is none.
       gamma_below_sigma_min: the theorem's condition `0 <= gamma < sigma_min(Yt)`.
       widths_fit: the theorem's condition `d_min <= min(d_0, d_H, n)`.
@@ -86,7 +87,7 @@ class SpectralSolution(NamedTuple):
             narrowest = min(s[0] for s in shapes[:-1])
             said.append(f"d_min={narrowest} exceeds min(d_0, d_H, n), where d_0={shapes[0][1]}, d_H={shapes[-1][0]}")
         if not np.isfinite(self.relative_gap):
-            said.append("there is no certificate: the data or the values are not finite, or out of range")
+            said.append("there is no certificate: gamma is negative, or data or values not finite or out of range")
         return tuple(said)
 
     def restored(self, powers: Powers, half_norm: float) -> SpectralSolution:

@@ -109,7 +109,7 @@ def _restored(solution: SpectralSolution, problem: Problem) -> SpectralSolution:
         sigma_min=shift(solution.sigma_min, targets),
     )
     unit = shift(half_norm, 2 * targets)
-    sound = jnp.isfinite(unit) & ((unit >= jnp.finfo(unit.dtype).tiny) | (half_norm == 0))
+    sound = jnp.isfinite(unit) & ((unit >= jnp.finfo(unit.dtype).tiny) | (half_norm == 0)) & (problem.gamma >= 0)
     for leaf in jax.tree.leaves(given):
         sound &= jnp.all(jnp.isfinite(leaf))
     gap = lax.stop_gradient(solution.relative_gap)

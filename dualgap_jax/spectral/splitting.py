@@ -32,12 +32,12 @@ def prox_r_norm(matrix: Float[Any, "a b"], r: int, step: ArrayLike = 1.0) -> Flo
     conditions.
 
     Raises:
-      SpectralError: for r below 1 or a negative step.
+      SpectralError: for r below 1, or a step that is negative or not finite.
     """
     if r < 1:
         raise SpectralError(f"r={r} must be at least 1.")
-    if is_concrete(step) and not np.asarray(step) >= 0:
-        raise SpectralError(f"step={step} must be at least 0.")
+    if is_concrete(step) and not (np.ndim(step) == 0 and 0 <= np.asarray(step) < np.inf):
+        raise SpectralError(f"step={step} must be one finite number, at least 0.")
     matrix = jnp.asarray(matrix)
     left, z, right = jnp.linalg.svd(matrix, full_matrices=False)
     grown = 1 + jnp.asarray(step, z.dtype)
@@ -63,7 +63,13 @@ def prox_r_norm(matrix: Float[Any, "a b"], r: int, step: ArrayLike = 1.0) -> Flo
 
 @exact_products
 def clip_singular_values(matrix: Float[Any, "a b"], ceiling: ArrayLike) -> Float[Array, "a b"]:
-    """Returns the matrix with its singular values cut at the ceiling: the projection onto `||M|| <= ceiling`."""
+    """Returns the matrix with its singular values cut at the ceiling: the projection onto `||M|| <= ceiling`.
+
+    Raises:
+      SpectralError: for a ceiling that is negative or not a number.
+    """
+    if is_concrete(ceiling) and not (np.ndim(ceiling) == 0 and np.asarray(ceiling) >= 0):
+        raise SpectralError(f"ceiling={ceiling} must be one number, at least 0.")
     left, sigma, right = jnp.linalg.svd(jnp.asarray(matrix), full_matrices=False)
     return (left * jnp.minimum(sigma, ceiling)[None, :]) @ right
 

@@ -86,7 +86,19 @@ def verify(
     Raises:
       VerificationError: The claim cannot be checked, or the bounds leave the range of the numbers.
     """
-    data = Evidence(blocks, len(weights))
+    with np.errstate(all="ignore"):  # what overflows bounds nothing, and is an error at the end
+        return _verified(Evidence(blocks, len(weights)), gamma, widths, weights, coefficients, dependencies)
+
+
+def _verified(
+    data: Evidence,
+    gamma: float,
+    widths: Sequence[int],
+    weights: Sequence[Any],
+    coefficients: Float[Any, "d_H d_0"],
+    dependencies: tuple[Any, Any, Any] | None,
+) -> Verification:
+    """See `verify`."""
     layers, dual, ceiling = data.scaled(weights, coefficients, gamma, widths)
     first = _first_pass(data, layers, dual)
     upper = _upper(first, layers, ceiling, data.terms)
