@@ -220,9 +220,9 @@ class AssumptionCheck(NamedTuple):
     """Whether Assumption 1 (`tau > y f(w; x)` for all w in W and all samples) holds.
 
     Attributes:
-      status: 'violated' (a margin at or above tau was seen), 'certified' (a bound over W lies below tau), 'not seen
-        violated' (estimated: no such bound, but no margin seen reaches tau), 'undecided' (a margin is not a number), or
-        'not applicable' (a loss without tau).
+      status: 'violated' (a margin at or above tau was seen), 'certified' (a bound over W lies below tau; the word of
+        whoever gave the bound, which nothing checks here), 'not seen violated' (estimated: no such bound, but no margin
+        seen reaches tau), 'undecided' (a margin is not a number), or 'not applicable' (a loss without tau).
       tau: margin scale, or None.
       largest_margin: largest margin seen, over the parameters and samples given; NaN when not applicable.
       clipped_share: share of the given margins at or above tau, where the hinge is clipped to 0.

@@ -31,7 +31,7 @@ class TwoSided:
 
     @property
     def status(self) -> Status:
-        """'certified' if both bounds are proven, the lower one by the checker too."""
+        """'certified' if both bounds are proven: the lower one by the checker, the upper one as `Risk.proven` says."""
         return "certified" if self.upper_proven and self.bound.status == "certified" else "estimated"
 
 

@@ -274,7 +274,8 @@ def certify(
       label: shows progress under this name; None is silent.
 
     Returns:
-      The same grid with proven bounds (status 'certified') and the `Proof`; `tolerance` is what was reached.
+      The same grid with proven bounds and the `Proof`; `tolerance` is what was reached.  The status 'certified' is the
+      solver's own word, which `theorem1` has the checker (`proofs.prove`) confirm.
 
     Raises:
       ValueError: for too many parameters, a value function without minimisers, budgets that do not run from 0 to the

@@ -72,6 +72,8 @@ def homogeneous_value_function(
 ) -> ValueFunction:
     """`v(b) = offset - kappa b^(degree/power)` on a grid from 0 to `radius**power`.
 
+    Its status is 'certified' where that of kappa is: the solver's own word, which `theorem1` has the checker confirm.
+
     Args:
       kappa: bounds and a direction.
       degree: L, the number of weight matrices.

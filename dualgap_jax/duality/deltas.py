@@ -99,7 +99,8 @@ def _values(problem: AnyProblem, function: ValueFunction, points: np.ndarray) ->
 def combination(problem: AnyProblem, function: ValueFunction, points: np.ndarray, weights: np.ndarray) -> Combination:
     """The bound that given points and weights prove.
 
-    It is certified when the value function is, for this very problem, and the values at the points are proven.
+    It is certified when the value function is, for this very problem, and the values at the points are proven: the
+    solver's own word, which `theorem1` has the checker confirm.
 
     Args:
       problem: the one-branch problem.

@@ -34,7 +34,11 @@ class Provable:
 
     @property
     def status(self) -> Status:
-        """Whether the bounds are proven, by what this package did itself; nobody can state it."""
+        """Whether the bounds are proven, by what this package did itself; nobody can state it.
+
+        Of a `certify.Bound` from `certify` the checker has confirmed it; of value functions and combinations it is the
+        solver's word, which `theorem1` and `proofs.prove` have confirmed.
+        """
         return "certified" if self._subject is not None else "estimated"
 
     @property

@@ -1,8 +1,9 @@
 """The verdict on Theorem 1: bounds on inf(P), sup(D) and the gap for each number of branches, against `(2 / I) Delta`.
 
-A row is 'certified' when every number in it is proven.  It speaks of problem (2) with the tau-hinge where a proven
-bound on the margins over W lies below tau (Assumption 1); otherwise the numbers are those of the hinge without its
-maximum, `E(1 - y f / tau)`, of which the theorem's inequality says nothing about the hinge itself.
+A row is 'certified' when every number in it is proven: by the word of what made the value functions and the combination,
+until `theorem1` or `proofs.prove` has the independent checkers go through it.  It speaks of problem (2) with the
+tau-hinge where a proven bound on the margins over W lies below tau (Assumption 1); otherwise the numbers are those of
+the hinge without its maximum, `E(1 - y f / tau)`, of which the theorem's inequality says nothing about the hinge itself.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class Verdict(NamedTuple):
       objective: 'hinge' where a bound on the margins lies below tau (Assumption 1; proven if the status is), so that
         the numbers are those of problem (2) with the tau-hinge; else 'unclipped hinge', `E(1 - y f / tau)`, which may
         be negative where a hinge is not.
-      status: 'certified' if every bound is proven, for the objective named; 'estimated' if one rests on a search or on
-        a number that was given.
+      status: 'certified' if every bound is proven, for the objective named, by the solvers' own word in the rows of
+        `verdicts` and by the checkers' in those of `theorem1`; 'estimated' if one rests on a search or on a number that
+        was given.
       verdict: 'verified' if the bounds are certified for the hinge and `gap_upper <= (2 / I) delta_lower`, a proof for
         this instance; 'refuted' if they are and `gap_lower > (2 / I) delta_upper`, which would contradict the theorem;
         else 'undecided'.
