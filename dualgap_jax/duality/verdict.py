@@ -1,9 +1,10 @@
 """The verdict on Theorem 1: bounds on inf(P), sup(D) and the gap for each number of branches, against `(2 / I) Delta`.
 
-A row is 'certified' when every number in it is proven: by the word of what made the value functions and the combination,
+A row is 'certified' when every number in it is proven: by the word of what made the value functions and combinations,
 until `theorem1` or `proofs.prove` has the independent checkers go through it.  It speaks of problem (2) with the
 tau-hinge where a proven bound on the margins over W lies below tau (Assumption 1); otherwise the numbers are those of
-the hinge without its maximum, `E(1 - y f / tau)`, of which the theorem's inequality says nothing about the hinge itself.
+the hinge without its maximum, `E(1 - y f / tau)`, of which the theorem's inequality says nothing about the hinge
+itself.
 """
 
 from __future__ import annotations
