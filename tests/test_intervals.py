@@ -367,6 +367,7 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
         "cumsum": lambda w: jnp.cumsum(jnp.sin(w)),
         "gather": lambda w: w[jnp.array([2, 0, 0])] * w[-1],
         "take": lambda w: jnp.take(jnp.sin(w), jnp.array([1, 1, 2]), mode="clip"),
+        "missing": lambda w: jnp.sin(w).at[jnp.array([0, 5])].get(mode="fill", fill_value=7.0) * w[1],
         "slice": lambda w: jax.lax.dynamic_slice(w, (1,), (2,)) * w[:2],
         "update": lambda w: jax.lax.dynamic_update_slice(jnp.sin(w), w[:1] ** 2, (1,)),
         "pad": lambda w: jnp.pad(w, (1, 2), constant_values=0.5) ** 2,
@@ -386,6 +387,7 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
         "middle": lambda w: jnp.sort(jnp.concatenate([w, w**2, jnp.array([0.25])]))[3],
         "products": lambda w: jnp.prod(x[:2] * w, axis=(0, 1)) + jnp.cumprod(w, axis=0) * jnp.prod(x[:3] + w, axis=1),
         "running": lambda w: jax.lax.cummax(w) - jax.lax.cummin(jnp.sin(3 * w), reverse=True),
+        "one for all": lambda w: jnp.cumsum(jnp.array([1.0, 2.0, 3.0]) - jnp.sum(w**2, keepdims=True)),
         "scalar": lambda w: jnp.maximum(w[0], w) + jnp.minimum(0.3, w) * jnp.clip(w, w[1] - 1, 2.0),
     }  # fmt: skip
 

@@ -133,6 +133,8 @@ def test_what_may_be_undefined_is_not_hidden_by_what_follows(f: Function, x64: N
         (lambda w: jax.lax.switch(w[0].astype(jnp.int32), [jnp.sin, jnp.cos, jnp.tanh], w).sum(), "integers|convert"),
         (lambda w: w.astype(jnp.int32).astype(w.dtype).sum(), "convert_element_type"),
         (lambda w: jnp.array([1.0, jnp.nan, 2.0]) @ w, "not a number"),
+        (lambda w: jax.lax.reduce(w[:1], np.float64(0.5), lambda a, b: a * b + a, (0,)), "operation reduce"),
+        (lambda w: w.sum() * jnp.exp(jnp.float32(0.1) * jnp.arange(3, dtype=jnp.float32))[1], "float32.* float64"),
     ],
 )  # fmt: skip
 def test_operations_without_a_rule_are_named(f: Function, name: str, x64: None) -> None:

@@ -6,7 +6,9 @@ both sides as value and the whole line as derivative.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,8 +133,9 @@ def arranged(run: Run, equation: Equation, args: list[Jet]) -> list[Jet]:
                 f"{equation.name} at places that depend on the weights has no interval rule."
             )
 
-    def bound(parts: dict[int, Array]) -> list[Array]:
-        out = equation.primitive.bind(*(parts.get(k, x.value.lo) for k, x in enumerate(args)), **equation.params)
+    def bound(parts: dict[int, Array], **other: Any) -> list[Array]:
+        params = equation.params | other
+        out = equation.primitive.bind(*(parts.get(k, x.value.lo) for k, x in enumerate(args)), **params)
         return list(out) if equation.primitive.multiple_results else [out]
 
     exact = all(x.value.exact for x in args)
@@ -151,7 +154,8 @@ def arranged(run: Run, equation: Equation, args: list[Jet]) -> list[Jet]:
             parts.append([None] * len(values))
             continue
         ds = {k: jets.derivative(args[k], which, count) for k in numbers}
-        ends = [jax.vmap(bound)({k: end(d) for k, d in ds.items()}) for end in both]
+        flat = {"fill_value": 0} if "fill_value" in equation.params else {}  # what stands for missing entries is known
+        ends = [jax.vmap(functools.partial(bound, **flat))({k: end(d) for k, d in ds.items()}) for end in both]
         known = all(d.exact for d in ds.values()) and not fills
         found = [Interval(lo, hi, known) for lo, hi in zip(*ends, strict=True)]
         parts.append([d if known else intervals.whole(d.lo, d.hi) for d in found])

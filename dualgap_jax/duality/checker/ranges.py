@@ -19,6 +19,7 @@ from dualgap_jax.duality.checker.jets import Calculus, Jet, Truth, linear
 from dualgap_jax.duality.checker.pairs import Pair, Unsupported, add, mul, neg, out, summed
 from dualgap_jax.duality.checker.rules import applied, entry, stacked
 from dualgap_jax.duality.problem import Problem
+from dualgap_jax.duality.programs import INNER
 
 _LONGEST_SCAN = 256
 _NUMBERS = 2**16
@@ -125,12 +126,13 @@ class Walker:
         for equation in closed.jaxpr.eqns:
             inputs = [read(a) for a in equation.invars]
             name = equation.primitive.name
-            inner = [equation.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in equation.params]
+            keys = ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in INNER else ()  # others do not just run it
+            inner = [equation.params[k] for k in keys if k in equation.params]
             if name == "scan":
                 results = self._scan(equation.params, inputs)
             elif name == "cond":
                 results = self._cond(equation, inputs)
-            elif inner and name != "while":
+            elif inner:
                 body = inner[0] if hasattr(inner[0], "consts") else jax.extend.core.ClosedJaxpr(inner[0], ())
                 results = self._walk(body, inputs)
             else:

@@ -46,6 +46,10 @@ _EPS = float(np.finfo(np.float64).eps)
 _STEPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"sign": np.sign, "floor": np.floor, "ceil": np.ceil}
 _INDEXED = ("gather", "dynamic_slice")
 _PASSIVE = ("convert_element_type", "copy", "stop_gradient", "concatenate", "split")
+_EXACT = {  # in every format
+    *MOVES, *_PASSIVE, *_INDEXED, "select_n", "pad", "stack", "neg", "abs", "max", "min", "clamp", "sort", "reduce_max",
+    "reduce_min", "dynamic_update_slice", "optimization_barrier",
+}  # fmt: skip
 
 
 def entry(x: Value, k: int) -> Value:
@@ -69,6 +73,23 @@ def stacked(calculus: Calculus, parts: list[Value]) -> Value:
 
 def applied(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]:
     """The results of an operation.  Raises `Unsupported`, which names it, where there is no rule."""
+    found = _found(calculus, equation, args)
+    return [_filled(x, v.aval.shape) for x, v in zip(found, equation.outvars, strict=True)]
+
+
+def _filled(x: Value, shape: tuple[int, ...]) -> Value:
+    """All entries of a result: of `a - b` with b of length 1 along an axis, the derivatives are b's alone."""
+
+    def full(a: Pair) -> Pair:
+        if a[0].shape[2:] == shape == a[1].shape[2:]:
+            return a
+        lo, hi = (np.broadcast_to(e, (*e.shape[:2], *shape)) for e in a)
+        return lo, hi
+
+    return linear(full, x) if isinstance(x, Jet) else x
+
+
+def _found(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]:
     name, p, shapes = equation.primitive.name, equation.params, [v.aval for v in equation.outvars]
     known = [a for a in args if isinstance(a, np.ndarray)]
     if len(known) == len(args) and (args or name in ("iota", "platform_index")):
@@ -103,6 +124,9 @@ def applied(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]
     if not all(isinstance(a, Jet) for a in args):
         raise Unsupported(f"the operation {name} of truth values or integers is not known to the checker.")
     jets = [a for a in args if isinstance(a, Jet)]
+    narrow = [s.dtype.name for s in shapes if np.issubdtype(s.dtype, np.floating) and s.dtype != np.float64]
+    if narrow and name not in _EXACT:
+        raise Unsupported(f"the rounding of {name} in {narrow[0]} is not known to the checker; reckon in float64.")
     if name not in {*MOVES, *_PASSIVE} and any(is_nan(jet) for jet in jets):
         raise Unsupported(f"{name} of a constant that is not a number is not known to the checker.")
     if name == "split":
@@ -113,15 +137,18 @@ def applied(calculus: Calculus, equation: Any, args: list[Value]) -> list[Value]
 def _picked(equation: Any, x: Jet, places: list[np.ndarray]) -> Jet:
     """Entries at known places."""
 
-    def move(e: np.ndarray) -> np.ndarray:
+    def move(e: np.ndarray, **other: Any) -> np.ndarray:
+        params = equation.params | other
         with jax.enable_x64(True):
-            one = jax.vmap(jax.vmap(lambda a: equation.primitive.bind(a, *places, **equation.params)))(e)
+            one = jax.vmap(jax.vmap(lambda a: equation.primitive.bind(a, *places, **params)))(e)
         found = np.asarray(one)
         if np.isnan(found).any():
             raise Unsupported(f"{equation.primitive.name} beyond the ends of an array is not known to the checker.")
         return found
 
-    return linear(lambda a: (move(a[0]), move(a[1])), x)
+    flat = {"fill_value": 0} if "fill_value" in equation.params else {}  # what stands for missing entries is known
+    moved = linear(lambda a: (move(a[0], **flat), move(a[1], **flat)), x)
+    return moved._replace(value=(move(x.value[0]), move(x.value[1])))
 
 
 def _updated(calculus: Calculus, whole: Jet, part: Jet, start: list[int]) -> Jet:
