@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_programs import program
 from scipy import special
 
 from dualgap_jax.duality import programs
@@ -396,6 +397,28 @@ def _networks(rng: np.random.Generator) -> dict[str, Function]:
 def test_ranges_of_arrays(name: str, x64: None, rng: np.random.Generator) -> None:
     with jax.numpy_rank_promotion("allow"):
         assert sampled(_networks(rng)[name], 3, rng, low=-1.5, high=1.5) < 1e-6
+
+
+def test_ranges_of_random_programs(x64: None, rng: np.random.Generator) -> None:
+    """Values at points of boxes, and their differences against the slopes; compiled quickly rather than well."""
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    for _ in range(2):
+        f = program(rng, 4)
+        lo, hi, points = (part[2::4] for part in boxes(3, rng, -1.5, 1.5)[1:])
+        values = np.asarray(jax.jit(jax.vmap(jax.vmap(f)))(points))
+        over = jax.jit(ranges.extension(f, jnp.zeros(3), order=1))
+        over = over.lower(lo[0], hi[0]).compile(compiler_options=quick)
+        slack = 1e-12 * (1 + np.abs(values).max((0, 1)))
+        for low, high, w, at in zip(lo, hi, points, values, strict=True):
+            box = over(low, high)
+            assert not any(np.isnan(part).any() for part in (box.lower, box.upper, *box.first))
+            assert (np.asarray(box.lower) <= at + slack).all()
+            assert (at <= np.asarray(box.upper) + slack).all()
+            step = (w[1:] - w[0])[..., None, None, None]
+            with np.errstate(invalid="ignore"):
+                parts = [np.where(step == 0, 0, step * np.asarray(end)) for end in box.first]
+            assert not (at[1:] - at[0] < np.minimum(*parts).sum(1) - slack).any()
+            assert not (at[1:] - at[0] > np.maximum(*parts).sum(1) + slack).any()
 
 
 def test_long_sums_do_not_lose_digits(x64: None, rng: np.random.Generator) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_programs import program
 from test_intervals import CURVATURES, SCALAR, SLOPES, WIDE, _networks, magnitudes
 
 from dualgap_jax.data import from_arrays
@@ -79,6 +80,11 @@ def test_rules_of_arrays(name: str, x64: None, rng: np.random.Generator) -> None
 @pytest.mark.parametrize("name", SCALAR)
 def test_rules_of_functions(name: str, x64: None, rng: np.random.Generator) -> None:
     assert sampled(lambda w: jnp.sum(SCALAR[name](w) * jnp.array([1.0, -2.0, 0.5])), rng, -3.0, 3.0) < 1e-6
+
+
+def test_rules_of_random_programs(x64: None, rng: np.random.Generator) -> None:
+    for _ in range(5):
+        sampled(summed(program(rng, 6)), rng)
 
 
 MORE: dict[str, Any] = {

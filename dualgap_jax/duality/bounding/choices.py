@@ -133,8 +133,8 @@ def arranged(run: Run, equation: Equation, args: list[Jet]) -> list[Jet]:
                 f"{equation.name} at places that depend on the weights has no interval rule."
             )
 
-    def bound(parts: dict[int, Array], **other: Any) -> list[Array]:
-        params = equation.params | other
+    def bound(parts: dict[int, Array], missing: dict[str, Any] | None = None) -> list[Array]:
+        params = equation.params | (missing or {})
         out = equation.primitive.bind(*(parts.get(k, x.value.lo) for k, x in enumerate(args)), **params)
         return list(out) if equation.primitive.multiple_results else [out]
 
@@ -155,7 +155,7 @@ def arranged(run: Run, equation: Equation, args: list[Jet]) -> list[Jet]:
             continue
         ds = {k: jets.derivative(args[k], which, count) for k in numbers}
         flat = {"fill_value": 0} if "fill_value" in equation.params else {}  # what stands for missing entries is known
-        ends = [jax.vmap(functools.partial(bound, **flat))({k: end(d) for k, d in ds.items()}) for end in both]
+        ends = [jax.vmap(functools.partial(bound, missing=flat))({k: end(d) for k, d in ds.items()}) for end in both]
         known = all(d.exact for d in ds.values()) and not fills
         found = [Interval(lo, hi, known) for lo, hi in zip(*ends, strict=True)]
         parts.append([d if known else intervals.whole(d.lo, d.hi) for d in found])
