@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from gap_oracles import brute_force, dual_by_maximisation, homogeneous_delta, homogeneous_gap
 from scipy.optimize import minimize
 
@@ -30,6 +32,7 @@ from dualgap_jax.duality import (
     problem,
     search,
     theorem,
+    theorem1,
     trained,
 )
 from dualgap_jax.duality.allocation import METHODS, allocate
@@ -45,7 +48,7 @@ from dualgap_jax.duality.verdict import verdicts
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json, load_npz, save_json
 from dualgap_jax.losses import binary_hinge, multi_margin
-from dualgap_jax.networks import conv, from_functions, mlp, mlp_output_bound
+from dualgap_jax.networks import conv, from_functions, from_linen, mlp, mlp_output_bound
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -758,6 +761,20 @@ def test_malformed_value_functions_are_refused(change: dict[str, Any], message: 
 def test_malformed_problems_are_refused(change: dict[str, float], message: str, rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match=message):
         problem.branch_problem(mlp((1,), 1), binary(rng, 4, 2), **{"tau": 1.0, "radius": 1.0, **change})
+
+
+def test_modules_and_pairs_of_arrays_make_problems(rng: np.random.Generator) -> None:
+    data, module = binary(rng, 6, 2), nn.Dense(1)
+    of_parts = problem.branch_problem(module, (data.x, data.y), tau=2.0, radius=1.0)
+    made = problem.branch_problem(from_linen(module), data, tau=2.0, radius=1.0)
+    w = jnp.asarray(rng.standard_normal(3), jnp.float32)
+    np.testing.assert_allclose(of_parts.g(w), 1 - np.mean(data.y * (data.x @ w[1:] + w[0])) / 2, rtol=1e-5)
+    assert of_parts.g(w) == made.g(w)
+    with pytest.raises(TypeError, match="takes a network"):
+        inspect.unwrap(problem.branch_problem)("mlp", data, tau=2.0, radius=1.0)
+    for wrong, arguments in (("what branch_problem", (data,)), ("must be a duality.Effort", (made,))):
+        with pytest.raises(TypeError, match=wrong):
+            inspect.unwrap(theorem1)(*arguments, 0.5, 2, effort=None)
 
 
 def test_what_cannot_be_certified_is_refused(rng: np.random.Generator) -> None:

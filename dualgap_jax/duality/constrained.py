@@ -32,14 +32,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.data import Dataset
 from dualgap_jax.duality.bounding.ranges import extension
 from dualgap_jax.duality.problem import Problem, above, branch_problem
 from dualgap_jax.duality.programs import JUMPS, Program, trace
 from dualgap_jax.duality.sets import Blocks, placed
 from dualgap_jax.files import text_digest
 from dualgap_jax.identity import function_digest
-from dualgap_jax.types import Network, PyTree
+from dualgap_jax.types import PyTree
 
 _PAIRS = 4096  # of points at whose middle convexity is looked at
 _JUMPING = {"sign", "floor", "ceil", "round", "is_finite", "reduce_precision"}
@@ -145,13 +144,12 @@ def box_around(point: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def constrained_problem(
-    branch: Network, dataset: Dataset, *, tau: Any, size: Any, domain: Any, seed: int = 0
+    branch: Any, dataset: Any, *, tau: Any, size: Any, domain: Any, seed: int = 0
 ) -> ConstrainedProblem:
     """The one-branch problem of a branch on a data set, with h and W of one's own.
 
     Args:
-      branch: f_i, with as many outputs as the data set asks for.
-      dataset: its inputs are standardised; binary or multiclass labels.
+      branch, dataset: as of `branch_problem`.
       tau: margin scale of eq. (1).
       size: h, a convex and continuous function of the branch's parameters (a tree as `branch.init` returns it), made of
         the operations that have interval rules.

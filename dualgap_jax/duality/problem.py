@@ -23,12 +23,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Float64
 
 from dualgap_jax import seeds
-from dualgap_jax.data import Dataset, validate
+from dualgap_jax.data import Dataset, as_dataset, validate
 from dualgap_jax.duality.bounding.rules import UnsupportedPrimitiveError
 from dualgap_jax.duality.programs import remedy, trace
 from dualgap_jax.duality.values import number
 from dualgap_jax.files import text_digest
 from dualgap_jax.identity import function_digest
+from dualgap_jax.networks import as_network
 from dualgap_jax.types import Network, PyTree
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -159,23 +160,24 @@ def functional(dataset: Dataset) -> tuple[Float64[np.ndarray, "n out"], float]:
     raise ValueError(f"Theorem 1 needs class labels; the data set {dataset.name!r} has a {dataset.task} task.")
 
 
-def branch_problem(
-    branch: Network, dataset: Dataset, *, tau: Any, radius: Any, power: Any = 2.0, seed: int = 0
-) -> Problem:
+def branch_problem(branch: Any, dataset: Any, *, tau: Any, radius: Any, power: Any = 2.0, seed: int = 0) -> Problem:
     """The one-branch problem of a branch on a data set.
 
     Args:
-      branch: f_i, with as many outputs as the data set asks for.
-      dataset: its inputs are standardised; binary or multiclass labels.
+      branch: f_i, with as many outputs as the data set asks for: a network, or a Linen module or a constructor of NNX
+        modules, which stands for `from_linen` or `from_nnx` of it.
+      dataset: a `Dataset`, or a pair of arrays; its inputs are standardised; binary or multiclass labels.
       tau: margin scale of eq. (1).
       radius: W is the ball of this radius.
       power: `h(w) = ||w||^power`.
       seed: of the initialisation that fixes the parameters' shapes and the state.
 
     Raises:
+      TypeError: for a branch that is no network.
       ValueError: for numbers out of range, a regression task, or outputs of the wrong shape.
       UnsupportedPrimitiveError: for a branch that JAX cannot differentiate, as the searches do.
     """
+    branch, dataset = as_network(branch, "duality.branch_problem").computed(), as_dataset(dataset)
     tau, radius, power = (number(k, v, infinite=True) for k, v in (("tau", tau), ("radius", radius), ("power", power)))
     for name, value in (("tau", tau), ("radius", radius)):
         if not 0 < value < math.inf:

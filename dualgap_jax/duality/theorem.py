@@ -20,6 +20,7 @@ from dualgap_jax.duality.units import as_counts
 from dualgap_jax.duality.values import ValueFunction, number
 from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
 from dualgap_jax.registry import unknown
+from dualgap_jax.sizes import positive
 
 Route = Literal["auto", "closed_form", "bound", "search"]
 ROUTES = ("auto", "closed_form", "bound", "search")
@@ -195,9 +196,15 @@ def theorem1(
       the checkers did not is 'estimated', and `proof.failures` says why.
 
     Raises:
+      TypeError: for a problem or an effort that is none.
       ValueError: for numbers out of range, or a branch whose outputs are not finite on W.
     """
+    if not isinstance(problem, Problem | ConstrainedProblem):
+        raise TypeError(f"theorem1 takes what branch_problem or constrained_problem made, got {problem!r:.60}.")
+    if not isinstance(effort, Effort):
+        raise TypeError(f"effort={effort!r:.60} must be a duality.Effort.")
     counts, limit = as_counts(num_branches), number("budget K", budget, infinite=True)
+    points = positive(points, "points")
     function = value_function(problem, points, effort, budget=limit, num_branches=max(counts), seed=seed, label=label)
     delta = find_delta(problem, function, effort.search, seed=seed)
     rows = verdicts(function, limit, counts, delta_lower=delta)
