@@ -146,6 +146,8 @@ def test_counts_are_whole_numbers() -> None:
         spec.check(max_steps=None)
     with pytest.raises(ConfigError, match="tolerance='x' must be a number"):
         spec.check(tolerance="x")
+    with pytest.raises(ConfigError, match=r"max_steps=100000000000000000000 must be below 2\*\*31"):
+        spec.check(max_steps=10**20)
 
 
 def test_large_networks_are_streamed_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

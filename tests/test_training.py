@@ -1171,7 +1171,7 @@ def test_train_refuses_numbers_out_of_range(options: Any, message: str, small: t
 def test_evaluate_refuses_a_batch_size_below_one(batch_size: int, small: tuple[Network, Dataset]) -> None:
     net, data = small
     params, state = net.init(jax.random.key(0), jnp.asarray(data.x[:1]))
-    with pytest.raises(ConfigError, match=f"batch_size={batch_size} must be at least 1"):
+    with pytest.raises(ConfigError, match=f"batch_size must be a positive integer, got {batch_size}"):
         evaluate(net, binary_hinge(), data, InMemory(params, state), batch_size=batch_size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,16 +141,7 @@ def train(
     mesh = MeshSpec() if mesh is None else mesh
     folder = Path(checkpoints) if checkpoints is not None else None
     seeds.check(seed)
-    require(isinstance(mesh, MeshSpec), f"mesh={mesh!r} is none; write MeshSpec(branch=2) of dualgap_jax.sharding.")
-    require(
-        schedule is None or isinstance(schedule, Schedule),
-        f"schedule={schedule!r} is none; take one of dualgap_jax.schedules, such as schedules.cosine(1000), or give the"
-        " optimizer a schedule of optax.",
-    )
-    require(
-        group_size in (None, 1) or (streaming != "on" and mesh.size == 1),
-        f"group_size={group_size}: streamed solutions are trained one after another; leave it out.",
-    )
+    _check_kinds(mesh, schedule)
     schedule = schedule or constant(max_steps)
     check(
         batch_size=batch_size,
@@ -164,19 +155,12 @@ def train(
         checkpoint_seconds=checkpoint_seconds,
         learning_rate=schedule.base,
     )
+    several = mesh.size > 1 or jax.process_count() > 1
+    _check_devices(several, streaming, group_size, folder)
     check_fits(loss, dataset)
     require(
         batch_size <= len(dataset.y),
         f"batch_size={batch_size} exceeds the {len(dataset.y)} examples; use 0 for the full data set.",
-    )
-    several = mesh.size > 1 or jax.process_count() > 1
-    require(
-        jax.process_count() == 1 or folder is not None,
-        "several processes hand a network on through its checkpoints; give a folder that all of them see.",
-    )
-    require(
-        not (several and streaming == "off"),
-        "training.streaming='off' trains on one device; use 'auto' with a mesh of several.",
     )
     transformation = optimizers.for_network(net, optimizer)
     marks: list[dict[str, Any]] = [{}] * num_solutions
@@ -195,9 +179,8 @@ def train(
         require_alike(run)
         marks = [{**run, "solution": i} for i in range(num_solutions)]
         found = [newest(folder / f"solution_{i}", mark, max_steps) for i, mark in enumerate(marks)]
-    if streaming == "on" or several:
-        choice = plan.Choice(1, True)
-    else:
+    choice = plan.Choice(1, True)
+    if streaming != "on" and not several:
         shapes = jax.eval_shape(functools.partial(draw, net, dataset, transformation), jax.random.key(0))
         may_stream = streaming == "auto" and net.stacked is not None and not net.replaced()
         begun = [plan.Choice(f.meta["group_size"], f.meta["streamed"]) for f in found if f is not None]
@@ -212,17 +195,8 @@ def train(
     )
     engine: Engine
     if choice.streamed:
-        engine = Streamed(
-            net,
-            loss,
-            transformation,
-            dataset,
-            batch_size,
-            schedule=schedule,
-            mesh=mesh,
-            chunk=branch_chunk,
-            on_disk=folder is not None,
-        )
+        settings: Any = {"mesh": mesh, "chunk": branch_chunk, "on_disk": folder is not None}
+        engine = Streamed(net, loss, transformation, dataset, batch_size, schedule=schedule, **settings)
     else:
         devices = local_devices(min(choice.group_size, num_solutions, mesh.seed or jax.local_device_count()))
         engine = Together(net, loss, transformation, schedule, dataset, batch_size, devices, choice.group_size)
@@ -244,32 +218,69 @@ def train(
     all_over = all(is_over(f, max_steps) for f in found)
     if not all_over and (said := engine.plan(max_steps, num_solutions, folder)) and report is not None:
         report(said)
-    solutions: list[Solution] = []
-    for first in range(0, num_solutions, choice.group_size):
-        group = range(first, min(first + choice.group_size, num_solutions))
-        folders = {i: folder / f"solution_{i}" if folder is not None else None for i in group}
-        with contextlib.ExitStack() as stack:
-            savers = {
-                i: stack.enter_context(Checkpointer(path, together=True))
-                for i, path in folders.items()
-                if path is not None
-            }
-            runs = {
-                i: begin_run(
-                    i,
-                    jax.random.split(solution_key(seed, i), 3),
-                    engine,
-                    schedule,
-                    savers.get(i),
-                    metrics,
-                    max_steps,
-                    found[i],
-                    marks[i],
-                )
-                for i in group
-            }
-            loop.run(runs, savers)
-        for i, r in runs.items():
-            status = "max_steps" if r.status == "running" else r.status
-            solutions.append(Solution(engine.network(r.carry, folders[i]), r.steps, status, r.batch_loss))
+    groups = [
+        range(first, min(first + choice.group_size, num_solutions))
+        for first in range(0, num_solutions, choice.group_size)
+    ]
+    return [solution for group in groups for solution in _trained(loop, group, folder, seed, found, marks)]
+
+
+def _check_kinds(mesh: Any, schedule: Any) -> None:
+    require(isinstance(mesh, MeshSpec), f"mesh={mesh!r} is none; write MeshSpec(branch=2) of dualgap_jax.sharding.")
+    require(
+        schedule is None or isinstance(schedule, Schedule),
+        f"schedule={schedule!r} is none; take one of dualgap_jax.schedules, such as schedules.cosine(1000), or give the"
+        " optimizer a schedule of optax.",
+    )
+
+
+def _check_devices(several: bool, streaming: str, group_size: int | None, folder: Path | None) -> None:
+    """Refuses what training on several devices or processes, or streamed, cannot do."""
+    require(
+        group_size in (None, 1) or (streaming != "on" and not several),
+        f"group_size={group_size}: streamed solutions are trained one after another; leave it out.",
+    )
+    require(
+        jax.process_count() == 1 or folder is not None,
+        "several processes hand a network on through its checkpoints; give a folder that all of them see.",
+    )
+    require(
+        not (several and streaming == "off"),
+        "training.streaming='off' trains on one device; use 'auto' with a mesh of several.",
+    )
+
+
+def _trained(
+    loop: Loop,
+    group: range,
+    folder: Path | None,
+    seed: int,
+    found: Sequence[Restored | None],
+    marks: Sequence[dict[str, Any]],
+) -> list[Solution]:
+    """The solutions of a group, trained together from where their checkpoints end."""
+    folders = {i: folder / f"solution_{i}" if folder is not None else None for i in group}
+    with contextlib.ExitStack() as stack:
+        savers = {
+            i: stack.enter_context(Checkpointer(path, together=True)) for i, path in folders.items() if path is not None
+        }
+        runs = {
+            i: begin_run(
+                i,
+                jax.random.split(solution_key(seed, i), 3),
+                loop.engine,
+                loop.schedule,
+                savers.get(i),
+                loop.metrics,
+                loop.max_steps,
+                found[i],
+                marks[i],
+            )
+            for i in group
+        }
+        loop.run(runs, savers)
+    solutions = []
+    for i, r in runs.items():
+        status = "max_steps" if r.status == "running" else r.status
+        solutions.append(Solution(loop.engine.network(r.carry, folders[i]), r.steps, status, r.batch_loss))
     return solutions

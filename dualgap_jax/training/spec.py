@@ -49,7 +49,7 @@ def check(where: str = "", **settings: Any) -> None:
             require(bool(least <= value < math.inf), f"{where}{name}={value} must be {limits}.")
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             require(whole or name in _REAL, f"{where}{name}={value!r} must be a whole number.")
-            require(name in _REAL or value < 2**31, f"{where}{name}={value} must be below 2**31.")
+            require(name in _REAL or bool(value < 2**31), f"{where}{name}={value} must be below 2**31.")
         elif (allowed := _ALLOWED.get(name)) and value not in allowed:
             raise ConfigError(unknown(f"value of {where}{name}:", value, allowed))
 
