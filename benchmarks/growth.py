@@ -48,7 +48,7 @@ class Work(NamedTuple):
 
 
 def training(sizes: Sizes) -> Callable[[], object]:
-    """A step of SGD on images of d numbers, by the engine that `train` would choose, or streamed over devices."""
+    """Four steps of SGD on images of d numbers, by the engine that `train` would choose, or streamed over devices."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -146,7 +146,7 @@ def relaxation(sizes: Sizes) -> Callable[[], object]:
 
 
 WORKS = {
-    "training step": Work(
+    "training": Work(
         training,
         {"I": 1000, "d": 3072, "layers": 1, "batch": 128, "devices": 1},
         {
