@@ -444,7 +444,11 @@ def test_a_small_tau_is_reported_with_what_the_hinge_clips(rng: np.random.Genera
     assert risk.clipped == pytest.approx(np.maximum(terms, 0).mean() - terms.mean(), abs=1e-9)
     assert risk.clipped > 0
     assert risk.assumption_1.status == "violated"
-    assert risk.half_width == pytest.approx(1.959964 * terms.std(ddof=1) / math.sqrt(40), rel=1e-5)
+    # Student's quantile of 39 degrees of freedom, from a table.
+    assert risk.half_width == pytest.approx(2.022691 * terms.std(ddof=1) / math.sqrt(40), rel=1e-5)
+    for wrong in (np.array([0.25, 0.25]), np.array([-0.25, 1.25]), np.full(2, math.nan)):
+        with pytest.raises(ValueError, match="add up to 1"):
+            primal_risk(one, binary_hinge(0.05), data, w, wrong)
     with pytest.raises(ValueError, match="tau"):
         primal_risk(one, binary_hinge(1.0), data, w, shares)
     for level in (0.0, 1.0, 1.5, math.nan):
@@ -468,6 +472,20 @@ def test_confidence_intervals_cover_the_population(rng: np.random.Generator) -> 
         truth = 1 - float(np.sum(density * 0.8 * np.tanh(grid) * 2 * grid) * (grid[1] - grid[0])) / 10
         hits += abs(risk.linear - truth) <= risk.half_width
     assert 180 <= hits <= 200
+
+
+def test_confidence_intervals_of_few_examples_cover_too(rng: np.random.Generator) -> None:
+    """Margins of a normal law: Student's interval is exact for any number of examples."""
+    data = binary(rng, 5, 1)
+    one = problem.branch_problem(mlp((), 1, use_bias=False), data, tau=100.0, radius=3.0)
+    loss, w = binary_hinge(100.0), np.array([[1.0]])
+    for count in (2, 4):
+        hits = 0
+        for _ in range(300):
+            x = rng.standard_normal((count, 1)).astype(np.float32)
+            risk = primal_risk(one, loss, data._replace(x=x, y=np.ones(count, np.float32)), w, np.ones(1))
+            hits += abs(risk.linear - 1) <= risk.half_width
+        assert 0.91 <= hits / 300 <= 0.985
 
 
 # --- branch and bound -------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Risk(NamedTuple):
       linear: `E(1 - y f / tau)`, the objective under Assumption 1, f being the mean over branches.
       hinge: `E max(0, 1 - y f / tau)`.
       clipped: `hinge - linear`, what the maximum adds; 0 where Assumption 1 holds.
-      half_width: of the normal confidence interval for `linear` on the population, at the level asked for; infinite for
+      half_width: of Student's confidence interval for `linear` on the population, at the level asked for; infinite for
         one example.
       assumption_1: the check on the margins of this point.
     """
@@ -75,12 +75,15 @@ def primal_risk(
       output_bound: a proven bound on the margins over W, for Assumption 1.
 
     Raises:
-      ValueError: if the loss has another tau or does not fit the data, or the level is not between 0 and 1.
+      ValueError: if the loss has another tau or does not fit the data, the shares are none, or the level is not between
+        0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95.")
     if loss.tau != problem.tau or dataset.task not in loss.tasks:
         raise ValueError(f"the loss has tau={loss.tau} for {loss.tasks}; need tau={problem.tau} for {dataset.task}.")
+    if not (np.all(np.asarray(shares) >= 0) and abs(float(np.sum(shares)) - 1) <= 1e-9):
+        raise ValueError(f"shares={shares} must be at least 0 and add up to 1.")
     x = (np.asarray(dataset.x, np.float64) - dataset.mean) / dataset.std
     c, offset = functional(dataset)
     with jax.enable_x64(True):
@@ -91,7 +94,9 @@ def primal_risk(
         margins = loss.margin(outputs, labels) if loss.margin is not None else jnp.zeros(1)
         check = check_assumption_1(loss, margins, bound=output_bound)
         terms = offset - np.sum(c * np.asarray(outputs), axis=1) / problem.tau
-    quantile = float(scipy.special.ndtri(0.5 + confidence / 2))
-    half = quantile * float(terms.std(ddof=1)) / math.sqrt(len(terms)) if len(terms) > 1 else math.inf
+    half, count = math.inf, len(terms)
+    if count > 1:
+        quantile = float(scipy.stats.t.ppf(0.5 + confidence / 2, count - 1))
+        half = quantile * float(terms.std(ddof=1)) / math.sqrt(count)
     linear = float(terms.mean())
     return Risk(linear, float(hinge.mean()), float(hinge.mean() - linear), half, check)
