@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from certify_oracles import convex_program, dataset, drawn, group_lasso, problem, rho_by_arcs
+from flax import linen as nn
 
 from dualgap_jax import duality, losses
 from dualgap_jax.certify import OptimumSpec, assess, bounds, cells, excess_along, optimum
@@ -417,6 +419,34 @@ def test_bad_losses_branches_and_data() -> None:
     )
     with pytest.raises(ValueError, match="batch norm"):
         risk_problem(conv((2,), 1, batch_norm=True), images, losses.squared(), penalty=1.0, radius=1.0)
+
+
+def test_arguments_of_another_kind_are_told_so(rng: Any) -> None:
+    one = problem(drawn(rng, 5, 2), "binary_hinge", budget=1.0, tau=2.0)
+    alpha, weights = one.slope(np.zeros((5, 1))), np.zeros((1, 3))
+    wrong = inspect.unwrap(risk_problem), inspect.unwrap(lower_bound), inspect.unwrap(lower_estimated)
+    with pytest.raises(TypeError, match="takes a network"):
+        wrong[0]("mlp", PAIR, losses.squared(), penalty=1.0)
+    for call, arguments in ((wrong[1], (alpha,)), (wrong[2], (alpha,)), (inspect.unwrap(distance), (weights,))):
+        with pytest.raises(TypeError, match="takes a problem that risk_problem made, first of all"):
+            call(NET, *arguments)
+    for settings in ({"starts": 0}, {"starts": -3}, {"steps": -1}):
+        with pytest.raises(ValueError, match="must be a positive integer"):
+            wrong[2](one, alpha, **settings)
+    for call in wrong[1:]:
+        with pytest.raises(ValueError, match="multiplier must be a"):
+            call(one, alpha, multiplier="x")
+        with pytest.raises(ValueError, match="seed='x' must be a whole number"):
+            call(one, alpha, seed="x")
+
+
+def test_flax_modules_are_branches(rng: Any) -> None:
+    module, data = nn.Dense(1, use_bias=False), drawn(rng, 5, 2)
+    made = risk_problem(module, (data.x, data.y), losses.squared(), penalty=0.1, radius=3.0)
+    ready = risk_problem(mlp((), 1, use_bias=False), data, losses.squared(), penalty=0.1, radius=3.0)
+    alpha = made.slope(np.zeros((5, 1)))
+    found = [lower_bound(p, alpha, engine="branch and bound") for p in (made, ready)]
+    assert found[0].value == pytest.approx(found[1].value, abs=1e-6)
 
 
 def test_bad_alpha_and_weights(rng: Any) -> None:

@@ -24,7 +24,7 @@ from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import assembled, check_feasible
 from dualgap_jax.certify.engines import EXACT, Ceiling, ceiling, relaxed
 from dualgap_jax.certify.primal import as_weights, risk
-from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.problem import RiskProblem, given
 from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.sliding import smoothed
 from dualgap_jax.certify.verify import verify_bound
@@ -58,7 +58,7 @@ def assess(problem: RiskProblem, network: Any, *, starts: int = 16, seed: int = 
     Raises:
       As `distance`.
     """
-    weights = as_weights(problem, network)
+    weights = as_weights(given(problem, "certify.assess"), network)
     shares = np.full(len(weights), 1.0 if problem.reduce == "sum" else 1 / len(weights))
     found = risk(problem, weights, shares)
     check_feasible(problem, weights, found)

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import scipy
 
+from dualgap_jax import seeds
 from dualgap_jax.certify.bound import Bound, Pieces
 from dualgap_jax.certify.engines import CEILINGS, EXACT, Ceiling, ceiling, relaxed
-from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.problem import RiskProblem, given
 from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.verify import verify_bound
 from dualgap_jax.duality.branch_and_bound import MAX_PARAMETERS, BoundSpec, Minimum, penalised_minimum
@@ -295,7 +296,8 @@ def lower_bound(
     Raises:
       ValueError: for an alpha of another shape or outside the domain, an unknown engine, or one that does not apply.
     """
-    rows = problem.checked(alpha)
+    rows = given(problem, "lower_bound").checked(alpha)
+    seeds.check(seed)
     if engine not in ENGINES:
         raise ValueError(unknown("engine", engine, ENGINES))
     if multiplier is not None:
@@ -348,11 +350,12 @@ def lower_estimated(
     It is at least every proven bound for these dual vectors, but may lie above F*: status 'estimated'.  The arguments
     are those of `lower_bound`, and the search's random starts and steps.
     """
-    rows = problem.checked(alpha)
+    rows = given(problem, "lower_estimated").checked(alpha)
     look = BranchSearch(problem, starts=starts, steps=steps, seed=seed)
-    lam = problem.penalty if problem.penalty is not None else multiplier
-    if problem.structure is None:
-        lam = estimated_multiplier(problem, rows, seed) if lam is None else number("multiplier", lam)
+    lam = None if multiplier is None else number("multiplier", multiplier)
+    lam = lam if problem.penalty is None else problem.penalty
+    if problem.structure is None and lam is None:
+        lam = estimated_multiplier(problem, rows, seed)
     return searched(problem, look, rows, lam or 0.0, np.zeros((0, problem.one.size)))[0]
 
 

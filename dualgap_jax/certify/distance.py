@@ -20,7 +20,7 @@ from dualgap_jax.certify.bound import Bound
 from dualgap_jax.certify.bounds import lower_bound, lower_estimated
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.primal import Risk, as_weights, branch_sums, risk
-from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.problem import RiskProblem, given
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 
 _FEASIBLE = 1e-9  # share by which weights may miss a constraint; more than rounding makes them no point of the problem
@@ -132,10 +132,10 @@ def distance(
       label: shows progress under this name; None is silent.
 
     Raises:
-      TypeError: for a network that is neither a handle nor an array.
+      TypeError: for a problem that is none, or a network that is neither a handle nor an array.
       ValueError: for weights that do not fit or are infeasible, or what `lower_bound` refuses.
     """
-    weights = as_weights(problem, network)
+    weights = as_weights(given(problem, "certify.distance"), network)
     shares = np.full(len(weights), 1.0 if problem.reduce == "sum" else 1 / len(weights))
     found = risk(problem, weights, shares)
     check_feasible(problem, weights, found)

@@ -23,8 +23,8 @@ from dualgap_jax.data import as_dataset, validate
 from dualgap_jax.duality.problem import Problem, check_gradient
 from dualgap_jax.duality.values import number
 from dualgap_jax.losses import Loss, as_loss
+from dualgap_jax.networks import as_network
 from dualgap_jax.registry import unknown
-from dualgap_jax.types import Network
 
 REDUCTIONS = ("mean", "sum")
 
@@ -113,6 +113,13 @@ class RiskProblem:
         return self.conjugate.nearest(rows, self.y)
 
 
+def given(problem: Any, where: str) -> RiskProblem:
+    """The problem as it is.  Raises TypeError for what is none."""
+    if not isinstance(problem, RiskProblem):
+        raise TypeError(f"{where} takes a problem that risk_problem made, first of all, got {type(problem).__name__}.")
+    return problem
+
+
 def real_numbers(name: str, given: Any) -> np.ndarray:
     """An array as float64.  Raises ValueError for what are no real numbers, and for complex or masked entries."""
     try:
@@ -124,7 +131,7 @@ def real_numbers(name: str, given: Any) -> np.ndarray:
 
 
 def risk_problem(
-    branch: Network,
+    branch: Any,
     dataset: Any,
     loss: Any,
     *,
@@ -138,7 +145,7 @@ def risk_problem(
     """The regularised risk of networks whose branches are all of one kind.
 
     Args:
-      branch: f, without state.
+      branch: f, without state: a network, or a Linen module or a constructor of NNX modules.
       dataset: a `Dataset`, or a pair of arrays; its inputs are standardised.
       loss: one that has a conjugate and fits the labels.
       penalty: multiplies the mean of h over branches; positive.  Exactly one of `penalty` and `budget` is given.
@@ -150,10 +157,12 @@ def risk_problem(
       seed: of the initialisation that fixes the parameters' shapes.
 
     Raises:
+      TypeError: for a branch that is no network.
       ValueError: for numbers out of range, both or neither of penalty and budget, a loss without conjugate or for other
         labels, a branch with state (batch norm), a missing radius, or a sum that depends on the number of branches.
       UnsupportedPrimitiveError: for a branch that JAX cannot differentiate.
     """
+    branch = as_network(branch, "certify.risk_problem").computed()
     loss, data = as_loss(loss), validate(as_dataset(dataset))
     if loss.conjugate is None or loss.slope is None:
         raise ValueError(

@@ -19,6 +19,7 @@ from dualgap_jax import seeds
 from dualgap_jax.certify.cells import scaled
 from dualgap_jax.certify.closed import best
 from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.sizes import positive
 
 _TOGETHER = 32  # units that are raised together
 _MEMORY = 10  # steps that L-BFGS remembers
@@ -80,6 +81,7 @@ class BranchSearch:
     def __init__(
         self, problem: RiskProblem, *, starts: int = 64, steps: int = 100, seed: int = 0, chunk: int = 64
     ) -> None:
+        starts, steps = positive(starts, "starts"), positive(steps, "steps")
         self._problem, self._starts, self._chunk = problem, starts, min(chunk, starts)
         self._generator = seeds.generator(seed)
         self._run, self._phi = _programs(problem, steps)
