@@ -61,6 +61,14 @@ GIVEN = "tests/test_moments.py -k whatever_multipliers|for_nothing"
 CANCEL = "tests/test_moments.py -k cancel"
 CLAIMS = "tests/test_moments.py -k too_low|several|other_multipliers|large"
 KINDS = "tests/test_certify_kinds.py -k program_over|does_not_follow|lies_below"
+NEGATIVE = "tests/test_certify.py -k kappa_that_is"
+AGAIN = "tests/test_certify.py -k does_not_prove_is_estimated"
+OVERFLOW = "tests/test_certify.py -k sizes_out_of_range"
+COUNTS = "tests/test_clipped.py -k another_number_of_branches"
+MISSING = "tests/test_intervals.py -k missing"
+MISSING_TOO = "tests/test_numpy_ranges.py -k missing"
+ONE_FOR_ALL = "tests/test_numpy_ranges.py -k all]"
+NO_RULE = "tests/test_numpy_ranges.py -k without_a_rule"
 JOINT = "tests/test_moments_joint.py -k false_lower|below_every"
 
 
@@ -173,6 +181,16 @@ MUTATIONS = [
     # Branches of several kinds.
     _of("certify", "kinds", "the better of both kinds", "return min(bound.value for bound in self.kinds)", "return max(bound.value for bound in self.kinds)", KINDS),
     _of("certify", "kinds", "a kind that is not looked at", "problems, bound.kinds, strict=True)):\n        if one.multiplier", "problems[:1], bound.kinds[:1], strict=True)):\n        if one.multiplier", KINDS),
+    # What the last search found.
+    _of("certify", "verify", "a sign that is not asked for", "if bound.kappa is not None and not 0 <= bound.kappa < math.inf:", "if bound.kappa is not None and not bound.kappa < math.inf:", NEGATIVE),
+    _of("certify", "bounds", "a check that is left out", 'if bound.status == "certified" and verify_bound(problem, bound).holds:', 'if bound.status == "certified":', AGAIN),
+    _of("certify", "bounds", "an overflow taken for 0", "    if math.isinf(gain):\n        return -math.inf\n", "    if math.isinf(gain):\n        return 0.0\n", OVERFLOW),
+    _of("duality", "clipped", "another number of branches", "or sum(row.counts) != row.num_branches:", "or False:", COUNTS),
+    _of("duality", "bounding/choices", "a value taken for a slope", 'flat = {"fill_value": 0} if "fill_value" in equation.params else {}', "flat: dict[str, Any] = {}", MISSING),
+    _of("duality", "checker/rules", "a value taken for a slope", 'flat = {"fill_value": 0} if "fill_value" in equation.params else {}', "flat: dict[str, Any] = {}", MISSING_TOO),
+    _of("duality", "checker/rules", "slopes of one entry for all", "return linear(full, x) if isinstance(x, Jet) else x", "return x", ONE_FOR_ALL),
+    _of("duality", "checker/rules", "a rounding that is not known", "if narrow and name not in _EXACT:", "if False:", NO_RULE),
+    _of("duality", "checker/ranges", "a program run as if it were called", "if name in INNER else ()", "if name else ()", NO_RULE),
 ]  # fmt: skip
 
 
