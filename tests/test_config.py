@@ -337,7 +337,7 @@ class Pair:
         ({"axes": "author"}, ["'author'", "Did you mean 'authors'"]),
         ({"sizes": "(1, 'x')"}, ["config.sizes[1]='x'", "expected int"]),
         ({"sizes": "1/x"}, ["'x'", "a whole number"]),
-        ({"kinds": "mean"}, ["--config.kinds='mean'", "expected a tuple"]),
+        ({"kinds": "mean"}, ["--config.kinds='mean'", "expected a tuple, as in"]),
         ({"branch.hidden": "[" * 5000}, ["expected"]),
         ({"branch": "mlp("}, ["--config.branch='mlp('", "such as --config.branch='adamw(weight_decay=0.01)'"]),
         ({"branch": "mlp(3)"}, ["named settings"]),
