@@ -344,7 +344,7 @@ def _read_leaf(key: str, text: str | None, now: Any) -> Any:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         numbers = now and isinstance(now[0], int | float)
         like = now or (text,)  # where none is there, the one that may have been meant
-        require(bool(numbers), f"{key}={text!r}: expected a tuple, as in \"{key}={like!r}\".")
+        require(bool(numbers), f'{key}={text!r}: expected a tuple, as in "{key}={like!r}".')
         return tuple(_read(key, part, now[0]) for part in text.split("/"))
     items = tuple(value) if isinstance(value, tuple | list) else (value,)
     return tuple(_like(f"{key}[{index}]", item, now[0]) for index, item in enumerate(items)) if now else items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,18 @@ def test_lanes_are_chosen_by_the_platform() -> None:
     asked = [SgdSpec(batch_size=size).lanes_on(platform) for platform in ("cpu", "tpu") for size in (10, 20, 21, 0)]
     assert asked == [64, 64, 128, 128] + [1024] * 4
     assert SgdSpec(lanes=32).lanes_on("gpu") == 32
+
+
+def test_arguments_of_another_kind_are_refused() -> None:
+    call, one, runs, spec = inspect.unwrap(train_runs), data(), make_runs(3, 0), tiny()
+    for arguments, said in (
+        ((one, runs, spec), r"write \[data\]"),
+        ((None, runs, spec), r"write \[data\]"),
+        (([one], {"width": 3}, spec), "a Runs is needed, got dict"),
+        (([one], runs, 40), "a SgdSpec is needed, got int"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call(arguments[0], losses.binary_hinge(), *arguments[1:])
 
 
 def test_bad_runs_are_refused() -> None:

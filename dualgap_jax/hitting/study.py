@@ -237,8 +237,14 @@ def train_runs(
     Raises:
       ConfigError: if the loss does not fit a data set, the data sets differ in size or are too large, a run points
         beyond them, the batch exceeds the data, or there are fewer devices than the spec names.
+      TypeError: for what is no list of data sets, no runs or no spec.
       CheckpointMismatchError, IdentityError: if `checkpoints` holds another study; the latter names what differs.
     """
+    if isinstance(datasets, Dataset) or not isinstance(datasets, Sequence):
+        raise TypeError("train_runs takes a list of data sets, to which runs.data points; write [data].")
+    for given, kind, made in ((runs, Runs, "make_runs(width, seed)"), (spec, SgdSpec, "SgdSpec(steps=1000)")):
+        if not isinstance(given, kind):
+            raise TypeError(f"a {kind.__name__} is needed, got {type(given).__name__}: write hitting.{made}.")
     datasets, loss = [as_dataset(dataset) for dataset in datasets], as_loss(loss)
     study = prepare(datasets, loss, runs, spec)
     saver = None if checkpoints is None else Checkpointer(checkpoints)
