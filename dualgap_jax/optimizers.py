@@ -70,7 +70,7 @@ def for_network(network: Network, transformation: Any) -> optax.GradientTransfor
 def _within(network: Network, inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """The transformation that acts as `inner` on every part of a network that is no sum itself."""
     if network.stacked is not None:
-        return _mapped(_within(network.stacked.branch, inner))
+        return _mapped(_within(network.stacked.branch, inner), network.stacked.num_branches)
     if network.mixed is not None:
         return _each([_within(part, inner) for part in network.mixed.networks])
     return inner
@@ -89,13 +89,15 @@ def _with_value(transformation: optax.GradientTransformation) -> optax.GradientT
     return optax.GradientTransformationExtraArgs(transformation.init, update)
 
 
-def _mapped(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+def _mapped(inner: optax.GradientTransformationExtraArgs, num_branches: int) -> optax.GradientTransformationExtraArgs:
+    """The transformation that acts on every branch alone; all of them, or as many as are given."""
+
     def over_branches(function: Callable[..., PyTree], *trees: PyTree) -> PyTree:
-        leaves = jax.tree.leaves(trees[0])
+        leaves = jax.tree.leaves(trees)
         if leaves and leaves[0].shape[0] == 1:  # no batched products or sums: one branch gets the same bits as alone
             alone = function(*jax.tree.map(lambda a: a[0], trees))
             return jax.tree.map(lambda a: jnp.asarray(a)[None], alone)
-        return jax.vmap(function)(*trees)
+        return jax.vmap(function, axis_size=None if leaves else num_branches)(*trees)
 
     def init(params: Params) -> PyTree:
         return over_branches(inner.init, params)

@@ -276,6 +276,19 @@ def test_a_mixture_of_one_stack_is_trained_as_the_stack(rng: np.random.Generator
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after[1][0], after[0])
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adafactor", "clip_by_global_norm"])
+def test_parts_without_parameters_do_no_harm(name: str, rng: np.random.Generator) -> None:
+    branch, bare = mlp((2,), out=1), from_functions(lambda key, x: {}, lambda params, x: x[:, :1])
+    network = mixture([multi_branch(bare, 2), multi_branch(branch, 3)])
+    params, gradients = ({}, tree(rng, 3)), [({}, tree(rng, 3, size=10.0)) for _ in range(2)]
+    found = trained(optimizers.for_network(network, made(name)), params, gradients)
+    expected = trained(
+        optimizers.for_network(multi_branch(branch, 3), made(name)), params[1], [g[1] for g in gradients]
+    )
+    assert found[0] == {}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found[1], expected)
+
+
 def test_a_mixture_whose_functions_were_replaced_is_one_network() -> None:
     network = mixture([mlp((2,), out=1)] * 2)
     assert network.mixed is not None
