@@ -84,7 +84,7 @@ def report(records: list[dict[str, Any]]) -> Report:
         rows.append(_row(r, r["num_branches"], r))
         if "aligned" in r:
             rows.append(_row(r, f"{r['num_branches']:,} aligned", r["aligned"]))
-        rows += [_row(r, f"{r['num_branches']} {name}", control) for name, control in r.get("controls", {}).items()]
+        rows += [_row(r, f"{r['num_branches']:,} {name}", control) for name, control in r.get("controls", {}).items()]
     first = records[0]
     notes = [
         f"Regime: {first['regime']}.",
