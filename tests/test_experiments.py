@@ -609,7 +609,7 @@ def test_own_entries_need_no_edit_of_the_package(tmp_path: Path) -> None:
         ({"branch": {"name": "mlp", "hiden": (3,)}}, UnknownNameError, "'hiden'. Did you mean 'hidden'"),
         ({"branch": {"name": "mlp", "hidden": (0,)}}, SettingError, "positive integer"),
         ({"data": {"name": "mnits"}}, UnknownNameError, "unknown data set 'mnits'. Did you mean 'mnist'"),
-        ({"data": {"name": "synthetic_relu", "n": 0}}, SettingError, "n must be at least 1"),
+        ({"data": {"name": "synthetic_relu", "n": 0}}, SettingError, "n must be a positive integer"),
         ({"loss": {"name": "hinge"}}, UnknownNameError, "unknown loss 'hinge'"),
         ({"loss": {"name": "binary_hinge", "tau": 0.0}}, SettingError, "tau must be a positive"),
         ({"loss": {"name": "binary_hinge", "tau": -1.0}}, SettingError, "tau must be a positive"),

@@ -460,7 +460,7 @@ def test_networks_and_routes_that_cannot_be_streamed(tmp_path: Path, rng: np.ran
     with pytest.raises(ValueError, match="the network has 5 branches, the solutions have 13"):
         evaluate_points(other, case.loss, case.data, case.streamed, where)
     for name in ("batch_size", "branch_chunk"):
-        with pytest.raises(ConfigError, match=f"{name}=0 must be at least 1"):
+        with pytest.raises(ConfigError, match=f"{name} must be a positive integer, got 0"):
             evaluation.evaluate(case.net, case.loss, case.data, case.sources[0], **{name: 0})
     with pytest.raises(TypeError, match="got tuple: write"):
         evaluation.evaluate.__wrapped__(case.net, case.loss, case.data, case.solutions[0])
