@@ -128,7 +128,7 @@ def test_errors_bound_the_distance_to_an_eigenvalue(rng: np.random.Generator) ->
 def test_bad_input_is_refused(rng: np.random.Generator) -> None:
     net, loss, data, network = problem("logistic, tanh", rng)
     for words, options in {
-        "k=0 must": {"k": 0},
+        "k must be a positive integer, got 0": {"k": 0},
         "exceeds the": {"k": 1000},
         "tolerance=2": {"tolerance": 2.0},
         "take fewer steps": {"probes": 10**12},
