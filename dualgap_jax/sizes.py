@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import typing
 from collections.abc import Iterable
 
 from dualgap_jax.config import ConfigError, require
@@ -15,9 +14,7 @@ def positive(value: object, name: str) -> int:
     Raises:
       ConfigError: for anything else.
     """
-    whole = _whole(value)
-    require(whole is not None and whole >= 1, f"{name} must be a positive integer, got {value!r}.")
-    return typing.cast(int, whole)
+    return _whole(value, 1, f"{name} must be a positive integer, got {value!r}.")
 
 
 def count(value: object, name: str) -> int:
@@ -26,9 +23,7 @@ def count(value: object, name: str) -> int:
     Raises:
       ConfigError: for anything else.
     """
-    whole = _whole(value)
-    require(whole is not None and whole >= 0, f"{name} must be a whole number of at least 0, got {value!r}.")
-    return typing.cast(int, whole)
+    return _whole(value, 0, f"{name} must be a whole number of at least 0, got {value!r}.")
 
 
 def positives(values: object, name: str) -> tuple[int, ...]:
@@ -42,8 +37,10 @@ def positives(values: object, name: str) -> tuple[int, ...]:
     return tuple(positive(value, f"every entry of {name}={values!r}") for value in values)
 
 
-def _whole(value: object) -> int | None:
+def _whole(value: object, least: int, said: str) -> int:
     try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        whole = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        return None
+        whole = least - 1
+    require(whole >= least, said)
+    return whole
