@@ -70,7 +70,7 @@ def training(sizes: Sizes) -> Callable[[], object]:
     transformation, schedule = for_network(net, optax.sgd(1.0)), constant(steps)
     shapes = jax.eval_shape(lambda key: draw(net, data, transformation, key), jax.random.key(0))
     need = plan.need(net, shapes, batch_shape(data, batch))
-    choice = plan.choose(need, 1, None, True, [], plan.stream_from(net, shapes, None))
+    choice = plan.choose(need, 1, None, True, [], plan.stream_from(net, shapes, jax.default_backend()))
     engine: Engine
     if choice.streamed or devices > 1:
         engine = Streamed(net, loss, transformation, data, batch, schedule=schedule, mesh=MeshSpec(branch=devices))

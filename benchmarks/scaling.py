@@ -7,7 +7,7 @@ processes.  One takes the time of steps in turn with the two products of the fir
 of the same shapes (the limit, as in training_step.py); the rate counts the operations of a plain step.  Two more call
 `train` for two steps, without and with checkpoints, on 50,000 uint8 images held on the host, and take their peak
 resident memory: all of the process, with the interpreter, JAX, the data, initialisation and, in the second, saving.
-For I up to 8,000 the plain step (automatic differentiation of the whole network) is measured too.
+For I up to 8,000, or --plain-up-to, the plain step (automatic differentiation of the whole network) is measured too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dualgap_jax.training.engine import tree_bytes
 from dualgap_jax.training.streamed import Streamed
 
 _COUNTS = (1, 10, 100, 1000, 8000, 50_000)
-_PLAIN_UP_TO = 8000
+_PLAIN_UP_TO = 8000  # branches up to which the plain step is measured, if not told otherwise
 _PLAIN_STEPS = 4  # a program: the memory of its gradient is then used again, as in training
 _OF_LIMIT, _PLAIN = "of_limit", "plain_of_limit"
 _PEAK, _PEAK_SAVED = "peak_over_parameters", "peak_with_checkpoints_over_parameters"
@@ -105,12 +105,14 @@ def plain_call(case: training_step.Case, batch: int) -> Callable[[], Any]:
     return call
 
 
-def time_one(case: training_step.Case, batch: int, rounds: int, momentum: float) -> dict[str, Any]:
+def time_one(
+    case: training_step.Case, batch: int, rounds: int, momentum: float, plain_up_to: int = _PLAIN_UP_TO
+) -> dict[str, Any]:
     """Step, limit and rates of one I, in this process."""
     data = common.random_images(case.image, num_examples=max(1024, batch))
     solver, call = streamed_call(case, data, batch, momentum)
     calls = {"streamed": call, **bare_products(case, batch)}
-    if case.num_branches <= _PLAIN_UP_TO and not momentum:
+    if case.num_branches <= plain_up_to and not momentum:
         calls["plain"] = plain_call(case, batch)
     seconds = common.interleave(calls, rounds)
     done = training_step.operations(case.widths, case.num_branches, batch)
@@ -195,20 +197,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--branches", type=common.positive, action="append", help="only this I; may be repeated")
     parser.add_argument("--momentum", type=float, default=0.0, help="of the optimiser; its state is streamed too")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument(
+        "--plain-up-to", type=common.positive, default=_PLAIN_UP_TO, help="measure the plain step up to this I"
+    )
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; 5 GB at I=50000")
     parser.add_argument("--only-time", type=common.positive, help="measure one I in this process")
     parser.add_argument("--only-memory", type=common.positive, help="the same for its memory")
     flags = parser.parse_args(argv)
     batch = 8 if flags.smoke else 128
     if flags.only_time:
-        print(json.dumps(time_one(case_of(flags.only_time, flags.smoke), batch, flags.rounds, flags.momentum)))
+        case = case_of(flags.only_time, flags.smoke)
+        print(json.dumps(time_one(case, batch, flags.rounds, flags.momentum, flags.plain_up_to)))
         return
     if flags.only_memory:
         print(json.dumps(memory_one(case_of(flags.only_memory, flags.smoke), batch, flags.folder, flags.momentum)))
         return
     where = common.environment()
     rows = []
-    passed_on = [f"--rounds={flags.rounds}", f"--momentum={flags.momentum}", *(["--smoke"] if flags.smoke else [])]
+    passed_on = [f"--rounds={flags.rounds}", f"--momentum={flags.momentum}", f"--plain-up-to={flags.plain_up_to}"]
+    passed_on += ["--smoke"] if flags.smoke else []
     if flags.folder is not None:
         flags.folder.mkdir(parents=True, exist_ok=True)
     for count in flags.branches or ((2, 5) if flags.smoke else _COUNTS):

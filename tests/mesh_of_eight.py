@@ -73,7 +73,7 @@ def losses_and_weights(net: Any, data: Dataset, mesh: MeshSpec) -> tuple[np.ndar
     for now in range(10):
         picked = np.random.default_rng(now).choice(48, 16, replace=False)
         carry, value = solver.step(carry, picked, rate, jax.random.key(4), now)
-        values.append(value)
+        values.append(float(value))
     network = solver.network(carry, None)
     return np.asarray(values), network.read(0, network.num_branches)
 

@@ -217,6 +217,44 @@ def test_mlp_stem_contract(hidden: tuple[int, ...], use_bias: bool, rng: np.rand
     assert new_state == ()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 8, 7), (10, 16, 33), (3, 5, 2)])
+def test_products_of_few_columns_as_sums(shape: tuple[int, int, int], rng: np.random.Generator) -> None:
+    out, fan_in, batch = shape
+    for scale in (1e-15, 1.0, 1e15):
+        kernel, a = (scale * rng.standard_normal(s) for s in ((out, fan_in), (fan_in, batch)))
+        kernel, a = kernel.astype(np.float32), a.astype(np.float32)
+        expected = kernel.astype(float) @ a.astype(float)
+        bound = fan_in * 2.0**-23 * (np.abs(kernel).astype(float) @ np.abs(a).astype(float)) + 1e-45
+        assert (np.abs(np.asarray(networks.dense._sums(jnp.asarray(kernel), jnp.asarray(a))) - expected) <= bound).all()
+
+
+def test_gpus_get_sums_for_small_layers_where_nothing_is_differentiated(rng: np.random.Generator) -> None:
+    branch = networks.mlp((8, 20, 8), 3)
+    x = jnp.zeros((5, 40))
+    shapes = jax.eval_shape(branch.init, jax.random.key(0), x)[0]
+    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal((4, *s.shape)), jnp.float32), shapes)
+    z = jnp.asarray(rng.standard_normal((4, 8, 5)), jnp.float32)
+    assert branch.stem is not None
+    rest_sum = branch.stem.rest_sum
+    assert rest_sum is not None
+
+    def outputs(params: Any, z: Array, train: bool = False) -> Array:
+        return rest_sum(params, (), z, train=train)[0]
+
+    def products(function: Any, platform: str) -> int:
+        module = jax.export.export(jax.jit(function), platforms=[platform])(params, z).mlir_module()
+        return module.count("stablehlo.dot_general")
+
+    assert products(outputs, "cpu") == 3
+    assert products(outputs, "cuda") == 2  # 8 inputs as sums; 20 inputs, and the sum over branches
+    assert products(lambda p, z: outputs(p, z, True), "cuda") == 3
+    gradient = jax.grad(lambda p, z: jnp.sum(outputs(p, z) ** 2))
+    expected = jax.grad(lambda p, z: jnp.sum(outputs(p, z, True) ** 2))
+    assert products(gradient, "cuda") == products(expected, "cuda") > 3
+    for got, wanted in zip(jax.tree.leaves(gradient(params, z)), jax.tree.leaves(expected(params, z)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------------- bound
 
 

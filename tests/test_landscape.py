@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -410,6 +410,56 @@ def test_routes_agree_in_float32(name: str, rng: np.random.Generator) -> None:
 def test_surfaces_do_not_depend_on_the_chunks(chunks: dict[str, Any]) -> None:
     case = make("mean", np.random.default_rng(0))
     np.testing.assert_allclose(case(XS, YS, **chunks), case.by_hand(XS, YS), rtol=1e-12)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels that GPUs get, compiled for this machine."""
+    monkeypatch.setattr(kernels, "_on_gpu", lambda: True)
+    kernels.kernels.cache_clear()
+    yield
+    kernels.kernels.cache_clear()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "chunks", [{}, {"branch_chunk": 2, "point_chunk": 5, "sample_chunk": 4}, {"branch_chunk": 3, "point_chunk": 1}]
+)
+@pytest.mark.usefixtures("x64", "as_on_a_gpu")
+def test_the_kernels_of_a_gpu_give_the_same(name: str, chunks: dict[str, int], rng: np.random.Generator) -> None:
+    case = make(name, rng)
+    expected = case.by_hand(XS, YS)
+    for route in ("auto", "plain"):
+        np.testing.assert_allclose(case(XS, YS, route=route, **chunks), expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_kernels_of_a_gpu_slice_no_branches_inside_their_loop(rng: np.random.Generator) -> None:
+    case = make("mean", rng, np.float32)
+    made = kernels.kernels(case.net, case.loss, False, 5, 2, 3)
+    block = case.plane.whole()
+    x = jnp.asarray(case.data.x, jnp.float32)
+    z = made.below(block.params, x)
+    total = jnp.zeros((6, len(x), case.data.num_outputs))
+    jaxpr = jax.make_jaxpr(made.add)(total, block, (), z, jnp.zeros((6, 2)))
+    inside = slices_in_loops(jaxpr.jaxpr, False)
+    assert inside == []
+    outside = slices_in_loops(jaxpr.jaxpr, True)
+    assert outside, "nothing is sliced anywhere: the test shows nothing"
+
+
+def slices_in_loops(jaxpr: Any, inside: bool) -> list[str]:
+    """Names of the dynamic slices in a program: of all of it, or (`inside` False at the top) of the bodies of loops."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dynamic_slice" and inside:
+            found.append(str(eqn))
+        loop = inside or eqn.primitive.name in ("scan", "while")
+        for parameter in jax.tree.leaves(list(eqn.params.values())):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                found += slices_in_loops(inner, loop)
+    return found
 
 
 @pytest.mark.usefixtures("x64")

@@ -135,7 +135,7 @@ def test_a_streamed_plane_is_the_one_in_memory(dtype: Any, axes: str, tmp_path: 
         for first, count in ((0, 13), (0, 1), (3, 5), (12, 1)):
             block, sliced = case.streamed.block(first, count), case.plane.block(first, count)
             expected = jax.tree.map(lambda leaf: leaf[first : first + count], case.plane.whole())  # noqa: B023
-            for got in (block, sliced, case.plane.whole().rows(first, count)):
+            for got in (block, sliced):
                 assert jax.tree.structure(got) == jax.tree.structure(expected)
                 for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
                     assert a.dtype == dtype
@@ -239,6 +239,29 @@ def test_streamed_values_are_those_in_memory_bit_for_bit(
             assert len(blocks) > 1, "one block only: the test shows nothing"
             assert sum(count for _, count in blocks) == NUM_BRANCHES, "read more than once"
             assert len({count for _, count in blocks}) == 2
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_block_in_memory_serves_all_batches_that_fit(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make("deep", tmp_path, rng)
+    whole = evaluate(case.net, case.loss, case.data, case.plane, XS, YS, **CHUNKS).loss
+    of_batch = 4 * 12 * 4 * 3  # bytes x points x samples x outputs
+    made: list[tuple[int, int]] = []
+    original = Plane.block
+
+    def counted(self: Plane, first: int, count: int) -> Any:
+        made.append((first, count))
+        return original(self, first, count)
+
+    monkeypatch.setattr(Plane, "block", counted)
+    for passes, size in ((1, 3 * of_batch), (2, 2 * of_batch), (3, of_batch)):
+        made.clear()
+        options = CHUNKS | {"accumulator_bytes": size * points._SHARE_IN_MEMORY}
+        got = evaluate(case.net, case.loss, case.data, case.plane, XS, YS, **options).loss
+        np.testing.assert_array_equal(got, whole)
+        assert sum(count for first, count in made if (first, count) != (0, 1)) == passes * NUM_BRANCHES
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -27,7 +27,7 @@ from dualgap_jax.networks import conv, from_functions, mixture, mlp, multi_branc
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.optimizers import for_network
 from dualgap_jax.sharding import Layout, MeshSpec
-from dualgap_jax.training import Solution, TrainingSpec, plan
+from dualgap_jax.training import Solution, TrainingSpec, plan, streamed
 from dualgap_jax.training.branch_step import Shard, branch_step, piece_size
 from dualgap_jax.training.engine import Carry, all_finite
 from dualgap_jax.training.placement import Placement
@@ -205,6 +205,25 @@ def test_streamed_training_is_plain_training(batch_size: int, tmp_path: Path, rn
         for a, b in zip(jax.tree.leaves(stored.network.read(1, 3)[0]), jax.tree.leaves(other.params), strict=True):
             np.testing.assert_array_equal(a, b[1:4])
         assert (stored.steps, stored.status, stored.batch_loss) == (other.steps, other.status, other.batch_loss)
+
+
+def test_steps_that_are_not_waited_for_are_the_same(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, dataset = multi_branch(mlp((3,), 3), 5), images(rng)
+    spec = spec_with(batch_size=8, streaming="on", branch_chunk=2, optimizer=sgd(0.9), max_steps=13, check_every=7)
+    (expected,) = train_as(net, multi_margin(), dataset, spec, num_solutions=1)
+    calls: list[int] = []
+    original = Streamed.advance
+
+    def counted(self: Any, lanes: Any, steps: Any) -> Any:
+        calls.append(steps.length)
+        return original(self, lanes, steps)
+
+    monkeypatch.setattr(Streamed, "advance", counted)
+    monkeypatch.setattr(streamed, "device_memory", lambda: 2**34)
+    (got,) = train_as(net, multi_margin(), dataset, spec, num_solutions=1)
+    assert calls == [7, 6]
+    jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+    assert (got.batch_loss, got.steps) == (expected.batch_loss, expected.steps)
 
 
 class Killed(Exception):

@@ -51,19 +51,22 @@ def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int
     def below(params: tuple[PyTree, ...], x: Array) -> PyTree:
         return tuple(first_layer(p, x) for p in params) if first_layer is not None else x
 
-    def some(block: Block, states: State, z: PyTree, points: Array, first: Array | int, size: int) -> Array:
-        """Outputs `[K, batch, out]` of the sum of a few branches, so few that they stay in cache."""
-        # Slices of leaves that are not used (the first layer) are not computed.
+    def cut(block: Block, z: PyTree, first: Array | int, size: int) -> tuple[tuple[PyTree, ...], PyTree]:
+        """Parameters and `z` of a few branches; slices of leaves that are not used (the first layer) are not made."""
         take = functools.partial(jax.tree.map, lambda leaf: lax.dynamic_slice_in_dim(leaf, first, size, 0))
-        params = take(block.params)
-        states = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, size, 1), states)
+        return take(block.params), z if stem is None else take(z)
+
+    def cut_states(states: State, first: Array | int, size: int) -> State:
+        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, size, 1), states)
+
+    def some(params: tuple[PyTree, ...], z: PyTree, states: State, points: Array) -> Array:
+        """Outputs `[K, batch, out]` of the sum of a few branches, so few that they stay in cache."""
         branch = stacked.branch  # type: ignore[union-attr]
         if stem is None:
             return lax.map(lambda each: sum_branches(branch, at(*each[0], *params), each[1], z)[0], (points, states))
-        zs = take(z)
 
         def one(point: Array, state: State) -> Array:
-            return sum_rest(branch, at(*point, *params), state, at(*point, *zs))[0]
+            return sum_rest(branch, at(*point, *params), state, at(*point, *z))[0]
 
         return jax.vmap(one)(points, states)
 
@@ -77,29 +80,70 @@ def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int
     size = min(branch_chunk, count)
 
     def outputs(block: Block, states: State, z: PyTree, points: Array) -> Array:
-        return whole(block, states, z, points) if stacked is None else some(block, states, z, points, 0, size)
+        if stacked is None:
+            return whole(block, states, z, points)
+        return some(*cut(block, z, 0, size), cut_states(states, 0, size), points)
 
     def add_to(total: Array, block: Block, states: State, z: PyTree, points: Array) -> Array:
         if stacked is None:
             return total + whole(block, states, z, points)
-        total = lax.fori_loop(
-            0, count // size, lambda i, acc: acc + some(block, states, z, points, i * size, size), total
-        )
+
+        def more(first: Array | int, size: int, total: Array) -> Array:
+            return total + some(*cut(block, z, first, size), cut_states(states, first, size), points)
+
+        total = lax.fori_loop(0, count // size, lambda i, acc: more(i * size, size, acc), total)
         rest = count % size
-        return total + some(block, states, z, points, count - rest, rest) if rest else total
+        return more(count - rest, rest, total) if rest else total
 
     together = 1 if stem is None else together
 
+    def by_group(total: Array, block: Block, states: State, z: PyTree, points: Array) -> Array:
+        """`add` for groups of points, one after another."""
+        return lax.map(lambda group: add_to(group[0], block, group[1], z, group[2]), (total, states, points))
+
+    def by_group_on_gpu(total: Array, block: Block, states: State, z: PyTree, points: Array) -> Array:
+        """The same without slices at moving places.
+
+        XLA's GPU compiler copies such a slice aside, on another stream, and everything waits for that copy: they took
+        nine tenths of a pass (docs/scaling.md).  So branches are sliced before the loop, at fixed places, and the
+        points of a group are a masked sum over those of all groups, which is exact.
+        """
+        ends = [(first, min(size, count - first)) for first in range(0, count, size)]
+        pieces = [cut(block, z, *ends_of) for ends_of in ends] if stacked is not None else []
+
+        def group(i: Array, out: Array) -> Array:
+            mine = jnp.sum(jnp.where((jnp.arange(len(points)) == i)[:, None, None], points, 0), axis=0)
+            here = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False), states)
+            part = jnp.zeros_like(total[0])
+            for piece, ends_of in zip(pieces, ends, strict=True) if stacked is not None else ():
+                part += some(*piece, cut_states(here, *ends_of), mine)
+            if stacked is None:
+                part += whole(block, here, z, mine)
+            return lax.dynamic_update_index_in_dim(out, part, i, 0)
+
+        return total + lax.fori_loop(0, len(points), group, jnp.zeros_like(total))
+
+    add_groups = by_group_on_gpu if _on_gpu() else by_group
+
     @jax.jit
     def add(total: Array, block: Block, states: State, z: PyTree, points: Array) -> Array:
-        grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, together, *leaf.shape[1:]), (total, points, states))
-        return lax.map(lambda group: add_to(group[0], block, group[2], z, group[1]), grouped).reshape(total.shape)
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, together, *leaf.shape[1:]), (total, states, points))
+        return add_groups(grouped[0], block, grouped[1], z, grouped[2]).reshape(total.shape)
 
     @jax.jit
     def losses(total: Array, y: Array) -> Array:
         return jax.vmap(lambda o: sum_loss(loss, o if scale is None else scale * o, y))(total)
 
     return Kernels(below, add, losses, outputs)
+
+
+def points_at_once() -> int:
+    """Points in a call of a kernel, at most: on GPUs more, since slicing the branches is paid once a call."""
+    return 256 if _on_gpu() else 64
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def workers() -> int:

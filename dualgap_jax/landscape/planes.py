@@ -38,11 +38,6 @@ class Block(NamedTuple):
     states: tuple[State, ...]
     floor: State
 
-    def rows(self, first: int, count: int) -> Block:
-        """The plane of branches `first .. first + count - 1`."""
-        params, states = (tuple(trees.rows(t, first, count) for t in part) for part in (self.params, self.states))
-        return Block(params, states, trees.rows(self.floor, first, count))
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plane:

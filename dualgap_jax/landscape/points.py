@@ -31,6 +31,7 @@ from dualgap_jax.types import Network, PyTree
 
 ROUTES = ("auto", "stem", "plain")
 ACCUMULATOR_BYTES = 3 * 2**30  # of outputs kept for all points while networks are read from disk
+_SHARE_IN_MEMORY = 8  # of that, where they are in memory and a block costs no more than a copy
 
 
 def evaluate_points(
@@ -124,8 +125,9 @@ def evaluate_points(
     )
     work.done = saver.load(len(points))
     group_size = 1
-    if work.held is None or (keep is not None and work.last):
-        group_size = max(1, accumulator_bytes // (4 * len(points) * dataset.num_outputs * sample_chunk))
+    if work.held is None:  # a block of branches serves several batches
+        room = accumulator_bytes // _SHARE_IN_MEMORY if plane.in_memory and keep is None else accumulator_bytes
+        group_size = max(1, room // (4 * len(points) * dataset.num_outputs * sample_chunk))
     with (
         on_exception(lambda: saver.save(work.done)),
         jax.default_matmul_precision("highest"),
@@ -154,7 +156,7 @@ class _Evaluation:
       size: of each, filled up by points that are there already, so that one program serves every call.
       batches: slices of the samples.
       branches: `(first, count)` of the blocks of branches; `last` is the index of the last one.
-      held: the networks of the plane where they are in memory.
+      held: the plane over all branches where its networks are in memory and one block.
       head: the first branch of each, or the whole where the network is no sum of branches.
       done: what is through.
     """
@@ -176,12 +178,11 @@ class _Evaluation:
             compiled.kernels, net, loss, plain, branch_chunk=branch_chunk, together=point_chunk
         )
         self._multiple = point_chunk if net.stem is not None and not plain else 1
-        self.size = max(1, min(64, len(points)) // self._multiple) * self._multiple
+        self.size = max(1, min(compiled.points_at_once(), len(points)) // self._multiple) * self._multiple
         self.points = [slice(first, first + count) for first, count in blocks(len(points), self.size)]
         self._padded = [np.resize(points[which], (self.size, 2)) for which in self.points]
         self.batches = [slice(first, first + count) for first, count in blocks(len(dataset.y), sample_chunk)]
-        self.held = held = plane.whole() if plane.in_memory else None
-        self.head = plane.block(0, 1) if held is None else (held if net.stacked is None else held.rows(0, 1))
+        self.head = plane.block(0, 1) if net.stacked is not None else plane.whole()
         self.branches = [(0, plane.num_branches)]
         if net.stacked is not None and not plain:
             one = self.head.params[0], self.head.states[0]
@@ -189,6 +190,7 @@ class _Evaluation:
             count = block_size(net, one, x, branch_chunk, len(points))
             self.branches = blocks(plane.num_branches, count)
         self.last = len(self.branches) - 1
+        self.held = plane.whole() if plane.in_memory and not self.last else None
         self.done = Work.none(len(points))
         self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         self._outputs: Any = None  # shape and type of the outputs at some points, once they are known
@@ -216,9 +218,7 @@ class _Evaluation:
         """The blocks of branches that some of these batches need, with their numbers, read ahead."""
 
         def read(first: int, count: int) -> Block:
-            if self.held is None:
-                return self._plane.block(first, count)
-            return self.held.rows(first, count) if self.last else self.held
+            return self._plane.block(first, count) if self.held is None else self.held
 
         begun = min(self._added(batch, block) for batch in group for block in range(len(self.points)))
         return enumerate(read_ahead(read, self.branches[begun:]), begun)

@@ -28,6 +28,34 @@ KERNEL_INITS: Mapping[str, tuple[str, Callable[[int], float]]] = {
 }
 
 
+Product = Callable[[Array, Array], Array]
+_FEW = 16  # inputs of a layer up to which `_few` writes its products out
+
+
+@jax.custom_jvp
+def _few(kernel: Array, a: Array) -> Array:
+    """`kernel @ a`; on GPUs, for a layer of few inputs, as sums of products where nothing is differentiated.
+
+    XLA's GPU compiler pads so small a product to the tiles of the matrix units and goes to memory before it and after;
+    sums of products it merges with the activation and with what makes the operands.  With a gradient the product is
+    the better way.
+    """
+    if len(a) > _FEW or kernel.dtype != jnp.float32:
+        return kernel @ a
+    return jax.lax.platform_dependent(kernel, a, cuda=_sums, default=jnp.matmul)
+
+
+@_few.defjvp
+def _few_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (kernel, a), (d_kernel, d_a) = primals, tangents
+    return kernel @ a, d_kernel @ a + kernel @ d_a
+
+
+def _sums(kernel: Array, a: Array) -> Array:
+    """`kernel @ a` for few columns of the kernel, element by element."""
+    return jnp.sum(kernel[:, :, None] * a[None], axis=1)
+
+
 def mlp(
     hidden: Iterable[SupportsIndex] = (8,),
     out: SupportsIndex = 10,
@@ -84,8 +112,8 @@ def mlp(
             layers.append(layer)
         return tuple(layers), ()
 
-    def affine(layer: Mapping[str, Array], a: Array) -> Array:
-        z = layer["kernel"] @ a
+    def affine(layer: Mapping[str, Array], a: Array, product: Product = jnp.matmul) -> Array:
+        z = product(layer["kernel"], a)
         if not use_bias:
             return z
         wide = accumulator(z.dtype)  # also for the gradient of the bias, a sum over the batch
@@ -94,10 +122,10 @@ def mlp(
     def preactivation(params: Params, x: Array, /) -> Array:
         return affine(params[0], x.reshape(x.shape[0], -1).T)
 
-    def features(params: Params, z: Array) -> Array:
+    def features(params: Params, z: Array, product: Product = jnp.matmul) -> Array:
         """The input of the last layer, `[features, batch]`."""
         for layer in params[1:-1]:
-            z = affine(layer, psi(z))
+            z = affine(layer, psi(z), product)
         return psi(z)
 
     def rest(
@@ -109,11 +137,12 @@ def mlp(
     def rest_sum(
         params: Params, state: State, z: Array, /, *, key: Any = None, train: bool = False
     ) -> tuple[Array, State]:
-        del key, train
+        del key
         wide = accumulator(z.dtype)
         if not inner:
             return z.sum(0, dtype=wide).T, state
-        head, inputs = params[-1], jax.vmap(features)(params, z)
+        product = jnp.matmul if train else _few
+        head, inputs = params[-1], jax.vmap(lambda p, z: features(p, z, product))(params, z)
         # On CPU XLA is six times slower on the transposed product; the barrier keeps it from folding the transpose.
         total = jnp.einsum("ioh,ihb->ob", head["kernel"], inputs, preferred_element_type=wide)
         total = jax.lax.optimization_barrier(total).T

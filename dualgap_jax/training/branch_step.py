@@ -230,15 +230,17 @@ def _apart(i: Array, function: Callable[[Any], Any], value: Any, fused: bool = T
     What goes in and what comes out are then buffers of their own, and all of the one comes before all of the other.
     Else XLA reads slices of the parameters wherever they are used, and where it cannot tell that all reading is done
     before a slice is written, it copies the whole array: at every chunk.  Where `fused`, its TPU compiler does not, and
-    by its own estimate a step with momentum takes half as long when it may fuse update and gradient.
+    by its own estimate a step with momentum takes half as long when it may fuse update and gradient.  Its GPU compiler
+    never does, and there such a loop waits for the host at every turn.
     """
 
     def loop(i: Array, value: Any) -> Any:
         return lax.fori_loop(i, i + 1, lambda _, v: function(v), value)
 
-    if not fused:
-        return loop(i, value)
-    return lax.platform_dependent(i, value, tpu=lambda _, value: function(value), default=loop)
+    def plain(_: Array, value: Any) -> Any:
+        return function(value)
+
+    return lax.platform_dependent(i, value, cuda=plain, tpu=plain if fused else loop, default=loop)
 
 
 def _reads(function: Callable[..., Any], first: PyTree, *rest: Any) -> list[bool]:

@@ -17,7 +17,6 @@ from dualgap_jax.config import require
 from dualgap_jax.data import as_dataset
 from dualgap_jax.evaluation import check_fits, check_outputs
 from dualgap_jax.losses import as_loss
-from dualgap_jax.machine import device_memory
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.networks import as_network
 from dualgap_jax.schedules import Schedule, constant
@@ -185,7 +184,7 @@ def train(
         may_stream = streaming == "auto" and net.stacked is not None and not net.replaced()
         begun = [plan.Choice(f.meta["group_size"], f.meta["streamed"]) for f in found if f is not None]
         # Snapshots need the network in memory, so that they are worth a slower way.
-        enough = plan.stream_from(net, shapes, device_memory()) if snapshot is None else sys.maxsize
+        enough = plan.stream_from(net, shapes, jax.default_backend()) if snapshot is None else sys.maxsize
         needed = plan.need(net, shapes, batch_shape(dataset, batch_size))
         choice = plan.choose(needed, num_solutions, group_size, may_stream, begun, enough)
     require(

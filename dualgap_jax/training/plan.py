@@ -6,6 +6,7 @@ All numbers are estimates.
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ _CHUNK_BYTES_CPU = 12 * 2**20
 _CHUNK_SHARE = 1 / 64
 
 # Bytes of parameters, state and optimiser from which on a network is streamed though it fits into memory: on CPU where
-# that is the faster way, by a tenth (docs/scaling.md); else where it is the smaller one.
+# that is the faster way, by a tenth; on TPUs where it is the smaller one; never on GPUs, whose plain step is the faster
+# one at every size (docs/scaling.md).
 _STREAM_FASTER = 2**26
 _STREAM_SMALLER = 2**28
 
@@ -72,7 +74,7 @@ def need(net: Network, carry: Carry, x: Any) -> Need:
     return Need(tree_bytes(carry), _computed_bytes(net.apply, carry.params, carry.state, x, jax.random.key(0)))
 
 
-def stream_from(net: Network, carry: Carry, memory: int | None) -> int:
+def stream_from(net: Network, carry: Carry, platform: str) -> int:
     """Bytes of a carry from which on a network is streamed though it fits into memory.
 
     On CPU streaming is faster early where the first layer's output can be kept, and where nothing but parameters is
@@ -81,11 +83,13 @@ def stream_from(net: Network, carry: Carry, memory: int | None) -> int:
     Args:
       net: a stacked network.
       carry: shapes of its parameters, state and optimiser.
-      memory: of an accelerator, in bytes; None is a CPU.
+      platform: of the device, as JAX names it.
     """
+    if platform == "gpu":
+        return sys.maxsize
     stem = net.stacked is not None and net.stacked.branch.stem is not None
     bare = tree_bytes(carry.opt_state) < tree_bytes(carry.params) / 2
-    return _STREAM_FASTER if memory is None and stem and bare else _STREAM_SMALLER
+    return _STREAM_FASTER if platform == "cpu" and stem and bare else _STREAM_SMALLER
 
 
 def choose(

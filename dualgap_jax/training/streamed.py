@@ -33,6 +33,8 @@ from dualgap_jax.training.placement import Placement, verify_leaf
 from dualgap_jax.training.plan import Estimate
 from dualgap_jax.types import BranchSource, KeyArray, Network, Stacked
 
+_STEPS_AHEAD = 32  # steps that are handed to a device before their losses are waited for
+
 
 class Streamed:
     """Trains one solution of a stacked network with `branch_step`, a step a call.
@@ -54,8 +56,6 @@ class Streamed:
       ConfigError: if the network is not stacked or has other functions than the sum, the batch cannot be shared evenly
         by the devices, a branch with state would see only a share of a batch, or there are too few devices.
     """
-
-    stride: int | None = 1
 
     def __init__(
         self,
@@ -104,6 +104,8 @@ class Streamed:
         self.chunk = chunk or plan.branch_chunk(self.stacked.branch, one, x, self.layout.slots, device_memory())
         self._constants = tuple(self._placement.everywhere(a) for a in (dataset.mean, dataset.std))
         self._rate = jax.jit((schedule or constant(0)).rate)
+        # On CPU a step may take seconds; elsewhere the host prepares the next ones while the device works.
+        self.stride: int | None = 1 if device_memory() is None else _STEPS_AHEAD
 
     # --- programs ---
 
@@ -168,8 +170,8 @@ class Streamed:
 
     def step(
         self, carry: Carry, picked: np.ndarray | None, rate: float | Array, key: KeyArray, now: int
-    ) -> tuple[Carry, float]:
-        """One step; returns the new carry and the mean loss of the batch before it.
+    ) -> tuple[Carry, Array]:
+        """One step; returns the new carry and the mean loss of the batch before it, neither of them waited for.
 
         Args:
           carry: taken over.
@@ -179,8 +181,7 @@ class Streamed:
           now: index of the step.
         """
         x, y = self._send(self._dataset.x[picked], self._dataset.y[picked]) if picked is not None else self._whole
-        carry, value = self.compiled(carry, x, y, *self._constants, *self._numbers(rate, key, now))
-        return carry, float(value)
+        return self.compiled(carry, x, y, *self._constants, *self._numbers(rate, key, now))
 
     def _numbers(self, rate: float | Array, key: KeyArray, now: int) -> tuple[Array, ...]:
         numbers = (jnp.asarray(rate, float), jax.random.key_data(key), np.int32(now))
@@ -226,7 +227,7 @@ class Streamed:
             picked = steps.indices[0, t] if steps.indices is not None else None
             lanes, value = self.step(lanes, picked, rate, steps.keys[0], now)
             losses.append(value)
-        return lanes, np.asarray([losses], np.float64)
+        return lanes, np.asarray([[float(value) for value in losses]], np.float64)
 
     def network(self, carry: Carry | None, folder: Path | None) -> BranchSource:
         if self._on_disk and folder is not None:
