@@ -5,7 +5,9 @@
     python benchmarks/compiled.py --topology v5e:2x2 --branches 64 --kinds conv vgg9 --lanes 128 1024
 
 Programs are compiled ahead of time from shapes alone, for one chip and for all chips of the topology with the branches,
-or the runs, shared.  TPUs need the package `libtpu` (no chip).  `--topology cpu` compiles for this machine.  Memory,
+or the runs, shared.  TPUs need the package `libtpu` (no chip), `--topology h100` the CUDA plugin of JAX (no driver, no
+CUDA libraries; nothing is timed for it, so kernels are those that the compiler takes untimed).  `--topology cpu`
+compiles for this machine.  Memory,
 copies, traffic between chips, tiles and estimated cycles are the compiler's; operations and bytes moved follow from the
 shapes; none is measured.  The roofline is the larger of operations over the chip's peak and bytes over its bandwidth,
 both as the makers publish them.  The estimate is the sum of the compiler's cycles, one operation after the other and
@@ -29,6 +31,8 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+# The CUDA plugin asks for the libraries of a GPU that is here, unless it is told.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import compiled_programs as programs
 import jax
@@ -45,6 +49,7 @@ class Chip(NamedTuple):
       products, vector: operations a second, of bfloat16 products and of the vector units.
       bandwidth, memory: bytes a second, and bytes.
       clock: cycles a second.
+      exact: operations a second of float32 products; None where they are six passes of bfloat16.
     """
 
     products: float
@@ -52,6 +57,7 @@ class Chip(NamedTuple):
     bandwidth: float
     memory: float
     clock: float
+    exact: float | None = None
 
 
 # Products, bandwidth and memory: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "System architecture"; a device of a
@@ -63,7 +69,25 @@ CHIPS = {
     "v5e": Chip(197e12, 4096 * 1.5e9, 819e9, 16e9, 1.5e9),
     "v5p": Chip(459e12, 2 * 4096 * 1.75e9, 2765e9, 95e9, 1.75e9),
     "v6e": Chip(918e12, 4096 * 1.75e9, 1640e9, 32e9, 1.75e9),
+    # NVIDIA H100 SXM data sheet: TF32 without sparsity, float32, bandwidth, memory, boost clock.
+    "h100": Chip(494e12, 67e12, 3350e9, 80e9, 1.98e9, exact=67e12),
 }
+# What XLA asks of a GPU that is not here, as it names it; the figures of an H100 SXM.
+_H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 7 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  device_memory_size: 85899345920 memory_bandwidth: 3350000000000 l2_cache_size: 52428800
+}
+"""
 COLUMNS = {
     "program": "program",
     "argument_bytes": "arguments GB",
@@ -104,6 +128,8 @@ def compiled(program: programs.Program, chip: Chip | None) -> dict[str, Any]:
     }
     if chip is not None:
         peak = chip.products / program.passes if program.passes else chip.vector
+        if program.passes > 1 and chip.exact is not None:
+            peak = chip.exact
         arithmetic, traffic = row["operations"] / peak, row["bytes_moved"] / chip.bandwidth
         row["roofline_seconds"] = max(arithmetic, traffic)
         row["bound_by"] = "arithmetic" if arithmetic > traffic else "bandwidth"
@@ -118,11 +144,33 @@ def devices_of(topology: str) -> tuple[Sequence[Any], Chip | None]:
         return jax.devices("cpu"), None
     from jax.experimental import topologies
 
+    if topology == "h100":
+        return _h100(topologies.get_topology_desc), CHIPS[topology]
     try:
         described = topologies.get_topology_desc(topology, "tpu")
     except Exception as error:
         raise SystemExit(f"{topology}: {error}\nCompiling for TPUs needs libtpu: pip install libtpu") from error
     return list(described.devices), CHIPS.get(topology.partition(":")[0])
+
+
+def _h100(describe: Callable[..., Any]) -> Sequence[Any]:
+    """One H100.  JAX looks for the platform among the devices that are here before it lowers for one that is not."""
+    from jax._src import xla_bridge
+
+    present = xla_bridge.canonicalize_platform
+
+    def canonical(platform: str) -> str:
+        return "cuda" if platform in ("gpu", "cuda") else present(platform)
+
+    try:
+        described = describe(platform="cuda", topology="1x1x1", target_config=_H100)
+    except Exception as error:
+        raise SystemExit(
+            f"h100: {error}\nCompiling for GPUs needs JAX's CUDA plugin: pip install jax-cuda13-plugin jax-cuda13-pjrt"
+            " of the same version as jaxlib"
+        ) from error
+    xla_bridge.canonicalize_platform = canonical
+    return list(described.devices)
 
 
 def cell(row: dict[str, Any], key: str) -> str:
@@ -148,7 +196,9 @@ def cell(row: dict[str, Any], key: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:2x2", help="v4, v5e, v5p, v6e with a shape, such as v5p:2x2x1; cpu")
+    parser.add_argument(
+        "--topology", default="v5e:2x2", help="v4, v5e, v5p, v6e with a shape, such as v5p:2x2x1; h100; cpu"
+    )
     parser.add_argument("--branches", type=int, nargs="*", default=[1000, 50000])
     parser.add_argument("--kinds", nargs="+", default=["mlp"], choices=list(programs.BRANCHES))
     parser.add_argument("--optimizers", nargs="+", default=list(programs.OPTIMIZERS), choices=list(programs.OPTIMIZERS))

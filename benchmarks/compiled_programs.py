@@ -167,7 +167,8 @@ def steps(
 def landscape(branches: int, devices: Sequence[Any]) -> Program:
     """One pass of a block of branches over 64 points of a plane, 256 samples."""
     net = multi_branch(mlp(HIDDEN, CLASSES), branches)
-    parts = kernels(net, multi_margin(), False, branches, min(256, branches), 8)
+    gpu = devices[0].platform in ("gpu", "cuda")
+    parts = kernels(net, multi_margin(), False, branches, min(256, branches), 8, gpu=gpu)
     where = SingleDeviceSharding(devices[0])
     x, points = shaped(256, *IMAGE), shaped(64, 2)
     params, _ = jax.eval_shape(lambda k: net.init(k, jnp.zeros((1, *IMAGE))), jax.random.key(0))

@@ -90,6 +90,13 @@ def test_the_table_counts_what_the_programs_take(
         assert "error" not in sgd
 
 
+def test_a_gpu_that_is_not_here_needs_its_plugin(compiled: ModuleType) -> None:
+    if importlib.util.find_spec("jax_plugins") is not None:
+        pytest.skip("a plugin is installed, which other programs may need")
+    with pytest.raises(SystemExit, match="pip install jax-cuda13-plugin jax-cuda13-pjrt"):
+        compiled.devices_of("h100")
+
+
 # --- the text of a compiled program ----------------------------------------------------------------------------------
 
 _LOOP = """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import Array
 from scipy import stats
 
 from dualgap_jax import hitting, losses, schedules
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.data import Dataset, synthetic_relu
 from dualgap_jax.evaluation import evaluate
-from dualgap_jax.hitting import STATUSES, Outcome, Runs, SgdSpec, make_runs, train_runs
+from dualgap_jax.hitting import STATUSES, Outcome, Runs, SgdSpec, block, make_runs, train_runs
 from dualgap_jax.identity import IdentityError
 from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import mlp
@@ -491,3 +494,29 @@ def test_bad_runs_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             train_runs(datasets, loss, runs, spec)
+
+
+@pytest.mark.parametrize("count", [0, 1, 99, 100, 101, 257])
+def test_a_loop_of_loops_takes_the_same_steps(count: int) -> None:
+    """The one that accelerators get, whose inner length the compiler knows."""
+    program = block.program_for(
+        losses.binary_hinge(), "constant", (), 300, 5, "epochs", True, 20, 3, (jax.devices()[0],)
+    )
+    elsewhere = copy.copy(program)
+    object.__setattr__(elsewhere, "devices", (SimpleNamespace(platform="gpu"),))  # it is frozen
+
+    def body(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return carry[0] * jnp.uint32(31) + k.astype(jnp.uint32), carry[1] + 1
+
+    start = jnp.uint32(7), jnp.int32(0)
+    loops = [jax.jit(lambda n, p=p: p._loop(n, body, start))(jnp.int32(count)) for p in (program, elsewhere)]
+    assert [int(a) for a in loops[0]] == [int(a) for a in loops[1]]
+    assert int(loops[0][1]) == count
+    lengths = [
+        eqn.params["length"]
+        for outer in jax.make_jaxpr(lambda n: elsewhere._loop(n, body, start))(jnp.int32(3)).jaxpr.eqns
+        if outer.primitive.name == "while"
+        for eqn in outer.params["body_jaxpr"].jaxpr.eqns
+        if eqn.primitive.name == "scan"
+    ]
+    assert lengths == [100]

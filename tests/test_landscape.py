@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -413,12 +413,9 @@ def test_surfaces_do_not_depend_on_the_chunks(chunks: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels that GPUs get, compiled for this machine."""
-    monkeypatch.setattr(kernels, "_on_gpu", lambda: True)
-    kernels.kernels.cache_clear()
-    yield
-    kernels.kernels.cache_clear()
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -433,10 +430,9 @@ def test_the_kernels_of_a_gpu_give_the_same(name: str, chunks: dict[str, int], r
         np.testing.assert_allclose(case(XS, YS, route=route, **chunks), expected, rtol=1e-12)
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
 def test_the_kernels_of_a_gpu_slice_no_branches_inside_their_loop(rng: np.random.Generator) -> None:
     case = make("mean", rng, np.float32)
-    made = kernels.kernels(case.net, case.loss, False, 5, 2, 3)
+    made = kernels.kernels(case.net, case.loss, False, 5, 2, 3, gpu=True)
     block = case.plane.whole()
     x = jnp.asarray(case.data.x, jnp.float32)
     z = made.below(block.params, x)
@@ -908,6 +904,16 @@ def test_counters_in_the_state_are_left_alone(rng: np.random.Generator) -> None:
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_networks_of_flax_modules_are_given_by_their_parameters_alone(rng: np.random.Generator) -> None:
+    net = multi_branch(from_linen(nn.Dense(3)), 4)
+    data = (rng.standard_normal((6, 4)).astype(np.float32), np.arange(6) % 3)
+    drawn = [net.init(jax.random.key(seed), jnp.asarray(data[0])) for seed in range(3)]
+    spots = rng.uniform(-1, 1, (3, 2))
+    bare = evaluate_points(net, multi_margin(), data, plane_through([InMemory(p) for p, _ in drawn]), spots)
+    with_state = evaluate_points(net, multi_margin(), data, plane_through([InMemory(*d) for d in drawn]), spots)
+    np.testing.assert_array_equal(bare, with_state)
 
 
 def test_misuse_of_evaluate_is_named(rng: np.random.Generator) -> None:

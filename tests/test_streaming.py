@@ -365,7 +365,7 @@ def test_a_large_run_in_memory_says_beforehand_what_it_takes(
     batch_size: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "WORTH_SAYING", 0)
-    monkeypatch.setattr(plan, "PROBE_BYTES", 2000)  # four of the branches
+    monkeypatch.setattr(plan, "_PROBE_BYTES", 2000)  # four of the branches
     said: list[str] = []
     spec, dataset = spec_with(max_steps=4, batch_size=batch_size), images(rng)
     branch = mlp((3,), 3)

@@ -238,6 +238,8 @@ def certify(
 ) -> ValueFunction:
     """Proves lower bounds for a value function found by `search`, as `branch_and_bound.certify` does for balls.
 
+    The status 'certified' is the solver's own word, which `theorem1` has the checker confirm.
+
     Raises:
       ValueError: for more than `MAX_PARAMETERS` parameters, or a branch that is not proven to be finite on all of W.
       UnsupportedPrimitiveError: if the branch uses an operation without an interval rule.

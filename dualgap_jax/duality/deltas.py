@@ -229,6 +229,8 @@ def by_hull(problem: AnyProblem, function: ValueFunction, samples: np.ndarray) -
 def best_lower_bound(problem: AnyProblem, function: ValueFunction, cloud: np.ndarray | None = None) -> Combination:
     """The best of all combinations known here.
 
+    Where it is certified, that is the solver's own word, which `theorem1` has the checker confirm.
+
     Args:
       problem, function: the branch.
       cloud: `[k, p]` further points of W with small g, for instance all ends of a search: with several minimisers (the

@@ -104,6 +104,8 @@ def value_function(
 ) -> ValueFunction:
     """The value function of a branch, certified where a route proves it.
 
+    The status 'certified' is the solver's own word, which `theorem1` has the checker confirm.
+
     Args:
       problem: the one-branch problem.
       points: of the grid of budgets.
@@ -162,7 +164,10 @@ def _constrained(
 
 
 def find_delta(problem: AnyProblem, function: ValueFunction, spec: SearchSpec, *, seed: int = 0) -> deltas.Combination:
-    """The best lower bound on Delta, with the local minima of g among the points where the branch is small."""
+    """The best lower bound on Delta, with the local minima of g among the points where the branch is small.
+
+    Where it is certified, that is the solver's own word, which `theorem1` has the checker confirm.
+    """
     if isinstance(problem, ConstrainedProblem):
         return deltas.best_lower_bound(problem, function)
     cloud = local_minima(problem, spec, seed=seed) if problem.size <= _CLOUD_UP_TO else None

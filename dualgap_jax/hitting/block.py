@@ -23,6 +23,7 @@ from dualgap_jax.schedules import SCHEDULES, Schedule
 from dualgap_jax.sharding import over_devices
 from dualgap_jax.types import PyTree
 
+_STEPS_AT_ONCE = 100  # on accelerators: SGD steps in a loop whose length the compiler knows
 _CHUNK = 20  # examples at a time: their features, activations and the weights of a block stay in the first caches
 
 
@@ -202,6 +203,22 @@ class Program:
         total, least = lax.fori_loop(0, number, add, (start, jnp.full_like(start, jnp.inf)))
         return total / self.n, least
 
+    def _loop(self, length: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+        """`body(k, carry)` for k below `length`.
+
+        On GPUs the host decides whether a loop of unknown length goes on, at every turn; so its turns are loops of a
+        known length, which it starts once.
+        """
+        if self.devices[0].platform == "cpu":
+            return lax.fori_loop(0, length, body, carry)
+        many = length // _STEPS_AT_ONCE
+
+        def turn(i: Array, carry: Any) -> Any:
+            return lax.fori_loop(0, _STEPS_AT_ONCE, lambda k, carry: body(i * _STEPS_AT_ONCE + k, carry), carry)
+
+        carry = lax.fori_loop(0, many, turn, carry)
+        return lax.fori_loop(many * _STEPS_AT_ONCE, length, body, carry)
+
     @functools.cached_property
     def segment(self) -> Callable[..., tuple[Block, PyTree, Array, Array, Array]]:
         """The jitted `(block, schedule states, rates, keys, base, table, first, length, live)` -> the same two, looks.
@@ -228,7 +245,7 @@ class Program:
                 block, value = self.step(carry[0], now, rates * factor.astype(rates.dtype), keys, base, table, live)
                 return block, carry[1] + value
 
-            block, total = lax.fori_loop(0, length, body, (block, jnp.zeros_like(rates)))
+            block, total = self._loop(length, body, (block, jnp.zeros_like(rates)))
             mean = total / jnp.maximum(length, 1).astype(total.dtype)
             states = jax.vmap(self.schedule.update)(states, mean.astype(float))
             stops = jax.vmap(self.schedule.stop, axis_size=len(rates))(states)

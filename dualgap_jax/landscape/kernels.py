@@ -36,8 +36,8 @@ class Kernels(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int, together: int) -> Kernels:
-    """The kernels for blocks of `count` branches, `together` points at a time.
+def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int, together: int, gpu: bool) -> Kernels:
+    """The kernels for blocks of `count` branches, `together` points at a time, as suits GPUs or everything else.
 
     Without a stem, and on the plain route, points go one after another.
     """
@@ -123,7 +123,7 @@ def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int
 
         return total + lax.fori_loop(0, len(points), group, jnp.zeros_like(total))
 
-    add_groups = by_group_on_gpu if _on_gpu() else by_group
+    add_groups = by_group_on_gpu if gpu else by_group
 
     @jax.jit
     def add(total: Array, block: Block, states: State, z: PyTree, points: Array) -> Array:
@@ -139,10 +139,11 @@ def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int
 
 def points_at_once() -> int:
     """Points in a call of a kernel, at most: on GPUs more, since slicing the branches is paid once a call."""
-    return 256 if _on_gpu() else 64
+    return 256 if on_gpu() else 64
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether the kernels of a GPU are wanted."""
     return jax.default_backend() == "gpu"
 
 

@@ -75,7 +75,8 @@ def evaluate_points(
         over a block of branches.
       branch_chunk: branches at a time in the layers above the stem; None: `kernels.chunk`.
       point_chunk: points at a time in the layers above the stem.
-      accumulator_bytes: for the outputs kept while networks are read from disk.
+      accumulator_bytes: for the outputs kept while networks are read from disk; an eighth of it where they are in
+        memory, in several blocks.
       partial: a file that keeps unfinished work; a second call with the same arguments goes on from it.  It is removed
         at the end.  A damaged file is said, by a warning, and computed again.
       save_seconds: least time between two writes of it; longer where a write takes long, a tenth of the time at most.
@@ -175,7 +176,13 @@ class _Evaluation:
     ) -> None:
         self._loss, self._dataset, self._plane = loss, dataset, plane
         self._kernels = functools.partial(
-            compiled.kernels, net, loss, plain, branch_chunk=branch_chunk, together=point_chunk
+            compiled.kernels,
+            net,
+            loss,
+            plain,
+            branch_chunk=branch_chunk,
+            together=point_chunk,
+            gpu=compiled.on_gpu(),
         )
         self._multiple = point_chunk if net.stem is not None and not plain else 1
         self.size = max(1, min(compiled.points_at_once(), len(points)) // self._multiple) * self._multiple

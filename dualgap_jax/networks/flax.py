@@ -123,7 +123,7 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
     def apply(
         params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
     ) -> tuple[Array, State]:
-        variables = {"params": params, **state}
+        variables = {"params": params, **(state or {})}
         options: dict[str, Any] = {"rngs": streams(key) if key is not None else {}, **call(train)}
         with watched():
             if not train or not state:

@@ -36,7 +36,7 @@ _STREAM_SMALLER = 2**28
 
 COPIES = 4  # of parameters, state and optimiser that the plain step needs
 WORTH_SAYING = 10**8  # bytes of a network from which on a run says beforehand what it will take
-PROBE_BYTES = 2**25  # of parameters and optimiser, on which the time of a step is measured
+_PROBE_BYTES = 2**25  # of parameters and optimiser, on which the time of a step is measured on CPU
 
 
 class Choice(NamedTuple):
@@ -244,6 +244,15 @@ def chunk_bytes(memory: int | None) -> int:
       memory: of an accelerator, in bytes; None is a CPU, where the cache decides.
     """
     return _CHUNK_BYTES_CPU if memory is None else int(memory * _CHUNK_SHARE)
+
+
+def probe_bytes(memory: int | None) -> int:
+    """Bytes of parameters and optimiser on which the time of a step is measured.
+
+    Args:
+      memory: of an accelerator, in bytes, where few branches would show latencies alone; None is a CPU.
+    """
+    return _PROBE_BYTES if memory is None else chunk_bytes(memory)
 
 
 def branch_chunk(branch: Network, one: Carry, x: Any, slots: int, memory: int | None) -> int:

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from dualgap_jax.data import Dataset, standardise
 from dualgap_jax.losses import Loss, mean_loss
+from dualgap_jax.machine import device_memory
 from dualgap_jax.networks import multi_branch
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.schedules import Schedule
@@ -211,7 +212,7 @@ class Together:
             return None
         branch, branches, _ = self._net.stacked[:3]
         one = tree_bytes(self.template(jax.random.key(0))) / branches
-        count = int(min(max(plan.PROBE_BYTES // one, 1), branches))
+        count = int(min(max(plan.probe_bytes(device_memory()) // one, 1), branches))
         few = multi_branch(branch, count)
         segment = make_segment(few, self._loss, self._transformation, self._schedule)
         key, dataset = jax.random.key(0), self._dataset
