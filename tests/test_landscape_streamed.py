@@ -241,6 +241,45 @@ def test_streamed_values_are_those_in_memory_bit_for_bit(
             assert len({count for _, count in blocks}) == 2
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.usefixtures("small_blocks")
+def test_on_gpus_a_block_is_one_piece(
+    name: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(name, tmp_path, rng)
+    plain = evaluate(case.net, case.loss, case.data, case.plane, XS, YS, route="plain").loss
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    asked: list[tuple[int, int]] = []
+    original = kernels.kernels
+
+    def made(*args: Any, count: int, branch_chunk: int, **settings: Any) -> Any:
+        asked.append((count, branch_chunk))
+        return original(*args, count=count, branch_chunk=branch_chunk, **settings)
+
+    monkeypatch.setattr(kernels, "kernels", made)
+    for plane in (case.plane, case.streamed):
+        asked.clear()
+        got = evaluate(case.net, case.loss, case.data, plane, XS, YS, sample_chunk=4).loss
+        np.testing.assert_allclose(got, plain, rtol=1e-5)
+        if case.net.stem is not None:
+            assert max(count for count, _ in asked) == asked[0][1] < NUM_BRANCHES, "one block: the test shows nothing"
+
+
+def test_even_blocks(rng: np.random.Generator) -> None:
+    for _ in range(2000):
+        total, size = (int(n) for n in rng.integers(1, 4000, 2))
+        found = networks.sources.even_size(total, size)
+        assert 1 <= found <= min(total, size)
+        if total <= size:
+            assert found == total
+        elif size >= 16:
+            assert found % 8 == 0
+            assert found >= size / 2 - 8
+            divisors = [d for d in range(size // 2 + 1, size + 1) if total % d == 0 and d % 8 == 0]
+            assert not divisors or found == divisors[-1]
+    assert networks.sources.even_size(50_000, 1351) == 1000
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_block_in_memory_serves_all_batches_that_fit(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ from dualgap_jax.landscape.planes import Block, Plane
 from dualgap_jax.landscape.statistics import States, check_state, has_statistics, momenta
 from dualgap_jax.losses import Loss, as_loss
 from dualgap_jax.networks import accumulator, check_network
-from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
+from dualgap_jax.networks.sources import block_size, blocks, check_source, even_size, read_ahead
 from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.sizes import positive
 from dualgap_jax.terminal import Progress
@@ -73,7 +73,8 @@ def evaluate_points(
       state_samples: how many examples that batch has, spread evenly over the data set.
       sample_chunk: samples at a time; memory for pre-activations is 3 x that of one forward pass over so many, and
         over a block of branches.
-      branch_chunk: branches at a time in the layers above the stem; None: `kernels.chunk`.
+      branch_chunk: branches at a time in the layers above the stem; None: `kernels.chunk`, or on GPUs, whose compiler
+        copies slices, a whole block.
       point_chunk: points at a time in the layers above the stem.
       accumulator_bytes: for the outputs kept while networks are read from disk; an eighth of it where they are in
         memory, in several blocks.
@@ -92,7 +93,7 @@ def evaluate_points(
     """
     net, loss, dataset = check_network(net, "landscape.evaluate_points").computed(), as_loss(loss), as_dataset(dataset)
     sample_chunk, point_chunk = positive(sample_chunk, "sample_chunk"), positive(point_chunk, "point_chunk")
-    branch_chunk = compiled.chunk() if branch_chunk is None else positive(branch_chunk, "branch_chunk")
+    branch_chunk = None if branch_chunk is None else positive(branch_chunk, "branch_chunk")
     state_samples = positive(state_samples, "state_samples")
     accumulator_bytes = positive(accumulator_bytes, "accumulator_bytes")
     if not isinstance(save_seconds, int | float | np.number) or not save_seconds >= 0:
@@ -112,7 +113,7 @@ def evaluate_points(
     estimate = has_state and state == "estimate"
     some = work.batch(chosen if estimate else slice(0, 0))
     keep = _momenta(net, work.head, some) if estimate else None
-    states = States(net, keep, some, branch_chunk)
+    states = States(net, keep, some, work.chunk)
     saver = Saver(
         None if partial is None else Path(partial),
         lambda: {
@@ -120,7 +121,7 @@ def evaluate_points(
             "points": arrays_digest(points),
             "state": [state, state_samples] if has_state else None,
             "route": route,
-            "size of the parts": [sample_chunk, work.size, branch_chunk, *work.branches[0], *work.branches[-1]],
+            "size of the parts": [sample_chunk, work.size, work.chunk, *work.branches[0], *work.branches[-1]],
         },
         save_seconds,
     )
@@ -157,6 +158,7 @@ class _Evaluation:
       size: of each, filled up by points that are there already, so that one program serves every call.
       batches: slices of the samples.
       branches: `(first, count)` of the blocks of branches; `last` is the index of the last one.
+      chunk: branches at a time in a block.
       held: the plane over all branches where its networks are in memory and one block.
       head: the first branch of each, or the whole where the network is no sum of branches.
       done: what is through.
@@ -171,19 +173,10 @@ class _Evaluation:
         points: np.ndarray,
         plain: bool,
         sample_chunk: int,
-        branch_chunk: int,
+        branch_chunk: int | None,
         point_chunk: int,
     ) -> None:
         self._loss, self._dataset, self._plane = loss, dataset, plane
-        self._kernels = functools.partial(
-            compiled.kernels,
-            net,
-            loss,
-            plain,
-            branch_chunk=branch_chunk,
-            together=point_chunk,
-            gpu=compiled.on_gpu(),
-        )
         self._multiple = point_chunk if net.stem is not None and not plain else 1
         self.size = max(1, min(compiled.points_at_once(), len(points)) // self._multiple) * self._multiple
         self.points = [slice(first, first + count) for first, count in blocks(len(points), self.size)]
@@ -191,14 +184,27 @@ class _Evaluation:
         self.batches = [slice(first, first + count) for first, count in blocks(len(dataset.y), sample_chunk)]
         self.head = plane.block(0, 1) if net.stacked is not None else plane.whole()
         self.branches = [(0, plane.num_branches)]
+        self.chunk = branch_chunk or compiled.chunk()
         if net.stacked is not None and not plain:
             one = self.head.params[0], self.head.states[0]
             x = jax.eval_shape(standardise, dataset.x[:sample_chunk], dataset.mean, dataset.std)
-            count = block_size(net, one, x, branch_chunk, len(points))
+            at_once = branch_chunk is None and net.stem is not None and compiled.on_gpu()
+            count = block_size(net, one, x, 1 if at_once else self.chunk, len(points))
+            if at_once:
+                self.chunk = count = even_size(plane.num_branches, count)
             self.branches = blocks(plane.num_branches, count)
         self.last = len(self.branches) - 1
         self.held = plane.whole() if plane.in_memory and not self.last else None
         self.done = Work.none(len(points))
+        self._kernels = functools.partial(
+            compiled.kernels,
+            net,
+            loss,
+            plain,
+            branch_chunk=self.chunk,
+            together=point_chunk,
+            gpu=compiled.on_gpu(),
+        )
         self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         self._outputs: Any = None  # shape and type of the outputs at some points, once they are known
 

@@ -85,6 +85,21 @@ def block_size(net: Network, one: tuple[Params, State], x: Any, branch_chunk: in
     return max(1, size // branch_chunk) * branch_chunk
 
 
+def even_size(total: int, size: int) -> int:
+    """A size of blocks of at most `size`, and above half of it where that can be, which suits a compiler of kernels.
+
+    A multiple of 8, for which sums over branches need no padding, and one that divides the total, if there is one, so
+    that one program serves all blocks; the total itself, where it fits.
+    """
+    if total <= size or size < 8:
+        return min(total, size)
+    for divisor in range(size - size % 8, size // 2, -8):
+        if total % divisor == 0:
+            return divisor
+    even = -(-total // -(-total // size))
+    return min(even + -even % 8, size - size % 8)
+
+
 def blocks(total: int, size: int) -> list[tuple[int, int]]:
     """`(first, count)` of consecutive blocks of `size`; the last one may be smaller."""
     return [(first, min(size, total - first)) for first in range(0, total, size)]
