@@ -1,6 +1,6 @@
 """Speed of the landscape beside a jitted full re-evaluation of every point, and beside a PyTorch loop over points.
 
-    python benchmarks/landscape.py [--json FILE] [--smoke] [--branches N] [--samples N] [--grid N]
+    python benchmarks/landscape.py [--json FILE] [--smoke] [--branches N] [--samples N] [--grid N] [--no-full]
 
 Measured is one whole call of `landscape.evaluate_points` over the grid, compilation and first layer included, and its
 marginal time per point, from a second call with few points.  The full re-evaluation forms `origin + a u + b v` and runs
@@ -158,20 +158,21 @@ def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -
     grid = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
     few = grid[: min(_FEW, len(grid) // 2)]
     picks = {name: np.linspace(0, len(grid) - 1, n).astype(int) for name, n in (("full", num_full), ("peer", num_peer))}
+    repeats = max(num_full, 1)
 
     def package(points: np.ndarray) -> np.ndarray:
         return landscape.evaluate_points(setup.net, multi_margin(), setup.dataset, setup.plane, points)
 
-    repeats = num_full
     calls: dict[str, Callable[[], object]] = {
         "grid": lambda: package(grid),
         "few": lambda: package(few),
         "product": bare_product(case, repeats),
-        "full": full_reevaluation(setup, grid[picks["full"]]),
     }
+    if num_full:
+        calls["full"] = full_reevaluation(setup, grid[picks["full"]])
     if torch is not None:
         calls["peer"] = peer_loop(torch, setup, grid[picks["peer"]])
-    losses = package(grid)
+    losses = package(grid) if len(calls) > 3 else np.zeros(len(grid))
     disagreements = {
         name: common.disagreement(calls[name](), losses[picks[name]], what)
         for name, what in (("full", "the full re-evaluation"), ("peer", "the PyTorch loop"))
@@ -180,7 +181,6 @@ def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -
     seconds = common.interleave(calls, rounds)
     point = seconds["grid"] / len(grid)
     marginal = (seconds["grid"] - seconds["few"]) / (len(grid) - len(few))
-    full = seconds["full"] / num_full
     product = 2 * case.num_branches * case.widths[1] * case.widths[0] * case.num_samples * repeats
     product_rate = product / seconds["product"]
     floor = operations(case) / product_rate
@@ -191,12 +191,12 @@ def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -
         "grid_seconds": common.spread(seconds["grid"]),
         "point_ms": common.spread(1e3 * point),
         "marginal_point_ms": common.spread(1e3 * marginal),
-        "full_points_timed": num_full,
-        "full_point_ms": common.spread(1e3 * full),
-        "full_grid_seconds_extrapolated": float(np.median(full) * len(grid)),
-        _OVER_FULL: common.spread(full / point),
-        _MARGINAL_OVER_FULL: common.spread(full / marginal),
-        "full_disagreement": disagreements["full"],
+        "full_points_timed": common.NOT_MEASURED,
+        "full_point_ms": common.NOT_MEASURED,
+        "full_grid_seconds_extrapolated": common.NOT_MEASURED,
+        _OVER_FULL: common.NOT_MEASURED,
+        _MARGINAL_OVER_FULL: common.NOT_MEASURED,
+        "full_disagreement": common.NOT_MEASURED,
         "operations_per_point": operations(case),
         "marginal_gflops": common.spread(operations(case) / marginal / 1e9),
         "product_gflops": common.spread(product_rate / 1e9),
@@ -208,6 +208,16 @@ def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -
         _OVER_PEER: common.NOT_MEASURED,
         "peer_disagreement": common.NOT_MEASURED,
     }
+    if num_full:
+        full = seconds["full"] / num_full
+        row |= {
+            "full_points_timed": num_full,
+            "full_point_ms": common.spread(1e3 * full),
+            "full_grid_seconds_extrapolated": float(np.median(full) * len(grid)),
+            _OVER_FULL: common.spread(full / point),
+            _MARGINAL_OVER_FULL: common.spread(full / marginal),
+            "full_disagreement": disagreements["full"],
+        }
     if torch is not None:
         peer = seconds["peer"] / num_peer
         row |= {
@@ -230,6 +240,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--grid", type=common.positive, default=51, help="points along each side of the grid, at least 2"
     )
+    parser.add_argument(
+        "--no-full", action="store_true", help="leave the full re-evaluation out, which takes whole networks at a time"
+    )
     flags = parser.parse_args(argv)
     if flags.grid < 2:
         parser.error(f"--grid={flags.grid} must be at least 2")
@@ -238,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     case = SMOKE if flags.smoke else Case((32, 32, 3), (8, 8, 8), flags.branches, flags.samples, flags.grid)
     num_full, num_peer, rounds = (3, 2, 1) if flags.smoke else (8, 3, flags.rounds)
     print(f"measuring {case.num_branches} branches, {case.side} x {case.side} points", file=sys.stderr)
-    row = measure(case, num_full, num_peer, rounds, torch)
+    row = measure(case, 0 if flags.no_full else num_full, num_peer, rounds, torch)
     targets = () if flags.smoke else (common.Target(_OVER_FULL, 60.0), common.Target(_OVER_PEER, 100.0))
     row["targets"] = common.judge(row, targets)
     results = {"benchmark": "landscape", "environment": where, "smoke": flags.smoke, "rounds": rounds, "rows": [row]}
@@ -260,10 +273,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         " of the whole call, compilation included;",
         "a marginal point leaves out what a call with few points takes. GFLOP/s are of the marginal point, floor is its"
         f" {row['operations_per_point'] / 1e6:.3g} MFLOP at the bare product's rate.",
-        f"Extrapolated from {num_full} points, the full re-evaluation of the grid takes"
-        f" {row['full_grid_seconds_extrapolated']:.3g} s; PyTorch, from its points:"
-        f" {common.text(row['peer_grid_seconds_extrapolated'])}{' s' if torch is not None else ''}.",
     ]
+    if not flags.no_full:
+        notes.append(
+            f"Extrapolated from {num_full} points, the full re-evaluation of the grid takes"
+            f" {row['full_grid_seconds_extrapolated']:.3g} s; PyTorch, from its points:"
+            f" {common.text(row['peer_grid_seconds_extrapolated'])}{' s' if torch is not None else ''}."
+        )
     common.report(results, columns, notes, flags.json)
 
 

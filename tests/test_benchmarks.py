@@ -407,3 +407,35 @@ def test_every_work_whose_growth_is_measured_runs(monkeypatch: pytest.MonkeyPatc
         assert all(list(values) == sorted(set(values)) for values in work.varied.values())
         sizes = {key: min(work.varied[key][0], value) for key, value in work.base.items()}
         assert jax.block_until_ready(work.prepare(sizes)()) is not None
+
+
+def test_numbers_of_an_accelerator_are_compared_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("agreement", monkeypatch)
+    cpu = module.quantities(module.SMOKE)
+    assert all(np.isfinite(value).all() for value in cpu.values())
+    assert all(row["agrees"] == "yes" and row["difference"] == 0 for row in module.compared(cpu, cpu))
+    moved = {
+        "surface, dense": ("surface, dense", lambda a: a * (1 + 3e-5)),
+        "surface, convolutional": ("surface, convolutional", lambda a: a * (1 - 3e-5)),
+        "hits": ("final losses", lambda a: np.where(np.arange(len(a)) == 1, 0.0, a)),
+        "loss curves": ("loss curves", lambda a: np.nextafter(a, np.float32(np.inf), dtype=a.dtype)),
+        "step, highest": ("step, highest", lambda a: a * 1.001),
+        "theorem 2, gram": ("theorem 2, gram", lambda a: a * (1 + 1e-5)),
+        "theorem 2, qr": ("theorem 2, qr", lambda a: a + np.asarray([0, 1e-3]) * abs(a)),
+    }
+    for case, (name, change) in moved.items():
+        rows = module.compared({**cpu, name: change(cpu[name])}, cpu)
+        assert [row["case"] for row in rows if row["agrees"] == "NO"] == [case]
+    nan = module.compared({**cpu, "surface, dense": cpu["surface, dense"] * np.nan}, cpu)
+    assert nan[0]["agrees"] == "NO"
+    reported = module.compared({**cpu, "step, as trained": cpu["step, as trained"] * 1.1}, cpu)
+    assert all(row["agrees"] == "yes" for row in reported)  # TF32 is no error
+
+
+def test_peers_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = run("landscape", tmp_path / "a.json", monkeypatch, "--no-torch", "--no-full")["rows"]
+    assert row["full_point_ms"] == row["over_full"] == NOT_MEASURED
+    assert is_spread(row["marginal_point_ms"])
+    rows = run("spectral", tmp_path / "b.json", monkeypatch, "--no-peers")["rows"]
+    assert [row["pinv_seconds"] for row in rows] == [NOT_MEASURED] * 2
+    assert all(is_spread(row["seconds"]) and is_spread(row["of_limit"]) for row in rows)

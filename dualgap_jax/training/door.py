@@ -92,9 +92,10 @@ def train(
     There are three ways, and size and free memory decide (`streaming` and `group_size` override).  Solutions are
     trained together in one vmapped program when four copies of each, and what a step computes, fit in half of the
     memory; else one after another.  The streamed step (`branch_step`) needs little more than the parameters: it is
-    taken where a network is too large for that too, is larger than 268 MB with its optimiser, or is trained faster so
-    (on CPU from 67 MB, if the optimiser keeps nothing of the parameters' size).  On a mesh of several devices the step
-    is always the streamed one.
+    taken where a network is too large for that too, is larger than 268 MB with its optimiser (not on GPUs), or is
+    trained faster so (on CPU from 67 MB, if the optimiser keeps nothing of the parameters' size).  On a mesh of several
+    devices the step is always the streamed one.  Products are what `jax.default_matmul_precision` says: by default TF32
+    on recent GPUs and bfloat16 on TPUs; evaluation and surfaces always take full ones.
 
     With `checkpoints`, progress is saved under `solution_K/`, and a second call goes on from there, in the same way, so
     that its numbers are those of an uninterrupted run bit for bit.  A network trained by the streamed step is then left
