@@ -147,6 +147,27 @@ def bare_product(case: Case, repeats: int) -> Callable[[], jax.Array]:
     return call
 
 
+def beside(
+    name: str, each: np.ndarray | None, count: int, point: np.ndarray, grid: int, disagreement: float | None
+) -> dict[str, Any]:
+    """What a row says of another route.
+
+    Args:
+      name: 'full' or 'peer'.
+      each: its seconds a point, `[rounds]`; None where it is not measured.
+      count: points that were timed.
+      point: seconds of the package's points, `[rounds]`.
+      grid: points of the whole grid.
+      disagreement: of its losses.
+    """
+    found: tuple[Any, ...] = (common.NOT_MEASURED,) * 5
+    if each is not None:
+        whole = float(np.median(each) * grid)
+        found = count, common.spread(1e3 * each), whole, common.spread(each / point), disagreement
+    keys = "{}_points_timed", "{}_point_ms", "{}_grid_seconds_extrapolated", "over_{}", "{}_disagreement"
+    return {key.format(name): value for key, value in zip(keys, found, strict=True)}
+
+
 def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -> dict[str, Any]:
     """The row of results; `num_full` and `num_peer` points of the grid are timed on the two other routes.
 
@@ -191,42 +212,16 @@ def measure(case: Case, num_full: int, num_peer: int, rounds: int, torch: Any) -
         "grid_seconds": common.spread(seconds["grid"]),
         "point_ms": common.spread(1e3 * point),
         "marginal_point_ms": common.spread(1e3 * marginal),
-        "full_points_timed": common.NOT_MEASURED,
-        "full_point_ms": common.NOT_MEASURED,
-        "full_grid_seconds_extrapolated": common.NOT_MEASURED,
-        _OVER_FULL: common.NOT_MEASURED,
-        _MARGINAL_OVER_FULL: common.NOT_MEASURED,
-        "full_disagreement": common.NOT_MEASURED,
         "operations_per_point": operations(case),
         "marginal_gflops": common.spread(operations(case) / marginal / 1e9),
         "product_gflops": common.spread(product_rate / 1e9),
         "floor_ms": common.spread(1e3 * floor),
         "of_floor": common.spread(floor / marginal),
-        "peer_points_timed": common.NOT_MEASURED,
-        "peer_point_ms": common.NOT_MEASURED,
-        "peer_grid_seconds_extrapolated": common.NOT_MEASURED,
-        _OVER_PEER: common.NOT_MEASURED,
-        "peer_disagreement": common.NOT_MEASURED,
     }
-    if num_full:
-        full = seconds["full"] / num_full
-        row |= {
-            "full_points_timed": num_full,
-            "full_point_ms": common.spread(1e3 * full),
-            "full_grid_seconds_extrapolated": float(np.median(full) * len(grid)),
-            _OVER_FULL: common.spread(full / point),
-            _MARGINAL_OVER_FULL: common.spread(full / marginal),
-            "full_disagreement": disagreements["full"],
-        }
-    if torch is not None:
-        peer = seconds["peer"] / num_peer
-        row |= {
-            "peer_points_timed": num_peer,
-            "peer_point_ms": common.spread(1e3 * peer),
-            "peer_grid_seconds_extrapolated": float(np.median(peer) * len(grid)),
-            _OVER_PEER: common.spread(peer / point),
-            "peer_disagreement": disagreements["peer"],
-        }
+    for name, count in (("full", num_full), ("peer", num_peer if torch is not None else 0)):
+        row |= beside(name, seconds[name] / count if count else None, count, point, len(grid), disagreements.get(name))
+    full = seconds["full"] / num_full if num_full else None
+    row[_MARGINAL_OVER_FULL] = common.spread(full / marginal) if full is not None else common.NOT_MEASURED
     return row
 
 

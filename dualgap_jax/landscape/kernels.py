@@ -15,6 +15,7 @@ from jax import Array, lax
 from dualgap_jax.landscape.planes import Block, at
 from dualgap_jax.losses import Loss, sum_loss
 from dualgap_jax.networks import sum_branches, sum_rest
+from dualgap_jax.networks.sources import blocks
 from dualgap_jax.types import Network, PyTree, State
 
 
@@ -108,17 +109,19 @@ def kernels(net: Network, loss: Loss, plain: bool, count: int, branch_chunk: int
         nine tenths of a pass (docs/scaling.md).  So branches are sliced before the loop, at fixed places, and the
         points of a group are a masked sum over those of all groups, which is exact.
         """
-        ends = [(first, min(size, count - first)) for first in range(0, count, size)]
-        pieces = [cut(block, z, *ends_of) for ends_of in ends] if stacked is not None else []
+
+        def piece(first: int, size: int) -> Callable[[State, Array], Array]:
+            few = cut(block, z, first, size)
+            return lambda states, points: some(*few, cut_states(states, first, size), points)
+
+        pieces = [piece(*which) for which in blocks(count, size)]
+        if stacked is None:
+            pieces = [lambda states, points: whole(block, states, z, points)]
 
         def group(i: Array, out: Array) -> Array:
             mine = jnp.sum(jnp.where((jnp.arange(len(points)) == i)[:, None, None], points, 0), axis=0)
             here = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False), states)
-            part = jnp.zeros_like(total[0])
-            for piece, ends_of in zip(pieces, ends, strict=True) if stacked is not None else ():
-                part += some(*piece, cut_states(here, *ends_of), mine)
-            if stacked is None:
-                part += whole(block, here, z, mine)
+            part = sum((piece(here, mine) for piece in pieces), jnp.zeros_like(total[0]))
             return lax.dynamic_update_index_in_dim(out, part, i, 0)
 
         return total + lax.fori_loop(0, len(points), group, jnp.zeros_like(total))

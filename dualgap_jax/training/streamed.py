@@ -101,11 +101,12 @@ class Streamed:
         self.layout = self._placement.layout
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), first)
         x = batch_shape(dataset, batch // mesh.data)
-        self.chunk = chunk or plan.branch_chunk(self.stacked.branch, one, x, self.layout.slots, device_memory())
+        memory = device_memory()
+        self.chunk = chunk or plan.branch_chunk(self.stacked.branch, one, x, self.layout.slots, memory)
         self._constants = tuple(self._placement.everywhere(a) for a in (dataset.mean, dataset.std))
         self._rate = jax.jit((schedule or constant(0)).rate)
         # On CPU a step may take seconds; elsewhere the host prepares the next ones while the device works.
-        self.stride: int | None = 1 if device_memory() is None else _STEPS_AHEAD
+        self.stride: int | None = 1 if memory is None else _STEPS_AHEAD
 
     # --- programs ---
 
