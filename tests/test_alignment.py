@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 from dualgap_jax import landscape
+from dualgap_jax.landscape import assignment as assignments
 from dualgap_jax.landscape import symmetry as symmetries
 from dualgap_jax.networks import InMemory, conv, from_functions, mlp, multi_branch, vgg9
 from dualgap_jax.registry import UnknownNameError
@@ -302,3 +304,37 @@ def test_alignment_does_not_depend_on_the_size_of_the_weights(over: str, rng: np
         at = found(scale)
         np.testing.assert_array_equal(at.permutations[1].branches, wanted.permutations[1].branches)
         np.testing.assert_allclose(at.distances / scale, wanted.distances, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["random", "near", "clustered", "dead", "ties", "constant"])
+@pytest.mark.parametrize("n", [1, 2, 60, 700])
+def test_the_best_assignment_is_scipys(kind: str, n: int, rng: np.random.Generator, monkeypatch: Any) -> None:
+    monkeypatch.setattr(assignments, "_SMALL", 1)
+    a, b = rng.standard_normal((2, n, 40))
+    if kind == "near":
+        b = a[rng.permutation(n)] + 0.3 * b
+    elif kind == "clustered":  # a few directions carry nearly everything
+        a[:, :2] *= 50
+        b[:, :2] *= 50
+    elif kind == "dead":
+        a[: n // 2] = 0
+        b[: n // 3] = 0
+    scores = (a @ b.T).astype(np.float32)
+    if kind == "ties":
+        scores = rng.integers(-2, 3, (n, n)).astype(np.float32)
+    elif kind == "constant":
+        scores[:] = -3.5
+    rows = np.arange(n)
+    best = scores.astype(np.float64)[rows, scipy.optimize.linear_sum_assignment(scores, maximize=True)[1]].sum()
+    places = assignments.assignment(scores)
+    np.testing.assert_array_equal(np.sort(places), rows)
+    assert scores.astype(np.float64)[rows, places].sum() == pytest.approx(best, rel=1e-13, abs=1e-12 * n)
+
+
+def test_an_auction_without_an_end_is_given_up(rng: np.random.Generator, monkeypatch: Any) -> None:
+    scores = rng.standard_normal((100, 100))
+    assert assignments._prices(scores) is not None
+    scores[:, 50:] = -1e6  # all rows want the same half
+    assert assignments._prices(scores) is None
+    monkeypatch.setattr(assignments, "_SMALL", 1)
+    assert np.unique(assignments.assignment(scores)).size == 100

@@ -20,6 +20,7 @@ import scipy
 from dualgap_jax import trees
 from dualgap_jax.landscape import symmetry as symmetries
 from dualgap_jax.landscape.activations import activations
+from dualgap_jax.landscape.assignment import assignment
 from dualgap_jax.landscape.symmetry import Parts, Permutation, Symmetry, Units, permuted
 from dualgap_jax.networks import check_network
 from dualgap_jax.networks.sources import blocks, check_source
@@ -237,7 +238,7 @@ def _units(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:
     del label
     total, size = a[(0,)].shape[:2]
     flat = [part[(0,)].reshape(total * size, -1) for part in (a, b)]
-    _, places = scipy.optimize.linear_sum_assignment(flat[0] @ flat[1].T, maximize=True)
+    places = assignment(flat[0] @ flat[1].T)
     return Permutation(np.arange(total), (places.reshape(total, size),))
 
 
@@ -307,7 +308,7 @@ def _branches(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:
     """The best places of branches, the units of each pair of branches in the best places found for them."""
     total = next(iter(a.values())).shape[0]
     if not known.groups:
-        partners = scipy.optimize.linear_sum_assignment(a[()] @ b[()].T, maximize=True)[1]
+        partners = assignment(a[()] @ b[()].T)
         return Permutation(partners, ())
     sizes = [g.size for g in known.groups]
     scores = np.zeros((total, total), np.float32)
@@ -331,7 +332,7 @@ def _branches(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:
     finally:
         if progress is not None:
             progress.close()
-    partners = scipy.optimize.linear_sum_assignment(scores, maximize=True)[1] if total > 1 else np.zeros(1, np.intp)
+    partners = assignment(scores)
     matched = {groups: part[partners] for groups, part in b.items()}
     base = {k: np.zeros((total, h, h), np.float32) for k, h in enumerate(sizes) if (k,) not in a}
     units, _ = _places(a, matched, known, _SWEEPS, base)
