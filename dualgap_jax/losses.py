@@ -102,10 +102,22 @@ def _positive_part_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[A
     return _positive_part(*primals), slope
 
 
-def _check_tau(tau: object) -> float:
-    if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < float("inf"):
+def _check_tau(tau: Any) -> float:
+    try:
+        value = math.nan if isinstance(tau, bool | np.bool_ | str | bytes) or np.ndim(tau) else float(tau)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not np.finfo(np.float64).tiny <= value < math.inf:
         raise ValueError(f"tau must be a positive finite number (eq. (1)), got {tau!r}.")
-    return float(tau)
+    return value
+
+
+def _over(values: Array, tau: float) -> Array:
+    """Values over tau; where that leaves the range of their type, the hinge is NaN or infinite, and shows."""
+    least = float(jnp.finfo(values.dtype).tiny)
+    if tau < least:
+        raise ValueError(f"tau={tau} is below {least:.2g}, the least number of {values.dtype} outputs.")
+    return values / tau
 
 
 def _check_shapes(outputs: Array, labels: Array) -> None:
@@ -141,48 +153,48 @@ def _class_margin(outputs: Array, labels: Array) -> Array:
     return jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, least)
 
 
-def binary_hinge(tau: int | float = 1.0) -> Loss:
+def binary_hinge(tau: int | float | np.number = 1.0) -> Loss:
     """The tau-hinge of eq. (1), `max(0, 1 - y f(w; x) / tau)`, labels -1 and +1; tau = 1 is the usual hinge.
 
     Raises:
-      ValueError: unless tau is positive and finite.
+      ValueError: unless tau is positive and finite; from the loss, for outputs of a type that cannot hold it.
     """
     tau = _check_tau(tau)
 
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
-        return _positive_part(1 - _signed(outputs, labels) / tau)
+        return _positive_part(1 - _over(_signed(outputs, labels), tau))
 
     slope = functools.partial(conjugates.hinge_slope, tau=tau)
     return Loss(per_example, _signed, tau, ("binary",), conjugates.hinge_conjugate(tau), slope)
 
 
-def multi_margin(tau: int | float = 1.0) -> Loss:
+def multi_margin(tau: int | float | np.number = 1.0) -> Loss:
     """The "10-class hinge" of Section 5 in the authors' form, `(1/C) sum_{j != y} max(0, 1 - (s_y - s_j) / tau)`.
 
     Raises:
-      ValueError: unless tau is positive and finite.
+      ValueError: unless tau is positive and finite; from the loss, for outputs of a type that cannot hold it.
     """
     tau = _check_tau(tau)
 
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
         difference, own = _differences(outputs, labels)
-        terms = jnp.where(own, 0, _positive_part(1 - difference / tau))
+        terms = jnp.where(own, 0, _positive_part(1 - _over(difference, tau)))
         return jnp.sum(terms, axis=-1) / outputs.shape[-1]
 
     slope = functools.partial(conjugates.multi_margin_slope, tau=tau)
     return Loss(per_example, _class_margin, tau, ("multiclass",), conjugates.multi_margin_conjugate(tau), slope)
 
 
-def crammer_singer(tau: int | float = 1.0) -> Loss:
+def crammer_singer(tau: int | float | np.number = 1.0) -> Loss:
     """The Crammer-Singer hinge, `max(0, 1 - (s_y - max_{j != y} s_j) / tau)` (JMLR 2, 2001).
 
     Raises:
-      ValueError: unless tau is positive and finite.
+      ValueError: unless tau is positive and finite; from the loss, for outputs of a type that cannot hold it.
     """
     tau = _check_tau(tau)
 
     def per_example(outputs: Outputs, labels: Labels) -> PerExample:
-        return _positive_part(1 - _class_margin(outputs, labels) / tau)
+        return _positive_part(1 - _over(_class_margin(outputs, labels), tau))
 
     slope = functools.partial(conjugates.crammer_singer_slope, tau=tau)
     return Loss(per_example, _class_margin, tau, ("multiclass",), conjugates.crammer_singer_conjugate(tau), slope)
@@ -240,10 +252,15 @@ def check_assumption_1(loss: Loss, margins: Array | np.ndarray, *, bound: int | 
     """Compares margins (any shape, e.g. `[solutions, samples]`) and a bound over W with tau (Assumption 1).
 
     A margin that was seen outweighs the bound: a bound below it is none.
+
+    Raises:
+      ValueError: without margins.
     """
     if loss.tau is None or loss.margin is None:
         return AssumptionCheck("not applicable", None, float("nan"), float("nan"), None)
-    margins = np.asarray(margins)  # NumPy's maximum keeps a NaN
+    margins = np.asarray(margins, np.float64)  # NumPy's maximum keeps a NaN
+    if not margins.size:
+        raise ValueError(f"Assumption 1 is about margins of at least one example, got none (shape {margins.shape}).")
     largest, clipped = float(np.max(margins)), float(np.mean(margins >= loss.tau))
     if math.isnan(largest):
         status = "undecided"

@@ -275,7 +275,9 @@ def test_a_margin_that_is_not_a_number_is_seen_among_many() -> None:
 
 
 @pytest.mark.parametrize("name", HINGES)
-@pytest.mark.parametrize("tau", [0, 0.0, -1.0, math.nan, math.inf, -math.inf, True, False, "1", None, 1j, [1.0]])
+@pytest.mark.parametrize(
+    "tau", [0, 0.0, -1.0, 1e-310, math.nan, math.inf, -math.inf, True, False, "1", None, 1j, [1.0]]
+)
 def test_bad_tau_is_refused(name: str, tau: Any) -> None:
     with pytest.raises(ValueError, match=r"tau must be a positive finite number \(eq\. \(1\)\), got") as raised:
         inspect.unwrap(LOSSES[name])(tau=tau)
@@ -376,3 +378,26 @@ def test_the_bound_over_the_ball_certifies_assumption_1(rng: np.random.Generator
     assert check_assumption_1(above, jnp.stack(margins), bound=bound).status == "certified"
     assert check_assumption_1(above, jnp.stack(margins), bound=bound).clipped_share == 0
     assert check_assumption_1(losses.binary_hinge(bound), jnp.stack(margins), bound=bound).status == "not seen violated"
+
+
+@pytest.mark.parametrize("name", HINGES)
+def test_outputs_that_cannot_hold_tau_are_refused(name: str) -> None:
+    width = 1 if name == "binary_hinge" else 3
+    label = jnp.asarray([1.0]) if width == 1 else jnp.asarray([0])
+    for dtype, tau in ((jnp.float32, 1e-39), (jnp.float16, 1e-6)):
+        with pytest.raises(ValueError, match="is below"):
+            LOSSES.build(name, tau=tau).per_example(jnp.zeros((1, width), dtype), label)
+
+
+@pytest.mark.parametrize("tau", [np.float32(0.5), np.int64(2), np.float16(0.5), np.asarray(0.5)[()]])
+def test_tau_may_be_a_number_of_numpy(tau: Any) -> None:
+    assert losses.binary_hinge(tau).tau == float(tau)
+
+
+def test_margins_of_few_digits_are_compared_as_they_are() -> None:
+    for dtype, tau in ((np.float32, 0.7), (np.float16, 0.1)):
+        margin = np.asarray([tau], dtype)
+        check = check_assumption_1(losses.binary_hinge(tau), margin)
+        assert (check.clipped_share == 1.0) == (check.status == "violated") == (float(margin[0]) >= tau)
+    with pytest.raises(ValueError, match="at least one example"):
+        check_assumption_1(losses.binary_hinge(), np.zeros(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -752,3 +753,52 @@ def test_windows_that_fit_nowhere_are_named(unchecked):
         spectral.patches(jnp.ones((0, 5, 6, 1)), (2, 2))
     with pytest.raises(SpectralError, match="x of shape"):
         spectral.with_bias(jnp.ones(4))
+
+
+# --- second derivatives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["generic", "ties", "zero", "rank one"])
+def test_second_derivatives_of_functions_of_singular_values(rng, x64, kind, power):
+    matrix = {
+        "generic": rng.standard_normal((3, 5)),
+        "ties": 0.7 * np.eye(3, 5),
+        "zero": np.zeros((3, 5)),
+        "rank one": np.outer(rng.standard_normal(3), rng.standard_normal(5)),
+    }[kind]
+    for m in (matrix, matrix.T):
+        direction = rng.standard_normal(m.shape)
+        functions = [jax.grad(lambda m: spectral.schatten_power(m, power))]
+        if kind != "rank one":
+            functions.append(lambda m: spectral.clip_singular_values(m, 0.5))
+        for function in functions:
+            found = jax.jvp(function, (m,), (direction,))[1]
+            step = 1e-7
+            expected = (function(m + step * direction) - function(m - step * direction)) / (2 * step)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ceiling_has_a_derivative(rng, x64):
+    matrix = rng.standard_normal((4, 3))
+    found = jax.jacfwd(lambda c: spectral.clip_singular_values(matrix, c))(0.8)
+    expected = (spectral.clip_singular_values(matrix, 0.8 + 1e-6) - spectral.clip_singular_values(matrix, 0.8)) / 1e-6
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_the_objective_refuses_what_solve_refuses(rng):
+    x, y = rng.standard_normal((2, 6)), rng.standard_normal((2, 6))
+    weights = [rng.standard_normal((2, 2)), rng.standard_normal((2, 2))]
+    assert float(spectral.objective(weights, x, y, 0.5)) > 0
+    for bad in (
+        (weights, x, y[:, :1], 0.5),
+        (weights, x, y, -1.0),
+        (weights, x, y, np.ones(2)),
+        (weights, x, y, np.nan),
+        (weights, x.astype(np.float16), y, 0.5),
+        ([weights[0].astype(jnp.bfloat16), weights[1]], x, y, 0.5),
+    ):
+        with pytest.raises(spectral.SpectralError):
+            inspect.unwrap(spectral.objective)(*bad)
+    with pytest.raises(spectral.SpectralError, match="float16"):
+        spectral.schatten_power(x.astype(np.float16), 2)

@@ -319,3 +319,52 @@ def test_weights_at_the_kinks_have_derivatives_that_are_numbers(rng, x64):
     x, y = spectrum_data(rng, [3.0, 2.0, 1.0])
     slope = jax.grad(lambda g: jnp.sum(spectral.solve(x, y, gamma=g, widths=(3,)).weights[0] ** 2))(1.5)
     assert np.isfinite(slope)
+
+
+def _second_order(rng):
+    x = rng.standard_normal((4, 9))
+    y = rng.standard_normal((3, 4)) @ x + 0.3 * rng.standard_normal((3, 9))
+    yield x, y, 0.7, (3,)
+    yield x, y, 0.7, (1,)  # the rank is cut
+    yield x, y, 100.0, (3,)  # nothing is kept
+    yield np.eye(3, 7), 2 * np.eye(3, 7) + 0.5 * np.eye(3, 7, 4), 0.5, (3,)  # all singular values coincide
+    x = rng.standard_normal((3, 8))
+    yield x, np.outer([1.0, 2.0], x[0]), 0.3, (3,)  # of rank one
+    yield x[:2], rng.standard_normal((6, 8)), 0.4, (3, 3)  # more outputs than inputs
+    yield np.vstack([x, x[:1]]), rng.standard_normal((2, 8)), 0.4, (3,)  # of dependent rows: along data that stay so
+
+
+@pytest.mark.parametrize("which", ["primal", "dual"])
+def test_second_derivatives_of_the_optimum_are_those_of_finite_differences(rng, x64, which):
+    for x, y, gamma, widths in _second_order(rng):
+        dx, dy, dgamma = rng.standard_normal(x.shape), rng.standard_normal(y.shape), 1.3
+        if len(x) == 4 and (x[0] == x[3]).all():
+            dx[3] = dx[0]
+        slopes = jax.jit(slopes_of(which, widths))
+        along = jax.jvp(slopes, (x, y, gamma), (dx, dy, dgamma))[1]
+        step = 1e-4
+        ahead = slopes(x + step * dx, y + step * dy, gamma + step * dgamma)
+        behind = slopes(x - step * dx, y - step * dy, gamma - step * dgamma)
+        for found, a, b in zip(along, ahead, behind, strict=True):
+            np.testing.assert_allclose(found, (a - b) / (2 * step), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_in_gamma_are_minus_the_rank_in_both_modes(rng):
+    x, y = spectrum_data(rng, [3.0, 2.0, 1.0])
+    for double in (False, True):
+        with jax.enable_x64(double):
+
+            def optimum(gamma):
+                return spectral.solve(x, y, gamma=gamma, widths=(3,)).primal
+
+            for gamma, rank in ((0.5, 3), (1.5, 2), (2.5, 1), (4.0, 0)):
+                for twice in (jax.grad(jax.grad(optimum)), jax.jacfwd(jax.jacfwd(optimum)), jax.hessian(optimum)):
+                    assert float(twice(gamma)) == -rank
+
+
+def test_an_optimum_that_jumps_has_no_second_derivative(rng, x64):
+    x, y = spectrum_data(rng, [2.0, 2.0, 1.0])  # the first and the second meet above gamma, and r = 1
+    twice = jax.jvp(
+        lambda y: jax.grad(lambda y: spectral.solve(x, y, gamma=0.5, widths=(1,)).primal)(y), (y,), (y + 1,)
+    )
+    assert not np.isfinite(twice[1]).all() or np.abs(twice[1]).max() > 1e6

@@ -12,17 +12,6 @@ import numpy as np
 from dualgap_jax.spectral.problem import SpectralError, is_concrete
 
 
-def check_gamma(gamma: Any, ndim: int = 0) -> None:
-    """Raises SpectralError for a regularisation of another dimension, negative or not finite; tracers have no value."""
-    if np.ndim(gamma) != ndim:
-        wanted = "one number (for several: regularisation_path, or vmap)" if ndim == 0 else "one-dimensional"
-        raise SpectralError(f"gamma of shape {np.shape(gamma)} must be {wanted}.")
-    if is_concrete(gamma):
-        values = np.asarray(gamma)
-        if values.dtype.kind not in "fiu" or not (np.isfinite(values).all() and (values >= 0).all()):
-            raise SpectralError(f"gamma={gamma!r} must be finite and at least 0 (0 is no regularisation).")
-
-
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     """The widths as integers.  Raises SpectralError if there is none, or one is below 1."""
     try:

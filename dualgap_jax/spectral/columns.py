@@ -29,11 +29,11 @@ from jax.sharding import Mesh
 from dualgap_jax.registry import unknown
 from dualgap_jax.spectral.blocks import Data
 from dualgap_jax.spectral.certificate import SAFETY, dual_rounding, lower_bound, primal_rounding
-from dualgap_jax.spectral.checks import check_gamma, check_rtol, check_widths
+from dualgap_jax.spectral.checks import check_rtol, check_widths
 from dualgap_jax.spectral.dependence import Dependencies
 from dualgap_jax.spectral.factorizations import FACTORIZATIONS, Breakdown, Fit
 from dualgap_jax.spectral.kernels import Block
-from dualgap_jax.spectral.problem import SpectralError, narrowest
+from dualgap_jax.spectral.problem import SpectralError, check_gamma, narrowest
 from dualgap_jax.spectral.scaling import shift
 from dualgap_jax.spectral.solution import SpectralSolution, assemble, default_rtol, finish, out_of_range
 

@@ -16,9 +16,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from dualgap_jax.registry import UnknownNameError, unknown
-from dualgap_jax.spectral.checks import check_data, check_gamma, check_rtol, check_widths
+from dualgap_jax.spectral.checks import check_data, check_rtol, check_widths
 from dualgap_jax.spectral.dependence import find_dependencies, null_directions
-from dualgap_jax.spectral.problem import in_double, is_concrete
+from dualgap_jax.spectral.problem import check_gamma, in_double, is_concrete
 from dualgap_jax.spectral.scaling import Powers, powers_of, shift
 from dualgap_jax.spectral.solution import SpectralSolution, default_rtol, out_of_range
 from dualgap_jax.spectral.solvers import METHODS, path_scaled, solve_scaled
@@ -46,9 +46,7 @@ def _run(x: Any, y: Any, gamma: Any, depth: int, rtol: Any, settings: Any, progr
         else:
             x, y = (jnp.asarray(a, jnp.float64) for a in (x, y))
         gamma = np.asarray(gamma, np.float64) if is_concrete(gamma) else jnp.asarray(gamma, jnp.float64)
-        powers = powers_of(x, y, depth)
-        if not is_concrete(x, y):
-            powers = jax.tree.map(jax.lax.stop_gradient, powers)
+        powers = powers_of(*((x, y) if is_concrete(x, y) else lax.stop_gradient((x, y))), depth)
         x, y = shift(x, -powers.rows[:, None]), shift(y, -powers.targets)
         gamma = shift(gamma, -powers.targets)
         found = program(x, y, gamma, powers, rtol, np.int32(0), dtype)
@@ -115,7 +113,10 @@ def solve(
 
     `primal` and `dual` have the derivatives of the optimum in x, y and gamma, by the envelope theorem: with `M` the
     optimal `W_H ... W_1 X` they are `-W^T (Y - Yt)` where the rank of X does not change, `Y - M`, and
-    `sum_{i <= r} (sigma_i - gamma)_+`.
+    `sum_{i <= r} (sigma_i - gamma)_+`.  These have derivatives of their own, those between the kinks (a singular value
+    at gamma counts as below it), and no number where the r-th and the next singular value meet above gamma.  In JAX's
+    32-bit mode that is what there is: `grad` of the weights, the dual variable or the singular values, and derivatives
+    of a jitted derivative, need its 64-bit mode (`jvp` of them does not).
 
     Args:
       x: The inputs `[d_0, n]`, one example a column, float32 or float64.

@@ -21,10 +21,11 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from dualgap_jax.spectral import functions
 from dualgap_jax.types import KeyArray
 
 P = ParamSpec("P")
@@ -73,9 +74,13 @@ def _sum_of_powers(matrix: Float[Array, "a b"], power: int) -> Real:
 
 @_sum_of_powers.defjvp
 def _sum_of_powers_jvp(power: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    left, sigma, right = jnp.linalg.svd(primals[0], full_matrices=False)
-    gradient = (left * (power * sigma ** (power - 1))[None, :]) @ right
-    return jnp.sum(sigma**power), jnp.sum(gradient * tangents[0])
+    matrix, change = primals[0], tangents[0]
+    left, sigma, right = jnp.linalg.svd(lax.stop_gradient(matrix), full_matrices=False)
+    value = functions.with_derivatives_of(jnp.sum(sigma**power), _sum_of_powers(matrix, power))
+    if power == 1:
+        return value, jnp.sum((left @ right) * change)
+    gradient = power * functions.applied(functools.partial(functions.power, power - 1), matrix, None)
+    return value, jnp.sum(gradient * change)
 
 
 @exact_products
@@ -83,14 +88,17 @@ def schatten_power(matrix: Float[Any, "a b"], power: int) -> Real:
     """Returns `||M||_{S_H}^H`, the sum of the `power`-th powers of the singular values of the matrix, a scalar.
 
     Its gradient, `H U diag(sigma^{H-1}) V^T`, is continuous for H >= 2 also where singular values coincide or vanish,
-    where that of the singular value decomposition is not; it is therefore given by this formula.
+    where that of the singular value decomposition is not; it is therefore given by this formula, and the second
+    derivatives by that of `functions`.
 
     Raises:
-      SpectralError: for a power below 1.
+      SpectralError: for a power below 1, or another type than float32 and float64.
     """
     if not power >= 1:
         raise SpectralError(f"power={power} must be at least 1.")
-    return _sum_of_powers(jnp.asarray(matrix), power)
+    matrix = jnp.asarray(matrix)
+    check_types(matrix=matrix)
+    return _sum_of_powers(matrix, power)
 
 
 def product(weights: Weights) -> Float[Any, "d_H d_0"]:
@@ -127,9 +135,14 @@ def objective(weights: Weights, x: Float[Any, "d_0 n"], y: Float[Any, "d_H n"], 
       gamma: The regularisation, at least 0.
 
     Raises:
-      SpectralError: for fewer than two layers, or shapes that do not chain from `d_0` to `d_H`.
+      SpectralError: for fewer than two layers, shapes that do not chain from `d_0` to `d_H`, an x and a y of different
+        numbers of columns, a gamma that is not one finite number of at least 0, or types but float32 and float64.
     """
+    if x.shape[1:] != y.shape[1:]:
+        raise SpectralError(f"x of shape {x.shape} and y of shape {y.shape} must have one example a column each.")
     check_chain(weights, x.shape[0], y.shape[0])
+    check_gamma(gamma)
+    check_types(x=x, y=y, **{f"W_{k}": w for k, w in enumerate(weights, 1)})
     first, *others = (jnp.asarray(w) for w in weights)
     first, depth = first @ x, len(weights)
     penalty = schatten_power(first, depth) + sum(schatten_power(w, depth) for w in others)
@@ -163,3 +176,21 @@ def check_chain(weights: Weights, d_0: int, d_H: int) -> None:
             f"weights of shapes {shapes} do not make a network from d_0={d_0} to d_H={d_H}: give H >= 2 matrices W_i of"
             " shape [d_i, d_(i-1)], first layer first."
         )
+
+
+def check_gamma(gamma: Any, ndim: int = 0) -> None:
+    """Raises SpectralError for a regularisation of another dimension, negative or not finite; tracers have no value."""
+    if np.ndim(gamma) != ndim:
+        wanted = "one number (for several: regularisation_path, or vmap)" if ndim == 0 else "one-dimensional"
+        raise SpectralError(f"gamma of shape {np.shape(gamma)} must be {wanted}.")
+    if is_concrete(gamma):
+        values = np.asarray(gamma)
+        if values.dtype.kind not in "fiu" or not (np.isfinite(values).all() and (values >= 0).all()):
+            raise SpectralError(f"gamma={gamma!r} must be finite and at least 0 (0 is no regularisation).")
+
+
+def check_types(**arrays: Any) -> None:
+    """Raises SpectralError for arrays of other types than float32 and float64, whose singular values are not found."""
+    for name, array in arrays.items():
+        if array.dtype not in (np.float32, np.float64):
+            raise SpectralError(f"{name} holds {array.dtype}; give float32 or float64.")

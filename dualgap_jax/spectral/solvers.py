@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from dualgap_jax.registry import Table
+from dualgap_jax.spectral import functions
 from dualgap_jax.spectral.certificate import SAFETY, dual_rounding, lower_bound, primal_rounding
 from dualgap_jax.spectral.problem import (
     Real,
@@ -73,7 +74,8 @@ def _with_slopes(value: Array, data: tuple[Array, ...], slopes: tuple[Array, ...
 
 @_with_slopes.defjvp
 def _with_slopes_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    value, _, slopes = primals
+    value, data, slopes = primals
+    value = _with_slopes(value, data, slopes)
     return value, sum((jnp.sum(s * t) for s, t in zip(slopes, tangents[1], strict=True)), jnp.zeros_like(value))
 
 
@@ -83,22 +85,29 @@ def _slopes(problem: Problem) -> tuple[Array, Array, Array]:
     With `Yt = U S V^T` and `M = U_r (S_r - gamma)_+ V_r^T = W X` the optimal product, the optimum is
     `1/2 ||Y||^2 - 1/2 sum_{i <= r} (S_i - gamma)_+^2`.  Its derivatives, by the envelope theorem, are
     `-W^T (Y - Yt)` in X, where the rank of X does not change, `Y - M` in Y and `sum_{i <= r} (S_i - gamma)_+` in gamma.
-    They are continuous in gamma, and in Y but where the r-th and the next singular value meet above gamma.
+    They are continuous in gamma, and in Y but where the r-th and the next singular value meet above gamma; between such
+    points and the kinks, where a singular value is gamma, they have derivatives again.
     """
-    reduced = problem.reduced
+    x, y, gamma = problem.x, problem.y, problem.gamma
+    reduced, r = jax.tree.map(lax.stop_gradient, problem.reduced), problem.r
     left, sigma, right = jnp.linalg.svd(reduced.targets, full_matrices=False)
-    kept = jnp.where(jnp.arange(len(sigma)) < problem.r, jnp.maximum(sigma - problem.gamma, 0), 0)
+    kept = jnp.where(jnp.arange(len(sigma)) < r, jnp.maximum(sigma - lax.stop_gradient(gamma), 0), 0)
     fitted = (left * kept[None, :]) @ right
-    rest = problem.y - reduced.targets @ reduced.basis
-    return -(fitted @ reduced.inverse).T @ rest, problem.y - fitted @ reduced.basis, jnp.sum(kept)
+    known = functions.with_derivatives_of
+    inverse = functions.pseudoinverse(x, reduced.basis.T @ reduced.inverse)
+    projected = known(reduced.targets @ reduced.basis, (y @ inverse) @ x)
+    optimal = known(fitted @ reduced.basis, functions.applied(functools.partial(functions.above, r), projected, gamma))
+    first = known(fitted @ reduced.inverse, optimal @ inverse)
+    ones = functions.applied(functools.partial(functions.whether_above, r), projected, gamma)
+    total = known(jnp.sum(kept), jnp.sum(ones * projected) - gamma * jnp.sum(lax.stop_gradient(kept > 0)))
+    return -first.T @ (y - projected), y - optimal, total
 
 
 def _restored(solution: SpectralSolution, problem: Problem) -> SpectralSolution:
     """The solution of the problem in its own unit as one of the problem as given; without numbers there is no gap."""
     rows, targets = problem.powers
-    constant = jax.tree.map(lax.stop_gradient, (solution.primal, solution.dual, _slopes(problem)))
-    data = (problem.x, problem.y, problem.gamma)
-    primal, dual = (_with_slopes(value, data, constant[2]) for value in constant[:2])
+    data, slopes = (problem.x, problem.y, problem.gamma), _slopes(problem)
+    primal, dual = (_with_slopes(lax.stop_gradient(v), data, slopes) for v in (solution.primal, solution.dual))
     half_norm = 0.5 * jnp.sum(problem.y**2)
     given = solution._replace(
         dual_variable=type(solution.dual_variable)(shift(solution.dual_variable.coefficients, targets - rows[None, :])),

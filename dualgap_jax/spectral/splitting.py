@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from dualgap_jax.spectral import functions
 from dualgap_jax.spectral.problem import SpectralError, exact_products, is_concrete, r_norm_squared
 
 
@@ -27,6 +28,8 @@ def prox_r_norm(matrix: Float[Any, "a b"], r: int, step: ArrayLike = 1.0) -> Flo
 
     and the result is `max(z_i / (1 + step), t)` for i <= r, `min(z_i, t)` for i > r.  Both sides are piecewise linear
     and monotone in t, so the root is exact between two neighbouring breakpoints.
+
+    Its derivatives are those of the singular value decomposition, NaN where singular values coincide.
 
     Source: the operator is that of Grussler, Rantzer and Giselsson (2018), for any r; derived here from the optimality
     conditions.
@@ -65,13 +68,15 @@ def prox_r_norm(matrix: Float[Any, "a b"], r: int, step: ArrayLike = 1.0) -> Flo
 def clip_singular_values(matrix: Float[Any, "a b"], ceiling: ArrayLike) -> Float[Array, "a b"]:
     """Returns the matrix with its singular values cut at the ceiling: the projection onto `||M|| <= ceiling`.
 
+    Its derivatives are numbers also where singular values coincide; a singular value at the ceiling counts as cut.
+
     Raises:
       SpectralError: for a ceiling that is negative or not a number.
     """
     if is_concrete(ceiling) and not (np.ndim(ceiling) == 0 and np.asarray(ceiling) >= 0):
         raise SpectralError(f"ceiling={ceiling} must be one number, at least 0.")
-    left, sigma, right = jnp.linalg.svd(jnp.asarray(matrix), full_matrices=False)
-    return (left * jnp.minimum(sigma, ceiling)[None, :]) @ right
+    matrix = jnp.asarray(matrix)
+    return functions.applied(functions.clipped, matrix, jnp.asarray(ceiling, matrix.dtype))
 
 
 class DualIterates(NamedTuple):
