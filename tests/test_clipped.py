@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from scipy.optimize import linprog
 
 from dualgap_jax import experiments
 from dualgap_jax.config import Component, experiment_config
-from dualgap_jax.data import Dataset
+from dualgap_jax.data import Dataset, synthetic_relu
 from dualgap_jax.duality import Effort, SearchSpec, branch_problem, clipped, theorem
 from dualgap_jax.duality.clipped import Clipped, clipped_hinge, verify_clipped
 from dualgap_jax.duality.problem import Problem
@@ -79,6 +80,42 @@ def test_where_assumption_1_holds_both_problems_are_one(rng: np.random.Generator
     assert (found.weights == 1).all()
     assert found.rows[0].lower == pytest.approx(row.dual_lower, abs=1e-9)
     assert row.primal_lower - 1e-12 <= found.rows[0].upper
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_budgets_up_to_the_largest_h_and_beyond_it(power: float) -> None:
+    one = branch_problem(mlp((1,), 1, use_bias=False), synthetic_relu(n=20, d=2), tau=1.0, radius=3.0, power=power)
+    most = 3.0**power
+    budgets = [0.4 * most, 4.0, 5.0, most, (1 + 1e-13) * most, 10.0 * most, 1e300, np.inf]
+    budgets = sorted(budget for budget in budgets if budget >= 0.4 * most)
+    found = [clipped_hinge(one, budget, [1, 5], effort=SMALL, points=65) for budget in budgets]
+    for bounds in found:
+        assert {(row.lower_status, row.upper_status) for row in bounds.rows} == {("certified", "certified")}
+    for small, large in itertools.pairwise(found):
+        assert large.rows[0].lower <= small.rows[0].lower + 1e-9
+        assert large.rows[1].upper <= small.rows[1].upper + 1e-9
+    # From the largest h on the constraint binds nobody.
+    free = found[-1]
+    for bounds, budget in zip(found, budgets, strict=True):
+        if budget >= most:
+            assert bounds.rows[0].lower == pytest.approx(free.rows[0].lower, abs=1e-6)
+            assert [row.upper for row in bounds.rows] == pytest.approx([row.upper for row in free.rows], abs=1e-6)
+
+
+def test_bounds_leave_room_for_the_checkers_roundings() -> None:
+    data = points(np.random.default_rng(0), 12, 2)
+    one = branch_problem(mlp((1,), 1, use_bias=False), data, tau=1.0, radius=3.0)
+    found = clipped_hinge(one, np.inf, 1, effort=SMALL, points=65)
+    assert found.rows[0].lower_status == "certified", found.reasons
+
+
+@pytest.mark.parametrize("budget", [0.0, 1e-300, 3.99, 4.0, 1e300])
+def test_weights_that_all_cost_nothing_are_a_mixture(budget: float, rng: np.random.Generator) -> None:
+    scores, costs = np.zeros((1, 5)), np.zeros(1)
+    best = clipped._master(scores, costs, budget, 1.0)
+    assert (best.value, best.shares.tolist(), best.lam) == (1.0, [1.0], 0.0)
+    two = clipped._master(np.stack([np.zeros(5), np.ones(5)]), np.array([0.0, 1e-305]), budget, 1.0)
+    assert two.value == pytest.approx(max(0.0, 1 - budget / 1e-305), abs=1e-6)
 
 
 def test_claims_are_proven_again_and_nothing_better_is(solved: tuple[Problem, Clipped]) -> None:

@@ -42,9 +42,12 @@ from dualgap_jax.duality.values import Status, ValueFunction, number
 from dualgap_jax.duality.verdict import Instance, dual_lower
 
 _EPS = float(np.finfo(np.float64).eps)
-_SPARE = 2.0**-40  # of an upper bound, left to those who prove it again with other roundings
+_SPARE = 2.0**-40  # of a bound, left to those who prove it again with other roundings
 _ROUNDS = 12
 _NEW = 4  # weights added in a round
+_SAFE = 1e-12  # of a budget, left to roundings
+_NEAR = 1e-9  # by what share weights may cost more than the budget to be scaled down in their place
+_SLACK = 1e9  # of budgets, in units of the dearest weights: no mixture reaches it, and linprog takes no infinity
 
 
 class HingeBounds(NamedTuple):
@@ -132,12 +135,12 @@ def _master(scores: np.ndarray, costs: np.ndarray, budget: float, tau: float) ->
     """The best mixture of the weights found so far, by linear programming, and its multipliers."""
     k, n = scores.shape
     unit = max(float(np.abs(scores).max()) / tau, 1.0)
-    share_of = max(float(costs.max()), np.finfo(float).tiny)
+    share_of = float(costs.max()) or 1.0
     left = np.concatenate([-scores.T / tau / unit, -np.eye(n)], axis=1)
     rows, right = [left], [np.full(n, -1 / unit)]
     if math.isfinite(budget):
         rows.append(np.concatenate([costs / share_of, np.zeros(n)])[None])
-        right.append(np.array([budget / share_of]))
+        right.append(np.array([min(budget / share_of, _SLACK)]))
     found = scipy.optimize.linprog(
         np.concatenate([np.zeros(k), np.full(n, unit / n)]),
         A_ub=np.concatenate(rows), b_ub=np.concatenate(right), A_eq=np.concatenate([np.ones(k), np.zeros(n)])[None],
@@ -191,7 +194,7 @@ def clipped_hinge(
     tried = [dual_lower([function], limit, [1], best.lam if math.isfinite(limit) else 0.0)]
     tried.append(Instance([function], limit).dual_lower([1]))
     dual = max(tried, key=lambda d: d.value)
-    lower = max(0.0, float(dual.value))
+    lower = max(0.0, float(dual.value) - _SPARE * (1 + abs(float(dual.value))))
     certain: Status = "certified" if function.status == "certified" or dual.value <= 0 else "estimated"
     rows = []
     for count in counts:
@@ -235,15 +238,22 @@ def _mixture(
 
 
 def _affordable(problem: Problem, budget: float, w: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The weights, and those of them that cost more than the budget scaled down to it, for few branches."""
+    """The weights, and those of them that cost more than the budget scaled down to it, for few branches.
+
+    Those that cost no more than a rounding or so above it are replaced, and keep their shares.
+    """
     costs = problem.h(w)
-    dear = w[costs > budget]
-    if budget == 0 or not len(dear):
+    dear = costs > budget * (1 - _SAFE)  # what costs all of the budget has no room for roundings
+    if budget == 0 or not dear.any():
         return w, scores
-    scaled = dear * ((budget / costs[costs > budget]) ** (1 / problem.power) * (1 - 1e-12))[:, None]
+    scaled = w[dear] * ((budget / costs[dear]) * (1 - 2 * _SAFE))[:, None] ** (1 / problem.power)
     with jax.enable_x64(True):
         more = np.asarray(_programs(ByProgram(problem), 1)[0](jnp.asarray(scaled)))
-    return np.concatenate([w, scaled]), np.concatenate([scores, more])
+    near = costs <= budget * (1 + _NEAR)
+    few, cheap = near[dear], np.flatnonzero(dear & near)
+    w, scores = w.copy(), scores.copy()
+    w[cheap], scores[cheap] = scaled[few], more[few]
+    return np.concatenate([w, scaled[~few]]), np.concatenate([scores, more[~few]])
 
 
 def _rounded(
@@ -252,7 +262,7 @@ def _rounded(
     """How many of I branches have which weights: the shares rounded down, the rest at weights 0, then exchanges."""
     shares = np.pad(shares, (0, len(scores) - len(shares)))
     chosen = np.floor(np.maximum(shares, 0) * count * (1 - 1e-12)).astype(np.int64)
-    room = count * budget * (1 - 1e-12)
+    room = count * budget * (1 - _SAFE)
     while chosen.sum() > count or (chosen @ costs) > room:
         chosen[int(np.argmax(chosen * costs))] -= 1
     chosen[0] += count - chosen.sum()
