@@ -47,6 +47,26 @@ def checked(one: RiskProblem, found: certify.Certificate, width: float) -> None:
     assert uppers == sorted(uppers, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"reduce": "sum"}, {"power": 3.0, "radius": 2.0}, {"activation": "tanh", "radius": 2.0}],
+    ids=["mean", "sum", "power", "tanh"],
+)
+def test_a_budget_of_0_leaves_the_zero_network(settings: Any, rng: Any) -> None:
+    one = problem(drawn(rng, 8, 2), "logistic", budget=0.0, **settings)
+    zeros = np.zeros((3, one.one.size))
+    at_zero = float(one.losses(np.zeros(one.shape)).mean())
+    assert risk(one, zeros, np.full(3, 1 / 3)).mean_h == 0
+    assert certify.distance(one, zeros).upper == pytest.approx(at_zero, rel=1e-12)
+    found = optimum(one, spec=QUICK)
+    checked(one, found, 1e-5)
+    assert found.lower <= at_zero <= found.upper
+    assert found.upper == pytest.approx(at_zero, rel=1e-12)
+    assert not found.weights[found.shares > 0].any()
+    with pytest.raises(ValueError, match="above the budget 0"):
+        certify.distance(one, zeros + 1e-200)
+
+
 @pytest.mark.parametrize("loss", ["binary_hinge", "squared", "logistic"])
 @pytest.mark.parametrize(("n", "settings"), [(8, {"penalty": 0.02}), (14, {"budget": 3.0})])
 def test_optimum_is_that_of_the_convex_program(loss: str, n: int, settings: Any, rng: Any) -> None:

@@ -160,7 +160,9 @@ def bounded_outputs(
 
 
 def mean_h(problem: RiskProblem, weights: np.ndarray, shares: np.ndarray) -> float:
-    """`sum_k shares_k ||w_k||^q`, rounded up."""
+    """`sum_k shares_k ||w_k||^q`, rounded up; exactly 0 where all weights are, which meets the budget 0."""
+    if not weights[shares > 0].any():
+        return 0.0
     squares = np.sum(weights**2, axis=1) * (1 + (weights.shape[1] + 4) * _EPS)
     costs = squares if problem.power == 2 else squares ** (problem.power / 2) * (1 + 8 * _EPS * problem.power)
     return math.nextafter(math.fsum((costs * shares).tolist()) * (1 + 4 * _EPS), math.inf)
