@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ from dualgap_jax.duality.risk import primal_risk
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.duality.values import ValueFunction
-from dualgap_jax.duality.verdict import verdicts
+from dualgap_jax.duality.verdict import dual_lower, verdicts
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
 from dualgap_jax.files import load_json, load_npz, save_json
 from dualgap_jax.losses import binary_hinge, multi_margin
@@ -178,6 +179,17 @@ def test_two_routes_to_the_dual_and_a_fine_search_over_multipliers(seed: int) ->
                 assert lagrangian(grids, values, counts, lam)[0] - lam * budget <= one.value + 1e-12
             attained = lagrangian(grids, values, counts, one.multiplier)[0] - one.multiplier * budget
             assert attained == pytest.approx(one.value, abs=1e-12)
+
+
+def test_the_dual_bound_follows_from_its_own_multiplier(rng: np.random.Generator) -> None:
+    """Also at budgets of which a share is less than a rounding of the bound."""
+    for _ in range(300):
+        upper = np.sort(rng.random(9))[::-1]
+        function = ValueFunction(np.linspace(0, 2, 9), upper, upper)
+        budget, lam = float(10.0 ** rng.uniform(-16, 0)), float(10.0 ** rng.uniform(-3, 1))
+        found = dual_lower([function], budget, [3], lam)
+        assert Fraction(found.value) <= Fraction(found.q) - Fraction(lam) * Fraction(budget)
+        assert found.value == pytest.approx(found.q - lam * budget, abs=1e-10)
 
 
 def test_envelope_against_all_pairs(rng: np.random.Generator) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from dualgap_jax.duality.allocation import METHODS, Allocation, Path, solve
 from dualgap_jax.duality.deltas import Combination, belongs
 from dualgap_jax.duality.envelope import dual_on_edges, multipliers
+from dualgap_jax.duality.problem import above
 from dualgap_jax.duality.units import Spread, as_counts, in_units, spread_of, whole_units
 from dualgap_jax.duality.values import BUDGET_SLACK, Status, ValueFunction, number
 from dualgap_jax.registry import unknown
@@ -110,7 +112,10 @@ def dual_lower(functions: Sequence[ValueFunction], budget: float, counts: Sequen
     # A little more than K is charged, which covers the roundings of the products.
     free = lam * (budget + 4e-12 * abs(budget)) if lam > 0 else 0.0
     value = math.fsum(parts) / total if all(map(math.isfinite, parts)) else -math.inf
-    return _DualBound(value - free - _ROUNDING * max(1.0, scale + abs(free)), lam, value - _ROUNDING * max(1.0, scale))
+    bound, q = value - free - _ROUNDING * max(1.0, scale + abs(free)), value - _ROUNDING * max(1.0, scale)
+    if lam > 0 and math.isfinite(bound):  # what is charged in excess may be less than a rounding, where K is small
+        bound = min(bound, -above(Fraction(lam) * Fraction(budget) - Fraction(q)))
+    return _DualBound(bound, lam, q)
 
 
 def _concave_lower(function: ValueFunction, budget: float, count: int) -> float:
