@@ -247,6 +247,51 @@ def test_operations_without_a_rule_and_budgets_out_of_range_are_refused(rng: np.
         duality.theorem1(problem, 3.0, 2, points=9, effort=dataclasses.replace(EFFORT, route="closed_form"))
 
 
+def waves() -> ConstrainedProblem:
+    """`a sin(w x)` on a box, of size `|a| + |w|`."""
+    x = np.linspace(-2, 2, 9, dtype=np.float32)[:, None]
+    branch = networks.from_functions(lambda key, x: jnp.zeros(2), lambda w, x: w[0] * jnp.sin(w[1] * x))
+    data = from_arrays(x, np.where(np.sin(3 * x[:, 0]) > 0.3, 1, -1))
+    return duality.constrained_problem(
+        branch, data, tau=2.5, size=lambda w: jnp.sum(jnp.abs(w)), domain=duality.box(-2, 2)
+    )
+
+
+@pytest.mark.parametrize("budget", [1e-12, 1e-9, 1e-6])
+def test_budgets_next_to_the_least_h_take_no_more_points(budget: float) -> None:
+    found = duality.theorem1(waves(), budget, [1, 1000], points=33, effort=EFFORT)
+    assert len(found.function.budgets) == 33
+    assert not found.proof.failures
+    assert {row.status for row in found.rows} == {"certified"}
+    for row in found.rows:  # inf(P) is 1 up to less than K
+        assert 1 - 0.01 < row.primal_lower <= 1
+        assert 1 - budget <= row.primal_upper < 1 + 1e-9
+
+
+def test_budgets_at_the_least_h_are_not_called_infeasible() -> None:
+    sizes = constrained_bounds.sizes(waves())
+    assert sizes.floor <= 0 <= sizes.least < 1e-11
+    for budget in (0.0, 1e-13, sizes.floor, sizes.least):
+        with pytest.raises(ValueError, match="where nothing can be certified; give a budget above") as refused:
+            constrained_bounds.grid(sizes, budget, 9)
+        assert "no feasible point" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"proven to be at least .*: no feasible point"):
+        constrained_bounds.grid(sizes, -1e-3, 9)
+
+
+@pytest.mark.parametrize("points", [3, 65, 5000])
+@pytest.mark.parametrize("share", [1e-300, 1e-9, 1e-3, 0.1, 0.5, 1 - 1e-12, 1.0, 2.0])
+def test_grids_of_budgets_are_of_bounded_length(points: int, share: float) -> None:
+    sizes = constrained_bounds.Sizes(0.0, (), 1e-12, np.zeros(1), 3.0)
+    budget = sizes.least + share * sizes.most
+    if budget > sizes.least:
+        grid = constrained_bounds.grid(sizes, budget, points)
+        assert 3 <= len(grid) <= 2 + max(4096, 4 * points)
+        assert grid[0] == sizes.least
+        assert grid[-1] >= sizes.most * (1 - 1e-12)
+        assert budget in grid or share >= 1 or share * max(4096, 4 * points) < 1 + 1e-9
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

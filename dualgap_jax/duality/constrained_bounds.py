@@ -45,6 +45,7 @@ _SHARP_BELOW = 0.15  # side of a box, in units of the longest side of W's, below
 _FLOOR_BOXES = 20_000
 _MARGIN_BOXES = 4096
 _BATCH = 256
+_MANY, _TIMES = 4096, 4  # budgets that a grid may have, and in multiples of what was asked for, so that K is one
 
 
 class ConstrainedProof(NamedTuple):
@@ -202,22 +203,32 @@ def _middle(problem: ConstrainedProblem) -> np.ndarray:
 
 
 def grid(found: Sizes, budget: float, points: int) -> Float64[np.ndarray, " m"]:
-    """A uniform grid of some `points` budgets from the least h to the largest or a little beyond, K one of them.
+    """A uniform grid of some `points` budgets from the least h to the largest or a little beyond.
+
+    K is one of them where that takes no more than `_MANY` budgets, or a few times as many as were asked for.  So near
+    the least h it lies between the first two of `points` budgets, and its bounds are those of its neighbours.
 
     Raises:
-      ValueError: for K below the least h, or fewer than 3 points.
+      ValueError: for K not above the least h as far as that is known, or fewer than 3 points.
     """
     if points < 3:
         raise ValueError(f"a grid of budgets needs at least 3 points here, got {points}.")
+    if budget < found.floor:
+        raise ValueError(
+            f"budget K={budget:.6g} is not above the least h over W, proven to be at least {found.floor:.6g}: no"
+            " feasible point."
+        )
     if not budget > found.least:
         raise ValueError(
-            f"budget K={budget:.6g} is not above the least h over W, {found.least:.6g}: no feasible point."
+            f"budget K={budget:.15g} is not above the least h over W by more than roundings: that lies between"
+            f" {found.floor:.15g} and {found.least:.15g}, where nothing can be certified; give a budget above"
+            f" {found.least:.15g}."
         )
     width = found.most - found.least
-    if budget >= found.most:
-        return np.linspace(found.least, found.most, points)
-    steps = max(1, round((budget - found.least) / width * (points - 1)))
+    steps = max(1, round((min(budget, found.most) - found.least) / width * (points - 1)))
     step = (budget - found.least) / steps
+    if budget >= found.most or width > step * max(_MANY, _TIMES * points):
+        return np.linspace(found.least, found.most, points)
     count = max(steps + 1, math.ceil(width / step))
     budgets = found.least + step * np.arange(count + 1)
     budgets[steps] = budget

@@ -110,7 +110,7 @@ def value_function(
       problem: the one-branch problem.
       points: of the grid of budgets.
       effort: the route, and how hard to try.
-      budget: K; with h of one's own the grid is laid so that K is a point of it.
+      budget: K; with h of one's own the grid is laid so that K is a point of it, unless it is next to the least h.
       num_branches: the largest I that verdicts are wanted for.
       seed: of the search.
       quick: no branch and bound, and a quarter of the starts; for repetitions on fresh samples.
