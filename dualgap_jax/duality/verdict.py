@@ -113,7 +113,8 @@ def dual_lower(functions: Sequence[ValueFunction], budget: float, counts: Sequen
     free = lam * (budget + 4e-12 * abs(budget)) if lam > 0 else 0.0
     value = math.fsum(parts) / total if all(map(math.isfinite, parts)) else -math.inf
     bound, q = value - free - _ROUNDING * max(1.0, scale + abs(free)), value - _ROUNDING * max(1.0, scale)
-    if lam > 0 and math.isfinite(bound):  # what is charged in excess may be less than a rounding, where K is small
+    if lam > 0 and math.isfinite(bound) and any(f.lagrangian is not None and not f.concave for f in functions):
+        # The proof is from q, and what is charged in excess of lam K may be less than a rounding where K is small.
         bound = min(bound, -above(Fraction(lam) * Fraction(budget) - Fraction(q)))
     return _DualBound(bound, lam, q)
 
