@@ -24,7 +24,7 @@ from scipy.optimize import minimize
 
 from dualgap_jax import config, experiments, figures
 from dualgap_jax.config import Component, ConfigError, experiment_config
-from dualgap_jax.data import Dataset
+from dualgap_jax.data import Dataset, synthetic_relu
 from dualgap_jax.duality import (
     branch_and_bound,
     closed_forms,
@@ -183,9 +183,10 @@ def test_two_routes_to_the_dual_and_a_fine_search_over_multipliers(seed: int) ->
 
 def test_the_dual_bound_follows_from_its_own_multiplier(rng: np.random.Generator) -> None:
     """Also at budgets of which a share is less than a rounding of the bound."""
+    grid = np.linspace(0, 2, 9)
     for _ in range(300):
         upper = np.sort(rng.random(9))[::-1]
-        function = ValueFunction(np.linspace(0, 2, 9), upper, upper)
+        function = ValueFunction(grid, upper, upper, lagrangian=lambda lam, v=upper: float((v + lam * grid).min()))
         budget, lam = float(10.0 ** rng.uniform(-16, 0)), float(10.0 ** rng.uniform(-3, 1))
         found = dual_lower([function], budget, [3], lam)
         assert Fraction(found.value) <= Fraction(found.q) - Fraction(lam) * Fraction(budget)
@@ -738,6 +739,53 @@ def test_the_theorem_on_a_tanh_branch(rng: np.random.Generator) -> None:
     for row, proven in zip(estimated, (rows[0], rows[3]), strict=True):
         assert row.primal_upper == pytest.approx(proven.primal_upper, abs=1e-4)
         assert row.dual_upper == pytest.approx(proven.dual_upper, abs=1e-4)
+
+
+@pytest.mark.parametrize(("hidden", "radius"), [((1,), 1e60), ((1, 1), 1e15), ((1, 1), 1e18)])
+def test_closed_forms_are_proven_where_float32_overflows(hidden: tuple[int, ...], radius: float) -> None:
+    branch, data = mlp(hidden, 1, use_bias=False), synthetic_relu(seed=1, n=20, d=2)
+    found = [
+        theorem.theorem1(problem.branch_problem(branch, data, tau=5.0, radius=r), 0.4 * r * r, 2, points=65)
+        for r in (1.0, radius)
+    ]
+    one, two = (f.rows[0] for f in found)
+    assert two.status == "certified", found[1].proof.failures
+    scale = radius ** (len(hidden) + 1)
+    # The offset, 1, is nothing beside outputs of this size.
+    assert two.primal_lower == pytest.approx((one.primal_lower - 1) * scale, rel=1e-6)
+    assert 0.2 * two.delta_upper < two.delta_lower <= two.delta_upper
+
+
+def test_without_a_search_for_delta_what_is_proven_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = problem.branch_problem(mlp((1,), 1, use_bias=False), synthetic_relu(n=20, d=2), tau=5.0, radius=2.0)
+    whole = theorem.theorem1(one, 1.5, 2, points=65).rows[0]
+
+    def overflows(*_: Any, **__: Any) -> None:
+        raise search.NotANumberError("g is not a number")
+
+    monkeypatch.setattr(theorem, "local_minima", overflows)
+    left = theorem.theorem1(one, 1.5, 2, points=65).rows[0]
+    assert left.status == "certified"
+    assert (left.primal_lower, left.primal_upper) == (whole.primal_lower, whole.primal_upper)
+    effort = theorem.Effort(route="search", search=SearchSpec(budgets=2, starts=4, steps=5))
+    with pytest.raises(ValueError, match="not a number"):  # no proof says that there is none where it did not look
+        theorem.theorem1(one, 1.5, 2, points=65, effort=effort)
+
+
+def test_searches_that_overflow_float32_are_made_in_float64(x64: None) -> None:
+    data = synthetic_relu(n=20, d=2)
+    effort = theorem.Effort(route="search", search=SearchSpec(budgets=2, starts=4, steps=20))
+    for radius in (1e14, 1e20):
+        one = problem.branch_problem(mlp((2, 2), 1, use_bias=False), data, tau=5.0, radius=radius)
+        assert one.size > 6
+        found = theorem.value_function(one, 17, effort)
+        assert found.minimisers is not None
+        assert float(one.g(jnp.asarray(found.minimisers[-1]))) < -1e-4 * radius**3
+        assert np.isfinite(found.upper).all()
+        theorem.find_delta(one, found, effort.search)
+    nan = from_functions(lambda key, x: jnp.ones(8), lambda w, x: jnp.log(w[0]) + x @ w[:2, None])
+    with pytest.raises(ValueError, match=r"give a smaller radius\.$"):
+        theorem.value_function(problem.branch_problem(nan, data, tau=5.0, radius=1.0), 17, effort)
 
 
 def test_a_primal_point_has_the_value_and_the_cost_that_are_claimed(rng: np.random.Generator) -> None:

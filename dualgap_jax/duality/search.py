@@ -133,12 +133,17 @@ def _run(kernel: Any, w: np.ndarray, radii: np.ndarray, chunk: int, progress: An
     return np.concatenate(ends).reshape(m, s, p), value.reshape(m, s)
 
 
+class NotANumberError(ValueError):
+    """g is not a number where a search looked: at a point of W, or where it leaves the range of the search's floats."""
+
+
 def _refuse_nan(values: np.ndarray, where: str) -> None:
-    """Raises ValueError if g is not a number at a point of W: it has no least value then."""
+    """Raises NotANumberError if g is not a number at a point of W: it has no least value then."""
     if np.isnan(values).any():
-        raise ValueError(
+        wider = "" if values.dtype == np.float64 else ", or dtype=np.float64 if they overflow in float32"
+        raise NotANumberError(
             f"g is not a number {where} ({int(np.isnan(values).sum()):,} of {values.size:,}); the branch's outputs must"
-            " be finite on W: give a smaller radius, or dtype=np.float64 if they overflow in float32."
+            f" be finite on W: give a smaller radius{wider}."
         )
 
 
@@ -149,7 +154,8 @@ def _fine(problem: Problem, budgets: np.ndarray, coarse: np.ndarray, minimisers:
     candidates = []
     for index in (right - 1, right):
         w = minimisers[index]
-        norm = np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-300)
+        norm = np.linalg.norm(w, axis=1, keepdims=True)
+        norm = np.where(norm > 0, norm, 1.0)  # weights 0 stay 0
         candidates.append(w * (radii[:, None] / norm))
         if index is not right:
             candidates.append(w * np.minimum(1.0, radii[:, None] / norm))

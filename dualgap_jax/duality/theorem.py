@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,13 +16,14 @@ from dualgap_jax.duality.constrained import AnyProblem, ConstrainedProblem
 from dualgap_jax.duality.margins import recognise
 from dualgap_jax.duality.problem import Problem
 from dualgap_jax.duality.proofs import Proven, prove
-from dualgap_jax.duality.search import SearchSpec, kappa_by_search, local_minima, search
+from dualgap_jax.duality.search import NotANumberError, SearchSpec, kappa_by_search, local_minima, search
 from dualgap_jax.duality.units import as_counts
 from dualgap_jax.duality.values import ValueFunction, number
 from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
 from dualgap_jax.registry import unknown
 from dualgap_jax.sizes import positive
 
+T = TypeVar("T")
 Route = Literal["auto", "closed_form", "bound", "search"]
 ROUTES = ("auto", "closed_form", "bound", "search")
 HOMOGENEOUS = ("relu", "leaky_relu", "identity")
@@ -81,7 +83,8 @@ def _kappa(problem: Problem, spec: SearchSpec, seed: int) -> closed_forms.Kappa 
     narrow = len(widths) == 1 or (widths and max(widths) == 1)
     if known.activation == "relu" and problem.c.shape[1] == 1 and x.shape[1] <= 3 and narrow:
         return closed_forms.kappa_relu_chain(x, problem.c[:, 0], tau=problem.tau, widths=widths)
-    return kappa_by_search(problem, spec, seed=seed, degree=len(widths) + 1)
+    degree = len(widths) + 1
+    return _in_enough_digits(lambda dtype: kappa_by_search(problem, spec, seed=seed, dtype=dtype, degree=degree), 1.0)
 
 
 def _dual_effort(spec: BoundSpec, problem: AnyProblem, found: ValueFunction, num_branches: int) -> BoundSpec:
@@ -139,7 +142,11 @@ def value_function(
         spec = dataclasses.replace(spec, starts=max(1, spec.starts // 4))
     small = problem.size <= MAX_PARAMETERS
     name = None if label is None else f"{label}search"
-    found = search(problem, budgets, spec, seed=seed, dtype=np.float64 if small else np.float32, label=name)
+
+    def in_dtype(dtype: Any) -> ValueFunction:
+        return search(problem, budgets, spec, seed=seed, dtype=dtype, label=name)
+
+    found = in_dtype(np.float64) if small else _in_enough_digits(in_dtype, problem.radius)
     if quick or effort.route == "search" or (effort.route == "auto" and problem.size > _BOUND_UP_TO):
         return found
     dual = _dual_effort(effort.dual, problem, found, num_branches)
@@ -170,8 +177,26 @@ def find_delta(problem: AnyProblem, function: ValueFunction, spec: SearchSpec, *
     """
     if isinstance(problem, ConstrainedProblem):
         return deltas.best_lower_bound(problem, function)
-    cloud = local_minima(problem, spec, seed=seed) if problem.size <= _CLOUD_UP_TO else None
+    cloud = _cloud(problem, function, spec, seed) if problem.size <= _CLOUD_UP_TO else None
     return deltas.best_lower_bound(problem, function, cloud)
+
+
+def _cloud(problem: Problem, function: ValueFunction, spec: SearchSpec, seed: int) -> np.ndarray | None:
+    """Local minima of g; None where not even float64 holds it, and a proof says that it is finite on W."""
+    try:
+        return _in_enough_digits(lambda dtype: local_minima(problem, spec, seed=seed, dtype=dtype), problem.radius)
+    except NotANumberError:
+        if function.status != "certified":
+            raise
+    return None
+
+
+def _in_enough_digits(run: Callable[[Any], T], radius: float) -> T:
+    """A search in float32, or in float64 where float32 does not hold g, or the squares of weights of this norm."""
+    if 1e-15 < radius < 1e15:
+        with contextlib.suppress(NotANumberError):
+            return run(np.float32)
+    return run(np.float64)
 
 
 def theorem1(
