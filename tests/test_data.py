@@ -971,3 +971,22 @@ def test_numbers_that_float32_does_not_tell_apart_are_refused(standardise: bool,
     data.from_arrays(times - times.mean(axis=0), signs, standardise=standardise)
     data.from_arrays(times[:, :1] + 1000, signs, standardise=standardise)
     data.from_arrays(np.full((16, 2), 1.7e9), signs, standardise=standardise)  # constant columns stay what they are
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(1e-50, np.float64), (1e-44, np.float64), (1e-44, np.float32)])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_columns_that_float32_takes_for_0_are_refused(
+    scale: float, kind: type, standardise: bool, rng: np.random.Generator
+) -> None:
+    x, signs = rng.standard_normal((16, 3)), np.asarray([-1, 1] * 8)
+    small = (x * [1, scale, scale]).astype(kind)
+    with pytest.raises(ValueError, match=r"x holds columns .* 2 of 3, first \[:, 1\]; scale them, or set them to 0"):
+        data.from_arrays(small, signs, standardise=standardise)
+    images = np.ones((16, 2, 2, 1)) * x[:, :1, None, None]
+    images[:, 1, 0, 0] *= scale
+    with pytest.raises(ValueError, match=r"1 of 4, first \[:, 1, 0, 0\]"):
+        data.from_arrays(images, signs, standardise=standardise)
+    small[:, 1:] = 0  # a column of zeros is one, and so is a small number beside others
+    data.from_arrays(small, signs, standardise=standardise)
+    x[3, 1] = scale
+    data.from_arrays(x, signs, standardise=standardise)

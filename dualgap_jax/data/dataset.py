@@ -146,7 +146,7 @@ def from_arrays(
 
     Raises:
       ValueError: for shapes that do not fit, no examples, labels that no task takes, numbers that are not finite, or
-        that float32 cannot hold, too large for it or all so small that it takes them for 0.
+        that float32 cannot hold, too large for it or, in a column, all so small that it takes them for 0.
     """
     x, y = _known(name, "x", x), _known(name, "y", y)
     if y.ndim != 1:
@@ -220,6 +220,15 @@ def _as_float32(name: str, label: str, array: np.ndarray) -> np.ndarray:
         raise ValueError(f"data set {name!r}: {label} holds numbers too large for float32; scale them.")
     if array.any() and (np.abs(single) < np.finfo(np.float32).tiny).all():
         raise ValueError(f"data set {name!r}: {label} holds only numbers that are 0 in float32; scale them.")
+    if array.ndim > 1 and array.dtype.kind == "f" and array.dtype.itemsize > 2 and array.size:
+        largest = np.fmax(np.fmax.reduce(array, axis=0), -np.fmin.reduce(array, axis=0))
+        lost = (largest > 0) & (largest < np.finfo(np.float32).tiny)
+        if lost.any():
+            first = ", ".join(map(str, np.argwhere(lost)[0].tolist()))
+            raise ValueError(
+                f"data set {name!r}: {label} holds columns (of examples) whose numbers are all 0 in float32:"
+                f" {int(lost.sum()):,} of {lost.size:,}, first [:, {first}]; scale them, or set them to 0."
+            )
     if len(array) > 1 and array.dtype.kind in "iuf" and array.dtype.itemsize > 2 and np.isfinite(array).all():
         low, high = array.min(axis=0), array.max(axis=0)
         with np.errstate(over="ignore", invalid="ignore"):
