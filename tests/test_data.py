@@ -5,6 +5,7 @@ The TFDS folders are written here by hand, record by record, so the tests need n
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -777,6 +778,7 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The script's `main`; TensorFlow counts as installed."""
+    importlib.import_module("tensorflow_datasets")  # which would take the module below for TensorFlow
     monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
     sys.modules["tensorflow"].__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     return runpy.run_path(str(SCRIPT))["main"]
@@ -824,6 +826,7 @@ def test_prepare_downloads(
     out = capsys.readouterr().out
     assert f"downloading cifar10 into {target}" in out
     assert f"prepared {target}/cifar10/3.0.2" in out
+    monkeypatch.delitem(sys.modules, "tensorflow")  # which reading does without
     np.testing.assert_array_equal(data.cifar10(data_dir=str(target)).x, split[0])
 
 
