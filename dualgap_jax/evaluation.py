@@ -88,7 +88,8 @@ def evaluate(
     Args:
       net: the network's functions.
       loss: a `losses.Loss`, or a function of outputs and labels.
-      dataset: a `data.Dataset`, or a pair of arrays.
+      dataset: a `data.Dataset`, or a pair of arrays.  It is standardised by its own `mean` and `std`, which have to be
+        those of the training set: give a test set as `test.like(train)`.
       network: the trained network: `Solution.network`, `networks.InMemory(params, state)`, or any `types.BranchSource`.
       batch_size: samples at a time.
       branch_chunk: branches at a time.

@@ -707,6 +707,31 @@ def test_standardised_features_have_mean_0_and_deviation_1(dtype: type, rng: np.
     assert (z[:, 2] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_a_test_set_is_seen_by_the_constants_of_the_training_set(dtype: type, rng: np.random.Generator) -> None:
+    x, y = rng.integers(0, 256, (60, 2)).astype(dtype), np.arange(60) % 3
+    train = data.from_arrays(x[:40], y[:40], standardise=True)
+    part = y[40:] == 1  # one class of three
+    for given in (True, False):
+        test = data.from_arrays(x[40:][part], y[40:][part], standardise=given).like(train)
+        seen = data.standardise(test.x, test.mean, test.std)
+        mean, std = x[:40].mean(axis=0, dtype=np.float64), x[:40].std(axis=0, dtype=np.float64)
+        np.testing.assert_allclose(seen, (x[40:][part] - mean) / std, rtol=1e-4, atol=1e-5)
+        assert (test.num_outputs, test.task) == (3, "multiclass")
+
+
+def test_a_test_set_that_does_not_fit_the_training_set_is_refused() -> None:
+    train = data.from_arrays(np.eye(4), [0, 1, 1, 0])
+    for x, y, message in (
+        (np.ones((2, 3)), [0, 1], r"examples of shape \(3,\), the training set 'arrays' \(4,\)"),
+        (np.ones((2, 4)), [-1, 1], "has binary labels, the training set 'arrays' multiclass ones"),
+        (np.ones((2, 4)), [0, 2], r"has a label 2, the training set 'arrays' the classes 0\.\.1"),
+        (np.ones((2, 4), np.uint8), [0, 1], "holds uint8 features, the training set 'arrays' float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.from_arrays(x, y).like(train)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -930,6 +930,41 @@ def test_architecture_measures_the_solutions_on_the_test_split(tfds_dir: Path, t
     assert "±" in report.rows[0][3]
 
 
+def saved(path: Path, x: np.ndarray, y: np.ndarray) -> Component:
+    """A data set of one's own in a file."""
+    np.savez(path, x=x, y=y)
+    return Component("own", {"path": str(path)})
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_a_test_set_of_ones_own_is_seen_as_the_training_set_was(
+    signs: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((120, 2)) * 3 + 5
+    y = np.where(x[:, 0] > 5, 1, -1 if signs else 0)
+    part = np.flatnonzero(y[60:] == 1) + 60  # of one class: its own mean is far from that of the training set
+    train_file = saved(tmp_path / "train.npz", x[:60], y[:60])
+    spec = tiny(data=train_file, test=saved(tmp_path / "test.npz", x[part], y[part]))
+    spec = dataclasses.replace(
+        spec,
+        loss=Component("logistic", {}),
+        branch=Component("mlp", {"hidden": ()}),
+        training=TrainingSpec(batch_size=20, learning_rate=1.0, max_steps=100, check_every=50),
+    )
+    _, workdir, _ = run(spec, tmp_path / "w", drawn=False)
+    found = load_json(workdir.results / "solutions.json")["solutions"]
+    setting = landscape_experiments.build(spec, TABLES)
+    mean, std = x[:60].mean(axis=0), x[:60].std(axis=0)
+    for row, solution in zip(
+        found, train(setting.net, setting.loss, setting.dataset, **spec.training.arguments(3)), strict=True
+    ):
+        seen = jnp.asarray((x[part] - mean) / std, jnp.float32)
+        outputs = np.asarray(setting.net.apply(solution.params, solution.state, seen)[0])
+        expected = outputs[:, 0] > 0 if signs else outputs.argmax(axis=1) == 1
+        assert row["test_accuracy"] == pytest.approx(expected.mean())
+        assert row["test_accuracy"] > 0.9
+
+
 def test_an_architecture_is_not_trained_on_its_test_split() -> None:
     cell = tiny(data=Component("mnist", {"num_examples": 20, "split": "test"}), loss=Component("multi_margin", {}))
     with pytest.raises(ConfigError, match=r"cell\.data\.split='test'"):

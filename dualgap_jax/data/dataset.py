@@ -37,6 +37,18 @@ class Dataset(NamedTuple):
     task: str
     info: dict[str, Any]
 
+    def like(self, train: Dataset) -> Dataset:
+        """These examples as a network that was trained on `train` has to see them: by its `mean`, `std` and outputs.
+
+        A test set needs it wherever constants are those of the data given, as in `from_arrays(..., standardise=True)`:
+        by constants of its own its examples would be others.  A part of the classes, or one of them, is enough.
+
+        Raises:
+          ValueError: unless task, shape of an example and kind of the features (uint8 or float) are those of `train`,
+            and the labels lie in its classes; and as `validate` does.
+        """
+        return _like(self, train)
+
 
 def standardise(
     x: Shaped[Array | np.ndarray, "batch ..."],
@@ -113,6 +125,31 @@ def _refuse(name: str, what: str, bad: np.ndarray, values: np.ndarray | None = N
     )
 
 
+def _like(test: Dataset, train: Dataset) -> Dataset:
+    here, there = f"data set {test.name!r}", f"the training set {train.name!r}"
+    if test.task != train.task:
+        raise ValueError(
+            f"{here} has {test.task} labels, {there} {train.task} ones; where they were guessed, name the task of both."
+        )
+    if test.x.shape[1:] != train.x.shape[1:]:
+        raise ValueError(
+            f"{here} has examples of shape {test.x.shape[1:]}, {there} {train.x.shape[1:]}; they must be alike."
+        )
+    if (test.x.dtype == np.uint8) != (train.x.dtype == np.uint8):
+        raise ValueError(
+            f"{here} holds {test.x.dtype} features, {there} {train.x.dtype}: whether 255 or 1 is white cannot be told;"
+            " give both as uint8 or both as floats, in the same units."
+        )
+    if test.task == "multiclass" and len(test.y) and test.y.max() >= train.num_outputs:
+        raise ValueError(
+            f"{here} has a label {test.y.max()}, {there} the classes 0..{train.num_outputs - 1}; where it lacks the"
+            " last ones, give it num_outputs."
+        )
+    info = {**test.info, "standardise": f"as the training set {train.name!r}"}
+    made = test._replace(mean=train.mean, std=train.std, num_outputs=train.num_outputs, info=info)
+    return validate(made, nan=True)
+
+
 def take(dataset: Dataset, num_examples: int) -> Dataset:
     """The first `num_examples` examples; 0 stands for all.  `mean` and `std` stay those of the full training set.
 
@@ -140,8 +177,9 @@ def from_arrays(
       task: 'multiclass', 'binary' or 'regression'; 'auto' takes signs for binary, other integers for class indices, and
         other numbers for targets of a regression.
       num_outputs: the number of classes of a multiclass task; 0 is one more than the largest label.
-      standardise: subtract each feature's mean and divide by its standard deviation (1 where that is 0).  Else features
-        stay as they are, and images are divided by 255.
+      standardise: subtract each feature's mean and divide by its standard deviation (1 where that is 0), both of the
+        examples given here: a test set takes those of the training set, `from_arrays(x_test, y_test).like(train)`.
+        Else features stay as they are, and images are divided by 255.
       name: what messages call it.
 
     Raises:

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from dualgap_jax import figures, seeds, terminal
-from dualgap_jax.config import Component, require
-from dualgap_jax.data import Dataset
+from dualgap_jax.config import Component, ConfigError, require
+from dualgap_jax.data import Dataset, own
 from dualgap_jax.evaluation import evaluate
 from dualgap_jax.experiments.around import Around
 from dualgap_jax.experiments.base import NO_REPORT, Experiment, Report, Tables, confirm_data
@@ -67,7 +67,8 @@ class LandscapeSpec:
       seed: of initialisations and orders; the three solutions have independent keys.
       branch: an entry of the branch table and its settings; the number of outputs comes from the data.
       data, loss: entries of their tables.
-      test: data on which the loss and accuracy of each solution are measured too; its name 'none' is none.
+      test: data on which the loss and accuracy of each solution are measured too, standardised by the constants of the
+        training set and with its classes; its name 'none' is none.
       training, plane: how solutions are found, and what is drawn through them.
       mesh: devices that share the branches and the batches in training.
       precision: number formats of the training.
@@ -150,6 +151,23 @@ def build(spec: LandscapeSpec, tables: Tables) -> Setting:
     return Setting(dataset, net, training_net, loss)
 
 
+def test_set(spec: LandscapeSpec, dataset: Dataset, tables: Tables) -> Dataset | None:
+    """The test set of a spec as networks trained on `dataset` have to see it; None where there is none.
+
+    Raises:
+      ConfigError: for one that does not fit the training set; and as the data set itself does.
+    """
+    if spec.test.name == "none":
+        return None
+    settings = dict(spec.test.settings)
+    if tables.datasets[spec.test.name] is own and settings.get("task", "auto") == "auto":
+        settings["task"] = dataset.task  # a part of the labels may look like those of another
+    try:
+        return tables.datasets.build(spec.test.name, **settings).like(dataset)
+    except ValueError as error:
+        raise ConfigError(f"test: {error}") from error
+
+
 def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
     """Raises ConfigError for a network too large for the devices that share it, or too small for its plane."""
     shapes = jax.eval_shape(net.init, jax.random.key(0), example_input(dataset))
@@ -220,8 +238,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
         for s, e in zip(solutions, evaluations, strict=True)
     ]
-    if spec.test.name != "none":
-        test = tables.datasets.build(spec.test.name, **spec.test.settings)
+    if (test := test_set(spec, dataset, tables)) is not None:
         for row, network in zip(rows, networks, strict=True):
             seen = evaluate(net, loss, test, network)
             row |= {"test_loss": seen.loss, "test_accuracy": seen.accuracy}
