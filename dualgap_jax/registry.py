@@ -27,6 +27,10 @@ class SettingError(ValueError):
     """A setting that a table entry refuses; the message names the entry."""
 
 
+class MissingSettingError(SettingError, TypeError):
+    """A setting that a table entry requires and that is not given."""
+
+
 class DuplicateNameError(ValueError):
     """An extension that would replace an existing entry."""
 
@@ -95,15 +99,29 @@ class Table(Mapping[str, F], Generic[F]):
                 if given not in parameters:
                     raise UnknownNameError(unknown(f"setting of {self.kind} {name!r}:", given, list(parameters)))
 
+    def check_call(self, name: str, /, **arguments: Any) -> None:
+        """As `check`, and raises `MissingSettingError` for a required argument that is not among those given."""
+        self.check(name, **arguments)
+        entry: Any = self[name]
+        parameters = inspect.signature(entry).parameters.values()
+        required = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        if missing := [given for given in required if given not in arguments]:
+            raise MissingSettingError(
+                f"{self.kind} {name!r} needs {' and '.join(missing)}; write"
+                f" {name}({', '.join(f'{given}=...' for given in missing)})."
+            )
+
     def build(self, name: str, /, **arguments: Any) -> Any:
         """Calls the entry after checking the argument names against its signature.
 
         Raises:
           UnknownNameError: for an unknown entry, or an argument that the entry does not take.
           SettingError: for a value that the entry refuses with a ValueError.
-          TypeError: for a required argument that is missing.
+          MissingSettingError: for a required argument that is missing; it is a TypeError too.
         """
-        self.check(name, **arguments)
+        self.check_call(name, **arguments)
         entry: Any = self[name]
         try:
             return entry(**arguments)

@@ -50,6 +50,7 @@ from dualgap_jax.files import (
 from dualgap_jax.metrics import Metrics, read_metrics
 
 _log = logging.getLogger(__name__)
+_BARE = {"config.json", "run.json", "metrics.jsonl", "metrics.seal", lock.FILE}  # of a run that has made nothing
 
 
 class WorkdirError(ValueError):
@@ -170,14 +171,14 @@ class Workdir:
             )
 
     def _failed_before_anything(self) -> bool:
-        """Whether the last run was refused (a value that only the data could check) before it made anything."""
-        card = self._card.read()
-        own = {self.path / name for name in ("config.json", "run.json", "metrics.jsonl", "metrics.seal", lock.FILE)}
+        """Whether the last run, and every run in it, was refused (what only data can check) before it made anything."""
+        files = [p for p in self.path.rglob("*") if p.is_file() and not is_temporary(p)]
+        runs = {self.path, *(p.parent for p in files if p.name == "run.json")}
+        cards = [RunCard(folder / "run.json", {}).read() for folder in runs]
         return (
-            card is not None
-            and card["status"] == "failed"
-            and not read_metrics(self.path / "metrics.jsonl")
-            and not any(p.is_file() and p not in own and not is_temporary(p) for p in self.path.rglob("*"))
+            all(card is not None and card["status"] == "failed" for card in cards)
+            and not any(read_metrics(folder / "metrics.jsonl") for folder in runs)
+            and all(p.parent in runs and p.name in _BARE for p in files)
         )
 
     # --- what is there ------------------------------------------------------------------------------------------------

@@ -965,6 +965,46 @@ def test_a_test_set_of_ones_own_is_seen_as_the_training_set_was(
         assert row["test_accuracy"] > 0.9
 
 
+@pytest.mark.parametrize("row", [False, True])
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (Component("own", {}), "data set 'own' needs path"),
+        ("nowhere.npz", "test: .*there is no such file here"),
+        (([[0.0, 1.0]], [2]), r"test: .*has a label 2, the training set 'train' the classes 0\.\.1"),
+        (([[0.0, 1.0, 2.0]], [1]), r"test: .*has examples of shape \(3,\), the training set 'train' \(2,\)"),
+        (([[0.0, 1.0]], [0.5]), "test: .*class labels must be integers"),
+    ],
+)
+def test_a_test_set_that_does_not_fit_is_refused_before_training(
+    test: Any, message: str, row: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x, y = rng.standard_normal((40, 2)), np.arange(40) % 2
+    good = saved(tmp_path / "good.npz", x[:3], y[:3])
+    if isinstance(test, str):
+        test = Component("own", {"path": str(tmp_path / test)})
+    elif isinstance(test, tuple):
+        test = saved(tmp_path / "test.npz", np.asarray(test[0]), np.asarray(test[1]))
+    cell = tiny(data=saved(tmp_path / "train.npz", x, y), loss=Component("logistic", {}))
+
+    def begin(test: Component) -> None:
+        spec = dataclasses.replace(cell, test=test)
+        whole, experiment = (RowSpec(num_branches=(3,), cell=spec), "landscape_row") if row else (spec, "landscape")
+        run(whole, tmp_path / "w", experiment, drawn=False)
+
+    with pytest.raises((ConfigError, SettingError), match=message):
+        begin(test)
+    assert not any((tmp_path / "w").rglob("solution_*"))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def trained(*_: Any, **__: Any) -> Any:
+            raise InterruptedError
+
+        patch.setattr(landscape_experiments, "train", trained)
+        with pytest.raises(InterruptedError):  # the corrected command comes as far as its training
+            begin(good)
+
+
 def test_an_architecture_is_not_trained_on_its_test_split() -> None:
     cell = tiny(data=Component("mnist", {"num_examples": 20, "split": "test"}), loss=Component("multi_margin", {}))
     with pytest.raises(ConfigError, match=r"cell\.data\.split='test'"):

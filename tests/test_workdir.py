@@ -140,6 +140,22 @@ def test_a_folder_whose_run_was_refused_before_it_made_anything_takes_the_correc
     assert workdir.status == "complete"
 
 
+def test_a_folder_whose_first_part_was_refused_takes_the_corrected_config(tmp_path: Path) -> None:
+    def refused(after: bool) -> None:
+        whole = Workdir.open(tmp_path / "w", {**CONFIG, "rate": -1.0})
+        part = Workdir.open(tmp_path / "w" / "I_10", {**CONFIG, "part": -1.0})
+        with pytest.raises(ValueError, match="rate"), whole.session(), part.session(), part.metrics():  # noqa: PT012
+            if after:
+                save_json(part.results / "x.json", {"a": 1})
+            raise ValueError("the rate must be positive")
+
+    refused(after=False)
+    Workdir.open(tmp_path / "w", CONFIG)
+    refused(after=True)
+    with pytest.raises(WorkdirError, match=r"rate: -1\.0 there, 0.1 asked for"):
+        Workdir.open(tmp_path / "w", CONFIG)
+
+
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.tex").write_text("mine")

@@ -97,10 +97,10 @@ class LandscapeSpec:
         """Looks every name and setting up, so that a bad config fails before anything is written or read."""
         tables.losses.build(self.loss.name, **self.loss.settings)
         tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
-        tables.datasets.check(self.data.name, **self.data.settings)
+        tables.datasets.check_call(self.data.name, **self.data.settings)
         seeds.check(self.data.settings.get("seed", 0), "data.seed")
         if self.test.name != "none":
-            tables.datasets.check(self.test.name, **self.test.settings)
+            tables.datasets.check_call(self.test.name, **self.test.settings)
         self.training.arguments(self.num_branches)
 
 
@@ -211,6 +211,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
     """Loss landscape through three SGD solutions, with convexity scores (one panel of Figures 1 and 4)."""
     with terminal.Progress(None, "data"):
         dataset, net, training_net, loss = build(spec, tables)
+        test = test_set(spec, dataset, tables)
     confirm_data(workdir, dataset.x, dataset.y, dataset.mean, dataset.std, info=dataset.info)
     measured = chosen(dataset, spec.plane.samples, spec.seed)
     around = Around(spec, workdir, net, loss, dataset, measured)
@@ -238,7 +239,7 @@ def landscape_experiment(spec: LandscapeSpec, workdir: Workdir, tables: Tables) 
         {"loss": e.loss, "accuracy": e.accuracy, "status": s.status, "steps": s.steps, "batch_loss": s.batch_loss}
         for s, e in zip(solutions, evaluations, strict=True)
     ]
-    if (test := test_set(spec, dataset, tables)) is not None:
+    if test is not None:
         for row, network in zip(rows, networks, strict=True):
             seen = evaluate(net, loss, test, network)
             row |= {"test_loss": seen.loss, "test_accuracy": seen.accuracy}
