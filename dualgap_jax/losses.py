@@ -293,7 +293,8 @@ def as_loss(given: Any) -> Loss:
     Raises:
       TypeError: for what is neither; from the loss, for a function that returns another shape.
       ValueError: from the loss, for a function whose losses depend on the rest of the batch, or whose single number is
-        no mean of losses of single examples (a root of a mean, a sum); tried on four made-up examples.
+        no mean of losses of single examples (a root of a mean, a sum, weights that depend on how often a class is in
+        the batch); tried on made-up examples of many outputs and labels.
     """
     if isinstance(given, Loss):
         return given
@@ -330,30 +331,72 @@ def as_loss(given: Any) -> Loss:
     return Loss(per_example, None, None, ("binary", "multiclass", "regression"), plain=True)
 
 
+_MADE_UP = 2**20  # numbers, about: outputs on which a function is tried
+
+
+def _made_up(num_outputs: tuple[int, ...], signed: bool, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batches of examples, outputs `[batches, size, *num_outputs]` and labels `[batches, size]`.
+
+    The labels are what data sets may have.  Most batches hold two of them, in unequal shares and any order, so that it
+    shows when a loss depends on how often a label is in the batch; each class that there is room for is one of the two.
+    Outputs are of both signs in the first half and probabilities in the second; real targets are both with each.
+    """
+    rng = np.random.default_rng(0)
+    classes = 2 if signed else max(2, *num_outputs[-1:])
+    room = _MADE_UP // (size * max(1, math.prod(num_outputs)))
+    rows = np.arange(min(max(16, 4 * classes), max(8, room)))
+    one = rng.permutation(classes)[rows % classes]
+    other = (one + rng.integers(1, classes, len(rows))) % classes
+    share = np.asarray([0.25, 0.75, 0.5, 0.0])[rows // classes % 4]
+    is_one = rng.permuted(np.arange(size) < size * share[:, None], axis=1)
+    labels = np.where(is_one, one[:, None], other[:, None])
+    if signed:
+        labels = np.concatenate([2.0 * labels - 1.0, rng.standard_normal((4, size)), rng.random((4, size))])
+    else:
+        labels = np.concatenate([labels, rng.integers(0, classes, (4, size))])
+    shape = (len(labels), size, *num_outputs)
+    return np.concatenate([rng.standard_normal(shape), rng.random(shape)]), np.concatenate([labels, labels])
+
+
 def _check_alone(
     given: Any, alone: Callable[[Array, Array], Array], num_outputs: tuple[int, ...], kind: Any, label_kind: Any
 ) -> None:
     """Raises ValueError where what a function says of a batch is not what it says of the examples one at a time.
 
-    It is tried on made-up outputs with labels that data sets of the kind may have, outside of any program that is
-    traced.
+    It is tried on made-up batches, outside of any program that is traced, and in full precision.
     """
-    rng = np.random.default_rng(0)
-    with jax.ensure_compile_time_eval():
-        made = jnp.asarray(rng.standard_normal((4, *num_outputs)), kind)
-        signs = jnp.issubdtype(label_kind, jnp.floating)
-        marks = jnp.asarray([1.0, -1.0, 1.0, 1.0] if signs else [0, 0, 0, 0], label_kind)
-        whole, each = (np.asarray(jnp.asarray(f(made, marks)), np.float64) for f in (given, alone))
-    if whole.ndim == 0:
-        each = each.mean()
-    with np.errstate(invalid="ignore"):
-        close = np.abs(whole - each) <= 1e-2 * np.maximum(np.abs(whole), np.abs(each)) + 1e-5
-    close = np.where(np.isfinite(whole) & np.isfinite(each), close, ~np.isfinite(whole) & ~np.isfinite(each))
-    if not close.all():
-        one = np.array2string(each, precision=4) + " for one at a time" + " in the mean" * (whole.ndim == 0)
-        raise ValueError(
-            f"the loss function gives {np.array2string(whole, precision=4)} for a batch of four made-up examples, and"
-            f" {one}: return a loss for each example alone, [batch], or the mean of such. A root, a sum or a statistic"
-            " of the batch is none. With one output compare outputs[:, 0] with the labels: outputs - labels has shape"
-            " [batch, batch]."
-        )
+    signed = bool(jnp.issubdtype(label_kind, jnp.floating))
+    few, many = 4, 128  # differences show best among few; the largest of a fixed number only among many
+    _try_batches(given, alone, kind, label_kind, *_made_up(num_outputs, signed, few))
+    if math.prod(num_outputs) * many * 16 <= _MADE_UP:
+        _try_batches(given, alone, kind, label_kind, *_made_up(num_outputs, signed, many))
+
+
+def _try_batches(
+    given: Any, alone: Callable[[Array, Array], Array], kind: Any, label_kind: Any, made: np.ndarray, marks: np.ndarray
+) -> None:
+    with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"), jax.debug_nans(False):
+        outputs, labels = jnp.asarray(made, kind), jnp.asarray(marks, label_kind)
+        found = jax.vmap(lambda o, y: jnp.asarray(given(o, y)))(outputs, labels)
+        single = alone(outputs.reshape(-1, *outputs.shape[2:]), labels.reshape(-1))
+    narrow = any(jnp.issubdtype(k, jnp.floating) and jnp.finfo(k).eps > 1e-4 for k in (kind, found.dtype))
+    wholes, singles = np.asarray(found, np.float64), np.asarray(single, np.float64).reshape(marks.shape)
+    sizes = np.where(np.isfinite(singles), np.abs(singles), 0.0)
+    for whole, each, size in zip(wholes, singles, sizes, strict=True):
+        expected = each.mean() if whole.ndim == 0 else each
+        finite = np.isfinite(whole) & np.isfinite(expected)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(whole - expected) <= (2e-2 if narrow else 1e-3) * size.max() + 1e-6 * sizes.max()
+        if not np.where(finite, close, np.isfinite(whole) == np.isfinite(expected)).all():
+            _refuse_batch(whole, expected, len(each))
+
+
+def _refuse_batch(whole: Any, expected: Any, size: int) -> None:
+    said, one = (np.array2string(v, precision=4, threshold=8) for v in (whole, expected))
+    raise ValueError(
+        f"the loss function gives {said} for a batch of {size} made-up examples, and {one} for one at a time"
+        f"{' in the mean' * (whole.ndim == 0)}: return a loss for each example alone, [batch], or the mean of such. A"
+        " root, a sum or a statistic of the batch is none, such as the share of each class: weight classes by constants"
+        " of the whole training set. With one output compare outputs[:, 0] with the labels: outputs - labels has shape"
+        " [batch, batch]."
+    )

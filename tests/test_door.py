@@ -150,6 +150,86 @@ def test_a_function_of_the_batch_as_a_whole_is_no_loss(function: Any, rng: np.ra
         jax.jit(as_loss(function).per_example)(outputs, labels)
 
 
+def _cross_entropy(outputs: Any, labels: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+
+def _balanced(outputs: Any, labels: Any) -> Any:
+    return len(labels) / (2 * jnp.bincount(labels, length=2)[labels]) * _cross_entropy(outputs, labels)
+
+
+def _normalised(weights: Any) -> Any:
+    def loss(outputs: Any, labels: Any) -> Any:
+        weight = jnp.asarray(weights)[labels]
+        return jnp.sum(weight * _cross_entropy(outputs, labels)) / jnp.sum(weight)
+
+    return loss
+
+
+def _ranking(outputs: Any, labels: Any) -> Any:
+    wrong = jax.nn.softplus(outputs[None, :, 0] - outputs[:, None, 0])
+    pairs = labels[:, None] > labels[None, :]
+    return jnp.sum(pairs * wrong) / jnp.maximum(1, jnp.sum(pairs))
+
+
+def _balanced_signs(outputs: Any, labels: Any) -> Any:
+    share = jnp.where(labels > 0, jnp.mean(labels > 0), jnp.mean(labels <= 0))
+    return jax.nn.softplus(-labels * outputs[:, 0]) / (2 * share)
+
+
+@pytest.mark.parametrize(
+    ("function", "out", "signs"),
+    [
+        (lambda o, y: jnp.mean(_balanced(o, y)), 2, False),
+        (_balanced, 2, False),
+        (_normalised([1.0, 5.0]), 2, False),
+        (_normalised([1.0] * 9 + [3.0]), 10, False),  # one class of ten
+        (_normalised([1.0, 1.05]), 2, False),
+        (_ranking, 1, False),
+        (_ranking, 1, True),
+        (_balanced_signs, 1, True),
+        (lambda o, y: jnp.mean(jnp.sort(_cross_entropy(o, y))[-64:]), 3, False),  # the hardest of the batch
+        (lambda o, y: jnp.sqrt(jnp.mean((jnp.log(o[:, 0]) - jnp.log(y)) ** 2)), 1, True),  # of positive numbers only
+        (lambda o, y: 1e-9 * jnp.mean(_balanced(o, y)), 2, False),
+    ],
+)
+def test_a_loss_that_depends_on_which_labels_are_in_the_batch_is_none(
+    function: Any, out: int, signs: bool, rng: np.random.Generator
+) -> None:
+    outputs, labels = jnp.asarray(rng.standard_normal((6, out))), jnp.ones(6, jnp.float32 if signs else jnp.int32)
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=r"such as the share of each class"):
+        jax.jit(as_loss(function).per_example)(outputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("function", "out", "signs"),
+    [
+        (lambda o, y: jnp.asarray([1.0, 5.0])[y] * _cross_entropy(o, y), 2, False),  # weights of the whole training set
+        (lambda o, y: jnp.mean(jnp.asarray([1.0, 5.0])[y] * _cross_entropy(o, y)), 2, False),
+        (lambda o, y: jnp.mean((1 - jnp.exp(-_cross_entropy(o, y))) ** 2 * _cross_entropy(o, y)), 10, False),  # focal
+        (lambda o, y: jax.nn.logsumexp(o, axis=-1).mean() - jnp.take_along_axis(o, y[:, None], 1).mean(), 10, False),
+        (lambda o, y: _cross_entropy(o.astype(jnp.bfloat16), y).mean(), 10, False),
+        (lambda o, y: optax.sigmoid_binary_cross_entropy(o[:, 0], y), 1, False),  # classes 0 and 1 of one output
+        (lambda o, y: jnp.sum(o @ jnp.ones((10, 10)), axis=-1) ** 2, 10, False),
+        (lambda o, y: _cross_entropy(o, y).sum() / len(y), 1000, False),
+        (lambda o, y: jnp.mean(jnp.exp(-5 * y * o[:, 0])), 1, True),
+        (lambda o, y: jnp.mean(o[:, 0] - y * jnp.log(o[:, 0])), 1, True),  # NaN for some outputs
+        (lambda o, y: 1e9 * (o[:, 0] - y) ** 2, 1, True),
+        (lambda o, y: jnp.mean(jnp.exp(-o[:, 1]) * (o[:, 0] - y) ** 2 + o[:, 1]), 2, True),
+    ],
+)
+def test_a_loss_of_each_example_is_one_whatever_the_labels(
+    function: Any, out: int, signs: bool, rng: np.random.Generator
+) -> None:
+    outputs = jnp.asarray(rng.random((6, out)), jnp.float32)
+    labels = jnp.asarray(2 * rng.integers(0, 2, 6) - 1 if signs else rng.integers(0, max(2, out), 6))
+    labels = labels.astype(jnp.float32 if signs else jnp.int32)
+    with jax.debug_nans(False):
+        found = jax.jit(as_loss(function).per_example)(outputs, labels)
+        each = [function(o[None], y[None]).reshape(()) for o, y in zip(outputs, labels, strict=True)]
+    np.testing.assert_allclose(found, np.asarray(each, np.float32), rtol=1e-2)
+
+
 @pytest.mark.parametrize("kind", [bool, np.int32])
 def test_counts_of_a_function_are_floats_so_that_nan_is_seen(kind: Any, rng: np.random.Generator) -> None:
     data = dg.data.from_arrays(rng.standard_normal((9, 2)), rng.integers(0, 3, 9))
