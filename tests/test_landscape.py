@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
+from jax import lax
 
 from dualgap_jax import landscape
 from dualgap_jax.data import Dataset
@@ -29,8 +31,9 @@ from dualgap_jax.landscape import (
     plane_through,
     points,
 )
+from dualgap_jax.landscape.statistics import momenta
 from dualgap_jax.losses import Loss, binary_hinge, crammer_singer, logistic, multi_margin, squared
-from dualgap_jax.networks import conv, from_functions, from_linen, mixture, mlp, multi_branch
+from dualgap_jax.networks import conv, from_functions, from_linen, from_nnx, mixture, mlp, multi_branch
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError
 from dualgap_jax.types import Network
@@ -814,6 +817,56 @@ def test_batch_statistics_are_estimated_anew_at_every_point(
     assert np.abs(case(XS, YS) - expected).max() > 1e-3  # interpolated statistics are others
 
 
+class NnxNormalised(nnx.Module):
+    """`Normalised` as NNX modules, whose running averages lie behind a stopped gradient."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(5, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        self.last = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(jnp.tanh(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_batch_statistics_of_nnx_modules_are_those_of_their_linen_twins(
+    stacked: bool, rng: np.random.Generator
+) -> None:
+    linen_branch, nnx_branch = from_linen(Normalised(0.9)), from_nnx(NnxNormalised)
+    nets = [multi_branch(branch, 3) if stacked else branch for branch in (linen_branch, nnx_branch)]
+    case = normalised_case(nets[0], rng)
+    sources = []
+    for key, source in enumerate(case.plane.sources):
+        given = source.params
+        twin = {"first": given["Dense_0"], "norm": given["BatchNorm_0"], "last": given["Dense_1"]}
+        params, state = nets[1].init(jax.random.key(key), jnp.asarray(case.data.x[:1]))
+        leaves, form = jax.tree.flatten(params)
+        moved = jax.tree.leaves({name: twin[name] for name in sorted(twin)})
+        assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in moved]
+        sources.append(InMemory(form.unflatten(moved), state))
+    twins = case._replace(net=nets[1], plane=plane_through(sources))
+    for state in landscape.STATES:
+        surface = twins(XS, YS, state=state)
+        assert np.ptp(surface) > 0.01
+        np.testing.assert_allclose(surface, case(XS, YS, state=state), rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_momenta_are_exact_behind_a_stopped_gradient(momentum: float, scale: float, rng: np.random.Generator) -> None:
+    def apply(params: Any, state: Any, x: Any, *, key: Any = None, train: bool = False) -> Any:
+        mean, var = momentum * state[0] + (1 - momentum) * x.mean(0), momentum * state[1] + (1 - momentum) * x.var(0)
+        return x @ params, lax.stop_gradient((mean, var, state[2])) if train else state
+
+    x = jnp.asarray(scale * rng.standard_normal((20, 3)), jnp.float32)
+    net = Network(lambda key, x: (jnp.ones((3, 1)), (jnp.zeros(3), jnp.ones(3), jnp.zeros(()))), apply)
+    keep = momenta(net, *net.init(jax.random.key(0), x), x)
+    for found in keep[:2]:
+        np.testing.assert_allclose(1 - np.asarray(found, np.float64), 1 - momentum, rtol=1e-4)
+    assert keep[2] == 1  # untouched by training
+
+
 @pytest.mark.usefixtures("x64")
 def test_statistics_of_a_part_of_the_data_are_those_of_the_stated_examples(rng: np.random.Generator) -> None:
     case = normalised_case(from_linen(Normalised()), rng)
@@ -884,6 +937,12 @@ def test_a_state_that_is_no_running_average_is_refused(rng: np.random.Generator)
         largest = jnp.maximum(state["largest"], jnp.max(jnp.abs(x))) if train else state["largest"]
         return x @ params["w"], {"largest": largest}
 
+    def reads(params: Any, state: Any, x: Any, *, key: Any = None, train: bool = False) -> Any:
+        y = x @ params["w"] + lax.stop_gradient(state["largest"])  # which a running average of training does not enter
+        return y, {"largest": 0.9 * state["largest"] + 0.1 * jnp.mean(x)} if train else state
+
+    with pytest.raises(ValueError, match="no running average, so it cannot be estimated anew; pass state="):
+        normalised_case(Network(init, reads), rng)(XS, YS, state="estimate")
     case = normalised_case(Network(init, apply), rng)
     with pytest.raises(ValueError, match="no running average, so it cannot be estimated anew; pass state="):
         case(XS, YS, state="estimate")

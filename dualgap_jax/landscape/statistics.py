@@ -21,7 +21,7 @@ from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.types import Network, Params, PyTree, State
 
 STATES = ("estimate", "interpolate")
-_FAR = 1e4  # states at which a running average still is one
+_FAR = 2.0**20  # states at which a running average still is one; a power of 2, so that momenta are exact
 _REMEDY = "pass state='interpolate' to take it along linearly, or evaluate at the solutions only."
 
 
@@ -39,7 +39,8 @@ def has_statistics(state: State) -> bool:
 def momenta(net: Network, params: Params, state: State, x: Array) -> PyTree:
     """The momentum k of each number of a network's state, `new = k old + (1 - k) (statistic of the batch)`.
 
-    They are found by differentiating the state that the network returns in training mode.
+    They are found from the states that the network returns in training mode for a few others, far apart: derivatives
+    would say 0 of an average that is kept behind a stopped gradient, as those of NNX modules are.
 
     Args:
       net: one branch, or a network that is no sum of branches.
@@ -53,27 +54,29 @@ def momenta(net: Network, params: Params, state: State, x: Array) -> PyTree:
     if trees.is_float(x) and not bool(jnp.isfinite(x).all()):
         raise ValueError("examples from which the network's state is estimated anew hold numbers that are not finite.")
 
-    def fill(value: float) -> State:
-        return jax.tree.map(lambda s, f: jnp.full_like(s, value) if f else s, state, floating)
-
-    def run(values: list[Array]) -> tuple[list[Array], Array]:
-        y, new = net.apply(params, _with(state, values), x, key=jax.random.key(0), train=True)
-        return _floats(new), y
-
     @jax.jit
-    def probe() -> tuple[Any, ...]:
-        zeros, ones = _floats(fill(0.0)), _floats(fill(1.0))
-        (new, _), (keep, moved) = jax.jvp(run, (zeros,), (ones,))
-        return new, keep, run(_floats(fill(_FAR)))[0], run(_floats(fill(-_FAR)))[0], jnp.any(moved != 0)
+    def probe(values: Array) -> tuple[list[Array], Array]:
+        def run(value: Array) -> tuple[list[Array], Array]:
+            filled = jax.tree.map(lambda s, f: jnp.full_like(s, value) if f else s, state, floating)
+            y, new = net.apply(params, filled, x, key=jax.random.key(0), train=True)
+            return _floats(new), y
 
-    at_zero, keep, above, below, output_moves = jax.tree.map(np.asarray, probe())
-    for zero, slope, high, low in zip(at_zero, keep, above, below, strict=True):
+        return lax.map(run, values)  # one program for all, so that outputs differ only where states enter them
+
+    found = probe(jnp.asarray([0.0, 1.0, _FAR, -_FAR]))
+    new, outputs = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
+    output_moves = not np.isclose(outputs, outputs[:1], rtol=1e-5, atol=1e-5, equal_nan=True).all()
+    keep = []
+    for zero, one, high, low in new:
+        slope = (high - low) / (2 * _FAR)
         unchanged = (slope == 1) & (zero == 0)  # a state that training does not touch
         average = (slope >= 0) & (slope < 1)
-        linear = [np.isclose(at, zero + slope * s, rtol=1e-3, atol=1e-3) for at, s in ((high, _FAR), (low, -_FAR))]
-        if not ((unchanged | average) & linear[0] & linear[1]).all() or bool(output_moves):
+        points = ((one, 1.0), (high, _FAR), (low, -_FAR))
+        linear = [np.isclose(at, zero + slope * s, rtol=1e-3, atol=1e-3) for at, s in points]
+        if not ((unchanged | average) & np.all(linear, axis=0)).all() or output_moves:
             raise ValueError(f"the network's state is no running average, so it cannot be estimated anew; {_REMEDY}")
-    return _with(state, [jnp.asarray(slope) for slope in keep])
+        keep.append(slope)
+    return _with(state, [jnp.asarray(slope, leaf.dtype) for slope, leaf in zip(keep, found[0], strict=True)])
 
 
 def _floats(state: State) -> list[Array]:
