@@ -742,6 +742,8 @@ def test_a_test_set_that_does_not_fit_the_training_set_is_refused() -> None:
         ({"x": np.array([["a", "b"]] * 4)}, "x must hold numbers"),
         ({"x": [[1.0, 2.0], [3.0], [1.0, 2.0], [3.0, 4.0]]}, "x is no array; its rows must have one length"),
         ({"y": np.array([True, False, True, True])}, "y must hold numbers, got bool"),
+        ({"y": np.asarray([[0], [1], [1], [0]])}, r"got y \(4, 1\); give y\[:, 0\]\.$"),
+        ({"y": np.zeros((4, 1, 2))}, r"got y \(4, 1, 2\)\.$"),
         ({"x": np.full((4, 2), np.nan)}, "non-finite features"),
         ({"x": np.full((4, 2), 1e300)}, "too large for float32; scale them"),
         ({"x": np.full((4, 2), 1e-39)}, "x holds only numbers that are 0 in float32; scale them"),

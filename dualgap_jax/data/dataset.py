@@ -188,10 +188,9 @@ def from_arrays(
     """
     x, y = _known(name, "x", x), _known(name, "y", y)
     if y.ndim != 1:
-        raise ValueError(
-            f"data set {name!r}: labels must be one number an example, y [n], got y {y.shape};"
-            " for one-hot labels give y.argmax(axis=1)."
-        )
+        column = y.ndim == 2 and y.shape[1] == 1  # whose argmax would be 0 everywhere
+        advice = "; give y[:, 0]" if column else "; for one-hot labels give y.argmax(axis=1)" * (y.ndim == 2)
+        raise ValueError(f"data set {name!r}: labels must be one number an example, y [n], got y {y.shape}{advice}.")
     for label, array in (("x", x), ("y", y)):
         if array.dtype.kind not in "iufb" or (label == "y" and array.dtype.kind == "b"):
             raise ValueError(f"data set {name!r}: {label} must hold numbers, got {array.dtype}.")
