@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import math
@@ -56,11 +57,11 @@ def component(table: Table[Any], name: str, /, **settings: Any) -> Component:
     Settings not given take the entry's defaults; parameters without a simple default (`out`) are left out.
 
     Raises:
-      UnknownNameError: for an unknown entry or setting.
+      UnknownNameError, SettingError: for an unknown entry or setting, or a setting of another type.
       ConfigError: for a setting that only the experiment supplies, or an entry with a parameter called `name`, which
         would stand in the place of the entry's own name.
     """
-    table.check(name, **settings)
+    table.check_given(name, **settings)
     parameters = inspect.signature(table[name]).parameters
     require("name" not in parameters, f"{table.kind} {name!r} has a parameter called 'name'; rename it.")
     for given in settings:
@@ -286,9 +287,8 @@ def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
             known = range(len(group)) if isinstance(group, list) else list(group) if isinstance(group, dict) else ()
             if at not in known:
                 raise ConfigError(unknown(f"key in {where}:", key, [str(k) for k in known]))
-            if isinstance(group[at], tuple) and depth + 1 < len(keys):
-                group[at] = list(group[at])
             if depth + 1 < len(keys):
+                group[at] = list(group[at]) if isinstance(group[at], tuple) else group[at]
                 group = group[at]
             elif isinstance(group[at], dict) and isinstance(group[at].get("name"), str):
                 group[at] = _read_component(f"--config.{name}", text)
@@ -309,26 +309,27 @@ def override(config: ConfigDict, texts: Mapping[str, str | None]) -> ConfigDict:
 
 def _leaf(tree: Any, name: str) -> Any:
     """The value at a dotted name; None where there is none."""
-    for key in name.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
+    return functools.reduce(lambda at, key: at.get(key) if isinstance(at, Mapping) else None, name.split("."), tree)
 
 
 def _read_component(key: str, text: str | None) -> dict[str, Any]:
     """'adamw' or 'adamw(weight_decay=0.01)' as the group of a table entry."""
     try:
         call = ast.parse(text or "", mode="eval").body
-        if isinstance(call, ast.Name):
-            call = ast.Call(call, [], [])
+        call = ast.Call(call, [], []) if isinstance(call, ast.Name) else call
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError("it is no name or call of one with named settings")
         settings = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        if len(settings) < len(call.keywords):
+            raise ValueError("a setting is given twice")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(
             f"{key}={text!r:.60}: expected the name of an entry, with settings as in a call, such as"
             f" {key}='adamw(weight_decay=0.01)' ({error})."
         ) from None
     require("name" not in settings, f"{key}={text!r:.60}: the name stands before the parenthesis; leave name= out.")
+    for given in set(FROM_CONTEXT) & set(settings):
+        raise ConfigError(f"{key}={text!r:.60}: {given!r} comes from the experiment; leave it out.")
     return {"name": call.func.id, **settings}
 
 
@@ -384,8 +385,7 @@ def load(path: str | Path, arg: str | None = None) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} defines no get_config(arg).")
+    require(hasattr(module, "get_config"), f"{path} defines no get_config(arg).")
     config = module.get_config(arg)
     require(
         isinstance(config, ConfigDict) and "experiment" in config,

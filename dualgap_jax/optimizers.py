@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -175,13 +176,29 @@ def _is_key(path: Any, leaf: Any) -> bool:
 
 def sgd(momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
     """Stochastic gradient descent, with heavy-ball or Nesterov momentum in [0, 1); 0 is plain SGD."""
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum} must lie in [0, 1).")
+    _decays(momentum=momentum)
     return optax.sgd(1.0, momentum=momentum or None, nesterov=nesterov)
 
 
+def _decays(**given: float) -> None:
+    """Refuses rates of a running mean outside [0, 1): it would grow without end."""
+    for name, value in given.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1).")
+
+
+def _least(*, eps: float = 1.0, weight_decay: float = 0.0) -> None:
+    """Refuses an eps that leaves 0/0 where a gradient is 0, and a weight decay that lets weights grow."""
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps={eps} must be positive and finite.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay} must be at least 0 and finite.")
+
+
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba, 2015)."""
+    """Adam (Kingma and Ba, 2015); rates of running means lie in [0, 1), eps is positive."""
+    _decays(b1=b1, b2=b2)
+    _least(eps=eps)
     return optax.adam(1.0, b1=b1, b2=b2, eps=eps)
 
 
@@ -189,21 +206,28 @@ def adamw(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 1e-4
 ) -> optax.GradientTransformation:
     """AdamW: Adam with weight decay apart from the gradient (Loshchilov and Hutter, 2019)."""
+    _decays(b1=b1, b2=b2)
+    _least(eps=eps, weight_decay=weight_decay)
     return optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 def rmsprop(decay: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
     """RMSProp: the gradient over the root of a running mean of its square."""
+    _decays(decay=decay)
+    _least(eps=eps)
     return optax.rmsprop(1.0, decay=decay, eps=eps)
 
 
 def lion(b1: float = 0.9, b2: float = 0.99, weight_decay: float = 1e-3) -> optax.GradientTransformation:
     """Lion: the sign of an interpolated momentum (Chen et al., 2023)."""
+    _decays(b1=b1, b2=b2)
+    _least(weight_decay=weight_decay)
     return optax.lion(1.0, b1=b1, b2=b2, weight_decay=weight_decay)
 
 
 def muon(beta: float = 0.95, nesterov: bool = True) -> optax.GradientTransformation:
     """Muon: each branch's momentum matrices made orthogonal, Adam for its other leaves (Jordan et al., 2024)."""
+    _decays(beta=beta)
     return optax.contrib.muon(1.0, beta=beta, nesterov=nesterov)
 
 

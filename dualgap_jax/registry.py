@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, SupportsFloat, SupportsIndex, TypeVar
 
 F = TypeVar("F")
 
@@ -28,7 +30,7 @@ class SettingError(ValueError):
 
 
 class MissingSettingError(SettingError, TypeError):
-    """A setting that a table entry requires and that is not given."""
+    """A call of a table entry without a value that it needs."""
 
 
 class DuplicateNameError(ValueError):
@@ -90,40 +92,127 @@ class Table(Mapping[str, F], Generic[F]):
         """The first line of the entry's docstring."""
         return (inspect.getdoc(self[name]) or "").partition("\n")[0]
 
-    def check(self, name: str, /, **arguments: Any) -> None:
-        """Raises `UnknownNameError` for an unknown entry, or an argument that the entry does not take."""
-        entry: Any = self[name]
-        parameters = inspect.signature(entry).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            for given in arguments:
-                if given not in parameters:
-                    raise UnknownNameError(unknown(f"setting of {self.kind} {name!r}:", given, list(parameters)))
-
-    def check_call(self, name: str, /, **arguments: Any) -> None:
-        """As `check`, and raises `MissingSettingError` for a required argument that is not among those given."""
-        self.check(name, **arguments)
-        entry: Any = self[name]
-        parameters = inspect.signature(entry).parameters.values()
-        required = [
-            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        ]
-        if missing := [given for given in required if given not in arguments]:
-            raise MissingSettingError(
-                f"{self.kind} {name!r} needs {' and '.join(missing)}; write"
-                f" {name}({', '.join(f'{given}=...' for given in missing)})."
-            )
-
-    def build(self, name: str, /, **arguments: Any) -> Any:
-        """Calls the entry after checking the argument names against its signature.
+    def check_given(self, name: str, /, **arguments: Any) -> None:
+        """Checks arguments that need not be all: their names, and literals against annotations and defaults.
 
         Raises:
           UnknownNameError: for an unknown entry, or an argument that the entry does not take.
-          SettingError: for a value that the entry refuses with a ValueError.
-          MissingSettingError: for a required argument that is missing; it is a TypeError too.
+          SettingError: for a literal of another type than the argument has.
+        """
+        parameters = _parameters(self[name])
+        several = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for given, value in arguments.items():
+            if (parameter := parameters.get(given)) is None:
+                if several:
+                    continue
+                raise UnknownNameError(unknown(f"setting of {self.kind} {name!r}:", given, list(parameters)))
+            default = parameter.default
+            same = type(value) is type(default) and value == default
+            if type(value) in _LITERALS and not same and not _fits(value, kind := _kind(parameter)):
+                like = "" if default is parameter.empty else f", as in {given}={default!r:.60}"
+                raise SettingError(
+                    f"{self.kind} {name!r}: {given}={value!r:.60}: expected {_noun(kind)}{like}, got"
+                    f" {type(value).__name__}."
+                )
+
+    def check(self, name: str, /, **arguments: Any) -> None:
+        """Checks the arguments of a call, as `check_given` does, and that none is missing.
+
+        Raises:
+          UnknownNameError, SettingError: as `check_given` does.
+          MissingSettingError: for a required argument that is missing.
+        """
+        self.check_given(name, **arguments)
+        for needed, p in _parameters(self[name]).items():
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and needed not in arguments:
+                raise MissingSettingError(
+                    f"{self.kind} {name!r}: {needed} is missing; give {_noun(_kind(p))}, as in {name}({needed}=...)."
+                )
+
+    def build(self, name: str, /, **arguments: Any) -> Any:
+        """Calls the entry after checking the arguments against its signature.
+
+        Raises:
+          UnknownNameError, SettingError, MissingSettingError: as `check` does.
+          SettingError: also for a value that the entry refuses with a ValueError, or cannot work with.
         """
         self.check_call(name, **arguments)
         entry: Any = self[name]
         try:
             return entry(**arguments)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise SettingError(f"{self.kind} {name!r}: {error}") from error
+
+
+# --- what an argument takes -----------------------------------------------------------------------------------------
+
+_LITERALS = (bool, int, float, complex, str, bytes, tuple, list, dict, set, type(None), type(...))
+_NOUNS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    SupportsIndex: "a whole number",
+    float: "a number",
+    SupportsFloat: "a number",
+    str: "a text",
+    type(None): "None",
+}
+_TAKEN: dict[Any, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    SupportsIndex: (int,),
+    float: (int, float),
+    SupportsFloat: (int, float),
+    str: (str,),
+    type(None): (type(None),),
+}
+_SERIES = (tuple, list, Iterable, Sequence, Collection)
+
+
+def _parameters(entry: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of an entry; annotations that cannot be evaluated stay texts."""
+    try:
+        return inspect.signature(entry, eval_str=True).parameters
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        return inspect.signature(entry).parameters
+
+
+def _kind(parameter: inspect.Parameter) -> Any:
+    """What a parameter is annotated with; without that what its default is, a number of any kind for a number."""
+    if parameter.annotation is not parameter.empty and not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    kind = type(parameter.default)
+    return float if kind is int else kind if kind in (bool, float, str, tuple) else Any
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a literal may stand where `kind` is annotated; a kind that nothing is known of takes all."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(allowed) and value == allowed for allowed in arguments)
+    if origin in _SERIES:
+        fixed = origin is tuple and bool(arguments) and arguments[-1] is not ...
+        if type(value) not in (tuple, list) or (fixed and len(value) != len(arguments)):
+            return False
+        kinds = arguments if fixed else arguments[:1] * len(value)
+        return all(type(v) not in _LITERALS or _fits(v, k) for v, k in zip(value, kinds, strict=False))
+    if origin is Callable:
+        return False
+    return type(value) in _TAKEN.get(type(None) if kind is None else kind, _LITERALS)
+
+
+def _noun(kind: Any) -> str:
+    """What an argument takes, in words."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if {*arguments} <= {int, float}:
+            return "a number"
+        return " or ".join(_noun(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in _SERIES:
+        return f"a tuple, each entry {_noun(arguments[0])}" if arguments else "a tuple"
+    if origin is Callable:
+        return "a function"
+    return _NOUNS.get(kind, "a value")

@@ -28,6 +28,7 @@ from dualgap_jax.experiments.landscape import LandscapeSpec
 from dualgap_jax.files import leaves, load_json
 from dualgap_jax.hitting import SgdSpec
 from dualgap_jax.interrupts import Terminated
+from dualgap_jax.registry import SettingError
 from dualgap_jax.sharding import MeshSpec
 from dualgap_jax.workdir import Workdir, WorkdirError
 
@@ -190,6 +191,38 @@ def test_whatever_is_written_for_a_leaf_is_taken_or_refused_in_one_sentence(
             refused += 1
             assert type(error).__module__.startswith("dualgap_jax"), (path, texts)  # noqa: PT017
     assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("config", "leaf", "told"),
+    [
+        ("synthetic_relu", "branch=mlp(hidden=(2,),use_bias='no')", "use_bias='no': expected True or False"),
+        ("synthetic_relu", "branch=mlp(init_scale='a')", "init_scale='a': expected a number"),
+        ("synthetic_relu", "branch=conv(batch_norm='no')", "batch_norm='no': expected True or False"),
+        ("synthetic_relu", "branch=conv(dropout='x')", "dropout='x': expected a number"),
+        ("synthetic_relu", "data=own", "data set 'own': path is missing"),
+        ("synthetic_relu", "data=own(path=3)", "path=3: expected a text"),
+        ("synthetic_relu", "data=own(path='a.csv',standardise='no')", "standardise='no': expected True or False"),
+        ("figure1", "cell.data=own", "data set 'own': path is missing"),
+        ("certify", "data=own", "data set 'own': path is missing"),
+        ("certify", "data=mnist(data_dir=3)", "data_dir=3: expected a text"),
+        ("theorem1", "data=mnist(data_dir=3)", "data_dir=3: expected a text"),
+        ("theorem2", "data=random(n='a')", "n='a': expected a whole number"),
+        ("synthetic_relu", "training.optimizer=sgd(momentum=0.5,nesterov='no')", "nesterov='no': expected True"),
+        ("synthetic_relu", "training.schedule=cosine(warmup='a')", "warmup='a': expected a whole number"),
+        ("table1", "sgd.schedule=plateau(factor='a')", "factor='a': expected a number"),
+        ("figure3", "set=lp_ball(p='a')", "p='a': expected a number"),
+    ],
+)
+def test_settings_of_an_entry_have_its_types(
+    config: str, leaf: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    parsed = cli.parse([f"--config=configs/{config}.py:smoke", f"--config.{leaf}"]).config
+    with pytest.raises(SettingError) as error:
+        spec_of(parsed, TABLES.experiments[parsed.experiment].spec).validate(TABLES)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_good_arguments_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

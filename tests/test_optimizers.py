@@ -16,6 +16,7 @@ from optax import contrib
 from dualgap_jax import optimizers
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.networks import from_functions, mixture, mlp, multi_branch
+from dualgap_jax.registry import SettingError
 
 # Optax itself promotes ranks in places; the package's tests forbid it.
 pytestmark = pytest.mark.usefixtures("promotion")
@@ -362,3 +363,25 @@ def test_a_config_chains_decay_transformations_and_optimizer_in_this_order() -> 
 def test_a_text_that_is_no_transformation_of_gradients_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"training\.chain"):
         optimizers.from_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("adam", {"b1": 2.0}, r"optimizer 'adam': b1=2.0 must lie in \[0, 1\)"),
+        ("adam", {"b2": 1.0}, r"b2=1.0 must lie in"),
+        ("adam", {"eps": 0.0}, "eps=0.0 must be positive"),
+        ("adamw", {"weight_decay": -1.0}, "weight_decay=-1.0 must be at least 0"),
+        ("adamw", {"b1": -0.5}, "b1=-0.5 must lie in"),
+        ("rmsprop", {"decay": 1.5}, "decay=1.5 must lie in"),
+        ("lion", {"b2": 3.0}, "b2=3.0 must lie in"),
+        ("lion", {"weight_decay": -0.1}, "weight_decay=-0.1 must be"),
+        ("muon", {"beta": 1.0}, "beta=1.0 must lie in"),
+        ("muon", {"nesterov": "no"}, "nesterov='no': expected True or False"),
+        ("sgd", {"momentum": "a"}, "momentum='a': expected a number"),
+        ("sgd", {"momentum": 0.5, "nesterov": "no"}, "nesterov='no': expected True or False"),
+    ],
+)
+def test_settings_that_make_no_optimizer_are_refused(name: str, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingError, match=told):
+        optimizers.build(Component(name, settings))

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
 import pytest
 
-from dualgap_jax.registry import DuplicateNameError, SettingError, Table, UnknownNameError, unknown
+from dualgap_jax.registry import (
+    DuplicateNameError,
+    MissingSettingError,
+    SettingError,
+    Table,
+    UnknownNameError,
+    unknown,
+)
 
 
 def squared(scale: float, shift: float = 0.0) -> tuple[str, float, float]:
@@ -152,3 +163,70 @@ def test_a_refused_value_names_the_entry() -> None:
     table.check("picky", tau=3)
     with pytest.raises(UnknownNameError, match="Did you mean 'tau'"):
         table.check("picky", tua=3)
+
+
+def typed(
+    *,
+    path: str,
+    widths: Iterable[SupportsIndex] = (8,),
+    law: str | Callable[[float], float] = "torch",
+    biased: bool = True,
+    scale: int | float = 1.0,
+    task: Literal["auto", "binary"] = "auto",
+    limit: int | None = None,
+    gates: Any = 8,
+    untyped=1,
+    **others: float,
+) -> dict[str, Any]:
+    return dict(locals())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"path": 3}, "loss 'typed': path=3: expected a text, got int."),
+        ({"biased": "no"}, "biased='no': expected True or False, as in biased=True, got str."),
+        ({"biased": 0}, "biased=0: expected True or False"),
+        ({"widths": 3}, r"widths=3: expected a tuple, each entry a whole number, as in widths=\(8,\)"),
+        ({"widths": "88"}, "widths='88': expected a tuple"),
+        ({"widths": (8, 2.5)}, r"widths=\(8, 2.5\): expected a tuple"),
+        ({"widths": (True,)}, r"widths=\(True,\): expected a tuple"),
+        ({"law": 3}, "law=3: expected a text or a function"),
+        ({"scale": "a"}, "scale='a': expected a number, as in scale=1.0, got str."),
+        ({"scale": True}, "scale=True: expected a number"),
+        ({"scale": None}, "scale=None: expected a number"),
+        ({"task": "both"}, "task='both': expected one of 'auto', 'binary'"),
+        ({"limit": 1.5}, "limit=1.5: expected a whole number or None"),
+        ({"untyped": "a"}, "untyped='a': expected a number"),
+    ],
+)
+def test_literals_of_another_type_are_refused(given: dict[str, Any], message: str) -> None:
+    table = Table("loss", {"typed": typed})
+    for call in (table.check_given, table.check, table.build):
+        with pytest.raises(SettingError, match=message):
+            call("typed", **{"path": "a", **given})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"widths": [1, 2], "law": abs, "scale": 2, "task": "binary", "limit": None, "gates": ((1.0,),)},
+        {"widths": (np.int64(3),), "biased": np.True_, "scale": np.float32(0.5), "untyped": 2.5, "more": 1.0},
+        {"widths": np.arange(3), "limit": 3, "gates": "many", "untyped": 7},
+    ],
+)
+def test_values_that_fit_and_those_that_are_no_literals_are_handed_on(given: dict[str, Any]) -> None:
+    table = Table("loss", {"typed": typed})
+    made = table.build("typed", path="a", **given)
+    for name, value in given.items():
+        assert (made["others"] if name == "more" else made).get(name) is value
+
+
+def test_a_missing_argument_and_a_builder_that_fails_are_no_defects() -> None:
+    table = Table("loss", {"typed": typed, "first": lambda widths=(): len(widths[0])})
+    for call in (table.check, table.build):
+        with pytest.raises(MissingSettingError, match=r"^loss 'typed': path is missing; give a text, as in typed\("):
+            call("typed", scale=2)
+    table.check_given("typed", scale=2)
+    with pytest.raises(SettingError, match="loss 'first': object of type 'int' has no len"):
+        table.build("first", widths=(1,))

@@ -102,12 +102,13 @@ class CertifySpec:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
 
     def validate(self, tables: Tables) -> None:
-        """Raises ConfigError for a loss that does not serve, UnknownNameError for one that is not in the table."""
+        """Raises ConfigError for a loss that does not serve; looks the settings of the data up."""
         loss = tables.losses.build(self.loss.name, **self.loss.settings)
         require(
             loss.conjugate is not None, f"loss {self.loss.name!r} has no conjugate, so nothing bounds it from below."
         )
         require("binary" in loss.tasks, f"loss {self.loss.name!r} does not fit labels -1 and 1.")
+        tables.datasets.check(self.data.name, **self.data.settings)
 
 
 def regime_problem(regime: str, data: Dataset, loss: Any, share: float, radius: float) -> RiskProblem:
