@@ -182,6 +182,9 @@ def extended(modules: Sequence[str], tables: Tables = TABLES) -> Tables:
     if modules and "" not in sys.path:
         sys.path.insert(0, "")
     for name in modules:
+        path = name.removesuffix(".py").replace(os.sep, ".").strip(".")
+        named = not name.startswith(".") and os.sep not in name and not name.endswith(".py")
+        require(named, f"--extend={name}: give the name of a module, not a path: --extend={path}.")
         try:
             module = importlib.import_module(name)
         except (ImportError, SyntaxError, ValueError) as error:

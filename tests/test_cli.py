@@ -296,7 +296,14 @@ def test_a_platform_that_is_none_is_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "message"), [("no_such_module_here", "can be imported from here"), ("json", "defines no extend")]
+    ("module", "message"),
+    [
+        ("no_such_module_here", "can be imported from here"),
+        ("json", "defines no extend"),
+        ("./mine", "the name of a module, not a path: --extend=mine"),
+        ("folder/mine.py", "not a path: --extend=folder.mine"),
+        (".mine", "not a path: --extend=mine"),
+    ],
 )
 def test_bad_extensions(module: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

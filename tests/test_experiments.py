@@ -633,6 +633,41 @@ def test_bad_configs_are_refused_before_anything_is_written(
     assert not (tmp_path / "w").exists()
 
 
+def flat(*, out: int) -> Any:
+    """A branch of one's own that forgets the axis of outputs."""
+    inner = BRANCHES.build("mlp", hidden=(2,), out=1)
+    return from_functions(lambda key, x: inner.init(key, x)[0], lambda params, x: inner.apply(params, (), x)[0][:, 0])
+
+
+FLAT = TABLES._replace(branches=BRANCHES.extended({"flat": flat}))
+CONV, IMAGES = Component("conv", {}), Component("mnist", {"num_examples": 60})
+
+
+@pytest.mark.parametrize(
+    ("experiment", "spec", "message"),
+    [
+        ("landscape", tiny(branch=CONV), r"branch 'conv' does not take the examples of .*, \[batch, 4\]: "),
+        ("landscape", tiny(branch=Component("flat", {})), r"outputs of shape \[batch\], but the binary labels"),
+        ("landscape", tiny(data=IMAGES), "the loss fits binary .*labels, but data set 'mnist' has multiclass labels"),
+        ("landscape_row", RowSpec(cell=tiny(branch=CONV)), "branch 'conv' does not take the examples"),
+        ("duality_gap", DualityGapSpec(branch=CONV, tau=1.0), "branch 'conv' does not take the examples"),
+        (
+            "duality_gap",
+            DualityGapSpec(second=CONV, second_share=0.5, tau=1.0, trained=TrainedSpec(num_branches=())),
+            "branch 'conv' does not take the examples",
+        ),
+        ("duality_gap", DualityGapSpec(branch=Component("flat", {}), tau=1.0), r"gives outputs of shape \[batch\]"),
+        ("certify", CertifySpec(data=IMAGES), "data set 'mnist' has 10 classes, but every regime has one output"),
+    ],
+)
+def test_parts_that_do_not_fit_one_another_are_refused_before_anything_is_written(
+    experiment: str, spec: Any, message: str, tfds_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(spec, tmp_path / "w", experiment, tables=FLAT)
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_network_that_cannot_fit_in_memory_is_refused_before_it_is_made(tmp_path: Path) -> None:
     for change in ({"num_branches": 2_000_000_000}, {"branch": Component("mlp", {"hidden": (1_000_000_000,)})}):
         with pytest.raises(ConfigError, match=r"one network of num_branches=.* takes .*B, available are .*B"):

@@ -211,6 +211,13 @@ def test_mistakes_are_said_before_anything_is_written(
     assert not (folder / "calls").exists()
 
 
+def test_a_sweep_without_a_config_says_how_to_name_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        commands.main(["sweep", "--over", "I=1"])
+    assert end.value.code == 2
+    assert "name the config first: dualgap sweep NAME" in capsys.readouterr().err
+
+
 def test_a_sweep_of_the_papers_config_is_checked_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

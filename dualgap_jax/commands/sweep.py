@@ -95,9 +95,11 @@ def main(arguments: Sequence[str]) -> int:
             require(key not in over, f"--over {key}= is given twice: give all its values at once.")
             over[key] = values
         require(bool(over), "a sweep needs --over KEY=VALUES, as in --over I=1,3,5 or --over seed=0..4.")
+        named = "name the config first: dualgap sweep NAME:KEY=VALUE,... --over ..."
+        require(bool(given), named)
         if not given[0].startswith("-"):
             given[0] = f"--config={given[0]}"
-        require(given[0].startswith("--config="), "name the config first: dualgap sweep NAME:KEY=VALUE,... --over ...")
+        require(given[0].startswith("--config="), named)
         return _sweep(over, given, ["dualgap", "sweep", *arguments])
     return 0
 

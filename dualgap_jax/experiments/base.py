@@ -14,6 +14,7 @@ from dualgap_jax import figures
 from dualgap_jax.card import digest_or_none
 from dualgap_jax.config import Component
 from dualgap_jax.data import DATASETS, contents_digest
+from dualgap_jax.experiments import probe
 from dualgap_jax.files import DamagedFileError, jsonable, load_json, save_json
 from dualgap_jax.hitting import SgdSpec
 from dualgap_jax.identity import arrays_digest
@@ -160,6 +161,7 @@ def execute(
 
     Raises:
       WorkdirError: see `Workdir.open` and `Workdir.session`; and whatever the experiment raises, after recording it.
+      ConfigError: where the parts of a new run do not fit one another, before anything is written; see `probe.check`.
     """
     if hasattr(spec, "validate"):
         spec.validate(tables)
@@ -179,6 +181,10 @@ def execute(
             said = "computed before this changed: %s; to compute it anew, give another --workdir or delete this one"
             _log.warning(f"%s: {said}", workdir.path, changed)
         return before, workdir, True
+    if (
+        workdir.status is None and not (workdir.path.parent / "run.json").exists()
+    ):  # parts of a run were looked at with it
+        probe.check(spec, tables)
     with workdir.session(sources):
         if changed:
             _log.warning("%s: goes on although this changed since it was begun: %s", workdir.path, changed)

@@ -110,6 +110,14 @@ class CertifySpec:
         require("binary" in loss.tasks, f"loss {self.loss.name!r} does not fit labels -1 and 1.")
         tables.datasets.check(self.data.name, **self.data.settings)
 
+    def check_data(self, dataset: Dataset) -> None:
+        """Raises ConfigError for data of several classes: the branches of all regimes have one output."""
+        require(
+            dataset.task != "multiclass",
+            f"data set {dataset.name!r} has {dataset.num_outputs} classes, but every regime has one output: give labels"
+            " -1 and +1, as mnist(labels='parity') does, or real targets.",
+        )
+
 
 def regime_problem(regime: str, data: Dataset, loss: Any, share: float, radius: float) -> RiskProblem:
     """The risk of one regime; `share` and `radius` as in `CertifySpec`."""
