@@ -973,6 +973,24 @@ def test_the_label_is_found_by_its_name(tmp_path: Path) -> None:
         ("d.csv", b"a,b\n1,x\n", "row 2: 'x' is no number"),
         ("d.csv", b"y,label\n1,2\n", "several columns may be the label: y, label"),
         ("d.csv", b"1,nan\n2,3\n", "non-finite"),
+        ("d.csv", b"1,nan\n2,3\n", "d.csv: "),
+        ("d.csv", b"0,1,2\n1,2,0\n3,4,1\n", "d.csv: the first line counts the columns, 0,1,2, as pandas"),
+        ("d.csv", b"0,1\n1,0\n", "if it is an example, put a line of names before it"),
+        ("d.csv", b",a,y\n0,1.5,1\n1,2.5,0\n", "d.csv: column 1 has no name; where it is the index"),
+        ("d.csv", b",0,1\n0,1.5,1\n1,2.5,0\n", "column 1 has no name"),
+        ("d.csv", b"Unnamed: 0,a,y\n0,1.5,1\n1,2.5,0\n", "df.to_csv(path, index=False)"),
+        ("d.csv", b"a, ,y\n0,1.5,1\n1,2.5,0\n", "column 2 has no name"),
+        ("d.csv", b"1_000,2,0\n3,4,1\n", "d.csv, row 1: '1_000' is no number."),
+        ("d.csv", b"a,b,y\n1,2,0\n3,1_0,1\n", "d.csv, row 3: '1_0' is no number."),
+        ("d.csv", "a,b,y\n1,2,0\n3,\u0661,1\n".encode(), "row 3: '\u0661' is no number."),
+        ("d.csv", "\u0661,2,0\n3,1,1\n".encode(), "row 1: '\u0661' is no number."),
+        ("d.csv", b"1.5,?,0\n3,4,1\n", "row 1: '?' is no number, and '1.5' no name of a column"),
+        ("d.csv", b"a;b;y\n1;2;0\n", "has semicolons: cells stand between commas"),
+        ("d.csv", b"1,5;2,5;0\n1,5;2,5;1\n", "has semicolons: cells stand between commas"),
+        ("d.csv", b"1\t2\t0\n3\t4\t1\n", "has tabs: cells stand between commas"),
+        ("d.csv", "gr\u00f6\u00dfe,y\n1,0\n2,1\n".encode("latin-1"), "d.csv is no text in UTF-8"),
+        ("d.csv", "a,y\n1,0\n2,1\n".encode("utf-16"), "d.csv is no text in UTF-8"),
+        ("d.csv", b"a,y\n1,0\n" + b"2" * 140_000 + b",1\n", "d.csv, line 3: field larger than field limit"),
         ("d.npz", b"PK\x03\x04 cut", "no sound npz file"),
         ("d.npz", b"", "no sound npz file"),
     ],
@@ -982,6 +1000,14 @@ def test_files_that_cannot_be_read(name: str, content: bytes | None, message: st
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         data.own(path=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("head", ["0,1,label", "2019,2020,label", "a,b,c", '"x;1",x2,y'])
+def test_names_of_columns_may_be_numbers_beside_a_name(head: str, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(f"{head}\n1.5,2,0\n3,4,1\n")
+    found = data.own(path=str(tmp_path / "d.csv"), standardise=False)
+    np.testing.assert_array_equal(found.x, [[1.5, 2], [3, 4]])
+    np.testing.assert_array_equal(found.y, [0, 1])
 
 
 def test_an_npz_without_x_says_how_to_save_one(tmp_path: Path) -> None:

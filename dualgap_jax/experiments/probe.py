@@ -8,7 +8,7 @@ from typing import Any
 
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.data import Dataset
-from dualgap_jax.evaluation import check_fits, check_outputs
+from dualgap_jax.evaluation import check_outputs
 from dualgap_jax.losses import Loss
 from dualgap_jax.registry import Table
 from dualgap_jax.training.batches import example_input, output_shape
@@ -18,9 +18,9 @@ def check(spec: Any, tables: Any) -> None:
     """Reads the data that a spec names and evaluates the shapes that its branches give on them.
 
     Each of the package's own groups in it with an entry `data` of the table of data sets is looked at: a `branch` (and
-    a `second`) must take the examples, and with a `loss` the labels must fit it and the outputs.  A group may have a
-    method `check_data(dataset)` that raises ConfigError for data that it cannot work with.  What the specs of other
-    packages mean by these names is theirs.
+    a `second`) must take the examples, and with a `loss` its outputs must fit the labels.  A group may have a method
+    `check_data(dataset)` that raises ConfigError for data that it cannot work with.  What the specs of other packages
+    mean by these names is theirs.
 
     Args:
       spec: the spec of an experiment, whose `validate` has passed.
@@ -43,8 +43,6 @@ def check(spec: Any, tables: Any) -> None:
         if look is not None:
             look(dataset)
         made = None if loss is None else tables.losses.build(loss.name, **loss.settings)
-        if made is not None:
-            check_fits(made, dataset)
         for branch in branches:
             _check_branch(branch, dataset, made, tables.branches)
 
