@@ -353,6 +353,37 @@ def test_an_nnx_model_trains_with_the_nnx_optimizer_and_goes_into_eval_mode(rng:
     assert y.shape == (16, 2)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others"])
+def test_a_view_of_an_nnx_layer_has_the_mode_it_was_asked_for(beside: bool, rng: np.random.Generator) -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.block = NnxBlock(rngs)
+            self.branches = dg_nnx.MultiBranch(NnxBlock, 3, rngs=rngs)
+
+        def __call__(self, x: Array) -> Array:
+            return self.branches(self.block(x))
+
+    model = Net(nnx.Rngs(0)) if beside else dg_nnx.MultiBranch(NnxBlock, 3, rngs=nnx.Rngs(0))
+    layer = model.branches if isinstance(model, Net) else model
+    x = jnp.asarray(rng.standard_normal((5, 4, 3, 2)), jnp.float32)
+    looks = nnx.view(model, deterministic=True, use_running_average=True)
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+    y = looks(x)
+    np.testing.assert_array_equal(looks(x), y)  # nothing is dropped
+    close(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), before, 0)
+    assert not layer.deterministic  # the model itself trains still
+    assert not layer.use_running_average
+    model.eval()
+    np.testing.assert_array_equal(model(x), y)
+    trains = nnx.view(model, deterministic=False, use_running_average=False)
+    assert float(jnp.abs(trains(x) - trains(x)).max()) > 1e-3
+    moved = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))["state"]["norm"]["mean"]
+    old = (before["branches"] if beside else before)["state"]["norm"]["mean"]
+    assert float(jnp.abs(moved - old).min()) > 0
+    with pytest.raises(ValueError, match="set both alike"):
+        nnx.view(layer, deterministic=False)(x)
+
+
 def test_nnx_layers_of_linen_modules_remat_and_scan(rng: np.random.Generator, x64: None) -> None:
     x = jnp.asarray(rng.standard_normal((3, 4, 4, 2)))
     layer = dg_nnx.MultiBranch(Block(), 3, x, rngs=nnx.Rngs(0))

@@ -26,8 +26,8 @@ class Pure(nnx.Module):
     """A network (a pair of pure functions) as an NNX module: `module(x, train=None) -> y`.
 
     The `nnx.Param` variables hold the parameters, the `nnx.BatchStat` variables the state; dropout takes keys from a
-    fork of the stream `rngs.dropout`.  `model.train()`, `model.eval()` and `nnx.view` reach it by the usual attributes,
-    `deterministic` and `use_running_average`.
+    fork of the stream `rngs.dropout`.  `model.train()`, `model.eval()` and `nnx.view` set the usual attributes,
+    `deterministic` and `use_running_average`, of which a network needs both alike.
 
     Args:
       network: the network.
@@ -46,6 +46,18 @@ class Pure(nnx.Module):
         self.stream = nnx.data(rngs.dropout.fork() if feeds else None)
         self.deterministic = False
         self.use_running_average = False
+
+    def set_view(self, deterministic: bool | None = None, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` calls of a module, with the attributes that it sets.
+
+        Args:
+          deterministic: True evaluates the network, False trains it; None leaves the attribute.
+          use_running_average: likewise; a network has one mode, so that both are given alike.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def __call__(self, x: Array, *, train: bool | None = None) -> Array:
         """Applies the network to `x [batch, ...]`.
