@@ -14,11 +14,14 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from dualgap_jax.config import ConfigError
 
 DIGEST = "sha256"  # the key, or the array, that holds the digest of the rest
 _FLOAT = "$float"  # the key of a number that is not finite
@@ -27,6 +30,28 @@ _counter = itertools.count()
 
 class DamagedFileError(ValueError):
     """A file that is not what was written: changed, cut, emptied or unreadable; the message names it."""
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def local_path(given: str | os.PathLike[str], what: str = "the path") -> Path:
+    """The path of a file or folder on the file systems of this machine.
+
+    Args:
+      given: the path; a `Path` made of `gs://bucket` is known too, although it has lost a slash.
+      what: what is there, to begin a sentence with.
+
+    Raises:
+      ConfigError: for a remote place, such as `gs://bucket`, which `Path` would take for a folder `gs:` here.
+    """
+    text = os.fspath(given)
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text):
+        raise ConfigError(
+            f"{what} {match[1]}://{text[match.end() :]} is remote; data and results are read from and written to local"
+            " folders. Name one, such as the place where the remote one is mounted, and copy what it needs."
+        )
+    return Path(text)
 
 
 # --- values as JSON ---------------------------------------------------------------------------------------------------
@@ -121,7 +146,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     The temporary file is always a new one: whatever lies at its name, a link too, is removed and not written through.
     A device or a pipe at `path` is written to as it is, for it is not to be replaced.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         with open(path, "wb") as file:
             write(file)
@@ -176,7 +201,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
       FileNotFoundError: where there is none.
       DamagedFileError: where it cannot be read, is not JSON, or does not agree with its digest.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         plain = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -251,7 +276,7 @@ def read_record(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any
     Raises:
       ValueError: when there is none, it is damaged, or it lacks a required key; the message says what to do.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         record = load_npz(path) if path.suffix == ".npz" else load_json(path)
     except FileNotFoundError:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from dualgap_jax.files import DamagedFileError, jsonable, load_json, restored, save_json, write_atomically
+from dualgap_jax.files import DamagedFileError, jsonable, load_json, local_path, restored, save_json, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, in order; torn and damaged lines are left out.  A missing file has no rows."""
-    path = Path(path)
+    path = local_path(path)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [row for line in lines if (row := _parse_line(line)) is not None]
 
@@ -52,9 +52,9 @@ class Metrics:
     """
 
     def __init__(self, path: str | Path, tensorboard: str | Path | None = None) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = None if tensorboard is None else Path(tensorboard)
+        self._tensorboard = None if tensorboard is None else local_path(tensorboard)
         self._events: Any = None
         self._purge_step: int | None = None
         self._seal = self.path.with_suffix(".seal")

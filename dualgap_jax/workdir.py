@@ -33,6 +33,7 @@ import numpy as np
 
 from dualgap_jax import interrupts, lock
 from dualgap_jax.card import OUTPUTS, RunCard, altered, outputs
+from dualgap_jax.config import ConfigError
 from dualgap_jax.files import (
     DamagedFileError,
     canonical,
@@ -41,6 +42,7 @@ from dualgap_jax.files import (
     leaves,
     load_json,
     load_npz,
+    local_path,
     remove_temporary,
     restored,
     save_json,
@@ -93,7 +95,7 @@ class Workdir:
           path: the folder, which all processes see.
           config: as for `open`.
         """
-        return cls(Path(path).expanduser().resolve(), config, writes=False)
+        return cls(local_path(path, "the work folder").expanduser().resolve(), config, writes=False)
 
     @classmethod
     def open(cls, path: str | Path, config: Mapping[str, Any], *, command: Sequence[str] = ()) -> Workdir:
@@ -110,13 +112,13 @@ class Workdir:
           TypeError: if JSON cannot hold `config`.
         """
         try:
-            folder = Path(path).expanduser().resolve()
+            folder = local_path(path, "the work folder").expanduser().resolve()
             if folder.exists() and not folder.is_dir():
                 raise WorkdirError(f"{folder} is a file; give a folder with --workdir")
             workdir = cls(folder, config, command)
             workdir._check_config()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte
-            if isinstance(error, WorkdirError):
+            if isinstance(error, WorkdirError | ConfigError):
                 raise
             raise WorkdirError(f"{path} cannot be read ({error}); give another folder with --workdir") from error
         return workdir

@@ -9,15 +9,21 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from dualgap_jax import files
+from dualgap_jax import checkpoints, data, experiments, figures, files, report
+from dualgap_jax.config import ConfigError, experiment_config
+from dualgap_jax.experiments import TABLES
+from dualgap_jax.experiments.certify_run import certify_run
+from dualgap_jax.experiments.landscape import LandscapeSpec
+from dualgap_jax.experiments.linear_dual import load_solution
 from dualgap_jax.files import (
     DamagedFileError,
     load_json,
@@ -27,6 +33,11 @@ from dualgap_jax.files import (
     save_json,
     save_npz,
 )
+from dualgap_jax.losses import LOSSES
+from dualgap_jax.metrics import Metrics
+from dualgap_jax.networks import mlp, multi_branch
+from dualgap_jax.training import train
+from dualgap_jax.workdir import Workdir
 
 
 class Score(NamedTuple):
@@ -296,3 +307,45 @@ def test_a_reader_sees_the_old_or_the_new_file_and_never_a_part(tmp_path: Path) 
     reader.join()
     assert seen
     assert all(len(values) == 1 for values in seen)
+
+
+REMOTE = "gs://my-bucket/x"
+NET = multi_branch(mlp((2,), 1), 2)
+DATA = (np.arange(6.0).reshape(3, 2), np.array([1, -1, 1]))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: experiments.run(experiment_config("landscape", LandscapeSpec()), workdir=path),
+        lambda path: experiments.run(experiment_config("landscape", LandscapeSpec()), root=path),
+        lambda path: train(NET, LOSSES["squared"](), DATA, optax.sgd(0.1), max_steps=1, checkpoints=path),
+        lambda path: checkpoints.load(path),
+        lambda path: checkpoints.Checkpointer(path),
+        lambda path: Workdir.open(path, {"experiment": "landscape"}),
+        lambda path: Workdir.follow(path, {"experiment": "landscape"}),
+        lambda path: report.write([path], "report.html"),
+        lambda path: report.write(["."], f"{path}/report.html"),
+        lambda path: report.table_csv([path]),
+        lambda path: figures.draw(path),
+        lambda path: certify_run(path, TABLES, print),
+        lambda path: load_solution(path),
+        lambda path: data.own(path=str(path) + "/a.csv"),
+        lambda path: Metrics(path),
+        lambda path: files.save_json(f"{path}/a.json", {}),
+        lambda path: files.load_json(f"{path}/a.json"),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_remote_place_is_refused_and_no_folder_here(
+    use: Callable[[Any], Any], kind: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"gs://my-bucket/x.* is remote; data and results"):
+        use(kind(REMOTE))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["a:/b", "runs/a:/b", "run:1/x", "/tmp/x", "x"])
+def test_paths_of_this_machine_are_taken_as_they_are(given: str) -> None:
+    assert files.local_path(given) == files.local_path(Path(given)) == Path(given)

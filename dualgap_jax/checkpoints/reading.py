@@ -16,6 +16,7 @@ from dualgap_jax.checkpoints.leaves import Place, like_template
 from dualgap_jax.checkpoints.manifest import DamagedCheckpointError
 from dualgap_jax.checkpoints.processes import Company
 from dualgap_jax.checkpoints.rows import Stored
+from dualgap_jax.files import local_path
 from dualgap_jax.types import Params, PyTree, State
 
 _log = logging.getLogger(__package__)
@@ -68,7 +69,7 @@ def newest_sound(
 
 def _newest_in(path: str | Path, use: Callable[[Path, dict[str, Any]], _T], together: bool = False) -> _T:
     """The same for a folder that is only read.  Raises FileNotFoundError if no step passes."""
-    folder = Path(path).expanduser().resolve()
+    folder = local_path(path, "the folder of checkpoints").expanduser().resolve()
     if not folder.is_dir() and not together:
         raise FileNotFoundError(f"{folder} is not a folder; give the checkpoints folder of a workdir")
     reasons: list[str] = []

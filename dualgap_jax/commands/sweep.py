@@ -23,7 +23,7 @@ from dualgap_jax import cli, experiments, interrupts, report, terminal
 from dualgap_jax.config import ConfigError, check_numbers, require, spec_of
 from dualgap_jax.experiments import Report
 from dualgap_jax.experiments.base import identity
-from dualgap_jax.files import text_digest, utf8, write_atomically
+from dualgap_jax.files import local_path, text_digest, utf8, write_atomically
 from dualgap_jax.workdir import Workdir
 
 _MOST = 10_000  # runs of a sweep
@@ -117,7 +117,7 @@ def _sweep(over: Mapping[str, Sequence[str]], given: Sequence[str], command: Seq
     runs = list(combinations(over, given))
     require(len({run.folder for run in runs}) == len(runs), "two runs would share a folder: give shorter values.")
     digest = text_digest(repr([(run.folder, run.config.to_json()) for run in runs]))[:8]
-    root = Path(flags.workdir or f"runs/{flags.name}-sweep-{digest}")
+    root = local_path(flags.workdir or f"runs/{flags.name}-sweep-{digest}", "the work folder")
     own = next((name for name in ("config.json", "run.json") if (root / name).exists()), None)
     require(own is None, f"{root} is the folder of a run, it holds {own}: give the sweep another --workdir.")
     for run in runs:  # a mistake is said before anything is computed

@@ -10,6 +10,7 @@ import numpy as np
 
 from dualgap_jax.config import ConfigError
 from dualgap_jax.data.dataset import Dataset, from_arrays, take
+from dualgap_jax.files import local_path
 
 _OTHERS = {";": "semicolons", "\t": "tabs"}  # that other programs write between cells
 _LABELS = ("y", "label", "labels", "target", "class")
@@ -30,7 +31,7 @@ def own(
     Raises:
       ValueError: for a file that is missing, of another kind or malformed, and what `from_arrays` and `take` refuse.
     """
-    file = Path(path)
+    file = local_path(path, "the data file")
     readers = {".npz": _npz, ".csv": _csv}
     if file.suffix not in readers:
         raise ValueError(f"path={path!r} must end in {' or '.join(readers)}.")

@@ -23,6 +23,7 @@ from dualgap_jax.experiments.linear_dual import LINEAR_DUAL
 from dualgap_jax.experiments.regimes import REGIMES
 from dualgap_jax.experiments.row import LANDSCAPE_ROW
 from dualgap_jax.experiments.shapley_folkman import SHAPLEY_FOLKMAN
+from dualgap_jax.files import local_path
 from dualgap_jax.registry import Table
 from dualgap_jax.workdir import Workdir, default_workdir
 
@@ -89,7 +90,7 @@ def run(
     check_numbers(spec)
     if workdir is None:
         workdir = default_workdir(root, name or chosen, identity(experiment, spec))
-    return execute(experiment, spec, Path(workdir), tables, command=command)
+    return execute(experiment, spec, local_path(workdir, "the work folder"), tables, command=command)
 
 
 __all__ = ["EXPERIMENTS", "TABLES", "Experiment", "Report", "Tables", "run"]

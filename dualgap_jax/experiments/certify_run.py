@@ -19,7 +19,7 @@ from dualgap_jax.experiments import landscape
 from dualgap_jax.experiments.base import Report, Tables, confirm_data
 from dualgap_jax.experiments.certify import bounds_of
 from dualgap_jax.experiments.landscape import LandscapeSpec, Setting
-from dualgap_jax.files import DamagedFileError, load_json, save_json
+from dualgap_jax.files import DamagedFileError, load_json, local_path, save_json
 from dualgap_jax.identity import arrays_digest
 from dualgap_jax.terminal import Progress
 from dualgap_jax.training import train
@@ -64,7 +64,7 @@ def certify_run(path: str | Path, tables: Tables, say: Callable[[str], object] =
       CertifyRunError: for a folder without networks, or a run that is not complete.
       WorkdirError: if another process is at work in it, or the data are others.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = local_path(path, "the work folder").expanduser().resolve()
     rows: list[Any] = []
     notes: list[str] = []
     cells = _landscapes(folder)

@@ -16,7 +16,7 @@ from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.checkpoints import load as load_checkpoint
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.experiments.base import Experiment, Report, Tables, confirm_data
-from dualgap_jax.files import save_json, save_npz
+from dualgap_jax.files import local_path, save_json, save_npz
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.spectral import CertificateError, DualVariable, SpectralSolution, in_blocks, solve_columns, verify
 from dualgap_jax.spectral.descent import Descent, DescentSpec, moments, stochastic_descent
@@ -285,7 +285,7 @@ def load_solution(path: str | Path) -> SpectralSolution:
     Raises:
       FileNotFoundError: if there is no sound checkpoint.
     """
-    folder = Path(path)
+    folder = local_path(path, "the work folder")
     nested = folder / "checkpoints" / "solution"
     state = load_checkpoint(nested if nested.is_dir() else folder).state
     weights = state.pop("weights")

@@ -39,6 +39,7 @@ from dualgap_jax.figures.scores import architecture, regimes
 from dualgap_jax.figures.search import landscape_search
 from dualgap_jax.figures.spectra import spectral
 from dualgap_jax.figures.surfaces import landscape, row
+from dualgap_jax.files import local_path
 from dualgap_jax.registry import Table
 
 FIGURES: Table[Callable[[str | Path], list[Path]]] = Table(
@@ -71,7 +72,7 @@ def draw(workdir: str | Path, figures: Mapping[str, Callable[[str | Path], list[
     Raises:
       ValueError: the folder holds none of the records, or one of them is malformed.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir, "the work folder")
     found = [name for name in figures if (workdir / "results" / name).is_file()]
     if not found:
         raise ValueError(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from dualgap_jax.data import Dataset, as_dataset, standardise
 from dualgap_jax.evaluation import check_fits, check_outputs
+from dualgap_jax.files import local_path
 from dualgap_jax.identity import arrays_digest, combined, function_digest, versions
 from dualgap_jax.landscape import kernels as compiled
 from dualgap_jax.landscape.partial import Saver, Work, on_exception
@@ -115,7 +116,7 @@ def evaluate_points(
     keep = _momenta(net, work.head, some) if estimate else None
     states = States(net, keep, some, work.chunk)
     saver = Saver(
-        None if partial is None else Path(partial),
+        None if partial is None else local_path(partial),
         lambda: {
             **_identity(net, loss, dataset, plane, work.head, work.batch(slice(0, 2))),
             "points": arrays_digest(points),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from dualgap_jax.files import write_atomically
+from dualgap_jax.files import local_path, write_atomically
 from dualgap_jax.landscape.surfaces import Surface
 
 _NAMES = {"f8": "Float64", "i8": "Int64", "u1": "UInt8"}
@@ -88,7 +88,7 @@ def _arrays(parent: ET.Element, tag: str, arrays: Mapping[str, np.ndarray], **at
 
 
 def _write(path: str | Path, ending: str, kind: str, piece: ET.Element, **attributes: str) -> None:
-    path = Path(path)
+    path = local_path(path)
     if path.suffix != ending:
         raise ValueError(f"ParaView knows the kind of a file by its ending: {path.name} must end in {ending}.")
     file = ET.Element("VTKFile", type=kind, version="1.0", byte_order="LittleEndian", header_type="UInt64")

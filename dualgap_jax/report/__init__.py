@@ -18,7 +18,7 @@ from typing import Any
 import humanize
 
 from dualgap_jax.card import CERTIFICATE, OUTPUTS, altered, is_certified
-from dualgap_jax.files import DamagedFileError, load_json, load_npz, utf8, write_atomically
+from dualgap_jax.files import DamagedFileError, load_json, load_npz, local_path, utf8, write_atomically
 from dualgap_jax.report import page, surfaces
 
 _ALIGNED = "aligned"  # a head that says of the column before it that it is of the aligned surface
@@ -42,7 +42,8 @@ def write(workdirs: Sequence[str | Path], output: str | Path) -> Path:
     Raises:
       NothingToReportError: for a folder that holds no run, or no folder at all.
     """
-    folders = [Path(workdir) for workdir in workdirs]
+    output = local_path(output, "the report")
+    folders = [local_path(workdir, "the work folder") for workdir in workdirs]
     if not folders:
         raise NothingToReportError("give at least one work folder.")
     plots: list[dict[str, Any]] = []
@@ -58,8 +59,8 @@ def write(workdirs: Sequence[str | Path], output: str | Path) -> Path:
         body += surfaces.embedded(plots)
         scripts = [surfaces.program(), surfaces.DRAW]
     made = utf8(page.whole(title, body, scripts))
-    write_atomically(Path(output).resolve(), lambda file: file.write(made))  # through a link, such as /dev/stdout
-    return Path(output)
+    write_atomically(output.resolve(), lambda file: file.write(made))  # through a link, such as /dev/stdout
+    return output
 
 
 def distinct(columns: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
@@ -94,7 +95,7 @@ def table_csv(workdirs: Sequence[str | Path]) -> str:
       NothingToReportError: for a folder without a finished table.
     """
     read = []
-    for folder in map(Path, workdirs):
+    for folder in map(local_path, workdirs):
         run = _Run(folder)
         report = run.record("results/report.json")
         if report is None:
