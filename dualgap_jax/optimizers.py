@@ -53,6 +53,8 @@ def for_network(network: Network, transformation: Any) -> optax.GradientTransfor
         hint = ""
         if isinstance(transformation, int | float):
             hint = " Write optax.sgd(rate)."
+        elif callable(transformation) and "learning_rate" in _parameters(transformation):
+            hint = f" Call it with its rate, as in optax.{getattr(transformation, '__name__', 'sgd')}(0.1)."
         elif callable(transformation):
             hint = " A schedule goes into an optimizer, as in optax.sgd(schedule)."
         raise ConfigError(
@@ -66,6 +68,14 @@ def for_network(network: Network, transformation: Any) -> optax.GradientTransfor
         return inner.init(params)
 
     return _within(network, optax.GradientTransformationExtraArgs(init, inner.update))
+
+
+def _parameters(function: Any) -> tuple[str, ...]:
+    """The names of what a function takes; none where that is not known."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def _within(network: Network, inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

@@ -113,8 +113,8 @@ class Workdir:
         """
         try:
             folder = local_path(path, "the work folder").expanduser().resolve()
-            if folder.exists() and not folder.is_dir():
-                raise WorkdirError(f"{folder} is a file; give a folder with --workdir")
+            if not (top := next(p for p in (folder, *folder.parents) if p.exists())).is_dir():
+                raise WorkdirError(f"cannot write in {folder} (NotADirectoryError: {top} is a file); change --workdir")
             workdir = cls(folder, config, command)
             workdir._check_config()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,11 +165,35 @@ def test_a_wheel_holds_package_configs_and_command(tmp_path: Path) -> None:
     assert "dualgap = dualgap_jax.commands:main" in entry
 
 
-def test_a_reader_that_went_away_is_no_error() -> None:
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["doctor", "--help", "--version", "report --help", "sweep --help"])
+def test_a_reader_that_went_away_is_no_error(command: str, buffered: bool) -> None:
     """As in `dualgap doctor | head`."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "dualgap_jax", "doctor"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    done = printing(command, writer, buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["--help", "--version", "sweep --help"])
+def test_an_output_that_cannot_be_written_is_one_line(command: str, buffered: bool) -> None:
+    with open("/dev/full", "w") as full:
+        done = printing(command, full, buffered)
+    assert done.returncode == 2
+    assert done.stderr == "OSError: [Errno 28] No space left on device\n"
+
+
+def printing(command: str, output: Any, buffered: bool) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        [sys.executable, *(() if buffered else ("-u",)), "-m", "dualgap_jax", *command.split()],
+        cwd=ROOT,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )

@@ -322,6 +322,9 @@ def test_adamw_decays_apart_from_the_gradient() -> None:
         (0.1, r"optax\.sgd\(rate\)"),
         ("sgd", "no optax.GradientTransformation"),
         (optax.sgd, "no optax.GradientTransformation"),
+        (optax.sgd, r"Call it with its rate, as in optax\.sgd\(0\.1\)\.$"),
+        (optax.adamw, r"Call it with its rate, as in optax\.adamw\(0\.1\)\.$"),
+        (functools.partial(optax.adamw, weight_decay=0.1), r"Call it with its rate"),
     ],
 )
 def test_what_is_no_transformation_is_refused_with_what_to_write(given: Any, told: str) -> None:

@@ -179,7 +179,7 @@ def test_damaged_and_missing_records_are_said(
     source = report.write([copy], tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Not shown:" in source
     assert len(plots_of(source)) == 3
-    assert commands.main(["report", str(tmp_path / "none")]) == 1
+    assert commands.main(["report", str(tmp_path / "none")]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert commands.main(["report", str(copy), f"--csv={tmp_path / 'x.csv'}"]) == 1
     assert "gone or changed: I_3/results/aligned.npz, results/report.json." in capsys.readouterr().err
@@ -201,6 +201,34 @@ def test_records_of_another_run_are_neither_shown_nor_drawn(
     for command in (["report", str(copy), f"--csv={tmp_path / 'x.csv'}"], ["plot", str(copy)]):
         assert commands.main(command) == 1
         assert "gone or changed" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_run_is_a_mistake(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = str(tmp_path / "none")
+    for command in (["report", none], ["report", str(finished), none], ["plot", none], ["plot", "gs://bucket/w"]):
+        assert commands.main([*command, *(["--output=/dev/null"] if command[0] == "report" else [])]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert commands.main(["report", str(finished), f"--output={tmp_path / 'no' / 'r.html'}", "--csv=gs://b/t"]) == 2
+
+
+def test_a_page_of_several_runs_is_not_the_page_of_the_first(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "w"
+    shutil.copytree(finished, copy)
+    own = copy / "report.html"
+    assert commands.main(["report", str(copy)]) == 0
+    before = own.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(["report", "w", "w/I_3"]) == 0
+    assert own.read_bytes() == before
+    assert '<section id="run-1">' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    monkeypatch.chdir(copy)
+    assert commands.main(["report", ".", "I_3"]) == 2
+    assert "name the page of several by --output" in capsys.readouterr().err
+    assert own.read_bytes() == before
 
 
 def test_figures_that_are_drawn_again_are_the_run_s_own(finished: Path, tmp_path: Path) -> None:

@@ -165,12 +165,15 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-def test_files_in_the_way_are_refused(tmp_path: Path) -> None:
+def test_files_in_the_way_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WorkdirError, match="is a file"):
         Workdir.open(tmp_path / "file", CONFIG)
     with pytest.raises(WorkdirError, match=r"cannot write in .*NotADirectoryError.*--workdir"):
         made(tmp_path / "file" / "below")
+    with pytest.raises(WorkdirError, match="file is a file"):
+        Workdir.open(tmp_path / "file" / "below" / "it", CONFIG)
+    assert not caplog.records  # nothing there is damaged
     with pytest.raises(WorkdirError, match="cannot be read"):
         Workdir.open("a\0b", CONFIG)
     assert listing(tmp_path) == {"file": b"mine"}

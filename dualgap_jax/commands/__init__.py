@@ -52,10 +52,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the command line after the program's name; None is that of the process.
 
     Returns:
-      The exit status: 0; 1 where a part failed; 2 for mistakes; 0 also where the reader of a pipe went away.  `run`
-      ends the process as `cli.main` says.
+      The exit status: 0; 1 where a part failed; 2 for mistakes, and where the output cannot be written; 0 also where
+      the reader of a pipe went away.  `run` ends the process as `cli.main` says.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:  # what is written only when the process ends has no status
+            sys.stdout.flush()
+        return status
+    except SystemExit as ending:  # with a status of its own, unless what was said has gone nowhere
+        if (lost := _lost()) and not ending.code:
+            return lost
+        raise
+    except OSError as error:
+        lost = _lost(error)
+        if not isinstance(error, BrokenPipeError):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return lost
+
+
+def _lost(error: OSError | None = None) -> int:
+    """The status after an error of the output, which then goes nowhere: 0 where its reader went away, else 2."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as flushed:
+        from dualgap_jax import terminal
+
+        error = error or flushed
+        terminal.reader_is_gone()
+    return 0 if error is None or isinstance(error, BrokenPipeError) else 2
+
+
+def _run(given: list[str]) -> int:
+    """What the command line asks for; the reader of the output is taken to be there."""
     name = given[0] if given else ""
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -78,8 +108,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
     for number, handler in at_start.items():
         signal.signal(number, handler)
-    try:
-        return int(module.main(given[1:] if name != "list" else ["--list", *given[1:]]))
-    except BrokenPipeError:  # the reader has seen enough, as in dualgap doctor | head
-        terminal.reader_is_gone()
-        return 0
+    return int(module.main(given[1:] if name != "list" else ["--list", *given[1:]]))

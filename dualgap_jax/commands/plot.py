@@ -18,19 +18,26 @@ from dualgap_jax.workdir import Workdir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws each work folder and prints the paths; returns 1 when one of them could not be drawn, else 0."""
+    """Draws each work folder and prints the paths.
+
+    Returns:
+      0; 1 when one of the folders could not be drawn; 2 when none of them holds results.
+    """
     parser = argparse.ArgumentParser(
         "dualgap plot", description="Draw the figures of finished runs from their saved records."
     )
     parser.add_argument("workdir", nargs="+", type=Path, help="a work folder, which holds results/")
     failed = False
-    for workdir in parser.parse_args(arguments).workdir:
+    workdirs = parser.parse_args(arguments).workdir
+    for workdir in workdirs:
         try:
             for path in _drawn(workdir):
                 print(path)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
+    if failed and not any((workdir / "results").is_dir() for workdir in workdirs):
+        return 2
     return int(failed)
 
 
