@@ -237,6 +237,36 @@ def test_scan_over_layers_equals_one_layer_after_another(rng: np.random.Generato
     close(updated, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new))
 
 
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_a_layer_gives_the_number_format_of_its_branches(reduce: str, rng: np.random.Generator) -> None:
+    """So that a residual layer of bfloat16 scans as one branch in its place does."""
+    bf16: Any = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> tuple[Array, None]:
+            return x + MultiBranch(nn.Dense(4, parent=None, **bf16), 300, reduce)(x), None
+
+    x = jnp.asarray(rng.standard_normal((3, 4)), jnp.bfloat16)
+    stacked = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
+    (y, _), variables = stacked.init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.bfloat16
+    branches = pick(variables["params"]["MultiBranch_0"]["branches"], 0)
+    layer = MultiBranch(nn.Dense(4, **bf16), 300, reduce)
+    each = jax.vmap(lambda params: nn.Dense(4, **bf16).apply({"params": params}, x))(branches)
+    whole = each.astype(jnp.float32).mean(0) * (1 if reduce == "mean" else 300)
+    got = layer.apply({"params": {"branches": branches}}, x)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float32), whole, rtol=2**-7, atol=1e-6)  # summed in float32
+    made = dg_nnx.MultiBranch(lambda rngs: nnx.Linear(4, 4, rngs=rngs, **bf16), 3, reduce=reduce, rngs=nnx.Rngs(0))
+    assert made(x).dtype == jnp.bfloat16
+    narrow = MultiBranch(nn.Dense(4, dtype=jnp.bfloat16), 3)  # parameters and inputs in float32
+    assert narrow.init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].dtype == jnp.bfloat16
+    assert MultiBranch(nn.Dense(4), 3).init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].dtype == jnp.float32
+    network = networks.multi_branch(nn.Dense(4, **bf16), 3)  # whose output a loss may be taken of
+    assert network.apply(*network.init(jax.random.key(0), x), x)[0].dtype == jnp.float32
+
+
 def test_layers_of_layers_and_of_other_kinds(rng: np.random.Generator, x64: None) -> None:
     """Nested layers, an NNX constructor and a pure pair as branches of Linen layers, against plain loops."""
     x = jnp.asarray(rng.standard_normal((5, 3)))

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 
 from dualgap_jax.networks.flax import as_network
-from dualgap_jax.networks.multibranch import multi_branch
+from dualgap_jax.networks.multibranch import as_layer, multi_branch
 from dualgap_jax.sizes import positive
 from dualgap_jax.types import KeyArray, Network
 
@@ -63,12 +63,12 @@ class Pure(nn.Module):
 class MultiBranch(nn.Module):
     """The mean or sum of I copies of a branch (Section 2) as a layer of a larger Linen model.
 
-    `module(x [batch, ...], train=False) -> y`, of the shape that one branch gives: `[batch, out]`, or
-    `[batch, height, width, channels]`.  The parameters are those of the branch with a leading axis of branches, `[I,
-    ...]`, in `params['branches']`; the state of branches that have one (batch statistics) likewise in
-    `batch_stats['branches']`.  Branch i is drawn with `fold_in(key, i)` of the key that Flax gives the parameter, and
-    drops units by `fold_in(key, i)` of the stream `dropout`, so branches drop independently.  In training `batch_stats`
-    must be mutable, as for `nn.BatchNorm`.
+    `module(x [batch, ...], train=False) -> y`, of the shape that one branch gives: `[batch, out]`, or `[batch, height,
+    width, channels]`, and of its number format; the sum is taken in float32 at least.  The parameters are those of the
+    branch with a leading axis of branches, `[I, ...]`, in `params['branches']`; the state of branches that have one
+    (batch statistics) likewise in `batch_stats['branches']`.  Branch i is drawn with `fold_in(key, i)` of the key that
+    Flax gives the parameter, and drops units by `fold_in(key, i)` of the stream `dropout`, so branches drop
+    independently.  In training `batch_stats` must be mutable, as for `nn.BatchNorm`.
 
     A Linen module made inside another's `__call__` takes a name there: write `MultiBranch(nn.Dense(3, parent=None),
     10)` to keep the names of the layers after it.
@@ -98,5 +98,5 @@ class MultiBranch(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Applies the layer to `x [batch, ...]`; `train` selects batch statistics and dropout in every branch."""
         branch = as_network(self.branch, "linen.MultiBranch")
-        network = multi_branch(branch, self.num_branches, reduce=self.reduce)
+        network = as_layer(multi_branch(branch, self.num_branches, reduce=self.reduce))
         return _apply(self, network, "branches", x, train, self.rng_collection)

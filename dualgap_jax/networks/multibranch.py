@@ -168,6 +168,26 @@ def multi_branch(branch: Any, num_branches: SupportsIndex, *, reduce: str = "mea
     return Network(init, apply, Stem(preactivation, rest, None, apply), stacked)
 
 
+def as_layer(network: Network) -> Network:
+    """The network of `multi_branch` as a layer among others: its output in the number format that one branch gives.
+
+    The sum over branches is taken in float32 at least, also of branches in bfloat16; a layer of a larger model hands on
+    what one branch would, so that it may stand in the place of one.
+    """
+    assert network.stacked is not None
+    branch = network.stacked.branch
+
+    def apply(
+        params: Params, state: State, x: Array, /, *, key: KeyArray | None = None, train: bool = False
+    ) -> tuple[Array, State]:
+        y, new = network.apply(params, state, x, key=key, train=train)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (params, state))
+        given = jax.eval_shape(lambda p, s, x, k: branch.apply(p, s, x, key=k, train=train)[0], *one, x, key)
+        return y.astype(given.dtype) if jnp.issubdtype(given.dtype, jnp.floating) else y, new
+
+    return Network(network.init, apply)
+
+
 def mixture(networks: Sequence[Any], *, weights: Sequence[int | float] | None = None) -> Network:
     """`sum_k weights[k] * networks[k]`: branches of unlike architectures in one network (Section 2 lets f_i differ).
 

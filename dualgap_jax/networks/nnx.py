@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from dualgap_jax.networks.flax import as_network
-from dualgap_jax.networks.multibranch import multi_branch
+from dualgap_jax.networks.multibranch import as_layer, multi_branch
 from dualgap_jax.types import Network
 
 
@@ -89,11 +89,12 @@ class Pure(nnx.Module):
 class MultiBranch(Pure):
     """The mean or sum of I copies of a branch (Section 2) as a layer of a larger NNX model.
 
-    `module(x [batch, ...], train=None) -> y`, of the shape that one branch gives: `[batch, out]`, or
-    `[batch, height, width, channels]`.  The parameters are those of the branch with a leading axis of branches, `[I,
-    ...]`, as `nnx.Param` variables; the state of branches that have one (batch statistics) likewise as `nnx.BatchStat`
-    variables.  Branch i is drawn with `fold_in(rngs.params(), i)`, and drops units by `fold_in(key, i)` of a fork of
-    the stream `rngs.dropout`, so branches drop independently.  `model.train()` and `model.eval()` set its mode.
+    `module(x [batch, ...], train=None) -> y`, of the shape that one branch gives: `[batch, out]`, or `[batch, height,
+    width, channels]`, and of its number format; the sum is taken in float32 at least.  The parameters are those of the
+    branch with a leading axis of branches, `[I, ...]`, as `nnx.Param` variables; the state of branches that have one
+    (batch statistics) likewise as `nnx.BatchStat` variables.  Branch i is drawn with `fold_in(rngs.params(), i)`, and
+    drops units by `fold_in(key, i)` of a fork of the stream `rngs.dropout`, so branches drop independently.
+    `model.train()` and `model.eval()` set its mode.
 
     Args:
       branch: a constructor of NNX modules, `rngs -> module`, such as `lambda rngs: nnx.Linear(4, 3, rngs=rngs)`; a
@@ -122,4 +123,4 @@ class MultiBranch(Pure):
                     " jnp.zeros((1, features)), after the number of branches."
                 )
             x = jax.numpy.zeros((1,))
-        super().__init__(network, x, rngs=rngs)
+        super().__init__(as_layer(network), x, rngs=rngs)
