@@ -136,7 +136,7 @@ class Table(Mapping[str, F], Generic[F]):
           UnknownNameError, SettingError, MissingSettingError: as `check` does.
           SettingError: also for a value that the entry refuses with a ValueError, or cannot work with.
         """
-        self.check_call(name, **arguments)
+        self.check(name, **arguments)
         entry: Any = self[name]
         try:
             return entry(**arguments)

@@ -52,7 +52,7 @@ from dualgap_jax.files import (
 from dualgap_jax.metrics import Metrics, read_metrics
 
 _log = logging.getLogger(__name__)
-_BARE = {"config.json", "run.json", "metrics.jsonl", "metrics.seal", lock.FILE}  # of a run that has made nothing
+_BARE = {"config.json", "run.json", "metrics.jsonl", "metrics.seal", lock.FILE}  # files of a run that made nothing
 
 
 class WorkdirError(ValueError):
@@ -176,9 +176,8 @@ class Workdir:
         """Whether the last run, and every run in it, was refused (what only data can check) before it made anything."""
         files = [p for p in self.path.rglob("*") if p.is_file() and not is_temporary(p)]
         runs = {self.path, *(p.parent for p in files if p.name == "run.json")}
-        cards = [RunCard(folder / "run.json", {}).read() for folder in runs]
         return (
-            all(card is not None and card["status"] == "failed" for card in cards)
+            all((RunCard(folder / "run.json", {}).read() or {}).get("status") == "failed" for folder in runs)
             and not any(read_metrics(folder / "metrics.jsonl") for folder in runs)
             and all(p.parent in runs and p.name in _BARE for p in files)
         )

@@ -1003,7 +1003,7 @@ def test_a_test_set_of_ones_own_is_seen_as_the_training_set_was(
 @pytest.mark.parametrize(
     ("test", "message"),
     [
-        (Component("own", {}), "data set 'own' needs path"),
+        (Component("own", {}), "data set 'own': path is missing"),
         ("nowhere.npz", "test: .*there is no such file here"),
         (([[0.0, 1.0]], [2]), r"test: .*has a label 2, the training set 'train' the classes 0\.\.1"),
         (([[0.0, 1.0, 2.0]], [1]), r"test: .*has examples of shape \(3,\), the training set 'train' \(2,\)"),

@@ -138,9 +138,9 @@ def test_build_names_the_argument_that_the_entry_does_not_take(table: Table) -> 
 def test_build_raises_for_a_missing_argument(table: Table) -> None:
     with pytest.raises(TypeError, match="scale"):
         table.build("squared", shift=1.0)
-    with pytest.raises(SettingError, match=r"loss 'squared' needs scale; write squared\(scale=\.\.\.\)"):
-        table.check_call("squared", shift=1.0)
-    table.check_call("squared", scale=1.0)
+    with pytest.raises(SettingError, match=r"loss 'squared': scale is missing; give a number, as in squared\(scale"):
+        table.check("squared", shift=1.0)
+    table.check("squared", scale=1.0)
 
 
 def test_build_passes_every_name_to_an_entry_that_takes_all(table: Table) -> None:

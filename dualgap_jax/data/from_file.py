@@ -25,7 +25,8 @@ def own(
       path: the file.  A CSV file may begin with a line of names, one for each column; a column called y, label, labels,
         target or class is then the label, wherever it stands.  Labels that are whole numbers are classes or signs.
         Pandas writes such a file by `df.to_csv(path, index=False)`.
-      task, num_outputs, standardise: as in `from_arrays`; features are standardised unless it is said otherwise.
+      task, num_outputs, standardise: as in `from_arrays`; features are standardised unless it is said otherwise.  As
+        the test set of an experiment the file takes all three from the training set.
       num_examples: the first so many; 0 is all.
 
     Raises:

@@ -82,7 +82,7 @@ class ArchitectureSpec:
             "cell.data.split='test': networks are trained on that split and tested on the split 'test', which must be"
             " another; leave it at 'train'.",
         )
-        tables.datasets.check_call(self.cell.data.name, **{**self.cell.data.settings, "split": "test"})
+        tables.datasets.check(self.cell.data.name, **{**self.cell.data.settings, "split": "test"})
 
 
 def narrowed(spec: ArchitectureSpec, count: int, dataset: Dataset, tables: Tables) -> tuple[Component, int]:

@@ -101,7 +101,7 @@ class DualityGapSpec:
     def validate(self, tables: Tables) -> None:
         """Looks every name and setting up, so that a bad config fails before anything is written or read."""
         tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
-        tables.datasets.check_call(self.data.name, **self.data.settings)
+        tables.datasets.check(self.data.name, **self.data.settings)
         known = output_bound_known(self.branch)
         if self.second_share > 0:
             tables.branches.build(self.second.name, **{**self.second.settings, "out": 1})

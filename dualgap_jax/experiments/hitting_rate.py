@@ -85,7 +85,7 @@ class HittingRateSpec:
     def validate(self, tables: Tables) -> None:
         """Looks every name and setting up, so that a bad config fails before anything is written."""
         loss = tables.losses.build(self.loss.name, **self.loss.settings)
-        tables.datasets.check_call(self.data.name, **self.data.settings, seed=0)
+        tables.datasets.check(self.data.name, **self.data.settings, seed=0)
         local_devices(self.sgd.devices)
         settings = component(tables.datasets, self.data.name, **self.data.settings).settings
         if self.data.name == "synthetic_relu":

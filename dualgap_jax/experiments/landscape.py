@@ -97,10 +97,10 @@ class LandscapeSpec:
         """Looks every name and setting up, so that a bad config fails before anything is written or read."""
         tables.losses.build(self.loss.name, **self.loss.settings)
         tables.branches.build(self.branch.name, **{**self.branch.settings, "out": 1})
-        tables.datasets.check_call(self.data.name, **self.data.settings)
+        tables.datasets.check(self.data.name, **self.data.settings)
         seeds.check(self.data.settings.get("seed", 0), "data.seed")
         if self.test.name != "none":
-            tables.datasets.check_call(self.test.name, **self.test.settings)
+            tables.datasets.check(self.test.name, **self.test.settings)
         self.training.arguments(self.num_branches)
 
 

@@ -79,7 +79,7 @@ class LinearDualSpec:
 
     def validate(self, tables: Tables) -> None:
         """Raises UnknownNameError or SettingError for data that are not in a table, or settings that they lack."""
-        _data_table(self.data.name, tables).check_call(self.data.name, **self.data.settings)
+        _data_table(self.data.name, tables).check(self.data.name, **self.data.settings)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

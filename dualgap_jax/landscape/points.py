@@ -99,7 +99,7 @@ def evaluate_points(
     accumulator_bytes = positive(accumulator_bytes, "accumulator_bytes")
     if not isinstance(save_seconds, int | float | np.number) or not save_seconds >= 0:
         raise ValueError(f"save_seconds={save_seconds!r} must be a number of seconds, at least 0.")
-    _check_call(net, plane, route, state)
+    _check(net, plane, route, state)
     check_fits(loss, dataset)
     try:
         points = np.asarray(points, np.float64)
@@ -297,7 +297,7 @@ def _identity(net: Network, loss: Loss, dataset: Dataset, plane: Plane, head: Bl
     }
 
 
-def _check_call(net: Network, plane: Any, route: str, state: str) -> None:
+def _check(net: Network, plane: Any, route: str, state: str) -> None:
     if not isinstance(plane, Plane):
         raise TypeError(
             f"the plane must be a landscape.Plane, got {type(plane).__name__}; arguments come in the order net, loss,"
