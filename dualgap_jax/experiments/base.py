@@ -181,9 +181,8 @@ def execute(
             said = "computed before this changed: %s; to compute it anew, give another --workdir or delete this one"
             _log.warning(f"%s: {said}", workdir.path, changed)
         return before, workdir, True
-    if (
-        workdir.status is None and not (workdir.path.parent / "run.json").exists()
-    ):  # parts of a run were looked at with it
+    is_part = (workdir.path.parent / "run.json").exists()  # of a run, which was looked at with all its parts
+    if workdir.status is None and not is_part:
         probe.check(spec, tables)
     with workdir.session(sources):
         if changed:
