@@ -51,6 +51,8 @@ EXACT = "tests/test_spectral_certificate.py -k charged_and|low_rank"
 
 OWN = "tests/test_constrained.py -k shifted"
 SETS = "tests/test_constrained.py -k membership"
+MULTIPLIER = "tests/test_duality.py -k follows_from_its_own_multiplier"
+ROOM = "tests/test_clipped.py -k leave_room"
 UNDEFINED = "tests/test_numpy_ranges.py -k undefined"
 ARRAYS = "tests/test_numpy_ranges.py -k middle|grouped|either"
 POINTS = "tests/test_numpy_ranges.py -k true_value_at_every_point&(atan|asinh)"
@@ -130,6 +132,8 @@ MUTATIONS = [
     # h and W of one's own.
     _of("duality", "constrained_bounds", "boxes that are taken to lie apart", "lam0, value, jnp.argmax(hi - lo), apart)", "lam0, value, jnp.argmax(hi - lo), ~apart)", OWN),
     _of("duality", "verdict", "a rounding direction", "free = lam * (budget + 4e-12 * abs(budget))", "free = lam * budget * (1 + 4e-12)", OWN),
+    _of("duality", "verdict", "a rounding that is not charged", "if lam > 0 and math.isfinite(bound) and any(", "if False and any(", MULTIPLIER),
+    _of("duality", "clipped", "a rounding direction", "float(dual.value) - _SPARE * (1 +", "float(dual.value) + _SPARE * (1 +", ROOM),
     _of("duality/checker", "constrained", "one claim for all", "| (sizes < out.h_lo[:, None])).all(axis=1)", "| (sizes < out.h_lo[:, None])).any(axis=1)", OWN),
     _of("duality", "sets", "a larger ball", "<= Fraction(b.radius) ** order)", "<= 2 * Fraction(b.radius) ** order)", SETS),
     _of("duality/checker", "rules", "a place where nothing is defined", "    calculus.undefined(x.value[0] <= 0 if y < 0 else x.value[0] < 0)\n", "    pass\n", UNDEFINED),
