@@ -131,7 +131,6 @@ MUTATIONS = [
     _of("duality/checker", "closed_forms", "a cone narrower than it is", '/ sizes).min(axis=1) * (1 - 16 * _EPS)', '/ sizes).min(axis=1) ** 0.5', CORNER),
     # h and W of one's own.
     _of("duality", "constrained_bounds", "boxes that are taken to lie apart", "lam0, value, jnp.argmax(hi - lo), apart)", "lam0, value, jnp.argmax(hi - lo), ~apart)", OWN),
-    _of("duality", "verdict", "a rounding direction", "free = lam * (budget + 4e-12 * abs(budget))", "free = lam * budget * (1 + 4e-12)", OWN),
     _of("duality", "verdict", "a rounding that is not charged", "if lam > 0 and math.isfinite(bound) and any(", "if False and any(", MULTIPLIER),
     _of("duality", "clipped", "a rounding direction", "float(dual.value) - _SPARE * (1 +", "float(dual.value) + _SPARE * (1 +", ROOM),
     _of("duality/checker", "constrained", "one claim for all", "| (sizes < out.h_lo[:, None])).all(axis=1)", "| (sizes < out.h_lo[:, None])).any(axis=1)", OWN),
