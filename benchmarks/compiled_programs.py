@@ -24,8 +24,9 @@ from dualgap_jax.schedules import SCHEDULES
 from dualgap_jax.sharding import BRANCH, SEED, over_mesh
 from dualgap_jax.training import plan
 from dualgap_jax.training.branch_step import Shard, branch_step
-from dualgap_jax.training.engine import Carry, begin, tree_bytes
+from dualgap_jax.training.engine import Carry, begin
 from dualgap_jax.training.together import step
+from dualgap_jax.trees import num_bytes
 
 IMAGE, CLASSES, BATCH, HIDDEN = (32, 32, 3), 10, 128, (8, 8, 8)
 OPTIMIZERS = {
@@ -84,8 +85,8 @@ def batch(sharding: Any) -> Any:
 def counts_of(kind: str, branches: int, shapes: Carry) -> tuple[float, float]:
     """Operations of a step, and the least bytes that it moves: parameters are read twice and written once, the moments
     of an optimiser read and written once."""
-    parameters = tree_bytes(shapes.params)
-    traffic = 3.0 * parameters + 2.0 * tree_bytes(shapes.opt_state)
+    parameters = num_bytes(shapes.params)
+    traffic = 3.0 * parameters + 2.0 * num_bytes(shapes.opt_state)
     if kind == "mlp":  # forward, gradient of the weights, gradient of the inputs of all layers but the first
         first = HIDDEN[0] * math.prod(IMAGE) * branches
         return 2.0 * BATCH * (3 * parameters / 4 - first), traffic
@@ -141,7 +142,7 @@ def steps(
 
     work = {"mlp": ""}.get(kind, f"{kind} ")
     name = f"{work}{'streamed' if streamed else 'plain'} step, {optimizer}, I = {branches:,}"
-    parameters = tree_bytes(shapes.params) // len(devices)
+    parameters = num_bytes(shapes.params) // len(devices)
     counts = [count / len(devices) for count in counts_of(kind, branches, shapes)]
     if len(devices) > 1:
         mesh = Mesh(np.asarray(devices), (BRANCH,))
@@ -177,10 +178,10 @@ def landscape(branches: int, devices: Sequence[Any]) -> Program:
     total = shaped(64, 256, CLASSES)
     arguments = tuple(placed(a, where) for a in (total, block, (), z, points))
     with_precision = jax.default_matmul_precision("highest")(parts.add)
-    upper = tree_bytes(params) / 4 - HIDDEN[0] * math.prod(IMAGE) * branches  # the first layer serves all points
-    counts = 2.0 * 64 * 256 * upper + 2.0 * 64 * 3 * branches * HIDDEN[0] * 256, float(tree_bytes(z))
+    upper = num_bytes(params) / 4 - HIDDEN[0] * math.prod(IMAGE) * branches  # the first layer serves all points
+    counts = 2.0 * 64 * 256 * upper + 2.0 * 64 * 3 * branches * HIDDEN[0] * 256, float(num_bytes(z))
     name = f"landscape pass, 64 points, I = {branches:,}"
-    return Program(name, with_precision, arguments, (), tree_bytes(params), *counts, passes=6)
+    return Program(name, with_precision, arguments, (), num_bytes(params), *counts, passes=6)
 
 
 def gram(columns: int, devices: Sequence[Any]) -> Program:
@@ -192,8 +193,8 @@ def gram(columns: int, devices: Sequence[Any]) -> Program:
         with jax.default_matmul_precision("highest"):
             return x @ x.T, y @ x.T
 
-    counts = 2.0 * 3072 * (3072 + CLASSES) * columns, float(tree_bytes((x, y)))
-    return Program(f"Theorem 2, Gram matrix of {columns:,} columns", add, (x, y), (), tree_bytes(x), *counts, passes=6)
+    counts = 2.0 * 3072 * (3072 + CLASSES) * columns, float(num_bytes((x, y)))
+    return Program(f"Theorem 2, Gram matrix of {columns:,} columns", add, (x, y), (), num_bytes(x), *counts, passes=6)
 
 
 def hitting(lanes: int, size: int, devices: Sequence[Any]) -> Program:
@@ -235,9 +236,9 @@ def hitting(lanes: int, size: int, devices: Sequence[Any]) -> Program:
 
     one = 2 * 2 * height * d + 3 * 2 * height  # forward and weight gradients of both layers, gradient of the hidden one
     operations = float(lanes * (length * size * one + n * 2 * height * (d + 1)))
-    traffic = 2.0 * tree_bytes(block) / len(devices) + tree_bytes(table)  # a block stays in fast memory for a segment
+    traffic = 2.0 * num_bytes(block) / len(devices) + num_bytes(table)  # a block stays in fast memory for a segment
     shared = f", {len(devices)} chips" if len(devices) > 1 else ""
     name = f"Table 1, 1,000 steps, batch {size}, {lanes:,} runs{shared}"
     scalars = placed((shaped(dtype=jnp.int32), shaped(dtype=jnp.bool_)), whole)
     arguments = (*parts, *scalars)
-    return Program(name, segment, arguments, (0, 1), tree_bytes(block) // len(devices), operations, traffic, passes=0)
+    return Program(name, segment, arguments, (0, 1), num_bytes(block) // len(devices), operations, traffic, passes=0)

@@ -34,8 +34,8 @@ from dualgap_jax.losses import multi_margin
 from dualgap_jax.machine import peak_memory
 from dualgap_jax.networks import mlp, multi_branch
 from dualgap_jax.optimizers import for_network
-from dualgap_jax.training.engine import tree_bytes
 from dualgap_jax.training.streamed import Streamed
+from dualgap_jax.trees import num_bytes
 
 _COUNTS = (1, 10, 100, 1000, 8000, 50_000)
 _PLAIN_UP_TO = 8000  # branches up to which the plain step is measured, if not told otherwise
@@ -123,7 +123,7 @@ def time_one(
         "case": f"I={case.num_branches}",
         "num_branches": case.num_branches,
         "chunk": solver.chunk,
-        "parameter_gb": tree_bytes(solver.shapes.params) / 1e9,
+        "parameter_gb": num_bytes(solver.shapes.params) / 1e9,
         "step_ms": common.spread(1e3 * seconds["streamed"]),
         "step_gflops": common.spread(done / seconds["streamed"] / 1e9),
         "limit_gflops": common.spread(limit / 1e9),

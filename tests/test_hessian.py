@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualgap_jax import landscape, losses
+from dualgap_jax import landscape, losses, trees
+from dualgap_jax.landscape import spectrum
 from dualgap_jax.landscape.lanczos import lanczos
 from dualgap_jax.networks import InMemory, from_functions, mlp, multi_branch
 
@@ -89,6 +90,31 @@ def test_examples_beyond_the_margin_are_left_out_and_a_network_that_fits_all_is_
     assert flat.converged
     assert not flat.largest.any()
     assert not flat.trace.any()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_what_is_kept_of_batches_changes_nothing(
+    share: float, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for none or some of the batches, against memory for all."""
+    net, loss, data, network = problem("logistic, tanh", rng)
+    made: list[Any] = []
+
+    class Spied(spectrum._Products):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(spectrum, "_Products", Spied)
+    full = landscape.hessian(net, loss, data, network, k=2, batch_size=4)
+    assert len(made[0]._kept) == 6
+    basis, steps = full.size * full.nodes.shape[-1] * 4, full.nodes.shape[-1]
+    memory = basis + int(2 * share * sum(map(trees.num_bytes, made[0]._kept.values())))
+    monkeypatch.setattr(spectrum, "memory_available", lambda: memory)
+    tight = landscape.hessian(net, loss, data, network, k=2, batch_size=4, steps=steps)
+    assert len(made[1]._kept) == int(6 * share)
+    for one, other in zip(full, tight, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_network_that_is_no_sum_of_branches(rng: np.random.Generator, x64: None) -> None:

@@ -27,7 +27,7 @@ from dualgap_jax.registry import unknown
 from dualgap_jax.sharding import MeshSpec
 from dualgap_jax.training import Solution, TrainingSpec, scaled_learning_rate, train
 from dualgap_jax.training.batches import example_input
-from dualgap_jax.training.engine import tree_bytes
+from dualgap_jax.trees import num_bytes
 from dualgap_jax.types import Network
 from dualgap_jax.workdir import Workdir
 
@@ -178,7 +178,7 @@ def _check_fits(spec: LandscapeSpec, net: Network, dataset: Dataset) -> None:
         asked <= most,
         f"plane.hessian={asked} exceeds the {most:,} parameters{' of a branch' * spec.plane.hessian_branches}.",
     )
-    needed, free = tree_bytes(shapes) // max(spec.mesh.branch, 1), memory_available()
+    needed, free = num_bytes(shapes) // max(spec.mesh.branch, 1), memory_available()
     require(
         needed < free,
         f"one network of num_branches={spec.num_branches:,} takes {humanize.naturalsize(needed)}, available are"

@@ -1,15 +1,17 @@
 """Curvature at a trained network: extreme eigenvalues, trace and spectral density of the Hessian of its mean loss.
 
-The Hessian is never formed.  Products with vectors (forward over reverse differentiation, Pearlmutter, 1994) feed the
-Lanczos algorithm with full reorthogonalisation; its Ritz values approach the ends of the spectrum, and with the squared
-first components of the eigenvectors of the tridiagonal matrix they are Gauss quadrature for the density and the trace
-(stochastic Lanczos quadrature; Ubaru, Chen and Saad, 2017; Ghorbani, Krishnan and Xiao, 2019).
+The Hessian is never formed.  Products with vectors (Pearlmutter, 1994; reverse over reverse differentiation, so that
+what no vector changes is computed once and kept where it fits in memory) feed the Lanczos algorithm with full
+reorthogonalisation; its Ritz values approach the ends of the spectrum, and with the squared first components of the
+eigenvectors of the tridiagonal matrix they are Gauss quadrature for the density and the trace (stochastic Lanczos
+quadrature; Ubaru, Chen and Saad, 2017; Ghorbani, Krishnan and Xiao, 2019).
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import humanize
@@ -134,6 +136,7 @@ def hessian(
             f"{probes} probe(s) of {steps} steps take {humanize.naturalsize(needed)}, available are"
             f" {humanize.naturalsize(max(free, 0))}; take fewer steps or probes."
         )
+    products.room = (free - needed) // 2
     signs = seeds.generator(seed).integers(0, 2, (probes, groups, size)) * 2 - 1
     with Progress(steps, "hessian", at_most=True, first="compiling") as progress:
 
@@ -183,7 +186,10 @@ class _Products:
     Attributes:
       flat: `[I, numbers of a branch]` the floating parameters; `[1, numbers]` of a network that is no sum of branches.
       shape: `(G, size)`.
+      room: bytes that may still be taken by what is kept of batches from one product to the next.
     """
+
+    room = 0
 
     def __init__(
         self,
@@ -235,14 +241,15 @@ class _Products:
             return felt, jnp.isfinite(marked(loss.per_example(outputs, y), outputs))
 
         @jax.jit
-        def add(total: Array, vectors: Array, flat: Array, rest: Any, x: Array, y: Array, real: Array) -> Array:
-            def product(vector: Array) -> Array:
-                slope = jax.grad(lambda w: risk(w, rest, x, y, real))
-                return jax.jvp(slope, (flat,), (vector,))[1]
+        def linearise(flat: Array, rest: Any, x: Array, y: Array, real: Array) -> Callable[[Array], tuple[Array]]:
+            return jax.vjp(jax.grad(lambda w: risk(w, rest, x, y, real)), flat)[1]
 
-            return total + jax.vmap(product)(vectors)
+        @jax.jit
+        def add(total: Array, vectors: Array, product: Callable[[Array], tuple[Array]]) -> Array:
+            return total + jax.vmap(lambda vector: product(vector)[0])(vectors)
 
-        self._rest, self._feels, self._add = (still, state), feels, add
+        self._rest, self._feels, self._linearise, self._add = (still, state), feels, linearise, add
+        self._kept: dict[int, Callable[[Array], tuple[Array]]] = {}
         self._dataset, self._batch = dataset, batch_size
         x = self._examples(np.arange(1))[0]
         check_outputs(jax.eval_shape(lambda p, s, x: net.apply(p, s, x)[0], params, state, x).shape, loss, dataset)
@@ -282,15 +289,28 @@ class _Products:
         total = jnp.zeros_like(given)
         with jax.default_matmul_precision("highest"):
             for first in range(0, self.active, self._batch):
-                which = self._felt[first : first + self._batch]
-                count = len(which)
-                if self.active > self._batch:  # one program for all: the last batch is filled up
-                    which = np.resize(which, self._batch)
-                real = jnp.asarray(np.arange(len(which)) < count)
-                total = self._add(total, given, self.flat, self._rest, *self._examples(which), real)
+                total = self._add(total, given, self._product(first))
+                if first not in self._kept:
+                    total.block_until_ready()  # else many batches are in memory at once
         result = np.asarray(total / len(self._dataset.y)).reshape(vectors.shape)
         if not np.isfinite(result).all():
             raise ValueError(
                 "the Hessian is not finite, for the network's parameters or outputs are not (a diverged run?)."
             )
         return result
+
+    def _product(self, first: int) -> Callable[[Array], tuple[Array]]:
+        """The product of the Hessian of some examples' loss with a vector, a linear function of it."""
+        if first in self._kept:
+            return self._kept[first]
+        which = self._felt[first : first + self._batch]
+        count = len(which)
+        if self.active > self._batch:  # one program for all: the last batch is filled up
+            which = np.resize(which, self._batch)
+        real = jnp.asarray(np.arange(len(which)) < count)
+        product = self._linearise(self.flat, self._rest, *self._examples(which), real)
+        size = trees.num_bytes(product)
+        if size <= self.room:
+            self._kept[first] = product
+            self.room -= size
+        return product

@@ -125,11 +125,6 @@ def updated(
     return jax.tree.map(lambda w, u: (w + rate * u).astype(w.dtype), params, updates), opt_state
 
 
-def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays, or shapes of arrays, in a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 _AT_ONCE = 2**20  # numbers
 
 

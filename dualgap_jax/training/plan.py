@@ -20,7 +20,8 @@ from jax import Array
 from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import sum_branches
 from dualgap_jax.sharding import Layout, is_first_process
-from dualgap_jax.training.engine import Carry, tree_bytes
+from dualgap_jax.training.engine import Carry
+from dualgap_jax.trees import num_bytes
 from dualgap_jax.types import Network, Params, State
 
 # What a chunk of branches may take, parameters and activations: on CPU a gradient that stays in the cache is used from
@@ -71,7 +72,7 @@ def need(net: Network, carry: Carry, x: Any) -> Need:
       carry: its parameters, state and optimiser.
       x: a batch.
     """
-    return Need(tree_bytes(carry), _computed_bytes(net.apply, carry.params, carry.state, x, jax.random.key(0)))
+    return Need(num_bytes(carry), _computed_bytes(net.apply, carry.params, carry.state, x, jax.random.key(0)))
 
 
 def stream_from(net: Network, carry: Carry, platform: str) -> int:
@@ -88,7 +89,7 @@ def stream_from(net: Network, carry: Carry, platform: str) -> int:
     if platform == "gpu":
         return sys.maxsize
     stem = net.stacked is not None and net.stacked.branch.stem is not None
-    bare = tree_bytes(carry.opt_state) < tree_bytes(carry.params) / 2
+    bare = num_bytes(carry.opt_state) < num_bytes(carry.params) / 2
     return _STREAM_FASTER if platform == "cpu" and stem and bare else _STREAM_SMALLER
 
 
@@ -265,9 +266,9 @@ def branch_chunk(branch: Network, one: Carry, x: Any, slots: int, memory: int | 
       slots: branches on a device.
       memory: of an accelerator, in bytes; None is a CPU.
     """
-    each = tree_bytes((one.params, one.state)) + activation_bytes(branch, one.params, one.state, x)
+    each = num_bytes((one.params, one.state)) + activation_bytes(branch, one.params, one.state, x)
     if memory is None:
-        each += tree_bytes(one.opt_state)
+        each += num_bytes(one.opt_state)
     return int(np.clip(chunk_bytes(memory) // each, 1, slots))
 
 

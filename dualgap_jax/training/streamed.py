@@ -28,9 +28,10 @@ from dualgap_jax.sharding import BRANCH, DATA, MeshSpec, on_all
 from dualgap_jax.training import plan
 from dualgap_jax.training.batches import batch_shape, example_input
 from dualgap_jax.training.branch_step import branch_step
-from dualgap_jax.training.engine import Carry, LeafReader, Steps, Transformation, all_finite, begin, item, tree_bytes
+from dualgap_jax.training.engine import Carry, LeafReader, Steps, Transformation, all_finite, begin, item
 from dualgap_jax.training.placement import Placement, verify_leaf
 from dualgap_jax.training.plan import Estimate
+from dualgap_jax.trees import num_bytes
 from dualgap_jax.types import BranchSource, KeyArray, Network, Stacked
 
 _STEPS_AHEAD = 32  # steps that are handed to a device before their losses are waited for
@@ -263,10 +264,10 @@ class Streamed:
 
         analysis = self.compiled.memory_analysis()
         return Estimate(
-            tree_bytes((self.shapes.params, self.shapes.state)) // self.layout.shards,
-            tree_bytes(self.shapes.opt_state) // self.layout.shards,
+            num_bytes((self.shapes.params, self.shapes.state)) // self.layout.shards,
+            num_bytes(self.shapes.opt_state) // self.layout.shards,
             int(analysis.temp_size_in_bytes) if analysis is not None else 0,
-            tree_bytes((self._dataset.x, self._dataset.y)) if self._placement.mesh is None else 0,
+            num_bytes((self._dataset.x, self._dataset.y)) if self._placement.mesh is None else 0,
             plan.seconds_of(step) * self.layout.slots / chunks,
         )
 

@@ -29,9 +29,9 @@ from dualgap_jax.training.engine import (
     begin,
     item,
     stack,
-    tree_bytes,
     updated,
 )
+from dualgap_jax.trees import num_bytes
 from dualgap_jax.types import BranchSource, KeyArray, Network, Params, PyTree, State
 
 
@@ -149,7 +149,7 @@ class Together:
     def plan(self, max_steps: int, num_solutions: int, checkpoints: Path | None) -> str:
         del checkpoints
         carry = self.template(jax.random.key(0))
-        if tree_bytes(carry) < plan.WORTH_SAYING:
+        if num_bytes(carry) < plan.WORTH_SAYING:
             return ""
         need = plan.need(self._net, carry, batch_shape(self._dataset, self._batch_size))
         together = min(num_solutions, self._group_size)
@@ -211,7 +211,7 @@ class Together:
         if self._net.stacked is None:
             return None
         branch, branches, _ = self._net.stacked[:3]
-        one = tree_bytes(self.template(jax.random.key(0))) / branches
+        one = num_bytes(self.template(jax.random.key(0))) / branches
         count = int(min(max(plan.probe_bytes(device_memory()) // one, 1), branches))
         few = multi_branch(branch, count)
         segment = make_segment(few, self._loss, self._transformation, self._schedule)
