@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
+import math
 import os
 import re
 import sys
@@ -268,6 +270,42 @@ class Progress:
 
     def __exit__(self, kind: object, *exc: object) -> None:
         self.close("broken off" if kind is not None else "")
+
+
+_AWAY = {None: decimal.ROUND_HALF_EVEN, "lower": decimal.ROUND_FLOOR, "upper": decimal.ROUND_CEILING}
+
+
+def digits(value: float, count: int = 4, bound: str | None = None) -> str:
+    """A number of `count` significant digits, as the format `g` writes it.
+
+    Args:
+      value: any number.
+      count: how many digits, at most 15.
+      bound: "lower" rounds down and "upper" up, so that what is said of a bound is true of the digits: read as a float
+        they lie on its side of the value, or are it.
+    """
+    if bound is None or not math.isfinite(value):
+        return f"{value:.{count}g}"
+    rounded = decimal.Context(prec=count, rounding=_AWAY[bound]).create_decimal(repr(float(value)))
+    if rounded and abs(rounded.adjusted()) > 300:  # where a float has fewer digits, or is infinite
+        return f"{rounded.normalize():e}"
+    return f"{float(rounded):.{count}g}"
+
+
+def cell(value: Any, bound: str | None = None) -> str:
+    """A cell of a table: four digits of a number, three of each in a list, a dash for None.
+
+    Args:
+      value: None, a text, a truth value, a number or a list of texts and numbers.
+      bound: of the column, see `digits`.
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, list | tuple):
+        return " ".join(digits(v, 3, bound) if isinstance(v, float) else cell(v) for v in value)
+    if isinstance(value, float):
+        return digits(value, 4, bound)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 # Where a cell may be broken: at spaces, and before slashes.

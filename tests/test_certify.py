@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from typing import Any
 
 import jax
@@ -375,6 +376,17 @@ def test_a_better_alpha_gives_a_better_certificate(rng: Any) -> None:
     assert other.lower == pytest.approx(lower_bound(one, alpha).value, rel=1e-12)
     assert own.upper == other.upper
     assert "certified, cells" in own.as_text()
+
+
+def test_the_text_of_a_certificate_claims_no_more_than_its_numbers(rng: Any) -> None:
+    """The digits, read again: at most the bound, at least the risk, the distance and its share."""
+    one = problem(drawn(rng, 10, 2), "squared", penalty=0.02)
+    for _ in range(20):
+        made = distance(one, rng.standard_normal((3, 3)), estimate=False)
+        upper, lower, gap, share = map(float, re.findall(r"(?:risk|>=|within|\() ?(-?[0-9.e+-]+)", made.as_text()))
+        assert lower <= made.lower <= made.upper <= upper
+        assert gap >= made.gap
+        assert share >= 100 * made.gap / made.upper
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

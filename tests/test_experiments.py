@@ -40,6 +40,7 @@ from dualgap_jax.metrics import read_metrics
 from dualgap_jax.networks import BRANCHES, from_functions
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import SettingError, UnknownNameError
+from dualgap_jax.report import page
 from dualgap_jax.training import TrainingSpec, train
 from dualgap_jax.workdir import Workdir, WorkdirError
 
@@ -427,8 +428,8 @@ def test_diverged_cells_of_the_regimes_are_named(tmp_path: Path) -> None:
     ("values", "expected"),
     [
         ([1.0, 2.0, 3.0], 2.0),
-        ([1.0, None, 3.0], "3 (1 of 3 diverged)"),
-        ([1.0, math.nan, 3.0], "3 (1 of 3 diverged)"),
+        ([1.0, None, 3.0], [3.0, "(1 of 3 diverged)"]),
+        ([1.0, math.nan, 3.0], [3.0, "(1 of 3 diverged)"]),
         ([None, 2.0, None], None),
         ([2.0, None], None),
         ([None], None),
@@ -457,7 +458,7 @@ def test_the_table_of_regimes_does_not_average_over_survivors() -> None:
 
     assert rows((3.0, 1.0, 2.0), (0.1, 0.2, 0.3)) == [2.0, 0.2, "falls", 0.2, "18/18", None]
     one_lost = rows((3.0, 1.0, 2.0), (0.1, None, 0.3))
-    assert one_lost[:3] == [2.0, "0.3 (1 of 3 diverged)", "falls"]
+    assert one_lost[:3] == [2.0, [0.3, "(1 of 3 diverged)"], "falls"]
     assert one_lost[4:] == ["17/18", 1]
     assert rows((3.0, 1.0, 2.0), (None, None, 0.3))[:3] == [2.0, None, "diverges"]
     assert rows((None, None, 2.0), (0.1, 0.2, 0.3))[:3] == [None, 0.2, "-"]
@@ -770,6 +771,13 @@ def test_a_report_reads_as_a_table() -> None:
     text = Report("Title", ["I", "value"], [[1000, 0.123456], [2, None]], ["Note."]).text()
     assert text.splitlines()[2:6] == ["    I   value", "-------------", "1,000  0.1235", "    2       -"]
     json.dumps(Report("t", ["a"], [[1]])._asdict())
+
+
+def test_bounds_are_rounded_to_their_side_where_they_are_printed() -> None:
+    columns, row = ["lower", "upper", "near"], [0.12345, 0.12341, 0.12341]
+    made = Report("Title", columns, [row], bounds={"lower": "lower", "upper": "upper"})
+    assert made.text().splitlines()[4].split() == ["0.1234", "0.1235", "0.1234"]
+    assert "<td>0.1234</td><td>0.1235</td><td>0.1234</td>" in page.table(columns, [row], made.bounds)
 
 
 # --- aligned ----------------------------------------------------------------------------------------------------------

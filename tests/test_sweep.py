@@ -146,6 +146,14 @@ def test_every_column_of_a_run_is_in_the_table_under_a_name_of_its_own(folder: P
     assert list(sweep._table(["seed"], done).columns) == ["seed", *names]
 
 
+def test_lists_are_in_the_table_in_full_and_bounds_keep_their_side(folder: Path) -> None:
+    columns = ["losses", "error", "most"]
+    result = Report("", columns, [[[0.123456789, "to", None], 0.12341, 0.12341]], bounds={"error": "upper"})
+    done = [(sweep.Run({"seed": "0"}, None, "seed=0"), result)]
+    assert written(folder, ["seed"], done)[1][2:] == ["0.123456789 to ", "0.12341", "0.12341", ""]
+    assert sweep._table(["seed"], done).bounds == {"error of the run": "upper"}
+
+
 def test_a_run_s_own_column_stays_beside_the_one_swept_over_where_it_says_more(folder: Path) -> None:
     done = [
         (sweep.Run({"I": f"{a}/{b}"}, None, f"I={a}_{b}"), Report("", ["I", "loss"], [[a, 0.5], [b, 0.25]]))

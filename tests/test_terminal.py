@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import pty
 import random
@@ -192,6 +193,28 @@ def test_tables_of_any_kind_fit_and_lose_nothing() -> None:
 
 def test_a_narrow_table_is_as_it_was() -> None:
     assert terminal.table(["I", "loss"], [["1,000", "0.5"]]) == "    I  loss\n-----------\n1,000   0.5"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+def test_digits_of_a_bound_are_a_bound(count: int) -> None:
+    """Against the value itself, at all scales that a float has; and the nearest digits are one of the two."""
+    draw = random.Random(count)
+    values = [draw.choice([-1, 1]) * draw.random() * 10 ** draw.uniform(-322, 308.2) for _ in range(5000)]
+    values += [0.0, -0.0, 5e-324, sys.float_info.max, -sys.float_info.max, 9.9999, 0.2, 1e15, 123456.0]
+    for value in values:
+        low, high = (terminal.digits(value, count, bound) for bound in ("lower", "upper"))
+        assert float(low) <= value <= float(high)
+        assert len({low, high}) == (1 if float(low) == value else 2)
+        assert float(terminal.digits(value, count)) in (float(low), float(high))
+    assert [terminal.digits(0.12345, bound=b) for b in (None, "lower", "upper")] == ["0.1235", "0.1234", "0.1235"]
+    assert [terminal.digits(math.inf, bound=b) for b in ("lower", "upper")] == ["inf", "inf"]
+
+
+def test_cells() -> None:
+    made = [terminal.cell(v) for v in (None, 1234, True, "text", 0.123456, [0.123456, "to", 2, None])]
+    assert made == ["-", "1,234", "True", "text", "0.1235", "0.123 to 2 -"]
+    assert terminal.cell(0.12341, "upper") == "0.1235"
+    assert terminal.cell([0.1235, 7], "lower") == "0.123 7"
 
 
 def test_what_was_reduced_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dualgap_jax.certify.bound import Bound
 from dualgap_jax.duality.values import Status
+from dualgap_jax.terminal import digits
 
 
 class TwoSided:
@@ -91,9 +92,10 @@ class Certificate(TwoSided):
 
     def as_text(self) -> str:
         """One line: the risk, and how far it is from the optimum at most."""
-        share = f" ({100 * self.gap / self.upper:.3g} %)" if self.upper > 0 else ""
+        share = f" ({digits(100 * self.gap / self.upper, 3, 'upper')} %)" if self.upper > 0 else ""
         how = f"certified, {self.method}" if self.status == "certified" else f"risk in float64, bound by {self.method}"
-        parts = [f"risk {self.upper:.6g}", f"optimum >= {self.lower:.6g} ({how}): within {self.gap:.3g}{share}"]
+        upper, lower = digits(self.upper, 6, "upper"), digits(self.lower, 6, "lower")
+        parts = [f"risk {upper}", f"optimum >= {lower} ({how}): within {digits(self.gap, 3, 'upper')}{share}"]
         if self.lower_estimated is not None:
             parts.append(f"optimum >= {self.lower_estimated:.6g} (estimated)")
         elif self.search_missed:

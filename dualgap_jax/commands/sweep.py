@@ -206,7 +206,7 @@ def _write_csv(path: Path, keys: Sequence[str], done: Sequence[tuple[Run, Report
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", *columns, "error"])
     for (folder, error), row in zip(said, rows, strict=True):
-        writer.writerow([folder, *("" if cell is None else cell for cell in row), error])
+        writer.writerow([folder, *map(report.in_full, row), error])
     write_atomically(path, lambda file: file.write(utf8(out.getvalue())))
 
 
@@ -217,4 +217,9 @@ def _lines(result: Report | str) -> Sequence[Any]:
 def _table(keys: Sequence[str], done: Sequence[tuple[Run, Report | str]]) -> Report:
     columns, rows = _rows(keys, done)
     failed = [f"{run.folder}: {result}" for run, result in done if isinstance(result, str)]
-    return Report(f"{len(done)} runs", columns, rows, failed)
+    bounds: dict[str, str] = {}
+    for _, result in done:
+        if isinstance(result, Report):
+            heads = zip(_heads(result, _names(keys)), result.columns, strict=True)
+            bounds |= {head: result.bounds[column] for head, column in heads if column in result.bounds}
+    return Report(f"{len(done)} runs", columns, rows, failed, bounds)

@@ -199,7 +199,7 @@ def _cell(cell: Mapping[str, Any], name: str) -> Any:
     value, interval = cell["scores"][name], cell["intervals"].get(name)
     if interval is None:
         return value
-    return f"{value:.3g} ± {interval[2] - interval[0]:.2g}"
+    return [value, "±", interval[2] - interval[0]]
 
 
 ARCHITECTURE = Experiment("architecture", ArchitectureSpec, architecture, figures.architecture)

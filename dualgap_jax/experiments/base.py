@@ -23,7 +23,7 @@ from dualgap_jax.networks import BRANCHES
 from dualgap_jax.registry import Table
 from dualgap_jax.shapley_folkman import SETS
 from dualgap_jax.sharding import MeshSpec, agreed, is_first_process, meet
-from dualgap_jax.terminal import Progress, paragraph, table
+from dualgap_jax.terminal import Progress, cell, paragraph, table
 from dualgap_jax.workdir import Workdir, WorkdirError
 
 _log = logging.getLogger(__name__)
@@ -35,30 +35,24 @@ class Report(NamedTuple):
     Attributes:
       title: one line.
       columns: the heads.
-      rows: cells as text or numbers; None is printed as a dash.
+      rows: cells as text, numbers or lists of both; None is printed as a dash.
       notes: sentences below the table.
+      bounds: 'lower' or 'upper' by the name of a column that holds such bounds: to which side digits are rounded.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     notes: Sequence[str] = ()
+    bounds: Mapping[str, str] = {}
 
     def text(self) -> str:
         """The table and the notes, in at most `terminal.WIDTH` columns."""
-        cells = [[_cell(value) for value in row] for row in self.rows]
+        cells = [[cell(v, self.bounds.get(c)) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
         return "\n".join([self.title, "", table(self.columns, cells), "", *map(paragraph, self.notes)])
 
 
 NO_REPORT = Report("", (), ())
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)

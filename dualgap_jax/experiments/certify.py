@@ -248,9 +248,9 @@ def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
                     cell["lower"],
                     cell["upper"],
                     cell["status"],
-                    row["best"] - cell["lower"],
-                    max(0.0, row["best"] - cell["upper"]),
-                    trained - cell["lower"],
+                    math.nextafter(row["best"] - cell["lower"], math.inf),
+                    max(0.0, math.nextafter(row["best"] - cell["upper"], -math.inf)),
+                    math.nextafter(trained - cell["lower"], math.inf),
                 ]
             )
     notes = [
@@ -259,7 +259,8 @@ def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
         for cell in document["cells"]
     ]
     notes.append("best: the least risk found for I branches; trained: the median over random starts.")
-    return Report(spec.title, columns, rows, notes)
+    most, least = (columns[3], columns[5], columns[7]), (columns[2], columns[6])
+    return Report(spec.title, columns, rows, notes, dict.fromkeys(most, "upper") | dict.fromkeys(least, "lower"))
 
 
 CERTIFY = Experiment("certify", CertifySpec, certify, figures.certify)

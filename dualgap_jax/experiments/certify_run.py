@@ -21,7 +21,7 @@ from dualgap_jax.experiments.certify import bounds_of
 from dualgap_jax.experiments.landscape import LandscapeSpec, Setting
 from dualgap_jax.files import DamagedFileError, load_json, local_path, save_json
 from dualgap_jax.identity import arrays_digest
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import Progress, digits
 from dualgap_jax.training import train
 from dualgap_jax.types import BranchSource
 from dualgap_jax.workdir import Workdir
@@ -39,6 +39,7 @@ COLUMNS = (
     "within %",
     "method",
 )
+_BOUNDS = {"risk": "upper", "optimum, at least (certified)": "lower", "within %": "upper"}
 
 
 class CertifyRunError(ValueError):
@@ -74,7 +75,7 @@ def certify_run(path: str | Path, tables: Tables, say: Callable[[str], object] =
             found = _certified(cell, "" if cell == folder else f"{cell.relative_to(folder)}: ", tables, say)
             rows += found.rows
             notes += [note for note in found.notes if note not in notes]
-        report = Report(_TITLE, COLUMNS, rows, notes)
+        report = Report(_TITLE, COLUMNS, rows, notes, _BOUNDS)
         if whole is not None:
             of = certified(folder, [f"{cell.relative_to(folder)}/{_OF}" for cell in cells])
             save_json(whole.results / CERTIFICATE, {**report._asdict(), "of": of})
@@ -194,7 +195,7 @@ def _rounded(bound: float) -> float:
 
 
 def _share(gap: float, whole: float) -> str:
-    return f"{100 * gap / whole:.3g} %" if whole > 0 else "0 %"
+    return f"{digits(100 * gap / whole, 3, 'upper')} %" if whole > 0 else "0 %"
 
 
 def _sentence(made: certify.Certificate, status: str, zero: float, least: float | None, own: float) -> str:
@@ -203,12 +204,13 @@ def _sentence(made: certify.Certificate, status: str, zero: float, least: float 
     if made.lower_estimated is not None:
         estimate = f">= {_rounded(made.lower_estimated):.4g} (estimated)"
     parts = [
-        f"risk {made.upper:.4g}",
-        f"optimum >= {_rounded(made.lower):.4g} ({status}, {made.method}), {estimate}",
+        f"risk {digits(made.upper, bound='upper')}",
+        f"optimum >= {digits(_rounded(made.lower), bound='lower')} ({status}, {made.method}), {estimate}",
         f"within {_share(made.gap, made.upper)} of the optimum, {_share(made.gap, zero)} of the zero network's loss",
     ]
     if least is not None:
-        parts.append(f"so low a loss needs mean ||w||^2 >= {least:.3g} (certified), this network has {own:.3g}")
+        needs = digits(least, 3, "lower")
+        parts.append(f"so low a loss needs mean ||w||^2 >= {needs} (certified), this network has {own:.3g}")
     return "; ".join(parts)
 
 
@@ -237,4 +239,4 @@ def _report(spec: LandscapeSpec, prefix: str, found: list[dict[str, Any]]) -> Re
             " weights may fit all examples, or the relaxation of one branch is too loose to exclude it."
         )
     notes += list(dict.fromkeys(value["reason"] for value in found if value.get("reason")))
-    return Report(_TITLE, COLUMNS, rows, notes)
+    return Report(_TITLE, COLUMNS, rows, notes, _BOUNDS)

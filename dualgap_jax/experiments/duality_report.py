@@ -10,6 +10,7 @@ import numpy as np
 from dualgap_jax.duality.envelope import envelope, lagrangian
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.experiments.base import Report
+from dualgap_jax.terminal import digits
 
 _SAVED_POINTS = 513  # of the value function, in the JSON record
 
@@ -50,7 +51,8 @@ def report(record: Mapping[str, Any]) -> Report:
             every = t is not None and t["diverged"] == len(t["losses"])
             cells.append(None if t is None else "diverged" if every else t["best"] - t["primal_upper"])
         rows.append(cells)
-    return Report(record["title"], columns, rows, [*_notes(record), *_trained_notes(record["trained"])])
+    bounds = {name: "lower" if "lower" in name else "upper" for name in (*columns[1:6], "gap/Delta")}
+    return Report(record["title"], columns, rows, [*_notes(record), *_trained_notes(record["trained"])], bounds)
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
@@ -58,10 +60,10 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     notes = [
         f"Value function: {record['method']} ({record['status']}, tolerance {record['tolerance']:.2g}).",
         f"Delta: lower bound from {record['delta']['points']} points ({record['delta']['status']}),"
-        f" upper bound {record['delta']['upper']:.4g}.",
+        f" upper bound {digits(record['delta']['upper'], bound='upper')}.",
         f"tau = {record['tau']:.4g}, K = {record['budget']:.4g}; Assumption 1: {check['status']}"
-        f" (largest margin {check['largest_margin']:.4g}), the hinge clips at most"
-        f" {max(float(r['clipped']) for r in rows):.2g}.",
+        f" (largest margin {digits(check['largest_margin'], bound='upper')}), the hinge clips at most"
+        f" {digits(max(float(r['clipped']) for r in rows), 2, 'upper')}.",
     ]
     if record["objective"] != "hinge":
         notes.append(
@@ -97,7 +99,8 @@ def _hinge_notes(hinge: Mapping[str, Any]) -> list[str]:
     rows = hinge["rows"]
     proven = all(r[f"{name}_status"] == "certified" for r in rows for name in ("lower", "upper"))
     told = "; ".join(
-        f"[{r['lower']:.4g}, {r['upper']:.4g}] at I = {r['num_branches']:,}" for r in rows[:: len(rows) - 1 or 1]
+        f"[{digits(r['lower'], bound='lower')}, {digits(r['upper'], bound='upper')}] at I = {r['num_branches']:,}"
+        for r in rows[:: len(rows) - 1 or 1]
     )
     notes = [f"The hinge with its maximum ({'proven' if proven else 'estimated'}): inf(P) lies in {told}."]
     return notes + [f"Not proven, and therefore estimated: {failure}" for failure in hinge["failures"]]

@@ -109,10 +109,10 @@ def landscape_examples(spec: ExamplesSpec, workdir: Workdir, tables: Tables) -> 
     return _report(spec, document)
 
 
-def _range(losses: Sequence[float | None]) -> str:
+def _range(losses: Sequence[float | None]) -> list[float | str] | str:
     """The least and the largest loss; of a run that diverged a loss may not be a number."""
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
-    return f"{min(finite):.3g} to {max(finite):.3g}" if len(finite) == len(losses) else "not finite"
+    return [min(finite), "to", max(finite)] if len(finite) == len(losses) else "not finite"
 
 
 def _report(spec: ExamplesSpec, document: dict[str, Any]) -> Report:

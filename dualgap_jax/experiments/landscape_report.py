@@ -53,7 +53,7 @@ def _row(record: Mapping[str, Any], name: Any, measured: Mapping[str, Any]) -> l
     scores, inner = measured["scores"], measured.get("scores_paper_window", {})
     return [
         name,
-        " ".join(f"{s['loss']:.3g}" for s in record["solutions"]),
+        [s["loss"] for s in record["solutions"]],
         "/".join(sorted({s["status"] for s in record["solutions"]})),
         scores["envelope_max"],
         scores["envelope_max_per_zero_loss"],

@@ -20,7 +20,7 @@ from dualgap_jax.files import local_path, save_json, save_npz
 from dualgap_jax.registry import Table, unknown
 from dualgap_jax.spectral import CertificateError, DualVariable, SpectralSolution, in_blocks, solve_columns, verify
 from dualgap_jax.spectral.descent import Descent, DescentSpec, moments, stochastic_descent
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import Progress, digits
 from dualgap_jax.workdir import Workdir
 
 DEFINITIONS = {
@@ -264,14 +264,15 @@ def _report(spec: LinearDualSpec, record: dict[str, Any]) -> Report:
         else f"Theorem 2 does not apply ({'; '.join(record['reasons'])}); the certificate holds all the same.",
         f"Factorisation, {record['precision']}: {tried}. Certificate: float64, up to rounding.",
         f"Proven independently, all rounding included: {verified['lower']!r} <= optimum <= {verified['upper']!r},"
-        f" relative gap {verified['relative_gap']:.2g}.",
+        f" relative gap {digits(verified['relative_gap'], 2, 'upper')}.",
         "Lowest and highest: dual and primal value of the optimum; smallest and largest last objective of SGD.  Gap: to"
         " the dual value, relative to the objective at zero weights (SGD: median over seeds).",
         "A dash: a run of SGD diverged; lower --config.sgd.learning_rate." if diverged else "",
         f"SGD went BELOW the certified optimum in {len(below)} runs: a defect." if below else "",
     ]
     columns = ["", "runs", "lowest", "highest", "relative gap", "rank"]
-    return Report(spec.title, columns, rows, [note for note in notes if note])
+    bounds = {"lowest": "lower", "highest": "upper", "relative gap": "upper"}
+    return Report(spec.title, columns, rows, [note for note in notes if note], bounds)
 
 
 def _finite(value: Any) -> float | None:

@@ -129,12 +129,12 @@ def median(values: Sequence[float | None]) -> float:
     return float(np.median([math.inf if value is None or math.isnan(value) else value for value in values]))
 
 
-def _entry(values: Sequence[float | None]) -> float | str | None:
+def _entry(values: Sequence[float | None]) -> float | list[float | str] | None:
     """A cell of the table: the median, and how many repetitions it stands for when some diverged."""
     middle, missing = median(values), sum(value is None or math.isnan(value) for value in values)
     if math.isinf(middle):
         return None
-    return f"{middle:.4g} ({missing} of {len(values)} diverged)" if missing else middle
+    return [middle, f"({missing} of {len(values)} diverged)"] if missing else middle
 
 
 def _report(spec: RegimesSpec, cells: list[dict[str, Any]]) -> Report:

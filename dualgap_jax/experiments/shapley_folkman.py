@@ -148,7 +148,7 @@ def _report(spec: ShapleyFolkmanSpec, document: dict[str, Any]) -> Report:
     ]
     if math.isclose(document["circumradius"], 0.0):
         notes.append("The set is a single point.")
-    return Report(spec.title, columns, rows, notes)
+    return Report(spec.title, columns, rows, notes, dict.fromkeys((columns[2], *columns[-2:]), "upper"))
 
 
 SHAPLEY_FOLKMAN = Experiment("shapley_folkman", ShapleyFolkmanSpec, shapley_folkman, figures.shapley_folkman)

@@ -133,7 +133,7 @@ def _draw_distance(workdir: Path, record: Mapping[str, Any]) -> list[Path]:
     caption = [
         "Distance: exact (closed form)."
         if kinds == {"exact"}
-        else f"Bars: proven error, at most {number(error.max())}.",
+        else f"Bars: proven error, at most {number(error.max(), bound='upper')}.",
         r"Bounds: $\sqrt{\min(n,2)}/n$ times the inner radius "
         f"{number(record['inner_radius'])} or the circumradius {number(record['circumradius'])}.",
         f"Fitted slope of the distance: {number(exponent)}." if exponent is not None else "",

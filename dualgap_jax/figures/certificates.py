@@ -93,8 +93,8 @@ def _draw_along(axes: Axes, cell: Mapping[str, Any], *, legend: bool) -> None:
 
 def _caption(cells: list[Mapping[str, Any]]) -> list[str]:
     words = [
-        f"{plain(cell['regime'])}: F* from {number(value_of(cell, 'lower'), 6)} to {number(value_of(cell, 'upper'), 6)}"
-        f" ({plain(cell['status'])})"
+        f"{plain(cell['regime'])}: F* from {number(value_of(cell, 'lower'), 6, 'lower')} to"
+        f" {number(value_of(cell, 'upper'), 6, 'upper')} ({plain(cell['status'])})"
         for cell in cells
     ]
     return [

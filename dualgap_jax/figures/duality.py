@@ -64,11 +64,12 @@ def _caption(record: Mapping[str, Any], rows: list[Mapping[str, Any]], trained: 
     else:
         verified = sum(row["gap_upper"] <= row["bound"] * row["delta_lower"] for row in rows)
     delta = record["delta"]
+    least = number(value_of(delta, "lower"), bound="lower")
     return [
         f"Bands: {'proven bounds' if proven else 'bounds that rest on a search (estimated)'} on the gap"
         " and the value function; a band that reaches the lower border has lower bound 0.",
         f"{'Proven numbers verify the theorem' if proven else 'The estimates satisfy the theorem'} in {verified}"
-        f" of {len(rows)} rows, with Delta at least {number(value_of(delta, 'lower'))} ({plain(delta['status'])}).",
+        f" of {len(rows)} rows, with Delta at least {least} ({plain(delta['status'])}).",
         f"SGD: projected, {len(trained[0]['losses'])} seeds each, on problem (2) with its constraint{_lost(trained)}."
         if trained
         else "",

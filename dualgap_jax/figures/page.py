@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 import os
 import textwrap
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from dualgap_jax import files
+from dualgap_jax import files, terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,15 +86,15 @@ def read_cells(record: Mapping[str, Any], workdir: Path, name: str, required: Se
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number for a label: `digits` significant digits, in powers of ten when very small or large."""
+def number(value: float, digits: int = 3, bound: str | None = None) -> str:
+    """A number for a label, in powers of ten when very small or large; `digits` and `bound` as in `terminal.digits`."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    text = f"{value:.{digits}g}"
+    text = terminal.digits(value, digits, bound)
     if 1e-3 <= abs(float(text)) < 1e5:
         plain = f"{float(text):,.10f}".rstrip("0").rstrip(".")
         return plain.replace("-", "\N{MINUS SIGN}")
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa, exponent = f"{decimal.Decimal(text):.{digits - 1}e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     front = {"1": "", "-1": "-"}.get(mantissa, rf"{mantissa}\times")
     return rf"${front}10^{{{int(exponent)}}}$"

@@ -44,9 +44,9 @@ def _draw(
     size = record["sizes"]
     seeds = max((len(values) for _, values in curves.values()), default=0)
     applies = "Theorem 2 applies" if record["theorem_applies"] else "outside the conditions of Theorem 2"
+    gap = number(max(record["relative_gap"], 0.0), 2, "upper")
     caption = [
-        f"Optimum: certified in float64, relative primal-dual gap {number(max(record['relative_gap'], 0.0), 2)};"
-        f" {applies}.",
+        f"Optimum: certified in float64, relative primal-dual gap {gap}; {applies}.",
         f"SGD: median over {seeds} seeds, bands from smallest to largest; the optimum does not depend on the depth $H$."
         if curves
         else "",
@@ -58,7 +58,7 @@ def _draw(
         line = (
             rf"$X$: {size['d_0']:,} $\times$ {size['n']:,}, $Y$: {size['d_H']} $\times$ {size['n']:,}, hidden widths"
             rf" {', '.join(map(str, size['widths']))}, $\gamma$ = {number(record['gamma'])}, optimum"
-            f" {number(record['primal'], 6)}, rank {record['rank']}"
+            f" {number(record['primal'], 6, 'upper')}, rank {record['rank']}"
         )
         head(figure, record["title"], line if curves else line.replace(", hidden", "\nhidden"))
         axes = [figure.add_axes(box(figure, 0.8 + 3.35 * k, 1.05, 2.5, 1.95)) for k in range(panels)]

@@ -110,8 +110,15 @@ def table_csv(workdirs: Sequence[str | Path]) -> str:
     for (folder, report), names in zip(read, heads, strict=True):
         for row in report["rows"]:
             values = dict(zip(names, row, strict=True))
-            writer.writerow([folder, *("" if values.get(name) is None else values[name] for name in columns)])
+            writer.writerow([folder, *(in_full(values.get(name)) for name in columns)])
     return out.getvalue()
+
+
+def in_full(value: Any) -> Any:
+    """A cell of a table for a CSV file: of a list its parts, numbers in full, with spaces between them."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, map(in_full, value)))
+    return "" if value is None else value
 
 
 class _Run:
@@ -171,14 +178,17 @@ def _run(folder: Path, plots: list[dict[str, Any]]) -> tuple[str, str]:
     if card.get("command"):
         said.append(f"<pre>{page.text(card['command'])}</pre>")
     if report is not None:
-        said.append("<h2>Results</h2>" + page.table(report["columns"], report["rows"]))
+        said.append("<h2>Results</h2>" + page.table(report["columns"], report["rows"], report.get("bounds")))
         said.append(page.paragraphs(report["notes"]))
     certificate = folder / "results" / CERTIFICATE
     if certificate.exists() and not is_certified(certificate):
         said.append(page.paragraphs([f"Not shown: {certificate} is not of these solutions; certify the run again."]))
     elif (certified := run.record(f"results/{CERTIFICATE}")) is not None:
         said.append(f"<h2>{page.text(certified['title'])}</h2>")
-        said.append(page.table(certified["columns"], certified["rows"]) + page.paragraphs(certified["notes"]))
+        said.append(
+            page.table(certified["columns"], certified["rows"], certified.get("bounds"))
+            + page.paragraphs(certified["notes"])
+        )
     said.append(_surfaces(run, plots))
     pictures = [p for p in sorted((folder / "figures").glob("*.png")) if run.path(f"figures/{p.name}") is not None]
     if pictures:

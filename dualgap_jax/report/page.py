@@ -6,9 +6,10 @@ What has the class `screen` needs one and is not printed.
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from dualgap_jax import terminal
 
 _STYLE = """
 :root { --ink:#1a1c20; --soft:#5b616b; --line:#d9dce1; --ground:#fff; --panel:#f6f7f9; --accent:#0b63a5; }
@@ -52,21 +53,23 @@ def text(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def cell(value: Any) -> str:
-    """A cell of a table: four digits of a number, a dash for None."""
+def cell(value: Any, bound: str | None = None) -> str:
+    """A cell of a table, as `terminal.cell` writes it, but for what a page has its own signs for."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else text(value)
-    return f"{value:,}" if isinstance(value, int) else text(value)
+    return text(terminal.cell(value, bound))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table with a head; it scrolls where it is wider than the page."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], bounds: Mapping[str, str] | None = None) -> str:
+    """A table with a head; it scrolls where it is wider than the page.  `bounds` as in `experiments.Report`."""
     head = "".join(f"<th>{text(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+    sides = [(bounds or {}).get(name) for name in columns]
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell(value, side)}</td>" for value, side in zip(row, sides, strict=True)) + "</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
