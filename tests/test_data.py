@@ -652,8 +652,10 @@ def test_without_a_home_folder_nothing_is_cached(prepared: Path, monkeypatch: py
 
 
 def test_a_remote_folder_is_refused_as_such() -> None:
-    with pytest.raises(data.DataNotFoundError, match="gs://bucket/tfds is remote; data are read from local folders"):
+    with pytest.raises(data.DataNotFoundError, match=r"gs://bucket/tfds is remote; .*config.data.data_dir"):
         data.mnist(data_dir="gs://bucket/tfds")
+    with pytest.raises(data.DataNotFoundError, match="gs://bucket is remote"):
+        data.mnist(data_dir="gs:/bucket")  # as a path writes it
 
 
 # --- arrays of one's own ----------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualgap_jax.files import file_digest
+from dualgap_jax.config import ConfigError
+from dualgap_jax.files import file_digest, local_path
 from dualgap_jax.identity import combined
 
 SPLITS = ("train", "test")
@@ -57,18 +58,13 @@ def resolve_data_dir(data_dir: str = "") -> Path:
       DataNotFoundError: for a remote folder such as `gs://bucket`, or `~` where the user has no home folder.
     """
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    if "://" in given:
-        raise DataNotFoundError(
-            f"the data folder {given} is remote; data are read from local folders. Copy it, and name the copy by"
-            " --config.data.data_dir or the environment's TFDS_DATA_DIR."
-        )
+    how = "by --config.data.data_dir or the environment's TFDS_DATA_DIR"
     try:
-        return Path(given).expanduser()
+        return local_path(given, "the data folder").expanduser()
+    except ConfigError as error:
+        raise DataNotFoundError(f"{error} Name it {how}.") from error
     except RuntimeError as error:
-        raise DataNotFoundError(
-            f"the data folder {given} has no place: {error} Name another by --config.data.data_dir or the environment's"
-            " TFDS_DATA_DIR."
-        ) from error
+        raise DataNotFoundError(f"the data folder {given} has no place: {error} Name another {how}.") from error
 
 
 def find_prepared(name: str, data_dir: str = "") -> Prepared:
