@@ -58,16 +58,6 @@ def _above(value: float, relative: float) -> float:
     return value * (1 + relative) + 1e-300
 
 
-def _top(matrix: np.ndarray) -> float:
-    """An upper bound on the largest singular value."""
-    small = matrix.T @ matrix if matrix.shape[0] > 4 * matrix.shape[1] else matrix
-    extra = (sum(matrix.shape) + 64) * _EPS
-    if small is matrix:
-        return float(np.linalg.norm(matrix, 2)) + extra * float(np.linalg.norm(matrix))
-    # Of the Gram matrix, whose own rounding is as large as that of its eigenvalues.
-    return _above(math.sqrt(max(0.0, float(np.linalg.norm(small, 2)) + 2 * extra * float(np.trace(small)))), 4 * _EPS)
-
-
 def sizes(x: np.ndarray, alpha: np.ndarray, order: int = 1) -> float:
     """An upper bound on `(1/n) sum_j ||alpha_j|| ||x_j||^order`."""
     product = np.linalg.norm(alpha, axis=1) * np.linalg.norm(x, axis=1) ** order

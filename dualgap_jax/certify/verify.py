@@ -97,18 +97,6 @@ def _root_at_most(gram: np.ndarray, error: float, bound: float) -> bool:
     return psd(square * np.eye(len(gram)) - gram, error + 2 * _EPS * square)
 
 
-def _top(matrix: np.ndarray) -> float:
-    """A proven upper bound on the largest singular value, a little above it."""
-    gram, error = _gram(matrix)
-    if not np.isfinite(gram).all():
-        return math.inf
-    guess = math.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-1])))  # many times faster than by the singular values
-    for share in (1e-13, 1e-12, 1e-11, 1e-9, 1e-6):
-        if _root_at_most(gram, error, guess * (1 + share) + 1e-290):
-            return guess * (1 + share) + 1e-290
-    return math.inf
-
-
 def _unfolding_at_most(x: np.ndarray, alpha: np.ndarray, bound: float, error: float) -> bool:
     """Whether `||(1/n) sum_j alpha_j (u.x_j)^2|| <= bound` for all unit vectors u; moments are off by `error`.
 
