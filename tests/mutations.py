@@ -72,6 +72,10 @@ MISSING_TOO = "tests/test_numpy_ranges.py -k missing"
 ONE_FOR_ALL = "tests/test_numpy_ranges.py -k all]"
 NO_RULE = "tests/test_numpy_ranges.py -k without_a_rule"
 JOINT = "tests/test_moments_joint.py -k false_lower|below_every"
+DIGITS = "tests/test_terminal.py -k digits_of_a_bound"
+TEXT = "tests/test_certify.py -k claims_no_more"
+SENTENCE = "tests/test_certify_run.py -k sentence_claims"
+TABLE = "tests/test_experiments.py -k bounds_are_rounded"
 
 
 class Mutation(NamedTuple):
@@ -194,6 +198,12 @@ MUTATIONS = [
     _of("duality", "checker/rules", "slopes of one entry for all", "return linear(full, x) if isinstance(x, Jet) else x", "return x", ONE_FOR_ALL),
     _of("duality", "checker/rules", "a rounding that is not known", "if narrow and name not in _EXACT:", "if False:", NO_RULE),
     _of("duality", "checker/ranges", "a program run as if it were called", "if name in INNER else ()", "if name else ()", NO_RULE),
+    # From numbers to printed digits.
+    Mutation("a rounding direction", "terminal.py", '"upper": decimal.ROUND_CEILING', '"upper": decimal.ROUND_HALF_EVEN', DIGITS),
+    Mutation("a rounding direction", "terminal.py", '"lower": decimal.ROUND_FLOOR', '"lower": decimal.ROUND_DOWN', DIGITS),
+    _of("certify", "certificate", "a rounding direction", 'digits(self.lower, 6, "lower")', "digits(self.lower, 6)", TEXT),
+    _of("experiments", "certify_run", "a rounding direction", "digits(_rounded(made.lower), bound='lower')", "digits(_rounded(made.lower))", SENTENCE),
+    _of("experiments", "base", "a bound printed as a number", "cell(v, self.bounds.get(c))", "cell(v)", TABLE),
 ]  # fmt: skip
 
 

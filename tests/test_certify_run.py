@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -259,3 +261,20 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run.py", f"--certify={tmp_path}", f"--config={ROOT / 'configs' / 'figure1.py'}"])
     assert "without --config" in capsys.readouterr().err
+
+
+def test_the_sentence_claims_no_more_than_is_proven(rng: np.random.Generator) -> None:
+    """The digits, read again, are on the safe side of the numbers, whatever these are."""
+    for _ in range(50):
+        lower, upper = np.sort(10 ** rng.uniform(-3, 3, 2))
+        zero, least = upper * (1 + rng.random()), float(rng.random())
+        made = SimpleNamespace(
+            upper=upper, lower=lower, gap=upper - lower, lower_estimated=None, search_missed=False, method="cells"
+        )
+        said = inspect.unwrap(module._sentence)(cast(Any, made), "certified", zero, least, 1.0)
+        pattern = r"(?:risk|optimum >=|within|optimum,|>=) (-?[0-9.e+-]+)"
+        risk, bound, share, of_zero, needs = map(float, re.findall(pattern, said))
+        assert bound <= lower <= upper <= risk
+        assert share >= 100 * made.gap / upper
+        assert of_zero >= 100 * made.gap / zero
+        assert needs <= least
