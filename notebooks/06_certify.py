@@ -113,7 +113,7 @@ checked = certify.verify_bound(problem, best.bound)
 print(best.as_text())
 print(f"proven again: {checked.holds}")
 gap = certify.distance(problem, trained, alpha=best.alpha, estimate=False)
-print(f"the trained network is within {100 * gap.gap / gap.upper:.2g} % of the optimum (certified)")
+print(f"the trained network: {gap.as_text()}")
 
 # %% [markdown]
 # ## Which branches are bad, and when
