@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from certify_oracles import convex_program, drawn, group_lasso, problem, rho_by_arcs
+from certify_oracles import convex_program, dataset, drawn, group_lasso, problem, rho_by_arcs
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -106,6 +106,29 @@ def test_optimum_of_three_classes_against_a_group_lasso(loss: str, rng: Any) -> 
 def test_both_sides_meet(loss: str, settings: Any, rng: Any) -> None:
     one = problem(drawn(rng, 10, 2), loss, **settings)
     checked(one, optimum(one, spec=QUICK), 1e-5)
+
+
+@pytest.mark.parametrize("size", [2.0**-30])
+@pytest.mark.parametrize("loss", ["binary_hinge", "crammer_singer"])
+@pytest.mark.parametrize("settings", [{"penalty": 0.02}, {"budget": 1.5}], ids=["penalty", "budget"])
+def test_units_of_the_inputs_change_no_optimum(loss: str, settings: Any, size: float, rng: Any) -> None:
+    x = rng.standard_normal((12, 2))
+    y = rng.choice([-1.0, 1.0], 12) if loss == "binary_hinge" else np.append(np.arange(3), rng.integers(0, 3, 9))
+    scaled = {name: value * (size if name == "penalty" else 1 / size) for name, value in settings.items()}
+    here, there = problem(dataset(x, y), loss, **settings), problem(dataset(x * size, y), loss, **scaled)
+    found, again = (optimum(one, spec=OptimumSpec(units=8, rounds=4, tolerance=1e-4)) for one in (here, there))
+    checked(there, again, 5e-3)
+    assert again.lower <= found.upper
+    assert found.lower <= again.upper
+
+
+@pytest.mark.parametrize(
+    "settings", [{"budget": 1e-320}, {"budget": 1e-320, "radius": 5.0}, {"penalty": 0.02, "radius": 1e20}]
+)
+def test_sizes_at_the_ends_of_the_range_give_no_warning(settings: Any, rng: Any) -> None:
+    one = problem(drawn(rng, 7, 3), "squared", hidden=(2,), **settings)
+    found = optimum(one, spec=OptimumSpec(units=4, rounds=2))
+    assert found.lower <= found.upper <= one.losses(np.zeros(one.shape)).mean() + 1e-12
 
 
 def test_branch_and_bound_proves_the_optimum_of_tanh_branches(rng: Any) -> None:

@@ -207,7 +207,8 @@ def _feasible(
     else:
         shares = shares / (sum_of * (1 + 1e-15))
         norms = np.maximum(np.linalg.norm(weights, axis=1, keepdims=True), 1e-300)
-        weights = weights * np.minimum(1.0, problem.radius * (1 - 1e-13) / norms)
+        with np.errstate(over="ignore"):
+            weights = weights * np.minimum(1.0, problem.radius * (1 - 1e-13) / norms)
     if problem.budget is not None:
         cost = mean_h(problem, weights, shares)
         if cost > problem.budget:

@@ -18,6 +18,8 @@ import scipy
 from dualgap_jax.certify.problem import RiskProblem
 
 _STEPS = 100
+_FAR = 10  # powers of two from 1
+_LARGEST = 1e15  # of a budget, in such units
 
 
 class Reduced(NamedTuple):
@@ -43,16 +45,31 @@ def solve(
     smooth = problem.conjugate.kind in ("squared", "logistic")
     fixed = np.zeros(problem.shape[1]) if bias is None else bias
     most = 0.0 if problem.budget is None else max(0.0, problem.budget - float(fixed @ fixed))
-    found = (_interior if smooth else _linear)(problem, outputs, costs, free, fixed, most)
-    return found._replace(alpha=problem.conjugate.nearest(found.alpha, problem.y))
+    # Neither way bears sizes far from 1, such as those that a linear program takes for 0: shares have units.
+    sizes = np.abs(outputs).max(axis=(1, 2)) / (problem.loss.tau or 1.0)
+    units = np.full(len(sizes), float(_unit(sizes.max(keepdims=True))[0])) if free else np.maximum(_unit(sizes), 1.0)
+    outputs, costs, price = outputs / units[:, None, None], costs / units, 1.0
+    if problem.budget is not None:
+        price = float(_unit(costs.max(keepdims=True))[0])
+        costs, most = costs / price, min(most / price, _LARGEST) if most > 1e-200 else 0.0
+    found = (_interior if smooth else _linear)(problem, outputs, costs, None if free else 1 / units, fixed, most)
+    alpha = problem.conjugate.nearest(found.alpha, problem.y)
+    return Reduced(found.shares / units, alpha, found.multiplier / price)
+
+
+def _unit(sizes: np.ndarray) -> np.ndarray:
+    """Powers of two near sizes that are far from 1; else 1."""
+    powers = np.clip(np.frexp(sizes)[1], -1000, 1000)
+    return np.where((sizes > 0) & (np.abs(powers) > _FAR), np.ldexp(1.0, powers), 1.0)
 
 
 # --- hinges: a linear program -----------------------------------------------------------------------------------------
 
 
 def _linear(
-    problem: RiskProblem, outputs: np.ndarray, costs: np.ndarray, free: bool, fixed: np.ndarray, most: float
-) -> Reduced:
+    problem: RiskProblem, outputs: np.ndarray, costs: np.ndarray, each: np.ndarray | None, fixed: np.ndarray,
+    most: float,
+) -> Reduced:  # fmt: skip
     k, n, out = outputs.shape
     tau, kind = problem.loss.tau or 1.0, problem.conjugate.kind
     if kind == "hinge":
@@ -77,7 +94,7 @@ def _linear(
         spent = np.concatenate([costs, np.zeros(slacks)])
         table = _stacked(table, spent)
         right = np.append(right, most)
-    sums = None if free else np.concatenate([np.ones(k), np.zeros(slacks)])[None]
+    sums = None if each is None else np.concatenate([each, np.zeros(slacks)])[None]
     answer = scipy.optimize.linprog(
         goal, A_ub=table, b_ub=right, A_eq=sums, b_eq=None if sums is None else np.ones(1), method="highs",
         options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
@@ -122,22 +139,23 @@ def _curvature(problem: RiskProblem, z: np.ndarray, outputs: np.ndarray) -> np.n
 
 
 def _interior(
-    problem: RiskProblem, outputs: np.ndarray, costs: np.ndarray, free: bool, fixed: np.ndarray, most: float
-) -> Reduced:
+    problem: RiskProblem, outputs: np.ndarray, costs: np.ndarray, each: np.ndarray | None, fixed: np.ndarray,
+    most: float,
+) -> Reduced:  # fmt: skip
     k, n, _ = outputs.shape
     budget = int(problem.budget is not None)
     size = k + budget  # the last variable is what is left of the budget
     equalities, right = [], []
-    if not free:
-        equalities.append(np.append(np.ones(k), np.zeros(budget)))
+    if each is not None:
+        equalities.append(np.append(each, np.zeros(budget)))
         right.append(1.0)
     if budget:
         equalities.append(np.append(costs, np.ones(budget)))
         right.append(most)
     e, b = np.array(equalities).reshape(-1, size), np.array(right)
     price = (problem.penalty or 0.0) * costs
-    unit = 1.0 if not free else (most or 1.0) / max(1e-300, float(costs.mean())) / k
-    s = np.append(np.full(k, unit / k if not free else unit), np.full(budget, max(most, 1e-9)))
+    unit = (most or 1.0) / max(1e-300, float(costs.mean()))
+    s = np.append(np.full(k, unit / k) if each is None else 1 / (k * each), np.full(budget, max(most, 1e-9)))
     start = problem.slope(np.zeros(problem.shape))
     z = np.full(size, max(1e-12, float(np.abs(price).mean() + np.abs(start).mean() * np.abs(outputs).mean())))
     nu = np.zeros(len(b))

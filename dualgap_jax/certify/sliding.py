@@ -102,4 +102,6 @@ class Slide:
             w, biases = self._problem.structure.apart(w, len(bias))
             return w, np.ones(self._units), biases.sum(axis=0)
         norms = np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-300)
-        return w * np.minimum(1.0, self._problem.radius * (1 - 1e-12) / norms), t * t / np.sum(t * t), bias
+        with np.errstate(over="ignore"):
+            w = w * np.minimum(1.0, self._problem.radius * (1 - 1e-12) / norms)
+        return w, t * t / np.sum(t * t), bias
