@@ -563,6 +563,17 @@ def test_what_is_malformed_in_a_bound_is_a_reason(rng: Any) -> None:
             assert answer.reason, change
 
 
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**60])
+def test_the_risk_of_real_targets_is_in_their_unit(size: float, rng: Any) -> None:
+    x, y = rng.standard_normal((6, 2)), rng.standard_normal(6)
+    here = problem(dataset(x, y), "squared", hidden=(3,), penalty=0.1)
+    there = problem(dataset(x, y * size), "squared", hidden=(3,), penalty=0.1 * size)
+    weights = rng.standard_normal((2, here.one.size))
+    found, again = distance(here, weights), distance(there, weights * math.sqrt(size))
+    assert again.upper == pytest.approx(found.upper * size**2, rel=1e-12, abs=0)
+    assert again.lower == pytest.approx(found.lower * size**2, rel=1e-6, abs=0)
+
+
 def test_sizes_out_of_range_bound_nothing(rng: Any) -> None:
     assert homogeneous_minimum(1e17, 3, 2.0, 9e99, 1e115) == -math.inf  # gain and cost both overflow
     assert homogeneous_minimum(1.0, 2, 64.0, 1e99, 0.0) == pytest.approx(-1e198)

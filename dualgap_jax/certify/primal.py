@@ -186,8 +186,9 @@ def risk_of_outputs(problem: RiskProblem, outputs: np.ndarray, error: np.ndarray
     if math.isinf(kind.lipschitz):  # convexity: l(z) <= l(z') + <l'(z), z - z'>, with the slope of a squared loss at z
         slopes = np.abs(problem.slope(outputs)).max(axis=1) + error.max(axis=1)
         slopes *= problem.shape[1]
-    sizes = 1 + values + np.abs(outputs).sum(axis=1) * min(kind.lipschitz, 1e300 if kind.lipschitz < math.inf else 1.0)
-    slack = slopes * error.max(axis=1) + 16 * (problem.shape[1] + 1) * _EPS * sizes
+    # A square is good to some roundings of itself, all other losses to some of 1 and of their slope times the outputs.
+    sizes = values if kind.kind == "squared" else 1 + values + np.abs(outputs).sum(axis=1) * min(kind.lipschitz, 1e300)
+    slack = slopes * error.max(axis=1) + 16 * (problem.shape[1] + 1) * _EPS * sizes + 1e-300
     loss, upper = float(math.fsum(values.tolist()) / len(values)), math.fsum((values + slack).tolist()) / len(values)
     penalty = problem.penalty or 0.0
     return Risk(loss + penalty * cost, (upper + penalty * cost) * (1 + 8 * _EPS) + 1e-300, loss, cost, outputs, proven)
