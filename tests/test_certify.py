@@ -609,3 +609,9 @@ def test_a_bound_of_another_problem_is_refused_along_a_training(rng: Any) -> Non
     with pytest.raises(ValueError, match="not proven for this problem"):
         excess_along(one, [(0, w)], bound=bound)
     assert excess_along(other, [(0, w)], bound=bound).lower[0] == bound.value
+    guess = lower_estimated(other, dual_vectors(rng, other))
+    assert excess_along(other, [(0, w)], bound=guess).lower[0] == -math.inf
+    with pytest.raises(ValueError, match=r"the penalty 1, not of 0\.01"):
+        excess_along(one, [(0, w)], bound=guess)
+    with pytest.raises(ValueError, match="alpha must have the shape"):
+        excess_along(problem(drawn(rng, 7, 2), "squared", penalty=1.0), [(0, w)], bound=guess)

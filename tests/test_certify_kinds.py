@@ -190,6 +190,14 @@ def test_bad_kinds(rng: np.random.Generator) -> None:
     spent = problem(data, "squared", budget=1.0)
     with pytest.raises(ValueError, match="multiplier=-1"):
         certify.mixed_bound([spent, spent], alpha, multiplier=-1.0)
+    for where in (
+        lambda m: certify.mixed_bound([one], alpha, multiplier=m),
+        lambda m: certify.lower_bound(one, alpha, multiplier=m),
+        lambda m: certify.lower_estimated(one, alpha, multiplier=m),
+    ):
+        with pytest.raises(ValueError, match=r"the problem has the penalty 0\.05"):
+            where(0.5)
+        assert where(0.05).multiplier == 0.05
     with pytest.raises(ValueError, match="as many networks"):
         certify.mixed_distance([one, one], [np.ones((1, 3))])
     wide = problem(data, "squared", penalty=0.05, hidden=(4, 4), use_bias=True, radius=1.0)

@@ -14,7 +14,7 @@ import numpy as np
 from dualgap_jax.certify.bound import Bound
 from dualgap_jax.certify.distance import assembled, distance
 from dualgap_jax.certify.primal import as_weights, risk
-from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.problem import RiskProblem, given
 from dualgap_jax.certify.verify import verify_bound
 
 
@@ -24,8 +24,8 @@ class Excess(NamedTuple):
     Attributes:
       steps: `[T]`.
       risk: `[T]`, the regularised risks.
-      lower: `[T]`, the proven lower bounds on F*.
-      excess: `[T, I]`, `phi(w_i) - min phi`, at least 0: what branch i adds to the gap, times I.
+      lower: `[T]`, the proven lower bounds on F*; minus infinity for a bound that is estimated.
+      excess: `[T, I]`, `phi(w_i) - min phi`: what branch i adds to the gap, times I; at least 0 if `lower` is proven.
       multiplier: `[T]`.
       slack: `[T]`, what is left of the budget.
       fenchel: `[T]`, what the dual vectors lose against those of the network's own outputs.
@@ -45,6 +45,17 @@ class Excess(NamedTuple):
         return self.risk - self.lower
 
 
+def _check(problem: RiskProblem, bound: Bound) -> None:
+    """Raises TypeError or ValueError for a bound that is none, or none of this problem."""
+    if not isinstance(bound, Bound):
+        raise TypeError(f"bound is a {type(bound).__name__}; give a Bound, such as optimum(problem).bound.")
+    problem.checked(bound.alpha)
+    if bound.status == "certified" and not (again := verify_bound(problem, bound)).holds:
+        raise ValueError(f"the bound is not proven for this problem: {again.reason}; give one that was made for it.")
+    if problem.penalty not in (None, bound.multiplier):
+        raise ValueError(f"the bound is one of the penalty {bound.multiplier:g}, not of {problem.penalty:g}.")
+
+
 def excess_along(
     problem: RiskProblem, networks: Iterable[tuple[int, Any]], *, bound: Bound | None = None, engine: str = "auto"
 ) -> Excess:
@@ -58,13 +69,15 @@ def excess_along(
       engine: of these, as in `lower_bound`.
 
     Raises:
-      ValueError: for no networks, different numbers of branches, a sum of branches, a `bound` that calls itself
-        certified and is not proven again for this problem, or what `distance` refuses.
+      TypeError: for a problem or a bound that is none.
+      ValueError: for no networks, different numbers of branches, a sum of branches, a `bound` of data of another size
+        or another penalty, or that calls itself certified and is not proven again for this problem, or what `distance`
+        refuses.
     """
-    if problem.reduce != "mean":
+    if given(problem, "certify.excess_along").reduce != "mean":
         raise ValueError("the excess of branches adds up to the gap for a mean of branches; use reduce='mean'.")
-    if bound is not None and bound.status == "certified" and not (again := verify_bound(problem, bound)).holds:
-        raise ValueError(f"the bound is not proven for this problem: {again.reason}; give one that was made for it.")
+    if bound is not None:
+        _check(problem, bound)
     rows: list[tuple[Any, ...]] = []
     for step, network in networks:
         weights = as_weights(problem, network)

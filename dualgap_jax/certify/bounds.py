@@ -192,6 +192,20 @@ def bound_from(problem: RiskProblem, alpha: np.ndarray, kappa: float, point: Any
     return Bound(total(pieces), rows, lam, pieces, there, None, point, method)
 
 
+def of_budget(problem: RiskProblem, multiplier: Any) -> float | None:
+    """The multiplier that was given for a budget, or None.  Raises ValueError below 0, and where there is a penalty."""
+    if multiplier is None:
+        return None
+    lam = number("multiplier", multiplier)
+    if problem.penalty not in (None, lam):
+        raise ValueError(
+            f"multiplier={lam:g} is that of a budget, but the problem has the penalty {problem.penalty:g}."
+        )
+    if lam < 0:
+        raise ValueError(f"multiplier={lam:g} must be at least 0.")
+    return lam
+
+
 def estimated_multiplier(problem: RiskProblem, alpha: np.ndarray, seed: int) -> float:
     """A multiplier for a budget: a slope of the envelope of the one-branch problem's estimated value function."""
     one = problem.branch_problem(alpha)
@@ -294,17 +308,14 @@ def lower_bound(
       more, 'auto' gives that of alpha = 0, method 'least losses': the losses are at least that, whatever the branch.
 
     Raises:
-      ValueError: for an alpha of another shape or outside the domain, an unknown engine, or one that does not apply.
+      ValueError: for an alpha of another shape or outside the domain, an unknown engine, one that does not apply, or a
+        multiplier where there is a penalty.
     """
     rows = given(problem, "lower_bound").checked(alpha)
     seeds.check(seed)
     if engine not in ENGINES:
         raise ValueError(unknown("engine", engine, ENGINES))
-    if multiplier is not None:
-        multiplier = number("multiplier", multiplier)
-        if multiplier < 0:
-            raise ValueError(f"multiplier={multiplier} must be at least 0.")
-    found = _candidates(problem, rows, engine, multiplier, scale, spec, seed, label)
+    found = _candidates(problem, rows, engine, of_budget(problem, multiplier), scale, spec, seed, label)
     return proven_again(problem, [least_losses(problem), *found] if engine == "auto" else found)
 
 
@@ -352,7 +363,7 @@ def lower_estimated(
     """
     rows = given(problem, "lower_estimated").checked(alpha)
     look = BranchSearch(problem, starts=starts, steps=steps, seed=seed)
-    lam = None if multiplier is None else number("multiplier", multiplier)
+    lam = of_budget(problem, multiplier)
     lam = lam if problem.penalty is None else problem.penalty
     if problem.structure is None and lam is None:
         lam = estimated_multiplier(problem, rows, seed)

@@ -27,6 +27,7 @@ from dualgap_jax.certify.bounds import (
     from_pieces,
     largest_multiple,
     least_losses,
+    of_budget,
     pieces_of,
     total,
 )
@@ -39,7 +40,7 @@ from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.verify import verify_bound
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.checker.value_functions import Verified
-from dualgap_jax.duality.values import Status, number
+from dualgap_jax.duality.values import Status
 
 _EPS = float(np.finfo(np.float64).eps)
 _SHRINK = 8  # times that dual vectors are scaled down until every kind gives a bound
@@ -114,7 +115,7 @@ class MixedCertificate(TwoSided):
 
 
 def _checked(problems: Sequence[RiskProblem]) -> tuple[RiskProblem, ...]:
-    problems = tuple(problems)
+    problems = () if isinstance(problems, RiskProblem) else tuple(problems)
     if not problems or not all(isinstance(problem, RiskProblem) for problem in problems):
         raise ValueError("give one risk_problem for each kind of branch, at least one.")
     first = problems[0]
@@ -195,7 +196,7 @@ def mixed_bound(
         applies.
     """
     problems = _checked(problems)
-    rows = problems[0].checked(alpha)
+    rows, multiplier = problems[0].checked(alpha), of_budget(problems[0], multiplier)
     least = MixedBound(tuple(least_losses(problem) for problem in problems))
     for _ in range(_SHRINK):
         tops = [ceiling(problem, rows) for problem in problems]
@@ -226,16 +227,13 @@ def _proven_again(problems: Sequence[RiskProblem], found: Sequence[MixedBound]) 
 
 
 def _common(
-    problems: Sequence[RiskProblem], rows: np.ndarray, tops: Sequence[Ceiling | None], given: Any, seed: int
+    problems: Sequence[RiskProblem], rows: np.ndarray, tops: Sequence[Ceiling | None], given: float | None, seed: int
 ) -> float:
     """One multiplier for all kinds."""
     if problems[0].penalty is not None:
         return problems[0].penalty
     if given is not None:
-        lam = number("multiplier", given)
-        if lam < 0:
-            raise ValueError(f"multiplier={given} must be at least 0.")
-        return lam
+        return given
     known = [(p, top.upper) for p, top in zip(problems, tops, strict=True) if top is not None]
     rest = [estimated_multiplier(p, rows, seed) for p, top in zip(problems, tops, strict=True) if top is None]
     if known:
@@ -314,6 +312,8 @@ def verify_mixed(problems: Sequence[RiskProblem], bound: MixedBound) -> Verified
       ValueError: for kinds that do not make up one risk.
     """
     problems = _checked(problems)
+    if not isinstance(bound, MixedBound):
+        return Verified(False, f"what is given is no MixedBound but a {type(bound).__name__}", 0)
     if len(bound.kinds) != len(problems):
         return Verified(False, f"{len(bound.kinds)} kinds are bounded, need {len(problems)}", 0)
     boxes = 0

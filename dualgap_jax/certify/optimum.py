@@ -32,7 +32,7 @@ from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import assembled
 from dualgap_jax.certify.engines import ceiling
 from dualgap_jax.certify.primal import as_weights, mean_h, risk
-from dualgap_jax.certify.problem import RiskProblem
+from dualgap_jax.certify.problem import RiskProblem, given
 from dualgap_jax.certify.reduced import Reduced, solve
 from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.sliding import Slide
@@ -246,9 +246,10 @@ def optimum(
       A `Certificate`; its `history` has the bounds after each round, its `weights` and `shares` the measure.
 
     Raises:
+      TypeError: for a problem that is none.
       ValueError: for a start that does not fit, or a branch that is not finite on W.
     """
-    solver, begun = _Solver(problem, spec, seed), time.monotonic()
+    solver, begun = _Solver(given(problem, "certify.optimum"), spec, seed), time.monotonic()
     zero = np.zeros((1, problem.one.size))
     solver.take(zero, np.ones(1))
     scale = solver.upper
