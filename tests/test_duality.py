@@ -30,6 +30,7 @@ from dualgap_jax.duality import (
     closed_forms,
     deltas,
     gap,
+    population,
     problem,
     search,
     theorem,
@@ -41,14 +42,15 @@ from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.checker.gap import Checker, Premises, check_record
 from dualgap_jax.duality.envelope import dual_by_envelope, envelope, lagrangian
 from dualgap_jax.duality.min_plus import min_plus
-from dualgap_jax.duality.risk import primal_risk
+from dualgap_jax.duality.risk import Risk, primal_risk
 from dualgap_jax.duality.search import SearchSpec
 from dualgap_jax.duality.trained import TrainedSpec
 from dualgap_jax.duality.values import ValueFunction
 from dualgap_jax.duality.verdict import dual_lower, verdicts
 from dualgap_jax.experiments.duality_gap import DualityGapSpec
+from dualgap_jax.experiments.duality_samples import samples
 from dualgap_jax.files import load_json, load_npz, save_json
-from dualgap_jax.losses import binary_hinge, multi_margin
+from dualgap_jax.losses import binary_hinge, check_assumption_1, multi_margin
 from dualgap_jax.networks import conv, from_functions, from_linen, mlp, mlp_output_bound
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -469,6 +471,28 @@ def test_a_small_tau_is_reported_with_what_the_hinge_clips(rng: np.random.Genera
             primal_risk(one, binary_hinge(0.05), data, w, shares, confidence=level)
     single = data._replace(x=data.x[:1], y=data.y[:1])
     assert primal_risk(one, binary_hinge(0.05), single, w, shares).half_width == math.inf  # one example says nothing
+
+
+def test_one_sample_has_no_confidence_interval() -> None:
+    risk = Risk(0.5, 0.5, 0.0, 0.1, check_assumption_1(binary_hinge(1.0), jnp.zeros(1)))
+    found = population.summary([3], np.array([[0.25]]), np.array([0.5]), [risk])
+    assert (found["rows"][0]["gap_half_width"], found["delta_half_width"]) == (math.inf, math.inf)
+    assert found["rows"][0]["gap_mean"] == 0.25
+    with pytest.raises(ValueError, match="no samples"):
+        population.summary([3], np.zeros((0, 1)), np.zeros(0), [risk])
+
+
+def test_fresh_samples_are_not_the_data_themselves() -> None:
+    """Those of a data set in two parts are of the test part, so that the data must not be."""
+
+    def halves(*, split: str = "train", num_examples: int = 0) -> Dataset:
+        del num_examples
+        return synthetic_relu(n=20, d=2, seed=int(split == "test"))
+
+    tables = experiments.TABLES._replace(datasets=experiments.TABLES.datasets.extended({"halves": halves}))
+    assert len(samples(Component("halves", {}), 2, tables)[1]) == 2
+    with pytest.raises(ConfigError, match="split='test', which the data are"):
+        samples(Component("halves", {"split": "test"}), 2, tables)
 
 
 def test_confidence_intervals_cover_the_population(rng: np.random.Generator) -> None:

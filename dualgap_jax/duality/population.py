@@ -19,7 +19,7 @@ def summary(
     deltas: Float64[np.ndarray, " samples"],
     risks: Sequence[Risk],
 ) -> dict[str, Any]:
-    """Means and 95 % intervals over samples, by Student's t; everything in it is estimated.
+    """Means and 95 % intervals over samples, by Student's t, infinite for one; everything in it is estimated.
 
     Args:
       num_branches: the values of I, one a column of `gaps`.
@@ -30,9 +30,13 @@ def summary(
     Returns:
       A record; `largest_gap_over_bound` is None where Delta is 0 on a sample, so that there is no bound to compare
       with.
+
+    Raises:
+      ValueError: for no samples.
     """
     samples = len(gaps)
-    quantile = float(scipy.stats.t.ppf(0.975, samples - 1)) / math.sqrt(samples)
+    if not samples:
+        raise ValueError("a summary of no samples is none: give the gaps of at least one.")
     rows = []
     for k, (count, risk) in enumerate(zip(num_branches, risks, strict=True)):
         ratios = gaps[:, k] / (2 / count * deltas) if (deltas > 0).all() else None
@@ -40,7 +44,7 @@ def summary(
             {
                 "num_branches": count,
                 "gap_mean": float(gaps[:, k].mean()),
-                "gap_half_width": quantile * float(gaps[:, k].std(ddof=1)),
+                "gap_half_width": _half_width(gaps[:, k]),
                 "largest_gap_over_bound": None if ratios is None else float(np.max(ratios)),
                 "risk": risk.linear,
                 "risk_half_width": risk.half_width,
@@ -50,6 +54,12 @@ def summary(
     return {
         "status": "estimated",
         "delta_mean": float(np.mean(deltas)),
-        "delta_half_width": quantile * float(np.std(deltas, ddof=1)),
+        "delta_half_width": _half_width(deltas),
         "rows": rows,
     }
+
+
+def _half_width(values: Float64[np.ndarray, " samples"]) -> float:
+    if len(values) < 2:
+        return math.inf
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1)) / math.sqrt(len(values)) * float(values.std(ddof=1))

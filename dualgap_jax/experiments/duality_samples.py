@@ -10,7 +10,11 @@ from dualgap_jax.experiments.base import Tables
 
 
 def samples(data: Component, wanted: int, tables: Tables) -> tuple[Dataset, list[Dataset], str]:
-    """The data set, fresh samples of the same law and size, and what there is to say about them."""
+    """The data set, fresh samples of the same law and size, and what there is to say about them.
+
+    Raises:
+      ConfigError: for data that have no others of the same law, or too few.
+    """
     settings = dict(data.settings)
     dataset = tables.datasets.build(data.name, **settings)
     if not wanted:
@@ -18,6 +22,8 @@ def samples(data: Component, wanted: int, tables: Tables) -> tuple[Dataset, list
     n = len(dataset.y)
     parameters = inspect.signature(tables.datasets[data.name]).parameters
     if "split" in parameters:
+        own = settings.get("split", parameters["split"].default)
+        require(own != "test", f"fresh_samples={wanted} are drawn from split='test', which the data are: give 0.")
         pool = tables.datasets.build(data.name, **{**settings, "split": "test", "num_examples": 0})
         size, first = min(n, len(pool.y) // wanted), 0
         source = f"{wanted} disjoint parts of {size:,} of the test split"
