@@ -202,7 +202,7 @@ def search(
     done = 0
     with jax.enable_x64(dtype == np.float64):
         kernel = descend(problem, spec.steps)
-        with Progress(total, label or "search", first="compiling") as line:
+        with Progress(total, label or "search", first="compiling and first steps") as line:
 
             def progress(n: int) -> None:
                 nonlocal done

@@ -136,7 +136,7 @@ def evaluate_points(
         jax.default_matmul_precision("highest"),
         ThreadPoolExecutor(compiled.workers()) as pool,
         Progress(
-            len(work.batches) * len(points) * len(work.branches), label, work.count(), first="compiling"
+            len(work.batches) * len(points) * len(work.branches), label, work.count(), first="compiling and first steps"
         ) as progress,
     ):
         for start, count in blocks(len(work.batches), group_size):

@@ -138,7 +138,7 @@ def hessian(
         )
     products.room = (free - needed) // 2
     signs = seeds.generator(seed).integers(0, 2, (probes, groups, size)) * 2 - 1
-    with Progress(steps, "hessian", at_most=True, first="compiling") as progress:
+    with Progress(steps, "hessian", at_most=True, first="compiling and first steps") as progress:
 
         def done(found: Tridiagonal) -> bool:
             progress.update(found.steps)

@@ -78,7 +78,7 @@ class Loop:
                 limit = min([r.steps for r in runs.values() if r.steps > first], default=self.max_steps)
                 if len(together) not in self._compiled:
                     self._compiled.add(len(together))
-                    progress.wait("compiling")
+                    progress.wait("compiling and first steps")
                 self._advance(runs, together, min(limit, self.max_steps), orders, savers, progress)
             losses = " ".join(f"{r.batch_loss:.3g}" for r in runs.values())
             ends = sorted({r.status for r in runs.values()} - {"running"})
