@@ -203,6 +203,12 @@ def test_the_solution_is_restored_from_the_path_alone(finished: Workdir) -> None
         linear_dual.load_solution(finished.path / "nowhere")
 
 
+def test_targets_that_are_all_zero_are_refused_before_training(tmp_path: Path) -> None:
+    data = Component("synthetic_relu", {"n": 1, "d": 2, "labels": "class"})
+    with pytest.raises(ConfigError, match="all targets are 0"):
+        experiments.run(experiment_config("linear_dual", LinearDualSpec(data=data, depth=2, width=1)), workdir=tmp_path)
+
+
 def test_without_sgd_only_the_optimum_is_computed(tmp_path: Path) -> None:
     workdir = run(dataclasses.replace(SPEC, sgd=dataclasses.replace(SGD, depths=())), tmp_path / "w")
     assert load_json(workdir.results / "spectral.json")["sgd"] == []

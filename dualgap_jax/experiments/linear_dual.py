@@ -143,6 +143,7 @@ def linear_dual_experiment(spec: LinearDualSpec, workdir: Workdir, tables: Table
     data = matrices(spec, tables)
     x, y, info = data
     confirm_data(workdir, x, y, info=info)
+    require(bool(y.any()), "all targets are 0, as those of examples of one class are once centred: nothing to fit.")
     widths = (spec.width,) * (spec.depth - 1)
     columns = in_blocks(x, y, spec.block_size or None)
     with Progress(x.shape[1], "Theorem 2, examples") as progress:
