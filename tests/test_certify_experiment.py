@@ -33,7 +33,11 @@ def test_record(tmp_path: Path) -> None:
     )
     report, workdir, _ = experiments.run(experiment_config("certify", spec), workdir=tmp_path / "w")
     assert [len(report.rows), len(report.columns)] == [6, 8]
-    for cell in load_json(workdir.results / "certify.json")["cells"]:
+    cells = load_json(workdir.results / "certify.json")["cells"]
+    medians = [sum(row["trained"]) / 2 - cell["lower"] for cell in cells for row in cell["rows"]]
+    assert [row[-1] for row in report.rows] == pytest.approx(medians, rel=1e-12)
+    assert all("the worst 1 of 5 branches end with" in note for note in report.notes[:2])
+    for cell in cells:
         assert cell["status"] == "certified"
         assert cell["verified"]
         assert cell["lower"] <= cell["upper"] <= cell["zero_network"]

@@ -222,8 +222,9 @@ def _worst(along: dict[str, Any] | None) -> str:
     if along is None:
         return ""
     last = np.asarray(along["excess"])[-1]
-    share = np.sort(last)[::-1][: max(1, len(last) // 10)].sum() / max(float(last.sum()), 1e-300)
-    return f" Under SGD the worst tenth of {len(last)} branches ends with {share:.0%} of the excess."
+    worst = max(1, len(last) // 10)
+    share = np.sort(last)[::-1][:worst].sum() / max(float(last.sum()), 1e-300)
+    return f" Under SGD the worst {worst} of {len(last)} branches end with {share:.0%} of the excess."
 
 
 def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
@@ -240,7 +241,7 @@ def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
     rows = []
     for cell in document["cells"]:
         for row in cell["rows"]:
-            trained = sorted(row["trained"])[len(row["trained"]) // 2]
+            trained = float(np.median(row["trained"]))
             rows.append(
                 [
                     cell["regime"],
