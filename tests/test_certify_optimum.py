@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from dualgap_jax.certify.primal import risk
 from dualgap_jax.certify.reduced import solve
 from dualgap_jax.certify.search import BranchSearch, best_units
 from dualgap_jax.config import ConfigError
+from dualgap_jax.duality.branch_and_bound import BoundSpec
+from dualgap_jax.duality.search import SearchSpec
 
 QUICK = OptimumSpec(units=12, starts=16, tolerance=5e-6)
 
@@ -120,6 +123,21 @@ def test_units_of_the_inputs_change_no_optimum(loss: str, settings: Any, size: f
     checked(there, again, 5e-3)
     assert again.lower <= found.upper
     assert found.lower <= again.upper
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        (OptimumSpec, {"units": 2.5}, "units must be a positive integer, got 2.5"),
+        (OptimumSpec, {"rounds": "3"}, "rounds must be a positive integer, got '3'"),
+        (BoundSpec, {"max_boxes": True}, "max_boxes must be a positive integer, got True"),
+        (SearchSpec, {"starts": 0}, "search.starts must be a positive integer, got 0"),
+        (SearchSpec, {"sweeps": -1}, "search.sweeps must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_efforts_that_are_no_counts_are_refused(kind: type, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        inspect.unwrap(kind.__init__)(object.__new__(kind), **settings)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.sliding import Slide
 from dualgap_jax.config import require
 from dualgap_jax.duality.branch_and_bound import BoundSpec
+from dualgap_jax.sizes import positive
 from dualgap_jax.terminal import Progress
 
 
@@ -67,7 +68,7 @@ class OptimumSpec:
 
     def __post_init__(self) -> None:
         for name in ("units", "rounds", "steps", "starts", "added"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+            positive(getattr(self, name), name)
         for name in ("seconds", "tolerance"):
             require(0 <= getattr(self, name) < math.inf, f"{name}={getattr(self, name)} must be at least 0 and finite.")
 

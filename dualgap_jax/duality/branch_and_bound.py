@@ -22,6 +22,7 @@ from dualgap_jax.duality.margins import margin_bound
 from dualgap_jax.duality.problem import ByProgram, Problem, subject_of, values_at
 from dualgap_jax.duality.search import monotone
 from dualgap_jax.duality.values import ValueFunction, proven
+from dualgap_jax.sizes import positive
 from dualgap_jax.terminal import Progress
 
 MAX_PARAMETERS = 6
@@ -46,7 +47,7 @@ class BoundSpec:
 
     def __post_init__(self) -> None:
         require(self.tolerance > 0, f"tolerance={self.tolerance} must be positive.")
-        require(self.max_boxes >= 1, f"max_boxes={self.max_boxes} must be at least 1.")
+        positive(self.max_boxes, "max_boxes")
 
 
 class _Part(NamedTuple):

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64
 
-from dualgap_jax import seeds
-from dualgap_jax.config import require
+from dualgap_jax import seeds, sizes
 from dualgap_jax.duality.closed_forms import Kappa
 from dualgap_jax.duality.margins import margin_bound
 from dualgap_jax.duality.problem import ByProgram, Problem, rounding, values_at
@@ -54,8 +53,9 @@ class SearchSpec:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "sweeps" else 1
-            require(value >= least, f"search.{field.name}={value} must be at least {least}.")
+            (sizes.count if field.name == "sweeps" else sizes.positive)(
+                getattr(self, field.name), f"search.{field.name}"
+            )
 
 
 class _Particle(NamedTuple):
