@@ -373,7 +373,7 @@ def main(argv: Sequence[str], description: str | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is no reason to stop
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    with interrupts.raised(), errors_in_one_line():
+    with interrupts.raised(interrupts.PATIENCE), errors_in_one_line():
         flags = parse(argv[1:], description, argv[0] if argv[0] in _USAGE else "run.py")
         join(flags.coordinator, flags.num_processes, flags.process_id, flags.distributed, flags.cpu_devices)
         tables = extended(flags.extend)

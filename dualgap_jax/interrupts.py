@@ -8,11 +8,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+PATIENCE = 20.0  # seconds; clusters give 30 before they kill
 _LOOK_SECONDS = 0.25
 _LEAVE_SECONDS = 10.0
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Terminated(KeyboardInterrupt):
@@ -20,13 +23,19 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def raised() -> Iterator[None]:
+def raised(patience: float | None = None) -> Iterator[None]:
     """Turns SIGTERM into `Terminated` and Ctrl-C into `KeyboardInterrupt`, again until one of them is under way.
 
     Python drops an exception that a signal handler raises inside a garbage-collection callback or a finaliser, and
     prints it.  So a thread looks whether the main thread is on its way out, and otherwise sends the signal again, and
     nothing is printed of the first.  Outside the main thread, where handlers cannot be set, and within another
     `raised`, nothing changes.
+
+    Args:
+      patience: Python handles signals between its own instructions, not while a compiled program runs, which may take
+        minutes.  After so many seconds without them the process ends at once, with a line that says so and the status
+        of the signal: what was saved is kept, as after a kill.  None waits for the program; so does a process whose
+        signals another library listens to.
     """
     ours = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in ours}
@@ -40,6 +49,7 @@ def raised() -> Iterator[None]:
     stop = threading.Event()
     watch = threading.Thread(target=_watch, args=(handler, threading.get_ident(), stop), name="signals", daemon=True)
     watch.start()
+    ear = None if patience is None else _Ear(handler, patience, stop)
     dropped = sys.unraisablehook
 
     def say_dropped(what: Any) -> None:
@@ -51,6 +61,8 @@ def raised() -> Iterator[None]:
         yield
     finally:
         stop.set()
+        if ear is not None:
+            ear.close()
         sys.unraisablehook = dropped
         for number, previous in before.items():
             if _is_ours(signal.getsignal(number)):
@@ -105,6 +117,45 @@ class _Handler:
     def __call__(self, number: int, frame: object) -> None:
         self.received = number
         raise Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt
+
+
+class _Ear:
+    """Hears signals as they come, before Python handles them, and ends a process that does not come to handle them."""
+
+    def __init__(self, handler: _Handler, patience: float, stop: threading.Event) -> None:
+        self._handler, self._patience, self._stop = handler, patience, stop
+        self._ends = os.pipe()
+        for end in self._ends:
+            os.set_blocking(end, False)
+        before = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
+        self._listens = before == -1
+        if self._listens:
+            self._thread = threading.Thread(target=self._listen, name="ear", daemon=True)
+            self._thread.start()
+        else:
+            signal.set_wakeup_fd(before)
+
+    def _listen(self) -> None:
+        heard: tuple[signal.Signals, float] | None = None
+        while not self._stop.wait(_LOOK_SECONDS):
+            with contextlib.suppress(BlockingIOError):
+                for number in _NAMES.keys() & set(os.read(self._ends[0], 512)):
+                    heard = heard or (signal.Signals(number), time.monotonic())
+            if self._handler.received is not None:
+                heard = None
+            elif heard is not None and time.monotonic() - heard[1] > self._patience:
+                said = (
+                    "a program that cannot be interrupted was left; what was saved is kept, the same command goes on."
+                )
+                os.write(2, f"\n{_NAMES[heard[0]]}: {said}\n".encode())
+                os._exit(128 + heard[0])
+
+    def close(self) -> None:
+        if self._listens:
+            signal.set_wakeup_fd(-1)
+            self._thread.join()
+        for end in self._ends:
+            os.close(end)
 
 
 def _is_ours(handler: Any) -> bool:

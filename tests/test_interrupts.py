@@ -189,3 +189,69 @@ sys.exit({status})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == status, done.stderr
     assert time.monotonic() - began < 30
+
+
+def started(body: str, patience: str) -> subprocess.Popen[str]:
+    """A process inside `raised(patience)` that has come to `body`, a second ago."""
+    program = f"""
+import hashlib, time
+from dualgap_jax import interrupts
+with interrupts.raised({patience}):
+    print("in", flush=True)
+    {body}
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    time.sleep(1)
+    return process
+
+
+UNINTERRUPTIBLE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes in C, which Python's handlers wait for
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_program_that_cannot_be_interrupted_is_left(number: signal.Signals, name: str) -> None:
+    with started(UNINTERRUPTIBLE, "patience=1.0") as process:
+        began = time.monotonic()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert said.strip() == (
+        f"{name}: a program that cannot be interrupted was left; what was saved is kept, the same command goes on."
+    )
+    assert time.monotonic() - began < 30
+
+
+def test_a_process_that_handles_the_signal_is_given_its_time() -> None:
+    body = "try: time.sleep(60)\n    finally:\n        time.sleep(3)\n        print('saved', flush=True)"
+    with started(body, "patience=1.0") as process:
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert out == "saved\n"
+
+
+def test_without_patience_and_where_others_listen_nothing_is_cut_short() -> None:
+    """A number of iterations that takes some seconds, so that the signal is handled after the patience has run out."""
+    some = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**7)\n    print('done', flush=True)"
+    with started(some, "") as process:
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert "Terminated" in said
+    before = os.pipe()
+    for end in before:
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(before[1])
+    try:
+        with interrupts.raised(patience=1.0):
+            assert signal.set_wakeup_fd(before[1]) == before[1]
+        assert signal.set_wakeup_fd(-1) == before[1]
+    finally:
+        signal.set_wakeup_fd(-1)
+        for end in before:
+            os.close(end)
+    with interrupts.raised(patience=1.0):
+        pass
+    assert signal.set_wakeup_fd(-1) == -1

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("workdir", nargs="+", type=Path, help="the work folder of a finished run")
     parser.add_argument("--extend", action="append", default=[], metavar="MODULE", help="as for dualgap run")
     options = parser.parse_args(arguments)
-    with interrupts.raised(), cli.errors_in_one_line():
+    with interrupts.raised(interrupts.PATIENCE), cli.errors_in_one_line():
         tables = cli.extended(options.extend)
         for workdir in options.workdir:
             cli.certify(workdir, tables)

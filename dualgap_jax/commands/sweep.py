@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     if not given or {"-h", "--help"} & set(given):
         print(__doc__)
         return 0 if given else 2
-    with interrupts.raised(), cli.errors_in_one_line():
+    with interrupts.raised(interrupts.PATIENCE), cli.errors_in_one_line():
         texts = []
         while (at := next((i for i, item in enumerate(given) if item.partition("=")[0] == "--over"), None)) is not None:
             flag = given.pop(at)
