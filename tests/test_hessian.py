@@ -151,6 +151,56 @@ def test_errors_bound_the_distance_to_an_eigenvalue(rng: np.random.Generator) ->
     assert found.errors.max() > 1e-3
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-12, 1e19, 1e36])
+def test_lanczos_holds_at_sizes_whose_squares_leave_the_range(size: float, rng: np.random.Generator) -> None:
+    matrix = rng.standard_normal((12, 12))
+    matrix = matrix + matrix.T
+    given = (size * matrix).astype(np.float32)
+    found = lanczos(lambda v: v @ given, rng.standard_normal((1, 1, 12)).astype(np.float32), 12, lambda found: False)
+    np.testing.assert_allclose(found.values[0, 0] / size, np.linalg.eigvalsh(matrix), atol=1e-4)
+
+
+def test_a_hessian_of_tiny_numbers_has_its_eigenvalues(rng: np.random.Generator) -> None:
+    """Inputs in another unit: the squares of what products give are beyond float32."""
+    net = from_functions(lambda key, x: jnp.ones((3, 3)), lambda w, x: x @ w)
+    x, network = rng.standard_normal((9, 3)).astype(np.float32), InMemory(jnp.ones((3, 3)))
+    for unit in (1e-12, 1e10):
+        found = landscape.hessian(net, losses.squared(), (np.float32(unit) * x, np.arange(9) % 3), network, k=2)
+        largest = np.linalg.eigvalsh(x.T.astype(np.float64) @ x / 9)[-1]
+        np.testing.assert_allclose(found.largest[0, 0] / unit**2, largest, rtol=1e-5)
+        assert found.converged
+        assert found.trace_error[0] > 0
+
+
+def test_the_error_of_a_trace_is_no_less_after_one_step(rng: np.random.Generator, x64: None) -> None:
+    """By one node |H v|^2 would be (v' H v)^2 / n, which may be next to 0."""
+    net, loss, data, network = problem("logistic, tanh", rng)
+    matrix = dense(net, loss, data, network)
+    found = landscape.hessian(net, loss, data, network, k=1, steps=1)
+    vector = np.random.default_rng(0).integers(0, 2, found.size) * 2 - 1
+    product = matrix.reshape(found.size, -1) @ vector
+    np.testing.assert_allclose(found.trace_error, np.sqrt(2 * product @ product), rtol=1e-6)
+
+
+def test_a_loss_with_a_derivative_of_its_own(rng: np.random.Generator) -> None:
+    """`jax.custom_vjp` as it is written, where the rule calls the function: no forward mode passes it."""
+
+    @jax.custom_vjp
+    def normaliser(outputs: Any) -> Any:
+        return jax.nn.logsumexp(outputs, axis=-1)
+
+    normaliser.defvjp(
+        lambda outputs: (normaliser(outputs), outputs), lambda outputs, g: (g[..., None] * jax.nn.softmax(outputs),)
+    )
+    net, loss, data, network = problem("logistic, tanh", rng)
+
+    def own(outputs: Any, labels: Any) -> Any:
+        return normaliser(outputs) - jnp.take_along_axis(outputs, labels[:, None], 1)[:, 0]
+
+    one, other = (landscape.hessian(net, function, data, network, k=1) for function in (own, loss))
+    np.testing.assert_allclose(one.largest, other.largest, rtol=1e-4)
+
+
 def test_bad_input_is_refused(rng: np.random.Generator) -> None:
     net, loss, data, network = problem("logistic, tanh", rng)
     for words, options in {

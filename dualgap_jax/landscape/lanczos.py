@@ -47,7 +47,7 @@ def lanczos(
     rng = np.random.default_rng(0)
     basis = np.zeros((*start.shape[:2], steps, start.shape[2]), start.dtype)
     diagonal, beside = np.zeros((*start.shape[:2], steps)), np.zeros((*start.shape[:2], steps))
-    vector = start / np.linalg.norm(start, axis=-1, keepdims=True)
+    vector = _unit(start)[0]
     tiny = 10 * np.finfo(start.dtype).eps
     for step in range(steps):
         basis[:, :, step] = vector
@@ -55,20 +55,27 @@ def lanczos(
         diagonal[..., step] = np.einsum("pgn,pgn->pg", basis[:, :, step], vector, dtype=np.float64)
         known = basis[:, :, : step + 1]
         vector = _orthogonal(vector, known)
-        norm = np.linalg.norm(vector, axis=-1)
+        unit, norm = _unit(vector)
         scale = np.maximum(np.abs(diagonal[..., : step + 1]).max(-1), beside[..., : step + 1].max(-1))
         ended = norm <= tiny * scale
         beside[..., step] = np.where(ended, 0.0, norm)
         if ended.any() and step + 1 < steps:
             drawn = _orthogonal(rng.standard_normal(vector.shape).astype(vector.dtype), known)
-            vector = np.where(ended[..., None], drawn, vector)
-            norm = np.linalg.norm(vector, axis=-1)
-        vector = vector / np.where(norm > 0, norm, 1)[..., None].astype(vector.dtype)
+            unit = np.where(ended[..., None], _unit(drawn)[0], unit)
+        vector = unit
         if step + 1 == steps or (step + 1) % _LOOK == 0:
             found = _ritz(diagonal[..., : step + 1], beside[..., : step + 1])
             if step + 1 == steps or done(found):
                 break
     return found
+
+
+def _unit(vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of length 1 along the last axis (0 of 0), and the lengths, of numbers whose squares leave the range too."""
+    power = np.frexp(np.abs(vector).max(-1))[1]
+    scaled = np.ldexp(vector, -power[..., None])
+    norm = np.linalg.norm(scaled, axis=-1)
+    return scaled / np.where(norm > 0, norm, 1)[..., None], np.ldexp(norm.astype(np.float64), power)
 
 
 def _orthogonal(vector: np.ndarray, basis: np.ndarray) -> np.ndarray:

@@ -103,7 +103,8 @@ def hessian(
       network: the trained network; from disk it is brought into memory.
       k: how many eigenvalues at each end, at most the number of parameters.
       probes: random vectors (Rademacher); the eigenvalues are those that the first one finds.
-      steps: products with a vector at most; one probe's take `4 x parameters x steps` bytes.
+      steps: products with a vector at most, but k and 2 of them are taken; one probe's take `4 x parameters x steps`
+        bytes.
       tolerance: the first probe ends when all 2 k errors are below this share of the largest |eigenvalue|.
       per_branch: the diagonal blocks of the branches instead, of a network of `multi_branch`, all at once.
       batch_size: examples at a time.
@@ -129,7 +130,7 @@ def hessian(
     groups, size = products.shape
     if k > size:
         raise ValueError(f"k={k} exceeds the {size} parameters{' of a branch' * per_branch}; take fewer.")
-    steps = min(max(steps, k), size)
+    steps = min(max(steps, k, 2), size)
     needed, free = probes * groups * size * steps * products.flat.dtype.itemsize, memory_available()
     if needed > free:
         raise ValueError(
@@ -163,15 +164,16 @@ def _spectrum(found: Tridiagonal, k: int, size: int, tolerance: float, examples:
     ends = _ends(found, k)
     values, errors = found.values[0][:, ends], found.errors[0][:, ends]
     nodes, weights = (np.moveaxis(a, 0, 1) for a in (found.values, found.weights))
-    # v' H v and |H v|^2 of each probe, by quadrature; the variance of v' H v is at most 2 |H|_F^2.
-    first, second = (size * (nodes**power * weights).sum(-1) for power in (1, 2))
+    # v' H v and |H v|^2 of each probe, by quadrature of two steps at least; the variance of v' H v is at most 2 |H|_F^2.
+    power = int(np.frexp(np.abs(nodes).max())[1])  # of two, so that squares stay in range
+    first, second = (size * (np.ldexp(nodes, -power) ** p * weights).sum(-1) for p in (1, 2))
     return Spectrum(
         values[:, :k],
         values[:, k:],
         errors[:, :k],
         errors[:, k:],
-        first.mean(1),
-        np.sqrt(2 * second.mean(1) / first.shape[1]),
+        np.ldexp(first.mean(1), power),
+        np.ldexp(np.sqrt(2 * second.mean(1) / first.shape[1]), power),
         nodes,
         weights,
         size,
@@ -236,7 +238,7 @@ class _Products:
                 return loss.per_example(output[None], label[None])[0]
 
             outputs = net.apply(unflatten(flat, rest[0]), rest[1], x)[0]
-            derivatives = jax.vmap(jax.grad(one))(outputs, y), jax.vmap(jax.hessian(one))(outputs, y)
+            derivatives = jax.vmap(jax.grad(one))(outputs, y), jax.vmap(jax.jacrev(jax.grad(one)))(outputs, y)
             felt = jnp.any(jnp.stack([(d != 0).reshape(len(y), -1).any(1) for d in derivatives]), axis=0)
             return felt, jnp.isfinite(marked(loss.per_example(outputs, y), outputs))
 
