@@ -71,7 +71,7 @@ def lanczos(
 
 
 def _unit(vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of length 1 along the last axis (0 of 0), and the lengths, of numbers whose squares leave the range too."""
+    """Vectors of length 1 along the last axis (0 of 0), and the lengths, also where squares leave the range."""
     power = np.frexp(np.abs(vector).max(-1))[1]
     scaled = np.ldexp(vector, -power[..., None])
     norm = np.linalg.norm(scaled, axis=-1)

@@ -164,7 +164,7 @@ def _spectrum(found: Tridiagonal, k: int, size: int, tolerance: float, examples:
     ends = _ends(found, k)
     values, errors = found.values[0][:, ends], found.errors[0][:, ends]
     nodes, weights = (np.moveaxis(a, 0, 1) for a in (found.values, found.weights))
-    # v' H v and |H v|^2 of each probe, by quadrature of two steps at least; the variance of v' H v is at most 2 |H|_F^2.
+    # v' H v and |H v|^2 of each probe, by quadrature of two steps or more; the variance of v' H v is at most 2 |H|_F^2.
     power = int(np.frexp(np.abs(nodes).max())[1])  # of two, so that squares stay in range
     first, second = (size * (np.ldexp(nodes, -power) ** p * weights).sum(-1) for p in (1, 2))
     return Spectrum(
