@@ -482,6 +482,27 @@ def test_curvature_and_midpoints_do_not_depend_on_the_fineness_of_the_grid(name:
     assert (coarse.negative_curvature_share > 0) == (name != "bowl")
 
 
+def test_the_step_of_curvature_is_the_finer_of_two_as_near():
+    for points, step in ((75, 1), (76, 1), (77, 2), (126, 2), (127, 3), (176, 3), (401, 8)):
+        xs = np.linspace(0, 1, points)
+        found = convexity.curvature(xs, xs[:3], np.zeros((3, points)), np.zeros((3, points)))
+        assert found.negative.shape == (1, (points - 1) // step - 1), points
+
+
+def test_a_range_beyond_float64_changes_no_share(rng):
+    xs = np.linspace(-1, 1, 9)
+    loss = rng.uniform(-1, 1, (9, 9))
+    loss[0, 0], loss[4, 4] = 1, -1
+    plain, huge = (convexity.scores(xs, xs, size * loss, zero_loss=size) for size in (1.0, 1.7e308))
+    assert huge.loss_range == np.inf
+    for score in dataclasses.fields(plain):
+        if score.name.startswith(("envelope_max_per", "envelope_mean_per", "midpoint", "negative", "curvature")):
+            expected = getattr(plain, score.name)
+            assert getattr(huge, score.name) == pytest.approx(expected, rel=1e-9), score.name
+    largest = np.full((3, 3), np.finfo(np.float64).max)
+    assert convexity.midpoint_violations(largest, 1e-6 * largest).rate == 0
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_units_of_the_axes_and_of_the_loss_change_no_rate(rng, seed):
     xs, ys = np.linspace(-1, 1, 51), np.linspace(-0.5, 1, 37)

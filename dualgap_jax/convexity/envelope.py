@@ -6,7 +6,7 @@ import numpy as np
 import scipy
 from jaxtyping import Bool, Float, Float64, Int
 
-from dualgap_jax.convexity.grids import checked, grid_units
+from dualgap_jax.convexity.grids import checked, grid_units, power_of_two
 from dualgap_jax.convexity.hull import lower_hull
 
 
@@ -35,7 +35,7 @@ def lower_convex_envelope(xs: np.ndarray, ys: np.ndarray, values: np.ndarray) ->
     if not finite.any():
         return np.full(values.shape, np.nan)
     # By a power of two, which changes no digit, so that products of losses neither overflow nor vanish.
-    size = int(np.frexp(np.max(np.abs(values), where=finite, initial=0.0))[1])
+    size = power_of_two(values)
     values = np.ldexp(values, -size)
     v, u = np.meshgrid(grid_units(ys), grid_units(xs), indexing="ij")
     envelope = _envelope_on_a_line(u, v, values, finite)

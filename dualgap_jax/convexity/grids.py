@@ -41,6 +41,17 @@ def real(given: Any) -> Float64[np.ndarray, "..."]:
     return np.ma.filled(array.astype(np.float64), np.nan)
 
 
+def power_of_two(values: np.ndarray) -> int:
+    """The exponent with which finite numbers of `times_power(values, -exponent)` are below 1 in size."""
+    return int(np.frexp(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))[1])
+
+
+def times_power(values: Any, power: int) -> Any:
+    """`2**power * values`, infinite where that is beyond float64."""
+    with np.errstate(over="ignore"):
+        return np.ldexp(values, power)
+
+
 def _shown(values: np.ndarray) -> str:
     numbers = " ".join(f"{value:.6g}" for value in values.ravel()[:5])
     return f"shape {values.shape}, {numbers}{' ...' if values.size > 5 else ''}"

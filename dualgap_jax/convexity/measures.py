@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from dualgap_jax.convexity.grids import UNIFORM, checked, real, step
+from dualgap_jax.convexity.grids import UNIFORM, checked, power_of_two, real, step, times_power
 
 _EXACT_PAIRS = 1_000_000  # a grid with more pairs is sampled, by as many draws
 _STEPS = 50  # of second differences over the window
@@ -66,9 +66,10 @@ def midpoint_violations(values: np.ndarray, error: np.ndarray) -> Midpoints:
             f"values and error must be two grids of one shape [ny, nx]; got {values.shape} and {error.shape}."
         )
     finite = np.isfinite(values)
-    # Not finite becomes NaN, and comparisons with NaN are false.
-    low = np.where(finite, values, np.nan) - np.where(finite, error, np.nan)
-    high = np.where(finite, values, np.nan) + np.where(finite, error, np.nan)
+    # Not finite becomes NaN, and comparisons with NaN are false; by a power of two, so that no sum overflows.
+    size = power_of_two(values)
+    values, error = (times_power(np.where(finite, grid, np.nan), -size) for grid in (values, error))
+    low, high = values - error, values + error
     halves = [((side + 1) // 2, side // 2) for side in values.shape]  # even and odd indices
     of_class = [math.comb(rows * columns, 2) for rows, columns in itertools.product(*halves)]
     if sum(of_class) > _EXACT_PAIRS:
@@ -119,9 +120,9 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
     """Eigenvalues of the Hessian by central differences (3x3 stencil with the mixed derivative) at inner points.
 
     The Hessian is taken in coordinates that make the window of the grid the unit square, at points a fiftieth of the
-    window apart (the nearest whole number of grid steps, at least one) and by differences between these points.  So
-    nothing depends on the units of the axes, a common factor of losses and errors changes neither sign nor ratio, and a
-    finer grid sees the same curvature against the same errors.
+    window apart (the nearest whole number of grid steps, of two the lower, at least one) and by differences between
+    these points.  So nothing depends on the units of the axes, a common factor of losses and errors changes neither
+    sign nor ratio, and a finer grid sees the same curvature against the same errors.
 
     Args:
       xs, ys: uniform coordinates `[nx]`, `[ny]`, at least 3 each.
@@ -141,11 +142,11 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
     if error.shape != loss.shape:
         raise ValueError(f"error must have the shape of loss, {loss.shape}; got {error.shape}.")
     step("xs", xs), step("ys", ys)  # uniform
-    kx, ky = (max(1, round((points - 1) / _STEPS)) for points in (xs.size, ys.size))
+    kx, ky = (max(1, math.ceil((points - 1) / _STEPS - 0.5)) for points in (xs.size, ys.size))
     sx, sy = kx / (xs.size - 1), ky / (ys.size - 1)
     # By a power of two, so that sums of losses do not overflow; an infinite loss becomes NaN, and so the whole stencil.
-    size = int(np.frexp(np.max(np.abs(loss), where=np.isfinite(loss), initial=0.0))[1])
-    f, error = (_times_power(grid[::ky, ::kx], -size) for grid in (np.where(np.isfinite(loss), loss, np.nan), error))
+    size = power_of_two(loss)
+    f, error = (times_power(grid[::ky, ::kx], -size) for grid in (np.where(np.isfinite(loss), loss, np.nan), error))
     ny, nx = f.shape
 
     def at(grid: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -163,14 +164,8 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
     negative = lambda_min < -stencil_error * (4 / min(sx, sy) ** 2 + 1 / (sx * sy))
     largest = np.maximum(np.abs(lambda_min), np.abs(lambda_max))
     ratio = np.divide(-lambda_min, largest, out=np.zeros_like(largest), where=negative)
-    lowest, highest = _times_power(lambda_min, size), _times_power(lambda_max, size)
+    lowest, highest = times_power(lambda_min, size), times_power(lambda_max, size)
     return Curvature(lowest, highest, np.where(whole, negative, np.nan), np.where(whole, ratio, np.nan))
-
-
-def _times_power(values: np.ndarray, power: int) -> Float64[np.ndarray, "..."]:
-    """`2**power * values`, infinite where that is beyond float64."""
-    with np.errstate(over="ignore"):
-        return np.ldexp(values, power)
 
 
 def barrier(t: np.ndarray, losses: np.ndarray) -> float:

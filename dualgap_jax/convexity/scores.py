@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dualgap_jax.convexity.envelope import lower_convex_envelope
-from dualgap_jax.convexity.grids import checked, real, step
+from dualgap_jax.convexity.grids import checked, power_of_two, real, step, times_power
 from dualgap_jax.convexity.measures import barrier, curvature, midpoint_violations
 
 DEFINITIONS: dict[str, str] = {
@@ -139,18 +139,18 @@ def scores(
         edges_finite = bool(np.isfinite(edge_losses).all())
 
     finite = np.isfinite(loss)
+    # Of losses by a power of two, so that no difference, sum or share of them overflows or vanishes.
+    size = power_of_two(loss)
     if not finite.any():
         status = "nonfinite"
-        distance_max = distance_mean = loss_range = math.nan
+        highest = mean = spread = math.nan
     else:
         status = "ok" if finite.all() and edges_finite else "partial"
-        distance = (np.where(finite, loss, 0.0) - lower_convex_envelope(xs, ys, loss))[finite]
-        distance_max = float(distance.max())
-        size = math.frexp(distance_max)[1]  # a power of two, so that the sum does not overflow
-        distance_mean = math.ldexp(float(np.ldexp(distance, -size).mean()), size)
-        loss_range = float(np.ptp(loss[finite]))
-    normaliser = math.nan if zero_loss is None else zero_loss
-    per_range = loss_range if loss_range != 0 else 1.0
+        scaled = times_power(np.where(finite, loss, np.nan), -size)
+        distance = (scaled - lower_convex_envelope(xs, ys, scaled))[finite]
+        highest, mean, spread = float(distance.max()), float(distance.mean()), float(np.ptp(scaled[finite]))
+    normaliser, exponent = math.frexp(math.nan if zero_loss is None else zero_loss)
+    per_range = spread if spread != 0 else 1.0
 
     sizes = np.abs(np.where(finite, loss, 0.0))
     error = rtol * np.maximum(sizes, sizes.max() if zero_loss is None else zero_loss)
@@ -158,12 +158,12 @@ def scores(
     curved = curvature(xs, ys, loss, error)
     seen = np.isfinite(curved.negative)
     return Scores(
-        envelope_max=distance_max,
-        envelope_mean=distance_mean,
-        envelope_max_per_zero_loss=distance_max / normaliser,
-        envelope_mean_per_zero_loss=distance_mean / normaliser,
-        envelope_max_per_range=distance_max / per_range,
-        envelope_mean_per_range=distance_mean / per_range,
+        envelope_max=float(times_power(highest, size)),
+        envelope_mean=float(times_power(mean, size)),
+        envelope_max_per_zero_loss=float(times_power(highest / normaliser, size - exponent)),
+        envelope_mean_per_zero_loss=float(times_power(mean / normaliser, size - exponent)),
+        envelope_max_per_range=highest / per_range,
+        envelope_mean_per_range=mean / per_range,
         midpoint_violation_rate=midpoints.rate,
         midpoint_pairs=midpoints.pairs,
         midpoint_error=midpoints.error,
@@ -173,7 +173,7 @@ def scores(
         barriers=barriers,
         barrier_max=None if barriers is None else float(np.max(barriers)),
         finite_share=float(finite.mean()),
-        loss_range=loss_range,
+        loss_range=float(times_power(spread, size)),
         zero_loss=None if zero_loss is None else float(zero_loss),
         rtol=float(rtol),
         status=status,
