@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dualgap_jax import figures
+from dualgap_jax.convexity.grids import real
 from dualgap_jax.figures import page, panels
 from dualgap_jax.report import surfaces
 
@@ -26,7 +27,7 @@ def _checked(surface: Any, plane: Any) -> dict[str, np.ndarray]:
       ValueError: for arrays that do not fit one another.
     """
     try:
-        xs, ys, loss = (np.asarray(getattr(surface, name), np.float64) for name in ("xs", "ys", "loss"))
+        xs, ys, loss = (real(getattr(surface, name)) for name in ("xs", "ys", "loss"))
     except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(
             f"a surface has xs [nx], ys [ny] and loss [ny, nx], as dg.surface returns it; got"
@@ -58,8 +59,8 @@ def _at(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, x: float, y: float) ->
 def surface(surface: Any, *, plane: Any = None, title: str = "") -> Figure:
     """The loss in 3-D and as a contour map, as a matplotlib figure; a notebook shows it, `.savefig(path)` keeps it.
 
-    Losses that are not finite are hatched, and a caption says what a reader must know: holes, uneven levels, an axis
-    that is cut off.
+    Losses that are masked or not finite are hatched, and a caption says what a reader must know: holes, uneven levels,
+    an axis that is cut off.
 
     Args:
       surface: what `dg.surface` returned, or anything with `xs [nx]`, `ys [ny]` and `loss [ny, nx]`.

@@ -155,6 +155,28 @@ def test_a_surface_is_read_back_from_a_structured_grid(tmp_path: Path, rng: np.r
         landscape.save_vts(tmp_path / "a.vtk", landscape.Surface(xs, ys, loss))
 
 
+def test_masked_losses_are_hidden_and_what_is_no_surface_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    xs, ys, loss = np.linspace(-1, 1, 4), np.linspace(0, 3, 3), rng.standard_normal((3, 4))
+    mask = loss > 0
+    masked = np.ma.masked_array(np.where(mask, 1e20, loss), mask)
+    landscape.save_vts(tmp_path / "a.vts", landscape.Surface(xs, ys, masked))
+    found = arrays(tmp_path / "a.vts", "StructuredGrid")
+    np.testing.assert_array_equal(found["PointData.loss"].reshape(3, 4), np.where(mask, np.nan, loss))
+    np.testing.assert_array_equal(found["PointData.vtkGhostType"].reshape(3, 4) == 2, mask)
+    for wrong, words in ((loss + 1j, "complex"), (loss.T, "ny, nx")):
+        with pytest.raises(ValueError, match=words):
+            landscape.save_vts(tmp_path / "b.vts", landscape.Surface(xs, ys, wrong))
+    points = np.stack([xs, xs], axis=1)
+    landscape.save_vtp(tmp_path / "a.vtp", points, masked[0])
+    np.testing.assert_array_equal(
+        arrays(tmp_path / "a.vtp", "PolyData")["PointData.loss"].ravel(), np.where(mask[0], np.nan, loss[0])
+    )
+    with pytest.raises(ValueError, match="finite coordinates"):
+        landscape.save_vtp(tmp_path / "b.vtp", np.ma.masked_array(points, points > 0), loss[0])
+    assert not (tmp_path / "b.vts").exists()
+    assert not (tmp_path / "b.vtp").exists()
+
+
 def test_points_and_their_line_are_read_back(tmp_path: Path, rng: np.random.Generator) -> None:
     points, loss = rng.standard_normal((5, 2)), rng.standard_normal(5)
     landscape.save_vtp(tmp_path / "a.vtp", points, loss)

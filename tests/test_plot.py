@@ -41,6 +41,15 @@ def test_losses_that_are_not_finite_are_said() -> None:
     assert any("not finite" in t.get_text() for t in dg.plot.surface(surface).texts)
 
 
+def test_masked_losses_are_holes_and_complex_ones_refused() -> None:
+    surface = bowl()
+    surface.loss = np.ma.masked_array(surface.loss, surface.loss > 3)
+    np.testing.assert_array_equal(np.isnan(dg.plot._checked(surface, None)["loss"]), surface.loss.mask)
+    surface.loss = bowl().loss + 1j
+    with pytest.raises(TypeError, match="complex"):
+        dg.plot.surface(surface)
+
+
 def test_an_interactive_figure_has_the_losses_and_the_solutions(tmp_path: Path) -> None:
     figure = dg.plot.interactive(bowl(), plane=ANCHORS, title="A title")
     sheet, marks = figure.data

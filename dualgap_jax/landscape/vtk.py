@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from dualgap_jax.convexity.grids import real
 from dualgap_jax.files import local_path, write_atomically
 from dualgap_jax.landscape.surfaces import Surface
 
@@ -21,16 +22,19 @@ _HIDDEN = 2  # of vtkGhostType: a point that is not drawn
 def save_vts(path: str | Path, surface: Surface) -> None:
     """A surface as a structured grid: x and y are plane coordinates, z is the loss, which is a point array too.
 
-    Where the loss is not finite the point is hidden, at the height of the lowest finite loss; the array keeps it.
+    Where the loss is masked or not finite the point is hidden, at the height of the lowest finite loss; the array keeps
+    the loss, NaN for a masked one.
 
     Args:
       path: ends in `.vts`.
       surface: of `landscape.evaluate`.
 
     Raises:
-      ValueError: for another ending.
+      ValueError: for another ending, shapes that do not fit, or complex numbers.
     """
-    xs, ys, loss = (np.asarray(part, np.float64) for part in surface)
+    xs, ys, loss = map(real, surface)
+    if loss.shape != (*ys.shape, *xs.shape) or xs.ndim != 1 or ys.ndim != 1:
+        raise ValueError(f"the loss must be [ny, nx] for xs {xs.shape} and ys {ys.shape}, got {loss.shape}.")
     finite = np.isfinite(loss)
     height = np.where(finite, loss, loss[finite].min(initial=np.inf) if finite.any() else 0.0)
     across, up = np.meshgrid(xs, ys)
@@ -50,15 +54,17 @@ def save_vtp(
     Args:
       path: ends in `.vtp`.
       points: plane coordinates.
-      loss: at each point; where it is not finite the point lies at 0, and the array keeps the loss.
+      loss: at each point; where it is masked (NaN) or not finite the point lies at 0, and the array keeps it.
       line: whether they are joined in their order.
 
     Raises:
-      ValueError: for another ending, no points, or shapes that do not fit.
+      ValueError: for another ending, no points, shapes that do not fit, complex numbers, or points that are not finite.
     """
-    points, loss = np.asarray(points, np.float64), np.asarray(loss, np.float64)
+    points, loss = real(points), real(loss)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or loss.shape != points.shape[:1]:
         raise ValueError(f"points must be [n, 2] and loss [n] with n >= 1, got {points.shape} and {loss.shape}.")
+    if not np.isfinite(points).all():
+        raise ValueError("points must be finite coordinates in the plane; leave out those that are not.")
     count = len(points)
     joined = line and count > 1
     height = np.where(np.isfinite(loss), loss, 0.0)
