@@ -244,6 +244,27 @@ def test_random_planes_in_the_linen_layout(branch_axes: int, rng: np.random.Gene
     assert there["count"] == 3
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_random_planes_of_filters_whose_squares_leave_the_range(size: float, rng: np.random.Generator) -> None:
+    params = [{"kernel": jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32), "bias": jnp.zeros((2, 4))}]
+    scaled = jax.tree.map(lambda a: a * np.float32(size), params)
+    plain, other = (landscape.random_plane(jax.random.key(0), InMemory(tree)) for tree in (params, scaled))
+    np.testing.assert_allclose(flat(other.whole().params[1]) / size, flat(plain.whole().params[1]), rtol=1e-5)
+
+
+def test_random_planes_without_a_direction_or_an_axis_of_filters_are_refused() -> None:
+    params = [{"kernel": jnp.ones((2, 4, 3)), "bias": jnp.zeros((2, 4))}]
+    for axis in (2, -3):
+        with pytest.raises(ValueError, match=rf"filter_axis={axis} is no axis of 0.kernel, \(4, 3\)"):
+            landscape.random_plane(jax.random.key(0), InMemory(params), filter_axis=axis)
+    for factor in (0.0, np.nan):
+        network = InMemory([{"kernel": factor * jnp.ones((2, 4, 3))}])
+        with pytest.raises(landscape.DegeneratePlaneError, match="0 or not finite"):
+            landscape.random_plane(jax.random.key(0), network)
+    with pytest.raises(landscape.DegeneratePlaneError, match="no leaf has 2 branch axes"):
+        landscape.random_plane(jax.random.key(0), InMemory(params), branch_axes=2)
+
+
 # --- surfaces ---------------------------------------------------------------------------------------------------------
 
 

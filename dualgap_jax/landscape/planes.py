@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from dualgap_jax import trees
 from dualgap_jax.identity import arrays_digest
-from dualgap_jax.landscape.products import Products, coordinates, read_all
+from dualgap_jax.landscape.products import DegeneratePlaneError, Products, coordinates, read_all
 from dualgap_jax.networks import upcast
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError, unknown
@@ -200,12 +200,24 @@ def random_plane(key: KeyArray, network: InMemory, *, filter_axis: int = 0, bran
 
     Args:
       key: where the two directions are drawn from.
-      network: the network in the middle of the plane.
+      network: the network in the middle of the plane, in memory.
       filter_axis: the axis of a kernel that counts its filters, after the branch axes: 0 for `networks.mlp` (`[out,
         in]`), -1 for Linen and NNX kernels (`[..., in, out]`).
       branch_axes: the number of leading branch axes: 1 for a network of `multi_branch`, 0 for a single branch.
+
+    Raises:
+      TypeError: for what is no network in memory.
+      ValueError: for an axis that some kernel does not have.
+      DegeneratePlaneError: if nothing moves: no leaf has filters, or all of them are 0; or numbers are not finite.
     """
+    if not isinstance(network, InMemory):
+        raise TypeError(f"random_plane takes networks.InMemory(params, state), got {type(network).__name__}.")
     params, state = network.params, network.state
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        rank = leaf.ndim - branch_axes
+        if rank >= 2 and trees.is_float(leaf) and not -rank <= filter_axis < rank:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"filter_axis={filter_axis} is no axis of {name}, {leaf.shape[branch_axes:]} in a branch.")
 
     def direction(key: KeyArray) -> Params:
         leaves, treedef = jax.tree.flatten(params)
@@ -217,11 +229,19 @@ def random_plane(key: KeyArray, network: InMemory, *, filter_axis: int = 0, bran
             kept = filter_axis + (branch_axes if filter_axis >= 0 else leaf.ndim)
             over = tuple(i for i in range(branch_axes, leaf.ndim) if i != kept)
             noise = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
-            length = jnp.sqrt(jnp.sum(leaf**2, axis=over, keepdims=True) / jnp.sum(noise**2, axis=over, keepdims=True))
-            moved.append(noise * length)
+            # Scaled by a power of two, so that squares neither overflow nor vanish.
+            power = jnp.frexp(jnp.max(jnp.abs(leaf), axis=over, keepdims=True))[1]
+            squares = jnp.sum(jnp.ldexp(leaf, -power) ** 2, axis=over, keepdims=True)
+            moved.append(jnp.ldexp(noise * jnp.sqrt(squares / jnp.sum(noise**2, axis=over, keepdims=True)), power))
         return jax.tree.unflatten(treedef, moved)
 
     still = jax.tree.map(jnp.zeros_like, state)
     u, v = (InMemory(direction(jax.random.fold_in(key, i)), still) for i in range(2))
+    largest = np.max([0.0, *(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(u.params) if trees.is_float(leaf))])
+    if not 0 < largest < np.inf:
+        raise DegeneratePlaneError(
+            f"a random plane moves filters; those of this network are 0 or not finite, or no leaf has {branch_axes}"
+            " branch axes and two more."
+        )
     digest = arrays_digest(params, state, u.params, v.params)
     return Plane((network, u, v), np.eye(3), np.zeros((1, 2)), "random", digest)
