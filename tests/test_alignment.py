@@ -47,6 +47,20 @@ def distance(a: Any, b: Any) -> float:
     return math.sqrt(sum(float(np.sum((np.asarray(p, np.float64) - np.asarray(q, np.float64)) ** 2)) for p, q in pairs))
 
 
+@pytest.mark.parametrize(("hidden", "over"), [((4,), "units"), ((4,), "branches"), ((4, 3), "branches")])
+def test_distances_of_networks_next_to_one_another_have_their_digits(
+    hidden: tuple[int, ...], over: str, rng: np.random.Generator
+) -> None:
+    """Norms and inner products of such networks cancel."""
+    net, (network,), x = drawn(mlp(hidden, 2), (3,), 5, rng, 1)
+    near = InMemory(jax.tree.map(lambda a: a * (1 + 2.0**-22), network.params), network.state)
+    known = landscape.exchangeable(net, x, over=over)
+    moved = symmetries.permuted(near, known, symmetries.random_permutation(known, 5, rng, over=over))
+    found = landscape.align(net, [network, moved, network], x, over=over)
+    assert found.distances[1, 1] == pytest.approx(distance(network, near), rel=1e-9)
+    assert found.distances[2].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "vgg9"])  # compiles long, and is planted below
 def test_aligned_networks_compute_the_same_and_come_nearer(name: str, rng: np.random.Generator) -> None:
     branch, shape = NETWORKS[name]

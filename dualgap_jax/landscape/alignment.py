@@ -292,18 +292,6 @@ def _places(
     return units, value
 
 
-def _inner(a: Parts, b: Parts, units: dict[int, np.ndarray]) -> np.ndarray:
-    """`[I]`: the inner products of branches with their partners, units in their places."""
-    total = np.zeros(next(iter(a.values())).shape[0])
-    for groups, left in a.items():
-        right = b[groups]
-        for axis, group in enumerate(groups):
-            index = units[group].reshape(len(right), *[1] * axis, -1, *[1] * (right.ndim - 2 - axis))
-            right = np.take_along_axis(right, index, axis=axis + 1)
-        total += np.einsum("ij,ij->i", left.reshape(len(left), -1), right.reshape(len(left), -1), dtype=np.float64)
-    return total
-
-
 def _branches(a: Parts, b: Parts, known: Symmetry, label: str) -> Permutation:
     """The best places of branches, the units of each pair of branches in the best places found for them."""
     total = next(iter(a.values())).shape[0]
@@ -366,19 +354,21 @@ def _pair_scores(
 
 
 def _squares(a: Parts, b: Parts, piece: Permutation, known: Symmetry) -> np.ndarray:
-    """Squared distances before and after, in float64."""
-    norms = sum(float(np.sum(np.square(part, dtype=np.float64))) for parts in (a, b) for part in parts.values())
+    """Squared distances before and after, in float64; of differences, since norms and products of near ones cancel."""
     still = _identity(known, len(piece.branches))
-    return np.asarray([max(norms - 2 * _product(a, b, p, known), 0.0) for p in (still, piece)])
+    return np.asarray([
+        sum(float(np.sum(np.subtract(left, _moved(b[g], g, p, known), dtype=np.float64) ** 2)) for g, left in a.items())
+        for p in (still, piece)
+    ])  # fmt: skip
 
 
-def _product(a: Parts, b: Parts, by: Permutation, known: Symmetry) -> float:
-    if len(known.groups) == 1:  # units may come from other branches
-        total = 0.0
-        for groups, left in a.items():
-            right = b[groups]
-            moved = right.reshape(-1, right.shape[-1])[by.units[0]] if groups else right[by.branches]
-            total += float(np.vdot(left.astype(np.float64), moved.astype(np.float64)))
-        return total
-    units = {k: u % g.size for k, (u, g) in enumerate(zip(by.units, known.groups, strict=True))}
-    return float(_inner(a, {g: part[by.branches] for g, part in b.items()}, units).sum())
+def _moved(part: np.ndarray, groups: tuple[int, ...], by: Permutation, known: Symmetry) -> np.ndarray:
+    """The numbers of these groups in their places."""
+    if groups and len(known.groups) == 1:  # units may come from other branches
+        return part.reshape(-1, part.shape[-1])[by.units[0]]
+    part = part[by.branches]
+    for axis, group in enumerate(groups):
+        index = by.units[group] % known.groups[group].size
+        index = index.reshape(len(part), *[1] * axis, -1, *[1] * (part.ndim - 2 - axis))
+        part = np.take_along_axis(part, index, axis=axis + 1)
+    return part
