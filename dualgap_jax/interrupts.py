@@ -47,26 +47,26 @@ def raised(patience: float | None = None) -> Iterator[None]:
         if number == signal.SIGTERM or before[number] is signal.default_int_handler:
             signal.signal(number, handler)
     stop = threading.Event()
-    watch = threading.Thread(target=_watch, args=(handler, threading.get_ident(), stop), name="signals", daemon=True)
-    watch.start()
-    ear = None if patience is None else _Ear(handler, patience, stop)
     dropped = sys.unraisablehook
 
     def say_dropped(what: Any) -> None:
         if not isinstance(what.exc_value, KeyboardInterrupt):
             dropped(what)
 
-    sys.unraisablehook = say_dropped
-    try:
-        yield
-    finally:
-        stop.set()
-        if ear is not None:
-            ear.close()
-        sys.unraisablehook = dropped
-        for number, previous in before.items():
-            if _is_ours(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL if previous is None else previous)
+    with _wakeups(patience is not None) as wakeups:
+        watched = (handler, threading.get_ident(), stop, patience or 0.0, wakeups)
+        watch = threading.Thread(target=_watch, args=watched, name="signals", daemon=True)
+        watch.start()
+        sys.unraisablehook = say_dropped
+        try:
+            yield
+        finally:
+            stop.set()
+            watch.join()
+            sys.unraisablehook = dropped
+            for number, previous in before.items():
+                if _is_ours(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 @contextlib.contextmanager
@@ -119,42 +119,24 @@ class _Handler:
         raise Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt
 
 
-class _Ear:
-    """Hears signals as they come, before Python handles them, and ends a process that does not come to handle them."""
-
-    def __init__(self, handler: _Handler, patience: float, stop: threading.Event) -> None:
-        self._handler, self._patience, self._stop = handler, patience, stop
-        self._ends = os.pipe()
-        for end in self._ends:
-            os.set_blocking(end, False)
-        before = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
-        self._listens = before == -1
-        if self._listens:
-            self._thread = threading.Thread(target=self._listen, name="ear", daemon=True)
-            self._thread.start()
-        else:
-            signal.set_wakeup_fd(before)
-
-    def _listen(self) -> None:
-        heard: tuple[signal.Signals, float] | None = None
-        while not self._stop.wait(_LOOK_SECONDS):
-            with contextlib.suppress(BlockingIOError):
-                for number in _NAMES.keys() & set(os.read(self._ends[0], 512)):
-                    heard = heard or (signal.Signals(number), time.monotonic())
-            if self._handler.received is not None:
-                heard = None
-            elif heard is not None and time.monotonic() - heard[1] > self._patience:
-                said = (
-                    "a program that cannot be interrupted was left; what was saved is kept, the same command goes on."
-                )
-                os.write(2, f"\n{_NAMES[heard[0]]}: {said}\n".encode())
-                os._exit(128 + heard[0])
-
-    def close(self) -> None:
-        if self._listens:
-            signal.set_wakeup_fd(-1)
-            self._thread.join()
-        for end in self._ends:
+@contextlib.contextmanager
+def _wakeups(wanted: bool) -> Iterator[int | None]:
+    """A pipe into which the system writes the number of each signal as it comes; None where another library listens."""
+    before = signal.set_wakeup_fd(-1) if wanted else -1
+    if before != -1:
+        signal.set_wakeup_fd(before)
+    if before != -1 or not wanted:
+        yield None
+        return
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+    try:
+        yield ends[0]
+    finally:
+        signal.set_wakeup_fd(-1)
+        for end in ends:
             os.close(end)
 
 
@@ -162,14 +144,34 @@ def _is_ours(handler: Any) -> bool:
     return isinstance(handler, _Handler)
 
 
-def _watch(handler: _Handler, thread: int, stop: threading.Event) -> None:
+def _watch(handler: _Handler, thread: int, stop: threading.Event, patience: float, wakeups: int | None) -> None:
     idle = 0  # looks in a row at which a signal had come and no exception was on its way
+    heard: dict[int, float] = {}  # signals that came for the handler, and when
     while not stop.wait(_LOOK_SECONDS):
-        number = handler.received
-        idle = idle + 1 if number is not None and not _on_its_way(thread) else 0
-        if idle == 2 and number is not None and not stop.is_set():
+        for number in _arrived(wakeups):
+            if signal.getsignal(number) is handler:
+                heard.setdefault(number, time.monotonic())
+        received = handler.received
+        if received is None and heard and time.monotonic() - min(heard.values()) > patience:
+            _abandon(next(iter(heard)))
+        idle = idle + 1 if received is not None and not _on_its_way(thread) else 0
+        if idle == 2 and received is not None and not stop.is_set():
             idle = 0
-            signal.pthread_kill(thread, number)
+            signal.pthread_kill(thread, received)
+
+
+def _arrived(wakeups: int | None) -> set[int]:
+    if wakeups is not None:
+        with contextlib.suppress(OSError):  # nothing came
+            return {number for number in os.read(wakeups, 512) if number in _NAMES}
+    return set()
+
+
+def _abandon(number: int) -> None:
+    """Ends the process at once, as the signal would have."""
+    said = "a program that cannot be interrupted was left; what was saved is kept, the same command goes on."
+    os.write(2, f"\n{_NAMES[signal.Signals(number)]}: {said}\n".encode())
+    os._exit(128 + number)
 
 
 def _on_its_way(thread: int) -> bool:

@@ -233,6 +233,15 @@ def test_a_process_that_handles_the_signal_is_given_its_time() -> None:
     assert out == "saved\n"
 
 
+def test_a_program_that_handles_the_signal_by_itself_is_left_alone() -> None:
+    body = "signal.signal(signal.SIGTERM, lambda *_: print('own', flush=True)); print('set', flush=True); time.sleep(4)"
+    with started(f"import signal; {body}", "patience=1.0") as process:
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert out == "set\nown\n"
+    assert process.returncode == 0
+
+
 def test_without_patience_and_where_others_listen_nothing_is_cut_short() -> None:
     """A number of iterations that takes some seconds, so that the signal is handled after the patience has run out."""
     some = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**7)\n    print('done', flush=True)"
