@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from dualgap_jax import experiments
 from dualgap_jax.certify import OptimumSpec, distance, excess_along, optimum
 from dualgap_jax.certify.trained import Network, rounded
 from dualgap_jax.config import Component, ConfigError, experiment_config
-from dualgap_jax.experiments.certify import CertifySpec
+from dualgap_jax.experiments.certify import CertifySpec, _less
 from dualgap_jax.files import load_json
 
 TINY = OptimumSpec(units=4, rounds=2, steps=40, starts=4)
@@ -146,3 +148,11 @@ def test_a_loss_for_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not fit labels"):
         experiments.run(experiment_config("certify", spec), workdir=tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("toward", [math.inf, -math.inf])
+def test_differences_are_rounded_to_their_side_and_of_equal_numbers_nothing_is_left(toward: float, rng: Any) -> None:
+    for value, other in rng.standard_normal((200, 2)):
+        exact, found = Fraction(value) - Fraction(other), Fraction(_less(float(value), float(other), toward))
+        assert found >= exact if toward > 0 else found <= exact
+    assert _less(0.3, 0.3, toward) == 0.0

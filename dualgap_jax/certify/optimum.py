@@ -31,7 +31,7 @@ from dualgap_jax.certify.bounds import (
 from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.distance import assembled
 from dualgap_jax.certify.engines import ceiling
-from dualgap_jax.certify.primal import as_weights, mean_h, risk
+from dualgap_jax.certify.primal import as_weights, inside, mean_h, risk
 from dualgap_jax.certify.problem import RiskProblem, given
 from dualgap_jax.certify.reduced import Reduced, solve
 from dualgap_jax.certify.search import BranchSearch
@@ -207,9 +207,7 @@ def _feasible(
         weights = problem.structure.with_bias(weights, bias)
     else:
         shares = shares / (sum_of * (1 + 1e-15))
-        norms = np.maximum(np.linalg.norm(weights, axis=1, keepdims=True), 1e-300)
-        with np.errstate(over="ignore"):
-            weights = weights * np.minimum(1.0, problem.radius * (1 - 1e-13) / norms)
+        weights = inside(problem, weights, 1e-13)
     if problem.budget is not None:
         cost = mean_h(problem, weights, shares)
         if cost > problem.budget:

@@ -159,6 +159,13 @@ def bounded_outputs(
     return total, np.zeros(problem.shape), False
 
 
+def inside(problem: RiskProblem, weights: np.ndarray, room: float) -> np.ndarray:
+    """The weights `[k, p]`, those outside W moved into it, by a share `room` of its radius further than to its edge."""
+    norms = np.maximum(np.linalg.norm(weights, axis=1, keepdims=True), 1e-300)
+    with np.errstate(over="ignore"):
+        return weights * np.minimum(1.0, problem.radius * (1 - room) / norms)
+
+
 def mean_h(problem: RiskProblem, weights: np.ndarray, shares: np.ndarray) -> float:
     """`sum_k shares_k ||w_k||^q`, rounded up; exactly 0 where all weights are, which meets the budget 0."""
     if not weights[shares > 0].any():

@@ -10,7 +10,7 @@ at the solution.  Neither is trusted: what a bound or a risk is proven from is e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
@@ -47,18 +47,18 @@ def solve(
     most = 0.0 if problem.budget is None else max(0.0, problem.budget - float(fixed @ fixed))
     # Neither way bears sizes far from 1, such as those that a linear program takes for 0: shares have units.
     sizes = np.abs(outputs).max(axis=(1, 2)) / (problem.loss.tau or 1.0)
-    units = np.full(len(sizes), float(_unit(sizes.max(keepdims=True))[0])) if free else np.maximum(_unit(sizes), 1.0)
+    units = np.full(len(sizes), float(_unit(sizes.max()))) if free else np.maximum(_unit(sizes), 1.0)
     outputs, costs, price = outputs / units[:, None, None], costs / units, 1.0
     if problem.budget is not None:
-        price = float(_unit(costs.max(keepdims=True))[0])
+        price = float(_unit(costs.max()))
         costs, most = costs / price, min(most / price, _LARGEST) if most > 1e-200 else 0.0
     found = (_interior if smooth else _linear)(problem, outputs, costs, None if free else 1 / units, fixed, most)
     alpha = problem.conjugate.nearest(found.alpha, problem.y)
     return Reduced(found.shares / units, alpha, found.multiplier / price)
 
 
-def _unit(sizes: np.ndarray) -> np.ndarray:
-    """Powers of two near sizes that are far from 1; else 1."""
+def _unit(sizes: Any) -> np.ndarray:
+    """Powers of two near a size, or several, that are far from 1; else 1."""
     powers = np.clip(np.frexp(sizes)[1], -1000, 1000)
     return np.where((sizes > 0) & (np.abs(powers) > _FAR), np.ldexp(1.0, powers), 1.0)
 

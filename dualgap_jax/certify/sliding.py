@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from dualgap_jax.certify.descent import lbfgs
+from dualgap_jax.certify.primal import inside
 from dualgap_jax.certify.problem import RiskProblem
 
 
@@ -101,7 +102,4 @@ class Slide:
             assert self._problem.structure is not None
             w, biases = self._problem.structure.apart(w, len(bias))
             return w, np.ones(self._units), biases.sum(axis=0)
-        norms = np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-300)
-        with np.errstate(over="ignore"):
-            w = w * np.minimum(1.0, self._problem.radius * (1 - 1e-12) / norms)
-        return w, t * t / np.sum(t * t), bias
+        return inside(self._problem, w, 1e-12), t * t / np.sum(t * t), bias

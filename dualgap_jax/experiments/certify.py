@@ -227,6 +227,11 @@ def _worst(along: dict[str, Any] | None) -> str:
     return f" Under SGD the worst {worst} of {len(last)} branches end with {share:.0%} of the excess."
 
 
+def _less(value: float, other: float, toward: float) -> float:
+    """`value - other`, rounded to a side; equal numbers leave 0, and not the least float."""
+    return 0.0 if value == other else math.nextafter(value - other, toward)
+
+
 def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
     columns = [
         "regime",
@@ -249,9 +254,9 @@ def _report(spec: CertifySpec, document: dict[str, Any]) -> Report:
                     cell["lower"],
                     cell["upper"],
                     cell["status"],
-                    math.nextafter(row["best"] - cell["lower"], math.inf),
-                    max(0.0, math.nextafter(row["best"] - cell["upper"], -math.inf)),
-                    math.nextafter(trained - cell["lower"], math.inf),
+                    _less(row["best"], cell["lower"], math.inf),
+                    max(0.0, _less(row["best"], cell["upper"], -math.inf)),
+                    _less(trained, cell["lower"], math.inf),
                 ]
             )
     notes = [
