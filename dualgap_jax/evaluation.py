@@ -17,7 +17,7 @@ from dualgap_jax.losses import Loss, as_loss, measure
 from dualgap_jax.networks import accumulator, check_network, sum_branches, upcast
 from dualgap_jax.networks.sources import block_size, blocks, check_source, read_ahead
 from dualgap_jax.sizes import positive
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import COMPILING, Progress
 from dualgap_jax.types import BranchSource, Network, Params, State
 
 
@@ -137,7 +137,7 @@ def evaluate(
         return jax.device_put((upcast(params), upcast(state)))
 
     totals: dict[int, Array] = {}
-    progress = Progress(len(branch_blocks) * len(batches), label, first="compiling") if len(branch_blocks) > 1 else None
+    progress = Progress(len(branch_blocks) * len(batches), label, first=COMPILING) if len(branch_blocks) > 1 else None
     try:
         with jax.default_matmul_precision("highest"):
             for number, block in enumerate(read_ahead(read, branch_blocks)):

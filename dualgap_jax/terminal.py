@@ -20,6 +20,7 @@ from tqdm.utils import disp_trim
 
 WIDTH = 100  # columns of tables and of the notes below them
 PLAIN_SECONDS = 30.0  # between two lines of one stage where there is no terminal
+COMPILING = "compiling and first steps"  # before the first update of what is compiled: one program does both
 _SOON = 1.0  # a stage shorter than this has its last line only
 _REDRAW = 0.1
 _TICK = 0.5

@@ -23,7 +23,7 @@ from dualgap_jax.duality.problem import ByProgram, Problem, subject_of, values_a
 from dualgap_jax.duality.search import monotone
 from dualgap_jax.duality.values import ValueFunction, proven
 from dualgap_jax.sizes import positive
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import COMPILING, Progress
 
 MAX_PARAMETERS = 6
 _BATCH = 1024
@@ -191,7 +191,7 @@ def grow(start: Start, upper: np.ndarray, points: np.ndarray, spec: BoundSpec, l
     best = _Best(start.limits, upper, points)
     closed_bound, open_bound = _Least(sizes), _Least(sizes)
     boxes = left_open = 0
-    with Progress(spec.max_boxes, label or "boxes", at_most=True, first="compiling") as line, jax.enable_x64(True):
+    with Progress(spec.max_boxes, label or "boxes", at_most=True, first=COMPILING) as line, jax.enable_x64(True):
         while len(lo):
             open_bound, splits = _Least(sizes), np.full(len(lo), -1, np.int8)
             for first in range(0, len(lo), _BATCH):

@@ -28,7 +28,7 @@ from dualgap_jax.duality.closed_forms import Kappa
 from dualgap_jax.duality.margins import margin_bound
 from dualgap_jax.duality.problem import ByProgram, Problem, rounding, values_at
 from dualgap_jax.duality.values import ValueFunction, frozen
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import COMPILING, Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def search(
     done = 0
     with jax.enable_x64(dtype == np.float64):
         kernel = descend(problem, spec.steps)
-        with Progress(total, label or "search", first="compiling and first steps") as line:
+        with Progress(total, label or "search", first=COMPILING) as line:
 
             def progress(n: int) -> None:
                 nonlocal done

@@ -40,7 +40,7 @@ from dualgap_jax.identity import arrays_digest, function_digest, require_same, v
 from dualgap_jax.losses import Loss, as_loss
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.sharding import local_devices, share_out
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import COMPILING, Progress
 from dualgap_jax.types import PyTree
 
 _HEIGHTS = 3  # block heights are multiples of this, so that few programs are compiled
@@ -275,7 +275,7 @@ def drive(study: Study, saver: Checkpointer | None, metrics: Metrics | None, tol
     def done() -> int:
         return int(np.where(study.status == RUNNING, study.step, spec.steps).sum())
 
-    with ThreadPoolExecutor(workers) as pool, Progress(total, "SGD steps", done(), first="compiling") as progress:
+    with ThreadPoolExecutor(workers) as pool, Progress(total, "SGD steps", done(), first=COMPILING) as progress:
         if study.step == 0:
             blocks = study.blocks()
             tall = {study.height(chosen): k for k, chosen in enumerate(blocks)}

@@ -27,7 +27,7 @@ from dualgap_jax.networks import accumulator, check_network
 from dualgap_jax.networks.sources import block_size, blocks, check_source, even_size, read_ahead
 from dualgap_jax.registry import UnknownNameError, unknown
 from dualgap_jax.sizes import positive
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import COMPILING, Progress
 from dualgap_jax.types import Network, PyTree
 
 ROUTES = ("auto", "stem", "plain")
@@ -136,7 +136,7 @@ def evaluate_points(
         jax.default_matmul_precision("highest"),
         ThreadPoolExecutor(compiled.workers()) as pool,
         Progress(
-            len(work.batches) * len(points) * len(work.branches), label, work.count(), first="compiling and first steps"
+            len(work.batches) * len(points) * len(work.branches), label, work.count(), first=COMPILING
         ) as progress,
     ):
         for start, count in blocks(len(work.batches), group_size):

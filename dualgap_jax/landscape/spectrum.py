@@ -30,7 +30,7 @@ from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import check_network, upcast
 from dualgap_jax.networks.sources import blocks, check_source
 from dualgap_jax.sizes import positive
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import COMPILING, Progress
 from dualgap_jax.types import BranchSource, Network, PyTree
 
 
@@ -139,7 +139,7 @@ def hessian(
         )
     products.room = (free - needed) // 2
     signs = seeds.generator(seed).integers(0, 2, (probes, groups, size)) * 2 - 1
-    with Progress(steps, "hessian", at_most=True, first="compiling and first steps") as progress:
+    with Progress(steps, "hessian", at_most=True, first=COMPILING) as progress:
 
         def done(found: Tridiagonal) -> bool:
             progress.update(found.steps)

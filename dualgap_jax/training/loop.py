@@ -18,7 +18,7 @@ from dualgap_jax.checkpoints import Checkpointer
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.schedules import Schedule
 from dualgap_jax.sharding import agreed
-from dualgap_jax.terminal import Progress
+from dualgap_jax.terminal import COMPILING, Progress
 from dualgap_jax.training.batches import BatchOrder
 from dualgap_jax.training.engine import Engine, Lanes, Steps, item, stack
 from dualgap_jax.training.resume import Run, has_steps_to_do
@@ -78,7 +78,7 @@ class Loop:
                 limit = min([r.steps for r in runs.values() if r.steps > first], default=self.max_steps)
                 if len(together) not in self._compiled:
                     self._compiled.add(len(together))
-                    progress.wait("compiling and first steps")
+                    progress.wait(COMPILING)
                 self._advance(runs, together, min(limit, self.max_steps), orders, savers, progress)
             losses = " ".join(f"{r.batch_loss:.3g}" for r in runs.values())
             ends = sorted({r.status for r in runs.values()} - {"running"})
