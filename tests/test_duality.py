@@ -891,7 +891,7 @@ def test_what_cannot_be_certified_is_refused(rng: np.random.Generator) -> None:
         deltas.by_hull(big, f, np.zeros((2, 13)))
     with pytest.raises(ValueError, match="regression"):
         problem.functional(data._replace(task="regression"))
-    with pytest.raises(ConfigError, match=r"search.starts=0"):
+    with pytest.raises(ConfigError, match=r"search.starts must be a positive integer, got 0"):
         search.search(big, big.grid(3), dataclasses.replace(SMALL, starts=0))
     with pytest.raises(ConfigError, match="tolerance=0"):
         branch_and_bound.certify(big, f, BoundSpec(0.0))
@@ -1034,7 +1034,7 @@ def test_the_figure_is_drawn_from_the_record(smoke: Path, tmp_path: Path) -> Non
         ({"branch": {"name": "mlp", "use_bias": True}}, "tau=0 needs a proven bound"),
         ({"route": "closed_form", "tau": 1.0, "branch": {"name": "gru"}}, "needs a bias-free mlp"),
         ({"route": "magic"}, "auto, bound, closed_form, search"),
-        ({"search": {"starts": 0}}, "search.starts=0"),
+        ({"search": {"starts": 0}}, "search.starts must be a positive integer, got 0"),
         ({"trained": {"steps": 0}}, "trained.steps=0"),
     ],
 )
