@@ -75,7 +75,7 @@ def training(sizes: Sizes) -> Callable[[], object]:
     if choice.streamed or devices > 1:
         engine = Streamed(net, loss, transformation, data, batch, schedule=schedule, mesh=MeshSpec(branch=devices))
     else:
-        engine = Together(net, loss, transformation, schedule, data, batch, jax.local_devices()[:1], 1)
+        engine = Together(net, loss, transformation, schedule, data, batch, jax.local_devices()[:1], 1, steps)
     carry = engine.join([engine.start(jax.random.key(0))])
     state = jax.tree.map(lambda a: jnp.asarray(a)[None], schedule.init())
     picked = np.random.default_rng(0).integers(0, len(data.y), (1, steps, batch))

@@ -104,7 +104,7 @@ def package_segment(case: Case, batch: int, steps: int) -> tuple[Setup, Callable
     carry = stack([start(key) for key in keys])
     setup = Setup(jax.tree.map(np.array, carry), dataset, indices)
     rate = _LEARNING_RATE * case.num_branches
-    arguments = (schedules, keys, rate, data, jnp.asarray(indices), 0, steps)
+    arguments = (schedules, keys, rate, data, jnp.asarray(indices), 0, steps, steps)
 
     def call() -> jax.Array:
         nonlocal carry  # the segment takes the memory of the carry that it is given

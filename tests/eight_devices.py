@@ -100,7 +100,7 @@ def solutions() -> dict[str, Any]:
         lanes = sharding.filled(3, devices)
 
         def whole(carry: Any, states: Any, words: Any, indices: Any, data: Any) -> Any:
-            return segment(carry, states, jax.random.wrap_key_data(words), 0.5, data, indices, 0, 30)
+            return segment(carry, states, jax.random.wrap_key_data(words), 0.5, data, indices, 0, 30, 30)
 
         words = np.asarray([jax.random.key_data(keys[i]) for i in lanes])
         arguments = [

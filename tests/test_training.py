@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from dualgap_jax.metrics import Metrics, read_metrics
 from dualgap_jax.networks import conv, from_functions, mlp, multi_branch
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError
-from dualgap_jax.training import Solution, TrainingSpec, plan, solution_key, together
+from dualgap_jax.training import Solution, TrainingSpec, loop, plan, solution_key, together
 from dualgap_jax.training.batches import BatchOrder, batch_shape
 from dualgap_jax.training.engine import Carry
 from dualgap_jax.training.together import draw
@@ -559,7 +561,7 @@ def test_little_memory_means_one_solution_at_a_time(
         segment = make(*args)
 
         def wrapped(carry: Any, *rest: Any) -> Any:
-            widths.append(jax.tree.leaves(carry)[0].shape[0])
+            widths.extend([jax.tree.leaves(carry)[0].shape[0]] * rest[-2])  # one a step
             return segment(carry, *rest)
 
         return wrapped
@@ -571,7 +573,7 @@ def test_little_memory_means_one_solution_at_a_time(
     carry = jax.eval_shape(lambda key: draw(net, data, transformation, key), jax.random.key(0))
     one = plan.need(net, carry, batch_shape(data, spec.batch_size)).plain
     assert copies + 8 * 2 * 4 * spec.batch_size <= one <= copies + 12 * 8 * 2 * 4 * spec.batch_size  # and some units
-    for free, expected in ((6 * one, [1] * 6), (6 * one + 2, [3] * 2)):
+    for free, expected in ((6 * one, [1] * 18), (6 * one + 2, [3] * 6)):
         widths.clear()
         monkeypatch.setattr(plan, "memory_available", lambda free=free: free)
         train_as(net, binary_hinge(), data, spec, num_solutions=3)
@@ -579,7 +581,7 @@ def test_little_memory_means_one_solution_at_a_time(
     # Begun together, it goes on together, unless even one copy of all no longer fits.
     monkeypatch.setattr(plan, "memory_available", lambda: 6 * one + 2)
     train_as(net, binary_hinge(), data, spec, num_solutions=3, checkpoints=tmp_path)
-    for free, expected in ((3 * one + 1, [3]), (3 * one, [1] * 3)):
+    for free, expected in ((3 * one + 1, [3] * 3), (3 * one, [1] * 9)):
         widths.clear()
         monkeypatch.setattr(plan, "memory_available", lambda free=free: free)
         spec = dataclasses.replace(spec, max_steps=spec.max_steps + 3)
@@ -799,12 +801,15 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
     assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("saves", [4, 5])
+@pytest.mark.parametrize(("saves", "seconds"), [(4, 1e9), (5, 1e9), (4, 0.0), (5, 0.0), (8, 0.0)])
 def test_solutions_left_at_different_steps_catch_up_bit_for_bit(
-    saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saves: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = mlp_case(saves)
     expected = finished(tmp_path / "whole", call)
+    ticks = itertools.count()  # a clock that makes the kill come at the same step each time
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(loop, "_SECONDS", seconds)  # of one call: of 0 it takes one step
     save, left = Checkpointer.save, saves
 
     def killing(self: Checkpointer, *args: Any) -> None:
@@ -823,6 +828,7 @@ def test_solutions_left_at_different_steps_catch_up_bit_for_bit(
         with Checkpointer(tmp_path / "cut" / "checkpoints" / f"solution_{k}") as saver:
             steps.append(saver.steps()[-1])
     assert len(set(steps)) == 2
+    assert seconds > 0 or any(step % 3 for step in steps)  # within a segment
     same_solutions(finished(tmp_path / "cut", call), expected)
     assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
 
@@ -986,6 +992,31 @@ def test_the_rate_of_the_spec_is_scaled_by_the_number_of_branches(num_branches: 
         same_solutions(got, wanted)
 
 
+@pytest.mark.parametrize("batch_size", [5, 0])
+def test_calls_cut_short_by_the_clock_change_no_bit(
+    batch_size: int, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, net = labelled(rng), network()
+    spec = spec_with(batch_size=batch_size, max_steps=23, check_every=8)
+    found, lengths = {}, {}
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(loop, "_SECONDS", seconds)
+        taken: list[int] = []
+        advance = together.Together.advance
+
+        def watched(self: Any, carry: Any, steps: Any, taken: list[int] = taken, advance: Any = advance) -> Any:
+            taken.append(steps.length)
+            return advance(self, carry, steps)
+
+        with monkeypatch.context() as patched, Metrics(tmp_path / f"{seconds}.jsonl") as metrics:
+            patched.setattr(together.Together, "advance", watched)
+            found[seconds] = train_as(net, binary_hinge(), data, spec, num_solutions=2, metrics=metrics)
+        lengths[seconds] = taken
+    assert lengths == {0.0: [1] * 23, 1e9: [1, 2, 4, 1, 8, 7]}
+    same_solutions(found[0.0], found[1e9])
+    assert rows(tmp_path / "0.0.jsonl") == rows(tmp_path / "1000000000.0.jsonl")
+
+
 @pytest.mark.usefixtures("x64")
 def test_segments_share_their_compiled_programs(rng: np.random.Generator) -> None:
     data, net, traced = labelled(rng), network(), []
@@ -1000,8 +1031,8 @@ def test_segments_share_their_compiled_programs(rng: np.random.Generator) -> Non
         spec = spec_with(max_steps=max_steps, tolerance=0.0)
         train_as(net._replace(apply=apply), binary_hinge(), data, spec, num_solutions=1)
         counts.append(len(traced))
-    # One program for one segment as for twenty, and one more for a short segment at the end.
-    assert counts[0] == counts[1] < counts[2] <= 2 * counts[1]
+    # One program for one segment as for twenty, and for a short segment at the end.
+    assert counts[0] == counts[1] == counts[2]
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -200,7 +200,8 @@ def train(
         engine = Streamed(net, loss, transformation, dataset, batch_size, schedule=schedule, **settings)
     else:
         devices = local_devices(min(choice.group_size, num_solutions, mesh.seed or jax.local_device_count()))
-        engine = Together(net, loss, transformation, schedule, dataset, batch_size, devices, choice.group_size)
+        stride = max(min(check_every, max_steps), 1)
+        engine = Together(net, loss, transformation, schedule, dataset, batch_size, devices, choice.group_size, stride)
     check_outputs(output_shape(net, dataset), loss, dataset)
     loop = Loop(
         engine=engine,

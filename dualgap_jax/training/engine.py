@@ -58,10 +58,12 @@ class Engine(Protocol):
     them apart again; in between the lanes are the only copy.
 
     Attributes:
-      stride: how many steps `advance` takes at most in one call; None is any number.
+      stride: how many steps `advance` takes at most in one call.
+      any_length: whether calls for fewer steps need no program of their own, so that a call may be cut short.
     """
 
-    stride: int | None
+    stride: int
+    any_length: bool
 
     def start(self, key: KeyArray, /) -> Carry:
         """The carry of a solution at step 0, drawn with its key."""

@@ -24,6 +24,8 @@ from dualgap_jax.training.engine import Engine, Lanes, Steps, item, stack
 from dualgap_jax.training.resume import Run, has_steps_to_do
 from dualgap_jax.types import BranchSource, PyTree
 
+_SECONDS = 1.0  # of one call, where a call may be cut short
+
 
 @dataclasses.dataclass
 class Loop:
@@ -58,6 +60,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._update = jax.jit(jax.vmap(self.schedule.update))
         self._compiled: set[int] = set()  # how many solutions there are programs for
+        self._pace = 1  # steps in one call, so that the line of progress, checkpoints and signals do not wait for long
 
     def run(self, runs: dict[int, Run], savers: Mapping[int, Checkpointer]) -> None:
         """Takes a group to its end; `runs` holds one entry a solution and is brought up to date in place."""
@@ -121,17 +124,21 @@ class Loop:
         over = False
         while not over:
             left = min(self.check_every - pending.shape[1], limit - first)
-            length = min(self.engine.stride or left, left)
+            length = min(left, self.engine.stride, self._pace if self.engine.any_length else left)
             indices = np.stack([orders[i].indices(first, length) for i in together]) if orders else None
             began = time.monotonic()
             steps = Steps(schedule_state, noise_keys, self.schedule.base, indices, first, length)
             lanes, losses = self.engine.advance(lanes, steps)
-            taken, seconds = taken + length, seconds + time.monotonic() - began
+            spent = time.monotonic() - began
+            taken, seconds = taken + length, seconds + spent
+            self._pace = max(min(2 * self._pace, int(length * _SECONDS / max(spent, 1e-9))), 1)
             first += length
             pending = np.concatenate([pending, losses], axis=1)
             means = pending.mean(axis=1)
             progress.update(first, f"loss {' '.join(f'{means[lane]:.3g}' for lane in moving.values())}")
-            looked = pending.shape[1] == self.check_every or first >= limit or not np.isfinite(means).all()
+            # Where calls are cut short by the clock, what is looked at must not hang on where.
+            looked = pending.shape[1] == self.check_every or first >= self.max_steps
+            looked = looked or not (self.engine.any_length or np.isfinite(means).all())
             if looked:
                 start = first - pending.shape[1]
                 rates = {i: self._rate(item(schedule_state, lane), start) for i, lane in moving.items()}

@@ -58,6 +58,8 @@ class Streamed:
         by the devices, a branch with state would see only a share of a batch, or there are too few devices.
     """
 
+    any_length = False  # its strides are short
+
     def __init__(
         self,
         net: Network,
@@ -107,7 +109,7 @@ class Streamed:
         self._constants = tuple(self._placement.everywhere(a) for a in (dataset.mean, dataset.std))
         self._rate = jax.jit((schedule or constant(0)).rate)
         # On CPU a step may take seconds; elsewhere the host prepares the next ones while the device works.
-        self.stride: int | None = 1 if memory is None else _STEPS_AHEAD
+        self.stride = 1 if memory is None else _STEPS_AHEAD
 
     # --- programs ---
 

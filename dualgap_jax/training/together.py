@@ -66,9 +66,9 @@ def make_segment(
     """The compiled loop over a segment, vmapped over solutions.
 
     Returns:
-      A function of `(carry, schedule_state, keys [S], base_rate, data, indices [S, T, batch] or None, first step, T)`
-      whose carry leaves lead with `[S, ...]`; gives the new carry and the losses `[S, T]`.  `indices=None` is the full
-      batch.
+      A function of `(carry, schedule_state, keys [S], base_rate, data, indices [S, room, batch] or None, first step,
+      T <= room, room)` whose carry leaves lead with `[S, ...]`; gives the new carry and the losses `[S, room]`, the
+      first T of them those of the steps.  `indices=None` is the full batch.
     """
 
     def one(
@@ -79,20 +79,23 @@ def make_segment(
         base_rate: Array,
         data: Batch,
         first: Array,
-        length: int,
+        length: Array | int,
+        room: int,
     ) -> tuple[Carry, Array]:
         whole = standardise(data.x, data.mean, data.std) if indices is None else None
 
-        def body(carry: Carry, at: tuple[Array, Array | None]) -> tuple[Carry, Array]:
-            now, picked = at
+        def body(t: Array, so_far: tuple[Carry, Array]) -> tuple[Carry, Array]:
+            carry, losses = so_far
+            now, picked = first + t, None if indices is None else lax.dynamic_index_in_dim(indices, t, keepdims=False)
             x = standardise(data.x[picked], data.mean, data.std) if whole is None else whole
             y = data.y if picked is None else data.y[picked]
             rate = base_rate * schedule.rate(schedule_state, now)
-            return step(net, loss, transformation, carry, x, y, rate, jax.random.fold_in(key, now))
+            carry, value = step(net, loss, transformation, carry, x, y, rate, jax.random.fold_in(key, now))
+            return carry, lax.dynamic_update_index_in_dim(losses, value.astype(losses.dtype), t, 0)
 
-        return lax.scan(body, carry, (first + jnp.arange(length), indices), length=length)
+        return lax.fori_loop(0, length, body, (carry, jnp.zeros(room)))
 
-    @functools.partial(jax.jit, static_argnames="length", donate_argnums=0)
+    @functools.partial(jax.jit, static_argnames=("room",) if any_length() else ("length", "room"), donate_argnums=0)
     def segment(
         carry: Carry,
         schedule_state: PyTree,
@@ -101,13 +104,19 @@ def make_segment(
         data: Batch,
         indices: Array | None,
         first: Array,
-        length: int,
+        length: Array | int,
+        room: int,
     ) -> tuple[Carry, Array]:
-        return jax.vmap(lambda c, s, k, i: one(c, s, k, i, base_rate, data, first, length))(
+        return jax.vmap(lambda c, s, k, i: one(c, s, k, i, base_rate, data, first, length, room))(
             carry, schedule_state, keys, indices
         )
 
     return segment
+
+
+def any_length() -> bool:
+    """Whether one program takes any number of steps: elsewhere each waits for the host to say if it is the last."""
+    return jax.default_backend() == "cpu"
 
 
 def draw(net: Network, dataset: Dataset, transformation: Transformation, key: KeyArray) -> Carry:
@@ -116,9 +125,7 @@ def draw(net: Network, dataset: Dataset, transformation: Transformation, key: Ke
 
 
 class Together:
-    """Several solutions in one vmapped program, a segment a call."""
-
-    stride: int | None = None
+    """Several solutions in one vmapped program, a segment of up to `stride` steps a call."""
 
     def __init__(
         self,
@@ -130,14 +137,16 @@ class Together:
         batch_size: int,
         devices: Sequence[jax.Device],
         group_size: int,
+        stride: int,
     ) -> None:
+        self.stride, self.any_length = stride, any_length()
         self.start = jax.jit(functools.partial(draw, net, dataset, transformation))
         self._segment = make_segment(net, loss, transformation, schedule)
         self._net, self._loss, self._transformation, self._schedule = net, loss, transformation, schedule
         self._dataset, self._batch_size = dataset, batch_size
         self._devices, self._group_size = devices, group_size
         self._data = share_out(on_device(dataset), devices, None)
-        self._programs: dict[int, Callable[..., tuple[Carry, Array]]] = {}  # by the length of a segment
+        self._programs: dict[int, Callable[..., tuple[Carry, Array]]] = {}  # by the room of a segment
 
     def template(self, key: KeyArray) -> Carry:
         return jax.eval_shape(self.start, key)
@@ -180,31 +189,42 @@ class Together:
 
     def advance(self, carry: Carry, steps: Steps) -> tuple[Carry, np.ndarray]:
         states, keys, base_rate, indices, first, length = steps
-        picked = jnp.asarray(indices) if indices is not None else None
+        count, room = len(keys), self.stride if self.any_length else length
+        picked = None
+        if indices is not None:
+            picked = np.zeros((count, room, *indices.shape[2:]), indices.dtype)
+            picked[:, :length] = indices
         if len(self._devices) == 1:
-            carry, losses = self._segment(carry, states, keys, base_rate, self._data, picked, first, length)
-            return carry, np.asarray(losses, np.float64)
-        count = len(keys)
-        lanes = filled(count, self._devices)
-        mine = jax.tree.map(lambda a: np.asarray(a)[lanes], (states, jax.random.key_data(keys), picked))
-        carry, losses = self._program(length)(
-            carry, *share_out(mine, self._devices, 0), jnp.asarray(base_rate, float), self._data, jnp.asarray(first)
-        )
-        return carry, np.asarray(losses, np.float64)[:count]
+            carry, losses = self._segment(carry, states, keys, base_rate, self._data, picked, first, length, room)
+        else:
+            lanes = filled(count, self._devices)
+            mine = jax.tree.map(lambda a: np.asarray(a)[lanes], (states, jax.random.key_data(keys), picked))
+            whole = jnp.asarray(base_rate, float), self._data, jnp.asarray(first), jnp.asarray(length)
+            program = self._program(room)
+            carry, losses = program(carry, *share_out(mine, self._devices, 0), *whole)
+        return carry, np.asarray(losses, np.float64)[:count, :length]
 
-    def _program(self, length: int) -> Callable[..., tuple[Carry, Array]]:
+    def _program(self, room: int) -> Callable[..., tuple[Carry, Array]]:
         """The segment with its lanes shared out over the devices."""
-        if length not in self._programs:
+        if room not in self._programs:
 
             def segment(
-                carry: Carry, states: PyTree, words: Array, picked: PyTree, rate: Array, data: Batch, first: Array
+                carry: Carry,
+                states: PyTree,
+                words: Array,
+                picked: PyTree,
+                rate: Array,
+                data: Batch,
+                first: Array,
+                length: Array,
             ) -> tuple[Carry, Array]:
                 keys = jax.random.wrap_key_data(words)
-                return self._segment(carry, states, keys, rate, data, picked, first, length)
+                taken = length if self.any_length else room
+                return self._segment(carry, states, keys, rate, data, picked, first, taken, room)
 
-            shared = over_devices(segment, self._devices, (0, 0, 0, 0, None, None, None), 0)
-            self._programs[length] = jax.jit(shared, donate_argnums=0)
-        return self._programs[length]
+            shared = over_devices(segment, self._devices, (0, 0, 0, 0, None, None, None, None), 0)
+            self._programs[room] = jax.jit(shared, donate_argnums=0)
+        return self._programs[room]
 
     def _seconds_per_step(self) -> float | None:
         """Measured on a network of a few of the branches, and scaled; None for a network that is no sum of branches."""
@@ -223,7 +243,7 @@ class Together:
 
         def step(now: int) -> Carry:
             nonlocal carry
-            carry, _ = segment(carry, state, key[None], 1e-3, data, picked, now, 1)
+            carry, _ = segment(carry, state, key[None], 1e-3, data, picked, now, 1, 1)
             return carry
 
         return plan.seconds_of(step) * branches / count
