@@ -17,7 +17,7 @@ from jax import Array
 from dualgap_jax import networks
 from dualgap_jax import nnx as dg_nnx
 from dualgap_jax.linen import MultiBranch
-from dualgap_jax.networks.switches import SWITCHES
+from dualgap_jax.networks.switches import SWITCHES, settings
 
 
 def linen_with(name: str, how: str) -> nn.Module:
@@ -111,6 +111,100 @@ def test_linen_modules_with_nothing_to_switch_are_taken(kind: str) -> None:
     net, x = networks.from_linen(Deep(kind)), jnp.ones((2, 3, 4))
     params, state = net.init(jax.random.key(0), x)
     assert net.apply(params, state, x, train=True)[0].shape == (2, 3, 4)
+
+
+class Both(nn.Module):
+    """Batch norm that a field switches, and dropout that the call does."""
+
+    use_running_average: bool | None = True
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+        average = deterministic if self.use_running_average is None else self.use_running_average
+        x = nn.BatchNorm(use_running_average=average, momentum=0.7)(nn.Dense(50)(x))
+        return nn.Dropout(0.5, deterministic=deterministic)(x)
+
+
+@pytest.mark.parametrize("given", [True, False, None])
+def test_a_field_beside_an_argument_is_switched_with_it(given: bool | None, rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.normal(2.0, 3.0, (6, 3)), jnp.float32)
+    net = networks.from_linen(Both(given))
+    params, state = net.init(jax.random.key(0), x)
+    assert drops(net, x) == (True, False)
+    hidden = x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+    _, new = net.apply(params, state, x, key=jax.random.key(1), train=True)
+    np.testing.assert_allclose(new["batch_stats"]["BatchNorm_0"]["mean"], 0.3 * hidden.mean(0), rtol=1e-4, atol=1e-5)
+    expected = hidden / jnp.sqrt(1 + 1e-5)  # of statistics that no batch has moved
+    np.testing.assert_allclose(net.apply(params, state, x)[0], expected, rtol=1e-4, atol=1e-5)
+    alone = networks.from_linen(Both(True), switch="deterministic")
+    assert drops(alone, x) == (True, False)
+    kept = alone.apply(params, state, x, key=jax.random.key(1), train=True)[1]
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+
+@pytest.mark.parametrize("given", [True, False, None])
+@pytest.mark.parametrize("switch", [None, "use_running_average"])
+def test_a_layer_that_wants_its_switch_once_gets_it_once(given: Any, switch: Any, rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.normal(2.0, 3.0, (6, 3)), jnp.float32)
+    net = networks.from_linen(nn.BatchNorm(use_running_average=given, momentum=0.7), switch=switch)
+    params, state = net.init(jax.random.key(0), x)
+    y, new = net.apply(params, state, x, train=True)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], 0.3 * x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(y.mean(0), np.zeros(3), atol=1e-5)
+    np.testing.assert_allclose(net.apply(params, state, x)[0], x / jnp.sqrt(1 + 1e-5), rtol=1e-5)
+
+
+class Around(nn.Module):
+    """A layer that has been told its mode by whoever made it, beside dropout that the call switches."""
+
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        return nn.Dropout(0.5, deterministic=not train)(self.layer(nn.Dense(50)(x)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "train", "told"),
+    [
+        (nn.BatchNorm(use_running_average=True), True, r"BatchNorm\(use_running_average=True\) inside.*to evaluate"),
+        (nn.BatchNorm(use_running_average=False), False, r"BatchNorm\(use_running_average=False\) inside.*to train"),
+        (nn.Sequential([nn.Dropout(0.1, deterministic=True)]), True, r"Dropout\(deterministic=True\) inside"),
+        (nn.Dropout(0.1, deterministic=False), False, r"Dropout\(deterministic=False\) inside"),
+    ],
+)
+def test_layers_that_no_switch_reaches_are_refused(
+    layer: nn.Module, train: bool, told: str, rng: np.random.Generator
+) -> None:
+    x = jnp.asarray(rng.standard_normal((6, 3)), jnp.float32)
+    net = networks.multi_branch(Around(layer), 2)
+    params, state = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=told + r".*switches of Around do not reach it.*switch='train'"):
+        net.apply(params, state, x, key=jax.random.key(1), train=train)
+    if train:  # a frozen layer, where that is said
+        frozen = networks.multi_branch(networks.from_linen(Around(layer), switch="train"), 2)
+        y, new = frozen.apply(params, state, x, key=jax.random.key(1), train=True)
+        assert float(jnp.abs(y - frozen.apply(params, state, x)[0]).max()) > 0
+        jax.tree.map(np.testing.assert_array_equal, new, state)
+
+
+def test_truth_values_of_every_kind_switch() -> None:
+    for train in (np.True_, 1):
+        assert settings(("train", "deterministic"))(train) == {"train": True, "deterministic": False}
+
+
+def test_layers_that_are_switched_inside_a_layer_of_branches_are_taken(rng: np.random.Generator) -> None:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, train: bool) -> Array:
+            return MultiBranch(Both(parent=None), 2)(nn.Dropout(0.0, deterministic=True)(x), train)
+
+    x = jnp.asarray(rng.normal(2.0, 3.0, (6, 3)), jnp.float32)
+    net = networks.from_linen(Model())
+    params, state = net.init(jax.random.key(0), x)
+    _, new = net.apply(params, state, x, key=jax.random.key(1), train=True)
+    assert min(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (state, new)), strict=True)) > 0
+    assert net.apply(params, state, x)[0].shape == (6, 50)
 
 
 def test_foreign_parameters_do_not_pass_by_the_check() -> None:

@@ -22,6 +22,7 @@ from dualgap_jax.networks.given import check_network, described
 from dualgap_jax.networks.precision import as_stored
 from dualgap_jax.networks.settings import one_array
 from dualgap_jax.networks.switches import (
+    Settings,
     Switch,
     arguments,
     check_call,
@@ -29,6 +30,8 @@ from dualgap_jax.networks.switches import (
     is_flag,
     known,
     not_found,
+    not_reached,
+    opposed,
     settings,
 )
 from dualgap_jax.types import KeyArray, Network, Params, State
@@ -51,16 +54,18 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
 
     Args:
       module: the module; `module(x [batch, ...]) -> y [batch, ...]`.
-      switch: how the module is told whether it trains.  None: by every argument of `__call__`, or else every field of
-        the module, that has a usual name, such as `train`, `is_training`, `deterministic` or `use_running_average`.  A
-        name: by that argument or field (true in training, unless the usual sense of the name is the opposite).  A
-        function `train -> {argument: value}`: by those keyword arguments of the call.
+      switch: how the module is told whether it trains.  None: by every argument of `__call__` and every field of the
+        module that has a usual name, such as `train`, `is_training`, `deterministic` or `use_running_average`; a field
+        that is None is left to the call, if that has one.  A name: by that argument or field alone (true in training,
+        unless the usual sense of the name is the opposite).  A function `train -> {argument: value}`: by those keyword
+        arguments of the call alone.
       rngs: names of the random streams fed in training, each by its own key.
 
     Raises:
       TypeError: unless `module` is a Linen module that can be called.
-      ValueError: for a switch that the module does not have; from `init` and `apply`, for a module with dropout or
-        batch statistics and no switch of a usual name, when none is given.
+      ValueError: for a switch that the module does not have; when none is given, from `init` and `apply` for a module
+        with dropout or batch statistics and no switch of a usual name, and from `apply` for one with a layer of Flax's
+        inside that is told to evaluate in training, or to train in evaluation.
     """
     from flax import linen as nn
     from flax.core import meta
@@ -76,14 +81,24 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
         module = module.unbind()[0]
     names, any_name = arguments(module.__call__)
     fields = tuple(field for field in module.__dataclass_fields__ if field not in ("parent", "name"))
+    flags = tuple(field for field in fields if is_flag(getattr(module, field)))
+    given = inspect.signature(module.__call__).parameters
+
+    def told(wanted: tuple[str, ...]) -> tuple[Settings, Settings]:
+        """What the call gets and what the fields are, by `train`; one of a name alone where the call's is None."""
+        held = tuple(name for name in wanted if name in flags and getattr(module, name) is not None)
+        called = tuple(name for name in wanted if name in names and not (name in held and given[name].default is None))
+        return settings(called), settings(held)
+
     call, field = settings(()), settings(())
     if callable(switch):
         call = typing.cast(Any, switch)
     elif switch is None:
         found = known(names)
-        flags = [field for field in fields if is_flag(getattr(module, field))]
-        call, field = settings(found), settings(() if found else known(flags))
-    elif switch in names or any_name:
+        call, field = told(known((*names, *flags))) if found else (settings(()), settings(known(flags)))
+    elif switch in names:
+        call, field = told((switch,))
+    elif any_name:
         call = settings((switch,))
     elif switch in fields:
         field = settings((switch,))
@@ -92,17 +107,23 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
     check_call(module.__call__, call(True), "from_linen", name)
     blind = switch is None and not call(True) and not field(True)
 
-    def watched() -> AbstractContextManager[Any]:
-        """Refuses modules inside that drop or normalise, where nothing could tell them to stop."""
+    def watched(train: bool) -> AbstractContextManager[Any]:
+        """Refuses modules inside that drop or normalise, where the switches do not reach them."""
 
         def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
             inner = context.module
-            inside = known((*inner.__dataclass_fields__, *(arguments(inner)[0] if callable(inner) else ())))
+            taken = arguments(inner)[0] if callable(inner) else ()
+            inside = known((*inner.__dataclass_fields__, *taken))
             if inside and getattr(inner, "rate", getattr(inner, "dropout_rate", 1.0)) != 0:
-                raise not_found("from_linen", name, f"{type(inner).__name__}({inside[0]}=...) inside", names)
+                what = type(inner).__name__
+                if blind:
+                    raise not_found("from_linen", name, f"{what}({inside[0]}=...) inside", names)
+                called = context.method_name == "__call__" and not inner.is_initializing()
+                if called and (stuck := opposed(inner, inside, args, kwargs, train)):
+                    raise not_reached("from_linen", name, f"{what}({stuck}) inside", train)
             return following(*args, **kwargs)
 
-        return nn.intercept_methods(look) if blind else nullcontext()
+        return nn.intercept_methods(look) if switch is None else nullcontext()
 
     def bound(train: bool) -> Any:
         return module.clone(**field(train)) if field(train) else module
@@ -112,7 +133,7 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
 
     def init(key: KeyArray, x: Array, /) -> tuple[Params, State]:
         params_key, rest_key = jax.random.split(key)
-        with watched():
+        with watched(False):
             drawn = bound(False).init({"params": params_key, **streams(rest_key)}, x, **call(False))
         variables = dict(meta.unbox(drawn))
         if blind and "batch_stats" in variables:
@@ -125,7 +146,7 @@ def from_linen(module: Any, *, switch: Switch = None, rngs: tuple[str, ...] = ("
     ) -> tuple[Array, State]:
         variables = {"params": params, **(state or {})}
         options: dict[str, Any] = {"rngs": streams(key) if key is not None else {}, **call(train)}
-        with watched():
+        with watched(train):
             if not train or not state:
                 return one_array(bound(train).apply(variables, x, **options), name), state
             y, updated = bound(train).apply(variables, x, mutable=list(state), **options)

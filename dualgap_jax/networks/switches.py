@@ -40,7 +40,7 @@ def known(names: Iterable[str]) -> tuple[str, ...]:
 def settings(names: Iterable[str]) -> Settings:
     """`train -> {name: value}` for switches of these names; a name that is not in `SWITCHES` is true in training."""
     values = {name: SWITCHES.get(name, True) for name in names}
-    return lambda train: {name: value is train for name, value in values.items()}
+    return lambda train: {name: value is bool(train) for name, value in values.items()}
 
 
 def is_flag(value: object) -> bool:
@@ -98,4 +98,34 @@ def not_found(where: str, module: str, what: str, names: Iterable[str]) -> Value
         f" training switch ({', '.join(SWITCHES)}). Give its name, switch='...' (true in training); or what the call"
         " gets, switch=lambda train: {'mode': 'train' if train else 'eval'}; or switch=lambda train: {} where training"
         " and evaluation are alike."
+    )
+
+
+def opposed(inner: Any, names: Iterable[str], args: Any, kwargs: Mapping[str, Any], train: bool) -> str:
+    """The switch, as `name=value`, by which a layer of Flax's own is told the opposite of `train`; empty for none.
+
+    Args:
+      inner: a Linen module, of a class of Flax's or one derived from it.
+      names: of its switches, fields or arguments of its call.
+      args, kwargs: what it is called with.
+      train: whether the module around it trains.
+    """
+    bases = ("flax.linen.module", "flax.linen.transforms")  # of modules that are not Flax's
+    if not any(c.__module__.startswith("flax.linen.") and c.__module__ not in bases for c in type(inner).__mro__):
+        return ""
+    called = inspect.signature(inner).bind_partial(*args, **kwargs).arguments
+    for name in names:
+        value = getattr(inner, name, None) if called.get(name) is None else called[name]
+        if isinstance(value, bool) and value is not (SWITCHES[name] is bool(train)):
+            return f"{name}={value}"
+    return ""
+
+
+def not_reached(where: str, module: str, what: str, train: bool) -> ValueError:
+    """The error about a layer inside a module that the module's switches do not reach."""
+    told = "evaluate, in training too" if train else "train, in evaluation too"
+    return ValueError(
+        f"{where}: {module} has {what}, which tells that layer to {told}: the switches of {module} do not reach it."
+        f" Make it depend on them; or, if it is meant so, say which switches {module} has: switch='train' for the"
+        " argument or field of that name alone, or switch=lambda train: {...}, what the call gets."
     )
