@@ -44,20 +44,26 @@ def check_fits(loss: Loss, dataset: Dataset) -> None:
     )
 
 
-def check_outputs(shape: tuple[int, ...], loss: Loss, dataset: Dataset) -> None:
+def check_outputs(outputs: jax.ShapeDtypeStruct | Array, loss: Loss, dataset: Dataset) -> None:
     """Refuses a network that is not for the labels of a data set.
 
     A loss that was made of a plain function takes outputs of every kind, if it takes these.
 
     Args:
-      shape: of the outputs of a batch.
+      outputs: of a batch, or their shape and type.
       loss: what is taken of them.
       dataset: whose labels they are compared with.
 
     Raises:
       ConfigError: unless there is an output for each class, two at least (more do no harm: a part of a data set may
-        lack the last class), or one for signs and for real targets.
+        lack the last class), or one for signs and for real targets; and for complex outputs.
     """
+    shape = outputs.shape
+    require(
+        loss.plain or not jnp.issubdtype(outputs.dtype, jnp.complexfloating),
+        f"the network gives outputs of type {outputs.dtype}, and a loss takes real numbers: give it their real part or"
+        " absolute value.",
+    )
     classes = dataset.task == "multiclass"
     needed = max(2, dataset.num_outputs) if classes else 1
     if loss.plain or (len(shape) == 2 and (shape[1] >= needed if classes else shape[1] == needed)):
@@ -145,7 +151,7 @@ def evaluate(
                     x = standardise(dataset.x[which], dataset.mean, dataset.std)
                     if index not in totals:
                         shape = jax.eval_shape(outputs, block[0], block[1], x)
-                        check_outputs(shape.shape, loss, dataset)
+                        check_outputs(shape, loss, dataset)
                         totals[index] = jnp.zeros(shape.shape, accumulator(shape.dtype))
                     totals[index] = jax.block_until_ready(add(totals[index], block, x))
                     if progress is not None:

@@ -147,8 +147,15 @@ def check(transformation: optax.GradientTransformation, params: Params, name: st
     Raises:
       ConfigError: for a transformation that needs more than a training step can give (line searches evaluate the loss
         anew, second-order methods want its Hessian, private SGD the gradient of every example), or that draws random
-        numbers, since all branches would get the same.
+        numbers, since all branches would get the same; and for parameters that have no gradient, such as integers.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ConfigError(
+                f"the parameter {jax.tree_util.keystr(path) or 'itself'} is of type {leaf.dtype}, which has no gradient"
+                " to be trained by: draw it as floating numbers; or, where it is to stay as it is, keep it in the"
+                " network's state (in Flax a variable that is no parameter) or as a constant of its functions."
+            )
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
     value = jax.ShapeDtypeStruct((), jnp.zeros(0).dtype)
     update = _with_value(transformation).update

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import Array
 
-from dualgap_jax import networks
+from dualgap_jax import networks, train
 from dualgap_jax import nnx as dg_nnx
 from dualgap_jax.linen import MultiBranch
 from dualgap_jax.networks.switches import SWITCHES, settings
@@ -189,8 +190,8 @@ def test_layers_that_no_switch_reaches_are_refused(
 
 
 def test_truth_values_of_every_kind_switch() -> None:
-    for train in (np.True_, 1):
-        assert settings(("train", "deterministic"))(train) == {"train": True, "deterministic": False}
+    for given in (np.True_, 1):
+        assert settings(("train", "deterministic"))(given) == {"train": True, "deterministic": False}
 
 
 def test_layers_that_are_switched_inside_a_layer_of_branches_are_taken(rng: np.random.Generator) -> None:
@@ -329,6 +330,37 @@ def test_modules_that_want_more_or_give_something_else_are_told_what_to_write() 
         net.apply(*net.init(jax.random.key(0), x), x)
     with pytest.raises(TypeError, match=r"Linear cannot be called with random streams alone.*lambda rngs: Linear\("):
         networks.multi_branch(nnx.Linear, 3)
+
+
+@pytest.mark.parametrize(
+    ("init", "apply", "words"),
+    [
+        (3, lambda params, x: x, r"init must be a function of \(key, x\), got 3 of type int"),
+        (lambda key: 1.0, lambda params, x: x, r"init must be a function of \(key, x\): too many"),
+        (lambda key, x: 1.0, lambda params, x, y: x, r"apply must be a function of \(params, x\): missing .*'y'"),
+        (lambda key, x: {"act": "relu"}, lambda params, x: x, r"init gave 'relu' of type str at params\['act'\]"),
+        (lambda key, x: [nn.Dense(3)], lambda params, x: x, r"of type Dense at params\[0\]: parameters are arrays"),
+    ],
+)
+def test_functions_of_another_kind_are_told_what_to_write(init: Any, apply: Any, words: str) -> None:
+    make = inspect.unwrap(networks.from_functions)
+    with pytest.raises(TypeError, match=words):
+        networks.multi_branch(make(init, apply), 2).init(jax.random.key(0), jnp.ones((1, 3)))
+
+
+def test_numbers_of_python_and_numpy_are_parameters(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((5, 3)).astype(np.float32)
+    one = networks.from_functions(
+        lambda key, x: {"w": np.ones((3, 1)), "a": 1.5, "b": np.float64(2), "none": None},
+        lambda params, x: params["a"] * x @ params["w"] + params["b"],
+    )
+    for net in (one, networks.multi_branch(one, 2)):
+        (trained,) = train(
+            net, lambda f, y: (f[:, 0] - y) ** 2, (x, x.sum(1)), optax.sgd(0.1), max_steps=1, batch_size=0,
+            num_solutions=1,
+        )  # fmt: skip
+        assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {np.dtype(np.float32)}
+        assert float(np.abs(trained.params["a"] - 1.5).max()) > 0
 
 
 def test_adapters_refuse_what_cannot_be_called() -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from dualgap_jax import losses
+from dualgap_jax import landscape, losses
 from dualgap_jax.config import ConfigError
 from dualgap_jax.data import Dataset
-from dualgap_jax.networks import BRANCHES, gated, mlp, multi_branch
+from dualgap_jax.evaluation import evaluate
+from dualgap_jax.networks import BRANCHES, InMemory, from_functions, gated, mlp, multi_branch
 from dualgap_jax.optimizers import for_network
 from dualgap_jax.training import TrainingSpec, plan, solution_key, spec, train
 from dualgap_jax.training.engine import Carry, begin
@@ -120,6 +121,72 @@ def test_a_function_is_a_loss_and_a_pair_of_arrays_is_data(rng: np.random.Genera
 def test_what_is_no_optimiser_is_refused_in_words(given: Any, words: str, rng: np.random.Generator) -> None:
     with pytest.raises(ConfigError, match=words):
         train(multi_branch(mlp((3,), 3), 2), losses.logistic(), arrays(rng), given, batch_size=5, max_steps=1)
+
+
+@pytest.mark.parametrize("odd", [jnp.arange(2), jnp.asarray([True]), 3], ids=str)
+@pytest.mark.parametrize("count", [0, 2])
+def test_parameters_without_a_gradient_are_refused_in_words(odd: Any, count: int, rng: np.random.Generator) -> None:
+    net = from_functions(lambda key, x: {"w": jnp.ones((4, 3)), "odd": odd}, lambda params, x: x @ params["w"])
+    net = multi_branch(net, count) if count else net
+    told = pytest.raises(ConfigError, match=r"parameter \['odd'\] is of type .*no gradient.*network's state")
+    settings: Any = {"batch_size": 5, "num_solutions": 1}
+    with told:
+        train(net, losses.logistic(), arrays(rng), optax.sgd(0.1), max_steps=1, **settings)
+    if count:
+        with told:
+            train(net, losses.logistic(), arrays(rng), optax.sgd(0.1), max_steps=1, streaming="on", **settings)
+        end = InMemory(*net.init(jax.random.key(0), jnp.ones((1, 4))))
+        with told:
+            landscape.curve(net, losses.logistic(), arrays(rng), end, end, steps=1, batch_size=5)
+
+
+@pytest.mark.parametrize("streaming", ["on", "off"])
+@pytest.mark.usefixtures("x64")
+def test_complex_parameters_go_down(streaming: Any, rng: np.random.Generator) -> None:
+    """Against the gradient in real and imaginary parts, by hand; JAX gives the conjugate of the direction."""
+    x, start = rng.normal(size=(6, 4)), rng.normal(size=(4, 2)) + 1j * rng.normal(size=(4, 2))
+    y = rng.normal(size=6)
+    data = Dataset("drawn", x, y, np.zeros(4, np.float32), np.ones(4, np.float32), 1, "regression", {})
+    net = multi_branch(
+        from_functions(
+            lambda key, x: {"w": jnp.asarray(start)}, lambda p, x: (jnp.abs(x @ p["w"]) ** 2).sum(1)[:, None]
+        ),
+        2,
+    )
+    (got,) = train(
+        net, losses.squared(), data, optax.sgd(0.01, momentum=0.9), batch_size=0, max_steps=3, tolerance=0.0,
+        num_solutions=1, streaming=streaming,
+    )  # fmt: skip
+
+    def risk(real: np.ndarray, imaginary: np.ndarray) -> np.ndarray:
+        f = ((x @ real) ** 2 + (x @ imaginary) ** 2).sum(1)  # both branches are alike
+        return losses.squared().per_example(jnp.asarray(f)[:, None], jnp.asarray(y)).mean()
+
+    parts, velocity = [start.real, start.imag], [np.zeros((4, 2))] * 2
+    for _ in range(3):
+        slopes = [np.asarray(g) / 2 for g in jax.grad(risk, (0, 1))(*map(jnp.asarray, parts))]  # a half each
+        velocity = [0.9 * v + g for v, g in zip(velocity, slopes, strict=True)]
+        parts = [w - 0.01 * v for w, v in zip(parts, velocity, strict=True)]
+    for i in range(2):
+        np.testing.assert_allclose(got.params["w"][i], parts[0] + 1j * parts[1], rtol=1e-10)
+
+
+def test_complex_outputs_are_refused_where_a_loss_is_taken(rng: np.random.Generator) -> None:
+    net = multi_branch(
+        from_functions(lambda key, x: jax.random.normal(key, (4, 3)), lambda params, x: x @ params + 0j), 2
+    )
+    data, loss, told = (
+        arrays(rng),
+        losses.logistic(),
+        pytest.raises(ConfigError, match=r"complex64.*takes real numbers"),
+    )
+    ends = [InMemory(*net.init(jax.random.key(i), jnp.ones((1, 4)))) for i in range(3)]
+    with told:
+        train(net, loss, data, optax.sgd(0.1), batch_size=5, max_steps=1)
+    with told:
+        evaluate(net, loss, data, ends[0])
+    with told:
+        landscape.evaluate_points(net, loss, data, landscape.plane_through(ends), np.zeros((1, 2)))
 
 
 @pytest.mark.parametrize(

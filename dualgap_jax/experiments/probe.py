@@ -68,14 +68,15 @@ def _entry(group: Any, name: str, table: Table[Any]) -> Component | None:
 def _check_branch(branch: Component, dataset: Dataset, loss: Loss | None, table: Table[Any]) -> None:
     net = table.build(branch.name, **{**branch.settings, "out": dataset.num_outputs})
     try:
-        shape = output_shape(net, dataset)
+        outputs = output_shape(net, dataset)
     except (TypeError, ValueError) as error:
         shown = ", ".join(map(str, example_input(dataset).shape[1:]))
         raise ConfigError(
             f"branch {branch.name!r} does not take the examples of data set {dataset.name!r}, [batch, {shown}]: {error}"
         ) from error
     if loss is not None:
-        check_outputs(shape, loss, dataset)
+        check_outputs(outputs, loss, dataset)
     else:
-        given = ", ".join(["batch", *map(str, shape[1:])])
-        require(len(shape) == 2, f"branch {branch.name!r} gives outputs of shape [{given}], need [batch, outputs].")
+        given = ", ".join(["batch", *map(str, outputs.shape[1:])])
+        fits = len(outputs.shape) == 2
+        require(fits, f"branch {branch.name!r} gives outputs of shape [{given}], need [batch, outputs].")

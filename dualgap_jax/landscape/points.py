@@ -249,7 +249,7 @@ class _Evaluation:
         if self._outputs is None:
             few = jax.tree.map(lambda leaf: leaf[: self._multiple], states.find(todo[0], block, self._padded[todo[0]]))
             self._outputs = jax.eval_shape(kernels.outputs, block, few, z, jnp.zeros((self._multiple, 2), float))
-            check_outputs(self._outputs.shape[1:], self._loss, self._dataset)
+            check_outputs(self._outputs.update(shape=self._outputs.shape[1:]), self._loss, self._dataset)
         wide = accumulator(self._outputs.dtype)
         nothing = 0, jnp.zeros((self.size, len(y), *self._outputs.shape[2:]), wide)
         totals = [self.done.parts.get((batch, p), nothing)[1] for p in todo]

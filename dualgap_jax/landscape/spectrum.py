@@ -254,7 +254,7 @@ class _Products:
         self._kept: dict[int, Callable[[Array], tuple[Array]]] = {}
         self._dataset, self._batch = dataset, batch_size
         x = self._examples(np.arange(1))[0]
-        check_outputs(jax.eval_shape(lambda p, s, x: net.apply(p, s, x)[0], params, state, x).shape, loss, dataset)
+        check_outputs(jax.eval_shape(lambda p, s, x: net.apply(p, s, x)[0], params, state, x), loss, dataset)
 
     @functools.cached_property
     def _felt(self) -> np.ndarray:

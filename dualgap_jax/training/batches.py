@@ -39,14 +39,14 @@ def batch_shape(dataset: Dataset, batch_size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch_size or len(dataset.y), *example.shape[1:]), example.dtype)
 
 
-def output_shape(net: Network, dataset: Dataset) -> tuple[int, ...]:
-    """Shape of what a network gives of one example, `[1, ...]`."""
+def output_shape(net: Network, dataset: Dataset) -> jax.ShapeDtypeStruct:
+    """Shape and type of what a network gives of one example, `[1, ...]`."""
 
     def outputs(key: KeyArray) -> Array:
         x = example_input(dataset)
         return net.apply(*net.init(key, x), x, key=key, train=True)[0]
 
-    return jax.eval_shape(outputs, jax.random.key(0)).shape
+    return jax.eval_shape(outputs, jax.random.key(0))
 
 
 class BatchOrder:

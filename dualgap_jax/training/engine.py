@@ -122,8 +122,12 @@ def begin(transformation: Transformation, params: Params, state: State) -> Carry
 def updated(
     transformation: Transformation, gradient: Params, opt_state: PyTree, params: Params, rate: Array, loss: Array
 ) -> tuple[Params, PyTree]:
-    """Parameters and optimiser state after one step, `w + rate * update`, in the parameters' own formats."""
-    updates, opt_state = transformation.update(upcast(gradient), opt_state, upcast(params), value=loss)
+    """Parameters and optimiser state after one step, `w + rate * update`, in the parameters' own formats.
+
+    A gradient that JAX gives of complex parameters is the conjugate of the direction of steepest ascent.
+    """
+    gradient = jax.tree.map(jnp.conj, upcast(gradient))
+    updates, opt_state = transformation.update(gradient, opt_state, upcast(params), value=loss)
     return jax.tree.map(lambda w, u: (w + rate * u).astype(w.dtype), params, updates), opt_state
 
 
