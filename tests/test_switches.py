@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -284,6 +285,10 @@ def test_switches_of_nnx_calls() -> None:
         (lambda: Deep, r"the Linen class Deep: write from_linen\(Deep\(\.\.\.\)\)"),
         (lambda: lambda params, x: x, r"constructor of NNX modules"),
         (lambda: lambda rngs: rngs, r"gave .*Rngs"),
+        (
+            lambda: partial(lambda made, rngs: made, nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
+            r"one and the same.*rngs: Linear",
+        ),
         (lambda: "mlp", r"got 'mlp' of type str"),
         (lambda: None, r"from_functions\(init, apply\)"),
     ],

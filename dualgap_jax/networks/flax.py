@@ -172,7 +172,7 @@ def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Netwo
         attributes.
 
     Raises:
-      TypeError: for an instance of a module, or a constructor that gives no NNX module.
+      TypeError: for an instance of a module, or a constructor that gives no NNX module, or the same one each time.
       ValueError: for a switch that the module does not have, and for a module that holds random streams or batch
         statistics and no switch of a usual name, when none is given.
     """
@@ -205,7 +205,13 @@ def from_nnx(constructor: Callable[..., Any], *, switch: Switch = None) -> Netwo
         parts: Any = nnx.split(module, nnx.Param, nnx.Any(nnx.RngState, nnx.Intermediate), ...)
         return parts
 
-    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    def fresh() -> Any:
+        module = make(nnx.Rngs(0))
+        if make(nnx.Rngs(0)) is module:
+            raise TypeError(f"from_nnx: the constructor gives one and the same module each time, {described(module)}.")
+        return module
+
+    abstract = nnx.eval_shape(fresh)
     call, attributes = _nnx_switch(abstract, switch)
     name = type(abstract).__name__
     check_call(abstract.__call__, call(True), "from_nnx", name)
