@@ -22,6 +22,7 @@ from jax import Array
 
 from dualgap_jax.config import Component, ConfigError
 from dualgap_jax.registry import Table
+from dualgap_jax.sizes import switch
 from dualgap_jax.types import Network, Params, PyTree
 
 _PROBE = {"kernel": (3, 2), "bias": (3,)}
@@ -194,7 +195,7 @@ def _is_key(path: Any, leaf: Any) -> bool:
 def sgd(momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
     """Stochastic gradient descent, with heavy-ball or Nesterov momentum in [0, 1); 0 is plain SGD."""
     _decays(momentum=momentum)
-    return optax.sgd(1.0, momentum=momentum or None, nesterov=nesterov)
+    return optax.sgd(1.0, momentum=momentum or None, nesterov=switch(nesterov, "nesterov"))
 
 
 def _decays(**given: float) -> None:
@@ -245,7 +246,7 @@ def lion(b1: float = 0.9, b2: float = 0.99, weight_decay: float = 1e-3) -> optax
 def muon(beta: float = 0.95, nesterov: bool = True) -> optax.GradientTransformation:
     """Muon: each branch's momentum matrices made orthogonal, Adam for its other leaves (Jordan et al., 2024)."""
     _decays(beta=beta)
-    return optax.contrib.muon(1.0, beta=beta, nesterov=nesterov)
+    return optax.contrib.muon(1.0, beta=beta, nesterov=switch(nesterov, "nesterov"))
 
 
 # Every entry has learning rate 1: the rate of a run, its scaling with I and its schedule multiply the update.

@@ -1,9 +1,11 @@
-"""Sizes and counts: whole numbers of any kind, Python's or NumPy's, and what is said where something else is given."""
+"""Sizes, counts and switches: whole numbers and truth values, Python's or NumPy's, and what else given is told."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+
+import numpy as np
 
 from dualgap_jax.config import ConfigError, require
 
@@ -35,6 +37,16 @@ def positives(values: object, name: str) -> tuple[int, ...]:
     if not isinstance(values, Iterable) or isinstance(values, str):
         raise ConfigError(f"{name}={values!r} must be a tuple of positive integers, such as (8,).")
     return tuple(positive(value, f"every entry of {name}={values!r}") for value in values)
+
+
+def switch(value: object, name: str) -> bool:
+    """The value as a bool, if it is True or False, of Python or NumPy; nothing else is taken for its truth value.
+
+    Raises:
+      ConfigError: for anything else.
+    """
+    require(isinstance(value, bool | np.bool_), f"{name} must be True or False, got {value!r:.60}.")
+    return bool(value)
 
 
 def _whole(value: object, least: int, said: str) -> int:

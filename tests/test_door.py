@@ -530,7 +530,7 @@ own = {dg.mixture: {"networks": [net, net]}, landscape.evaluate_points: {"points
        landscape.curve: {"points": 3}}
 calls = [dg.train, dg.evaluate, dg.surface, dg.plane, dg.mixture, dg.multi_branch, dg.data.from_arrays,
          dg.data.synthetic_relu, landscape.evaluate_points, landscape.hessian, landscape.curve, landscape.align]
-free = {"name", "label", "report", "snapshot", "metrics", "checkpoints", "standardise", "per_branch", "partial"}
+free = {"name", "label", "report", "snapshot", "metrics", "checkpoints", "partial"}
 tried, raw, taken = 0, [], []
 for call in calls:
     names = inspect.signature(call).parameters
@@ -568,6 +568,71 @@ def test_arguments_of_another_kind_are_told_so_by_the_package_itself() -> None:
         "synthetic_relu min_margin=2.5",
         "evaluate_points save_seconds=2.5",
     }
+
+
+SWITCHES = """
+import json
+import numpy as np, optax
+import dualgap_jax as dg
+from dualgap_jax import certify, checkpoints, data, duality, hitting, landscape, networks, optimizers
+from dualgap_jax.duality import theorem
+
+x = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+pair = data.from_arrays(x, np.sign(x[:, 0]))
+np.savez("own.npz", x=x, y=np.sign(x[:, 0]))
+branch = dg.mlp((1,), out=1, use_bias=False)
+net, loss = dg.multi_branch(branch, 2), dg.losses.binary_hinge()
+network = dg.train(net, loss, pair, optax.sgd(0.1), max_steps=2, batch_size=4)[0].network
+risk = certify.risk_problem(branch, pair, loss, penalty=0.1)
+one = duality.branch_problem(branch, pair, tau=30.0, radius=1.0)
+alpha, line = np.zeros(8), np.linspace(0.0, 1.0, 5)
+calls = {
+    "mlp.use_bias": lambda s: dg.mlp((2,), use_bias=s),
+    "conv.batch_norm": lambda s: dg.conv((2,), batch_norm=s),
+    "Conv.batch_norm": lambda s: dg.linen.Conv((2,), batch_norm=s),
+    "sgd.nesterov": lambda s: optimizers.sgd(0.5, nesterov=s),
+    "muon.nesterov": lambda s: optimizers.muon(nesterov=s),
+    "from_arrays.standardise": lambda s: data.from_arrays(x, x[:, 0], standardise=s),
+    "own.standardise": lambda s: data.own(path="own.npz", standardise=s),
+    "validate.nan": lambda s: data.validate(pair, nan=s),
+    "hessian.per_branch": lambda s: landscape.hessian(net, dg.losses.squared(), pair, network, k=1, per_branch=s),
+    "save_vtp.line": lambda s: landscape.save_vtp("line.vtp", np.zeros((2, 2)), np.zeros(2), line=s),
+    "SgdSpec.use_bias": lambda s: hitting.SgdSpec(use_bias=s),
+    "SgdSpec.stop_at_rest": lambda s: hitting.SgdSpec(stop_at_rest=s),
+    "lower_bound.scale": lambda s: certify.lower_bound(risk, alpha, scale=s),
+    "mixed_bound.scale": lambda s: certify.mixed_bound([risk], alpha, scale=s),
+    "distance.estimate": lambda s: certify.distance(risk, np.ones((2, 3)), estimate=s, starts=2),
+    "optimum.prove": lambda s: certify.optimum(risk, spec=certify.OptimumSpec(rounds=1, units=4), prove=s),
+    "value_function.quick": lambda s: theorem.value_function(one, 5, quick=s),
+    "ValueFunction.concave": lambda s: duality.ValueFunction(line, -line, 1 - line, concave=s),
+    "Checkpointer.together": lambda s: checkpoints.Checkpointer("folder", together=s).close(),
+}
+modules = [dg, certify, data, duality, hitting, landscape, networks, optimizers, dg.linen]
+there = {f"{n}.{p}" for m in modules for n in dir(m) if n[0] != "_" and callable(f := getattr(m, n))
+         for p, kind in getattr(f, "__annotations__", {}).items()
+         if kind in (bool, "bool") and p not in ("train", "return") and f.__module__.startswith("dualgap_jax")}
+taken, wrong = [], []
+for name, call in calls.items():
+    call(np.bool_(True)), call(False)
+    for bad in ("no", "", None, 0, 1.0, np.ones(1, bool), np.int64(1), [True]):
+        try:
+            call(bad)
+        except ValueError as error:
+            if f"{name.split('.')[1]} must be True or False, got {bad!r}" not in str(error):
+                wrong.append(f"{name}: {error}")
+        else:
+            taken.append(f"{name}={bad!r}")
+print(json.dumps([sorted(there - set(calls)), taken, wrong]))
+"""
+
+
+def test_switches_are_true_or_false_and_nothing_is_taken_for_its_truth_value(tmp_path: Path) -> None:
+    """Each public argument that is annotated as one; types are checked by hand here."""
+    untried, taken, wrong = json.loads(python(SWITCHES, cwd=tmp_path))
+    # Facts that an answer carries are not asked for.
+    assert [name for name in untried if not re.match("(Mixed)?Certificate", name)] == []
+    assert taken == []
+    assert wrong == []
 
 
 def test_an_int_for_the_hidden_widths_is_told_what_to_write() -> None:

@@ -33,6 +33,7 @@ from dualgap_jax.duality.problem import subject_of
 from dualgap_jax.duality.search import SearchSpec, search
 from dualgap_jax.duality.values import number, proven
 from dualgap_jax.registry import unknown
+from dualgap_jax.sizes import switch
 
 ENGINES = ("auto", *CEILINGS, "branch and bound")
 _EPS = float(np.finfo(np.float64).eps)
@@ -313,6 +314,7 @@ def lower_bound(
     """
     rows = given(problem, "lower_bound").checked(alpha)
     seeds.check(seed)
+    scale = switch(scale, "scale")
     if engine not in ENGINES:
         raise ValueError(unknown("engine", engine, ENGINES))
     found = _candidates(problem, rows, engine, of_budget(problem, multiplier), scale, spec, seed, label)

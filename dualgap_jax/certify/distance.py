@@ -22,6 +22,7 @@ from dualgap_jax.certify.certificate import Certificate
 from dualgap_jax.certify.primal import Risk, as_weights, branch_sums, risk
 from dualgap_jax.certify.problem import RiskProblem, given
 from dualgap_jax.duality.branch_and_bound import BoundSpec
+from dualgap_jax.sizes import switch
 
 _FEASIBLE = 1e-9  # share by which weights may miss a constraint; more than rounding makes them no point of the problem
 
@@ -136,6 +137,7 @@ def distance(
       ValueError: for weights that do not fit or are infeasible, or what `lower_bound` refuses.
     """
     weights = as_weights(given(problem, "certify.distance"), network)
+    estimate = switch(estimate, "estimate")
     shares = np.full(len(weights), 1.0 if problem.reduce == "sum" else 1 / len(weights))
     found = risk(problem, weights, shares)
     check_feasible(problem, weights, found)

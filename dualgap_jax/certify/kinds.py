@@ -41,6 +41,7 @@ from dualgap_jax.certify.verify import verify_bound
 from dualgap_jax.duality.branch_and_bound import BoundSpec
 from dualgap_jax.duality.checker.value_functions import Verified
 from dualgap_jax.duality.values import Status
+from dualgap_jax.sizes import switch
 
 _EPS = float(np.finfo(np.float64).eps)
 _SHRINK = 8  # times that dual vectors are scaled down until every kind gives a bound
@@ -195,7 +196,7 @@ def mixed_bound(
       ValueError: for kinds that do not make up one risk, what `lower_bound` refuses, or a kind to which no engine
         applies.
     """
-    problems = _checked(problems)
+    problems, scale = _checked(problems), switch(scale, "scale")
     rows, multiplier = problems[0].checked(alpha), of_budget(problems[0], multiplier)
     least = MixedBound(tuple(least_losses(problem) for problem in problems))
     for _ in range(_SHRINK):

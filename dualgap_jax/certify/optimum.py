@@ -38,7 +38,7 @@ from dualgap_jax.certify.search import BranchSearch
 from dualgap_jax.certify.sliding import Slide
 from dualgap_jax.config import require
 from dualgap_jax.duality.branch_and_bound import BoundSpec
-from dualgap_jax.sizes import positive
+from dualgap_jax.sizes import positive, switch
 from dualgap_jax.terminal import Progress
 
 
@@ -248,6 +248,7 @@ def optimum(
       TypeError: for a problem that is none.
       ValueError: for a start that does not fit, or a branch that is not finite on W.
     """
+    prove = switch(prove, "prove")
     solver, begun = _Solver(given(problem, "certify.optimum"), spec, seed), time.monotonic()
     zero = np.zeros((1, problem.one.size))
     solver.take(zero, np.ones(1))

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dualgap_jax.sizes import switch
+
 
 class Company:
     """The processes that save and restore together: all of them, or this one by itself."""
 
     def __init__(self, together: bool) -> None:
-        self._several = together and jax.process_count() > 1
+        self._several = switch(together, "together") and jax.process_count() > 1
         self.is_first = not self._several or jax.process_index() == 0
 
     def meet(self, what: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from dualgap_jax import registry
-from dualgap_jax.sizes import count
+from dualgap_jax.sizes import count, switch
 
 TASKS = ("multiclass", "binary", "regression")
 
@@ -80,6 +80,7 @@ def validate(dataset: Dataset, *, nan: bool = False) -> Dataset:
         labels outside the classes, non-finite numbers, or a standard deviation that is not positive.
     """
     name, x, y, mean, std, num_outputs, task, _ = dataset
+    nan = switch(nan, "nan")
     if task not in TASKS:
         raise ValueError(f"data set {name!r}: {registry.unknown('task', task, TASKS)}")
     if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
@@ -210,7 +211,7 @@ def from_arrays(
         y = np.clip(y, -1, np.iinfo(np.int32).max).astype(np.int32)  # what is out of range stays so, for `validate`
     ones = np.ones((1,) * (x.ndim - 1), np.float32)
     mean, std = 0 * ones, 255 * ones if x.dtype == np.uint8 else ones
-    if standardise and x.ndim > 1 and len(x):
+    if switch(standardise, "standardise") and x.ndim > 1 and len(x):
         mean = x.mean(axis=0, dtype=np.float64)
         spread = np.sqrt(np.mean((x - mean[None]) ** 2, axis=0))
         mean, std = mean.astype(np.float32), np.where(spread > 0, spread, 1.0).astype(np.float32)

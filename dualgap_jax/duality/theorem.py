@@ -21,7 +21,7 @@ from dualgap_jax.duality.units import as_counts
 from dualgap_jax.duality.values import ValueFunction, number
 from dualgap_jax.duality.verdict import Instance, Verdict, verdicts
 from dualgap_jax.registry import unknown
-from dualgap_jax.sizes import positive
+from dualgap_jax.sizes import positive, switch
 
 T = TypeVar("T")
 Route = Literal["auto", "closed_form", "bound", "search"]
@@ -122,6 +122,7 @@ def value_function(
     Raises:
       ValueError: for a route that does not apply.
     """
+    quick = switch(quick, "quick")
     if isinstance(problem, ConstrainedProblem):
         return _constrained(problem, points, effort, budget, num_branches, seed, label)
     budgets = problem.grid(points)

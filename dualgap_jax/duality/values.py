@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from jaxtyping import Float64
 
+from dualgap_jax.sizes import switch
+
 Values = Float64[np.ndarray, " m"]
 Status = Literal["certified", "estimated"]
 Marked = TypeVar("Marked", bound="Provable")
@@ -178,6 +180,7 @@ class ValueFunction(Provable):
                 f" {self.budgets[k]:.6g}; one of them is none."
             )
         falling(self.upper, self.budgets, "upper")
+        object.__setattr__(self, "concave", switch(self.concave, "concave"))
         if self.minimisers is not None:
             object.__setattr__(self, "minimisers", frozen("minimisers", self.minimisers, 2))
             if len(self.minimisers) != len(self.budgets):

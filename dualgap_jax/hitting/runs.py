@@ -11,6 +11,7 @@ import numpy as np
 from dualgap_jax import seeds
 from dualgap_jax.config import Component, require
 from dualgap_jax.schedules import SCHEDULES
+from dualgap_jax.sizes import switch
 
 Order = Literal["epochs", "independent"]
 
@@ -53,6 +54,7 @@ class SgdSpec:
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        switch(self.use_bias, "sgd.use_bias"), switch(self.stop_at_rest, "sgd.stop_at_rest")
         require(self.steps >= 1, f"sgd.steps={self.steps} must be at least 1.")
         require(self.batch_size >= 0, f"sgd.batch_size={self.batch_size} must be >= 0 (0: the full data set).")
         require(self.check_every >= 1, f"sgd.check_every={self.check_every} must be at least 1.")

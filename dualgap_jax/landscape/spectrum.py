@@ -29,7 +29,7 @@ from dualgap_jax.losses import Loss, as_loss, marked
 from dualgap_jax.machine import memory_available
 from dualgap_jax.networks import check_network, upcast
 from dualgap_jax.networks.sources import blocks, check_source
-from dualgap_jax.sizes import positive
+from dualgap_jax.sizes import positive, switch
 from dualgap_jax.terminal import COMPILING, Progress
 from dualgap_jax.types import BranchSource, Network, PyTree
 
@@ -120,7 +120,7 @@ def hessian(
     check_source(net, network)
     check_fits(loss, dataset)
     k, probes, steps = positive(k, "k"), positive(probes, "probes"), positive(steps, "steps")
-    batch_size = positive(batch_size, "batch_size")
+    batch_size, per_branch = positive(batch_size, "batch_size"), switch(per_branch, "per_branch")
     if not isinstance(tolerance, int | float | np.number) or not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r} must lie in [0, 1).")
     if per_branch and net.stacked is None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from dualgap_jax.convexity.grids import real
 from dualgap_jax.files import local_path, write_atomically
 from dualgap_jax.landscape.surfaces import Surface
+from dualgap_jax.sizes import switch
 
 _NAMES = {"f8": "Float64", "i8": "Int64", "u1": "UInt8"}
 _HIDDEN = 2  # of vtkGhostType: a point that is not drawn
@@ -66,7 +67,7 @@ def save_vtp(
     if not np.isfinite(points).all():
         raise ValueError("points must be finite coordinates in the plane; leave out those that are not.")
     count = len(points)
-    joined = line and count > 1
+    joined = switch(line, "line") and count > 1
     height = np.where(np.isfinite(loss), loss, 0.0)
     piece = ET.Element(
         "Piece", NumberOfPoints=str(count), NumberOfVerts=str(count), NumberOfLines=str(int(joined)), NumberOfStrips="0"

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from dualgap_jax.networks.settings import activation as activation_function
-from dualgap_jax.sizes import positive, positives
+from dualgap_jax.sizes import positive, positives, switch
 
 # VGG-9: widths of the convolutions of each stage, in units of its width; max pooling follows each stage.
 VGG9_STAGES = ((1, 1), (2, 2), (4, 4, 4))
@@ -94,6 +94,7 @@ class Conv(nn.Module):
             raise ValueError("conv: channels=() must have at least one entry.")
         positive(self.out, "conv: out")
         positive(self.kernel_size, "conv: kernel_size")
+        switch(self.batch_norm, "conv: batch_norm")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"conv: dropout={self.dropout} must lie in [0, 1).")
         activation_function(self.activation)

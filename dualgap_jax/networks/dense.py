@@ -16,7 +16,7 @@ from dualgap_jax import seeds
 from dualgap_jax.networks.precision import accumulator
 from dualgap_jax.networks.settings import activation as activation_function
 from dualgap_jax.registry import UnknownNameError, unknown
-from dualgap_jax.sizes import positive, positives
+from dualgap_jax.sizes import positive, positives, switch
 from dualgap_jax.types import KeyArray, Network, Params, State, Stem
 
 # Half-width of the uniform law or standard deviation of the normal law, as a function of the fan-in.
@@ -80,7 +80,8 @@ def mlp(
       init_scale: multiplies every initial kernel and bias.
 
     Raises:
-      ValueError: for a width or `out` that is not a positive integer, or `init_scale` not positive and finite.
+      ValueError: for a width or `out` that is not a positive integer, `init_scale` not positive and finite, or a
+        `use_bias` that is neither True nor False.
       UnknownNameError: for an unknown activation or init.
     """
     inner, num_outputs = positives(hidden, "mlp: hidden"), positive(out, "mlp: out")
@@ -88,6 +89,7 @@ def mlp(
         raise ValueError(f"mlp: init_scale={init_scale} must be positive and finite.")
     if init not in KERNEL_INITS:
         raise UnknownNameError(unknown("init", init, KERNEL_INITS))
+    use_bias = switch(use_bias, "mlp: use_bias")
     psi = activation_function(activation)
     law, spread = KERNEL_INITS[init]
 
