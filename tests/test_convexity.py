@@ -489,6 +489,48 @@ def test_the_step_of_curvature_is_the_finer_of_two_as_near():
         assert found.negative.shape == (1, (points - 1) // step - 1), points
 
 
+@pytest.mark.parametrize(("nx", "ny"), [(51, 76), (100, 51), (78, 176), (100, 127), (126, 3), (333, 100)])
+def test_curvature_sees_a_line_from_end_to_end(nx: int, ny: int, rng):
+    """Against sums over the stencils one by one, at points that a cubic surface shows: its curvature is the index."""
+    loss, error = smooth(rng, np.linspace(-1, 1, nx), np.linspace(-1, 1, ny)), 1e-3 * rng.random((ny, nx))
+    sides, steps = (ny, nx), [max(1, -(-(2 * n - 2 - 50) // 100)) for n in (ny, nx)]
+    row, column = np.mgrid[:ny, :nx].astype(np.float64)
+    middles = []
+    for axis, (along, n, k) in enumerate(zip((row, column), sides, steps, strict=True)):
+        shown = convexity.curvature(np.arange(nx), np.arange(ny), along**3 / 6, np.zeros((ny, nx))).lambda_max
+        shown = np.rint(shown[:, 0] if axis == 0 else shown[0]) / (n - 1) ** 2
+        middles.append(np.rint(shown).astype(int))
+        assert middles[-1][0] == k
+        assert middles[-1][-1] == n - 1 - k
+        assert set(np.diff(middles[-1])) <= ({k} if (n - 1) % k == 0 else {k, k + 1})
+        uneven = middles[-1] + middles[-1][::-1] - (n - 1)
+        assert np.count_nonzero(uneven) <= len(uneven) % 2  # but for one in the middle that has no point there
+    found = convexity.curvature(np.arange(nx), np.arange(ny), loss, error)
+    (ky, kx), (sy, sx) = steps, [k / (n - 1) for k, n in zip(steps, sides, strict=True)]
+    assert found.negative.shape == (len(middles[0]), len(middles[1]))
+    for i, r in enumerate(middles[0]):
+        for j, c in enumerate(middles[1]):
+            f, e = (a[r - ky : r + ky + 1 : ky, c - kx : c + kx + 1 : kx] for a in (loss, error))
+            mixed = (f[2, 2] - f[2, 0] - f[0, 2] + f[0, 0]) / (4 * sx * sy)
+            across, up = (f[1, 2] - 2 * f[1, 1] + f[1, 0]) / sx**2, (f[2, 1] - 2 * f[1, 1] + f[0, 1]) / sy**2
+            low, high = np.linalg.eigvalsh([[across, mixed], [mixed, up]])
+            assert found.lambda_min[i, j] == pytest.approx(low, abs=1e-8)
+            assert found.lambda_max[i, j] == pytest.approx(high, abs=1e-8)
+            assert found.negative[i, j] == (low < -e.max() * (4 / min(sx, sy) ** 2 + 1 / (sx * sy)))
+
+
+@pytest.mark.parametrize("points", [100, 125, 150, 333])
+def test_curvature_at_an_end_counts_whatever_the_number_of_points(points: int, rng):
+    xs = np.linspace(-1, 1, points)
+    x, y = grid(xs, xs)
+    bend = rng.uniform(2, 5)
+    for flipped in (x, -x, y, -y):
+        # Convex but for the last hundredth of the window, where it falls off.
+        fall = np.where(flipped > 0.985, bend * (flipped - 0.985), 0.0)
+        scored = convexity.scores(xs, xs, 1 + x**2 + y**2 - 100 * fall, zero_loss=1.0)
+        assert scored.negative_curvature_share == pytest.approx(1 / 49, rel=0.2)
+
+
 def test_a_range_beyond_float64_changes_no_share(rng):
     xs = np.linspace(-1, 1, 9)
     loss = rng.uniform(-1, 1, (9, 9))

@@ -133,7 +133,9 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
 
     Returns:
       Maps `[my, mx]`, entry [i, j] belonging to grid point [(i + 1) ky, (j + 1) kx], where kx and ky are the steps in
-      points of the grid: 1 on grids with up to 76 points a side, 8 on one with 401.
+      points of the grid: 1 on grids with up to 76 points a side, 8 on one with 401.  Where a side is no multiple of its
+      step (99 of 2) the points are spread evenly instead, to the nearest of the grid: the differences at the first and
+      the last reach the two ends of the window all the same.
 
     Raises:
       ValueError: for bad axes or shapes, fewer than 3 points on an axis, or axes that are not uniform.
@@ -146,11 +148,11 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
     sx, sy = kx / (xs.size - 1), ky / (ys.size - 1)
     # By a power of two, so that sums of losses do not overflow; an infinite loss becomes NaN, and so the whole stencil.
     size = power_of_two(loss)
-    f, error = (times_power(grid[::ky, ::kx], -size) for grid in (np.where(np.isfinite(loss), loss, np.nan), error))
-    ny, nx = f.shape
+    f, error = (times_power(grid, -size) for grid in (np.where(np.isfinite(loss), loss, np.nan), error))
+    rows, columns = _middles(ys.size, ky), _middles(xs.size, kx)
 
     def at(grid: np.ndarray, dy: int, dx: int) -> np.ndarray:
-        return grid[1 + dy : ny - 1 + dy, 1 + dx : nx - 1 + dx]
+        return grid[np.ix_(rows + dy * ky, columns + dx * kx)]
 
     fxx = (at(f, 0, 1) - 2 * at(f, 0, 0) + at(f, 0, -1)) / sx**2
     fyy = (at(f, 1, 0) - 2 * at(f, 0, 0) + at(f, -1, 0)) / sy**2
@@ -166,6 +168,13 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
     ratio = np.divide(-lambda_min, largest, out=np.zeros_like(largest), where=negative)
     lowest, highest = times_power(lambda_min, size), times_power(lambda_max, size)
     return Curvature(lowest, highest, np.where(whole, negative, np.nan), np.where(whole, ratio, np.nan))
+
+
+def _middles(points: int, step: int) -> np.ndarray:
+    """The points of a line at which differences by `step` are taken, from end to end, alike from both of them."""
+    count = (points - 1) // step - 1
+    even = np.rint(np.linspace(step, points - 1 - step, count)).astype(np.int64)
+    return np.where(np.arange(count) < count // 2, even, points - 1 - even[::-1])
 
 
 def barrier(t: np.ndarray, losses: np.ndarray) -> float:
