@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dualgap_jax as dg
 from dualgap_jax import landscape, losses, trees
 from dualgap_jax.landscape import spectrum
 from dualgap_jax.landscape.lanczos import lanczos
@@ -90,6 +91,33 @@ def test_examples_beyond_the_margin_are_left_out_and_a_network_that_fits_all_is_
     assert flat.converged
     assert not flat.largest.any()
     assert not flat.trace.any()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [losses.crammer_singer(0.05), lambda z, y: jnp.where(y < 100, jnp.maximum(z[:, 0], 0) ** 2, z[:, 1] * z[:, 2])],
+)
+def test_felt_examples_are_found_without_a_second_derivative_of_all_outputs(
+    given: Any, rng: np.random.Generator
+) -> None:
+    """Of 200 classes: nothing of the size batch x classes x classes; the examples are those of the full derivative."""
+    net, loss = multi_branch(mlp((2,), 200), 2), losses.as_loss(given)
+    x, y = rng.standard_normal((30, 3)).astype(np.float32), rng.integers(0, 200, 30)
+    params, state = jax.jit(net.init)(jax.random.key(0), jnp.asarray(x))
+    params = jax.tree.map(lambda a: 3 * a, params)
+    outputs = net.apply(params, state, jnp.asarray(x))[0]
+    y[::2] = np.asarray(outputs).argmax(1)[::2]
+    taken = spectrum._Products(net, loss, dg.data.from_arrays(x, y), params, state, False, 30)
+    program = taken._feels.lower(taken.flat, taken._rest, *taken._examples(np.arange(30))).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 30 * 200 * 200
+
+    def one(output: Any, label: Any) -> Any:
+        return loss.per_example(output[None], label[None])[0]
+
+    derivatives = [jax.vmap(derivative(one))(outputs, jnp.asarray(y)) for derivative in (jax.grad, jax.hessian)]
+    felt = np.any([np.asarray(d != 0).reshape(30, -1).any(1) for d in derivatives], axis=0)
+    assert 0 < np.count_nonzero(felt) < 30
+    np.testing.assert_array_equal(taken._felt, np.flatnonzero(felt))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6])

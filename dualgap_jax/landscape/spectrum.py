@@ -237,9 +237,17 @@ class _Products:
             def one(output: Array, label: Array) -> Array:
                 return loss.per_example(output[None], label[None])[0]
 
+            def nonzero(derivatives: Array) -> Array:
+                return (derivatives != 0).reshape(len(y), -1).any(1)
+
             outputs = net.apply(unflatten(flat, rest[0]), rest[1], x)[0]
-            derivatives = jax.vmap(jax.grad(one))(outputs, y), jax.vmap(jax.jacrev(jax.grad(one)))(outputs, y)
-            felt = jnp.any(jnp.stack([(d != 0).reshape(len(y), -1).any(1) for d in derivatives]), axis=0)
+            slopes, back = jax.vjp(lambda outputs: jax.vmap(jax.grad(one))(outputs, y), outputs)
+            units = jnp.arange(slopes[0].size).reshape(slopes.shape[1:])
+
+            def bends(unit: Array, felt: Array) -> Array:  # one output after another: all are [batch, out, out]
+                return felt | nonzero(back(jnp.broadcast_to(units == unit, slopes.shape).astype(slopes.dtype))[0])
+
+            felt = jax.lax.fori_loop(0, units.size, bends, nonzero(slopes))
             return felt, jnp.isfinite(marked(loss.per_example(outputs, y), outputs))
 
         @jax.jit
