@@ -6,7 +6,9 @@ The TFDS folders are written here by hand, record by record, so the tests need n
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import math
 import os
 import re
 import runpy
@@ -127,6 +129,8 @@ def test_points_without_a_sign_are_dropped() -> None:
         ({"teacher_width": -1}, "teacher_width must be a positive integer"),
         ({"teacher_scale": 0.0}, "teacher_scale must be positive"),
         ({"teacher_scale": float("nan")}, "teacher_scale must be positive and finite"),
+        ({"teacher_scale": 1e-39, "labels": "real"}, "from 1e-30 to 1e[+]30, so that float32"),
+        ({"teacher_scale": 1e-200, "min_margin": 0.1}, "from 1e-30 to 1e[+]30"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"labels": "signs"}, "unknown labels 'signs'. Did you mean 'sign'"),
         ({"min_margin": -0.1}, "min_margin must be 0 or more"),
@@ -770,6 +774,57 @@ def test_numbers_of_narrow_formats_are_taken() -> None:
         given = data.from_arrays(x.astype(dtype), jnp.asarray([1, -1]).astype(dtype))
         np.testing.assert_array_equal(given.x, np.asarray(x, np.float32))
         assert given.task == "binary"
+
+
+def test_labels_beyond_32_bits_are_refused_and_not_merged(rng: np.random.Generator) -> None:
+    x, first = rng.standard_normal((4, 2)), 2**31 + int(rng.integers(2**31))
+    for y in (first + np.arange(4), np.asarray([0, 1, 2, first]), np.asarray([0, 2**64 - 1, 1, 2], np.uint64)):
+        for num_outputs in (0, 2**63):
+            with pytest.raises(ValueError, match="labels outside the classes"):
+                data.from_arrays(x, y, task="multiclass", num_outputs=num_outputs)
+
+
+def test_features_that_leave_the_range_once_standardised_are_refused(rng: np.random.Generator) -> None:
+    """By a deviation that processors round to 0, and by a mean from which a number is more than the range away."""
+    x = rng.standard_normal((1000, 2))
+    x[:, 1] = np.where(np.arange(1000) % 2, 1.3e-38, 0.0)
+    with pytest.raises(
+        ValueError, match=r"std must be positive, from 1\.2e-38 to 8\.5e\+37, but .* from 6\.[45].*e-39"
+    ):
+        data.from_arrays(x, x[:, 0], standardise=True)
+    x[:, 1] = np.where(np.arange(1000) == rng.integers(1000), -3.4e38, 3.4e38)
+    with pytest.raises(ValueError, match="features leave the range of float32 once standardised; scale them"):
+        data.from_arrays(x, x[:, 0], standardise=True)
+    x[:, 1] = np.where(np.arange(1000) % 2, -1e38, 1e38)
+    with pytest.raises(ValueError, match="std must be positive, from"):
+        data.from_arrays(x, x[:, 0], standardise=True)
+    x[:, 1] *= 0.8
+    large = data.from_arrays(x, x[:, 0], standardise=True)
+    seen = np.asarray(data.standardise(large.x, large.mean, large.std))
+    np.testing.assert_allclose(seen, (x - x.mean(0)) / x.std(0), rtol=1e-4, atol=1e-5)
+    small = data.from_arrays(x, x[:, 0])._replace(std=np.full(2, 1e-3, np.float32), mean=np.zeros(2, np.float32))
+    with pytest.raises(ValueError, match="features leave the range"):
+        data.as_dataset(small)
+
+
+@pytest.mark.parametrize("given", [None, "train", 3, np.zeros((4, 2)), (1, 2, 3)])
+def test_what_is_no_data_set_is_refused_by_every_function_of_one(given: Any, rng: np.random.Generator) -> None:
+    x, y = rng.standard_normal((4, 2)), rng.integers(0, 2, 4)
+    test, check = data.from_arrays(x, y), inspect.unwrap(data.validate)
+    with pytest.raises(ValueError, match="is no Dataset of NumPy arrays; make one by from_arrays"):
+        check(given)
+    with pytest.raises(ValueError, match="is no Dataset of NumPy arrays"):
+        check(test._replace(x=x.tolist()))
+    with pytest.raises(ValueError, match="no data set; give a pair of arrays"):
+        inspect.unwrap(data.Dataset.like)(test, given)
+
+
+@pytest.mark.parametrize("number", [2.0, "2", None, True, math.nan, np.float32(1)])
+def test_a_number_of_examples_is_a_whole_number(number: Any, rng: np.random.Generator) -> None:
+    given = data.from_arrays(rng.standard_normal((4, 2)), rng.integers(0, 2, 4))
+    with pytest.raises(ValueError, match=r"num_examples must be 0 \(all\) to 4 for data set 'arrays', got "):
+        inspect.unwrap(data.take)(given, number)
+    assert len(inspect.unwrap(data.take)(given, np.int8(3)).y) == 3
 
 
 def test_a_data_set_made_by_hand_is_checked_where_it_is_used(rng: np.random.Generator) -> None:

@@ -184,7 +184,7 @@ def test_budgets_that_are_not_those_of_w_are_refused(top: float, rng: np.random.
         (lambda s: {"x": np.full_like(s.x, np.inf)}, "non-finite features"),
         (lambda s: {"x": s.x[:0], "y": s.y[:0]}, "empty"),
         (lambda s: {"std": np.zeros(1, np.float32)}, "std must be positive"),
-        (lambda s: {"std": np.full(1, 1e-45, np.float32), "x": 1e38 * s.x}, "finite"),
+        (lambda s: {"std": np.full(1, 1e-30, np.float32), "x": 1e37 * s.x}, "leave the range of float32"),
     ],
 )
 def test_data_without_margins_are_refused(change: Any, message: str, rng: np.random.Generator) -> None:

@@ -45,9 +45,9 @@ class Dataset(NamedTuple):
 
         Raises:
           ValueError: unless task, shape of an example and kind of the features (uint8 or float) are those of `train`,
-            and the labels lie in its classes; and as `validate` does.
+            and the labels lie in its classes; and as `validate` and `as_dataset` do.
         """
-        return _like(self, train)
+        return _like(self, as_dataset(train))
 
 
 def standardise(
@@ -77,8 +77,14 @@ def validate(dataset: Dataset, *, nan: bool = False) -> Dataset:
 
     Raises:
       ValueError: for an empty data set, shapes that do not fit one another, a dtype that the task does not take,
-        labels outside the classes, non-finite numbers, or a standard deviation that is not positive.
+        labels outside the classes, non-finite numbers, features that float32 cannot hold once they are standardised, or
+        what is no `Dataset` of arrays.
     """
+    arrays = isinstance(dataset, Dataset) and all(isinstance(part, np.ndarray | np.generic) for part in dataset[1:5])
+    if not arrays:
+        raise ValueError(
+            f"data of type {type(dataset).__name__} is no Dataset of NumPy arrays; make one by from_arrays(x, y)."
+        )
     name, x, y, mean, std, num_outputs, task, _ = dataset
     nan = switch(nan, "nan")
     if task not in TASKS:
@@ -109,8 +115,18 @@ def validate(dataset: Dataset, *, nan: bool = False) -> Dataset:
             raise ValueError(f"data set {name!r}: {label} {value.shape} does not fit one example {x.shape[1:]}.")
         if not np.isfinite(value).all():
             raise ValueError(f"data set {name!r}: {label} is not finite.")
-    if not (std > 0).all():
-        raise ValueError(f"data set {name!r}: std must be positive, its smallest entry is {std.min()}.")
+    least = np.finfo(np.float32).tiny  # less is 0 where a processor rounds so, and one over more is
+    if not ((std >= least) & (std <= 1 / least)).all():
+        raise ValueError(
+            f"data set {name!r}: std must be positive, from {least:.2g} to {1 / least:.2g}, but its entries run from"
+            f" {std.min()} to {std.max()}; scale the features."
+        )
+    if x.dtype != np.uint8:
+        kind = jnp.result_type(x, mean, std)
+        with np.errstate(over="ignore"):
+            ends = [(end(x, axis=0).astype(kind) - mean) / std for end in (np.fmin.reduce, np.fmax.reduce)]
+        if np.isinf(ends).any():
+            raise ValueError(f"data set {name!r}: features leave the range of {kind} once standardised; scale them.")
     return dataset
 
 
@@ -158,8 +174,11 @@ def take(dataset: Dataset, num_examples: int) -> Dataset:
       ValueError: for a number that is negative or above what there is.
     """
     n = len(dataset.x)
-    if not 0 <= num_examples <= n:
-        raise ValueError(f"num_examples must be 0 (all) to {n} for data set {dataset.name!r}, got {num_examples}.")
+    whole = isinstance(num_examples, int | np.integer) and not isinstance(num_examples, bool)
+    if not whole or not 0 <= num_examples <= n:
+        raise ValueError(
+            f"num_examples must be 0 (all) to {n} for data set {dataset.name!r}, got {num_examples!r:.60}."
+        )
     if num_examples in (0, n):
         return dataset
     info = {**dataset.info, "num_examples": num_examples, "subset": "first"}
@@ -207,8 +226,9 @@ def from_arrays(
     if task != "multiclass":
         y, num_outputs = _as_float32(name, "y", y), 1
     elif y.dtype.kind in "iu" and y.size:
-        num_outputs = num_outputs or int(y.max()) + 1
-        y = np.clip(y, -1, np.iinfo(np.int32).max).astype(np.int32)  # what is out of range stays so, for `validate`
+        most = np.iinfo(np.int32).max
+        num_outputs = min(num_outputs or int(y.max()) + 1, most)
+        y = np.clip(y, -1, most).astype(np.int32)  # what is out of range stays so, for `validate`
     ones = np.ones((1,) * (x.ndim - 1), np.float32)
     mean, std = 0 * ones, 255 * ones if x.dtype == np.uint8 else ones
     if switch(standardise, "standardise") and x.ndim > 1 and len(x):

@@ -14,6 +14,7 @@ from dualgap_jax.sizes import positive
 
 LABELS = ("sign", "class", "real")
 _REAL = (int, float, np.number)
+_MOST_SCALE = 1e30
 _DRAWS_PER_EXAMPLE = 100  # synthetic_relu gives up after this many draws per example asked for
 
 
@@ -30,11 +31,15 @@ def relu_teacher(*, d: int = 10, teacher_width: int = 11, teacher_scale: float =
     `w_ij ~ N(0, 1)` and `a_i ~ N(0, teacher_scale^2)`, independent.  The paper states no distribution.
 
     Raises:
-      ValueError: for a size below 1, a scale that is not positive and finite, or a seed that `seeds.check` refuses.
+      ValueError: for a size below 1, a scale that is not positive, finite and far within the range of float32, or a
+        seed that `seeds.check` refuses.
     """
     d, teacher_width = positive(d, "d"), positive(teacher_width, "teacher_width")
-    if not isinstance(teacher_scale, _REAL) or not (math.isfinite(teacher_scale) and teacher_scale > 0):
-        raise ValueError(f"teacher_scale must be positive and finite, got {teacher_scale!r}.")
+    if not isinstance(teacher_scale, _REAL) or not 1 / _MOST_SCALE <= teacher_scale <= _MOST_SCALE:
+        raise ValueError(
+            f"teacher_scale must be positive and finite, from {1 / _MOST_SCALE:.0e} to {_MOST_SCALE:.0e}, so that"
+            f" float32 holds the outputs; got {teacher_scale!r:.60}."
+        )
     rng = seeds.generator(seed, 0)
     w = rng.standard_normal((teacher_width, d))
     return Teacher(a=teacher_scale * rng.standard_normal(teacher_width), w=w)
