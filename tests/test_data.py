@@ -1042,6 +1042,10 @@ def test_the_label_is_found_by_its_name(tmp_path: Path) -> None:
         ("d.csv", "a,b,y\n1,2,0\n3,\u0661,1\n".encode(), "row 3: '\u0661' is no number."),
         ("d.csv", "\u0661,2,0\n3,1,1\n".encode(), "row 1: '\u0661' is no number."),
         ("d.csv", b"1.5,?,0\n3,4,1\n", "row 1: '?' is no number, and '1.5' no name of a column"),
+        ("d.csv", b"1,NA,0\n3,4,1\n", "d.csv, row 1: 'NA' is no number; if it is a name, give the other columns names"),
+        ("d.csv", b"True,2,0\n3,4,1\n", "d.csv, row 1: 'True' is no number"),
+        ("d.csv", b"?, 2, 3\n3,4,1\n", "d.csv, row 1: '?' is no number"),
+        ("d.csv", b"1,2,2147483648\n3,4,1\n", "d.csv: data set 'd': labels outside the classes"),
         ("d.csv", b"a;b;y\n1;2;0\n", "has semicolons: cells stand between commas"),
         ("d.csv", b"1,5;2,5;0\n1,5;2,5;1\n", "has semicolons: cells stand between commas"),
         ("d.csv", b"1\t2\t0\n3\t4\t1\n", "has tabs: cells stand between commas"),
@@ -1070,6 +1074,14 @@ def test_names_of_columns_may_be_numbers_beside_a_name(head: str, tmp_path: Path
 def test_an_npz_without_x_says_how_to_save_one(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", features=np.ones(3), y=np.ones(3))
     with pytest.raises(ValueError, match=r"holds features, y; save it as np.savez\(path, x=features, y=labels\)"):
+        data.own(path=str(tmp_path / "d.npz"))
+
+
+@pytest.mark.parametrize("objects", ["x", "y"])
+def test_an_npz_of_objects_is_told_so(objects: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = {"x": rng.standard_normal((3, 2)), "y": np.arange(3)}
+    np.savez(tmp_path / "d.npz", **arrays | {objects: arrays[objects].astype(object)})
+    with pytest.raises(ValueError, match=r"d\.npz is no sound npz file of numbers: Object arrays cannot be loaded"):
         data.own(path=str(tmp_path / "d.npz"))
 
 

@@ -13,6 +13,8 @@ from dualgap_jax.data.dataset import Dataset, from_arrays, take
 from dualgap_jax.files import local_path
 
 _OTHERS = {";": "semicolons", "\t": "tabs"}  # that other programs write between cells
+# What no column beside one named by a number is called: cells without a number in a first line that is an example.
+_GAPS = {"na", "n/a", "null", "none", "nil", "missing", "?", "-", "true", "false"}
 _LABELS = ("y", "label", "labels", "target", "class")
 
 
@@ -49,14 +51,12 @@ def own(
 def _npz(file: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with open(file, "rb") as content, np.lib.npyio.NpzFile(content) as arrays:
-            missing = [name for name in ("x", "y") if name not in arrays]
-            if missing:
-                raise ValueError(
-                    f"{file} holds {', '.join(arrays) or 'nothing'}; save it as np.savez(path, x=features, y=labels)."
-                )
-            return arrays["x"], arrays["y"]
-    except (OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{file} is no sound npz file: {error}") from error
+            found = list(arrays)
+            if {"x", "y"} <= {*found}:
+                return arrays["x"], arrays["y"]
+    except (OSError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:  # ValueError: arrays of objects
+        raise ValueError(f"{file} is no sound npz file of numbers: {error}") from error
+    raise ValueError(f"{file} holds {', '.join(found) or 'nothing'}; save it as np.savez(path, x=features, y=labels).")
 
 
 def _csv(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +78,7 @@ def _csv(file: Path) -> tuple[np.ndarray, np.ndarray]:
     which = labelled[0] if labelled else len(rows[0]) - 1
     values = np.asarray(rows, np.float64)
     y = values[:, which]
-    whole = bool(np.isfinite(y).all() and (y == np.round(y)).all() and (np.abs(y) < 2**31).all())
+    whole = bool(np.isfinite(y).all() and (y == np.round(y)).all() and (np.abs(y) < 2**53).all())
     return np.delete(values, which, axis=1), y.astype(np.int64) if whole else y
 
 
@@ -114,6 +114,9 @@ def _names(file: Path, rows: list[list[str]], hint: str) -> list[str] | None:
             other = next(other for other in (cell, *first) if not _is_number(other))
             also = "" if other == cell else f", and {cell!r:.60} no name of a column"
             raise ValueError(f"{file}, row 1: {other!r:.60} is no number{also}.{hint}")
+    gaps = [cell for cell in first if cell.lower() in _GAPS]
+    if gaps and any(map(_is_number, first)):
+        raise ValueError(f"{file}, row 1: {gaps[0]!r} is no number; if it is a name, give the other columns names too.")
     for number, cell in enumerate(first, 1):
         if not cell or cell.lower().startswith("unnamed: "):
             raise ValueError(
