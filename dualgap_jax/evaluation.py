@@ -44,7 +44,22 @@ def check_fits(loss: Loss, dataset: Dataset) -> None:
     )
 
 
-def check_outputs(outputs: jax.ShapeDtypeStruct | Array, loss: Loss, dataset: Dataset) -> None:
+def check_inputs(net: Network, network: BranchSource, dataset: Dataset) -> None:
+    """Raises ConfigError where a network does not take the examples of a data set, as of another width than it saw."""
+    first, run = dataset.x[:1], net.apply
+    if net.stacked is not None:
+        run = functools.partial(sum_branches, net.stacked.branch)
+    try:
+        x = jax.eval_shape(standardise, first, dataset.mean, dataset.std)
+        jax.eval_shape(run, *map(upcast, network.read(0, 1)), x)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the network does not take examples of shape {first.shape[1:]}, as those of data set {dataset.name!r} are:"
+            f" {error}"
+        ) from error
+
+
+def check_outputs(shape: tuple[int, ...], loss: Loss, dataset: Dataset) -> None:
     """Refuses a network that is not for the labels of a data set.
 
     A loss that was made of a plain function takes outputs of every kind, if it takes these.
@@ -109,6 +124,7 @@ def evaluate(
     check_fits(loss, dataset)
     batch_size, branch_chunk = positive(batch_size, "batch_size"), positive(branch_chunk, "branch_chunk")
     check_source(net, network)
+    check_inputs(net, network, dataset)
     stacked = net.stacked
     batches = [slice(first, first + count) for first, count in blocks(len(dataset.y), batch_size)]
     branch_blocks = [(0, network.num_branches)]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import itertools
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.optimize import linprog
 
 from dualgap_jax import convexity
-from dualgap_jax.convexity import measures
+from dualgap_jax.convexity import grids, measures
 
 SEEDS = range(5)
 
@@ -746,9 +749,9 @@ def test_a_surface_in_the_place_of_an_axis_is_not_printed_whole(rng):
 
 
 def test_bad_errors_are_refused():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape of the losses"):
         convexity.midpoint_violations(SURFACE, np.zeros((5, 4)))
-    with pytest.raises(ValueError, match="shape of loss"):
+    with pytest.raises(ValueError, match="shape of the losses"):
         convexity.curvature(AXIS, AXIS, SURFACE, np.zeros((4, 5)))
 
 
@@ -764,6 +767,49 @@ def test_masked_losses_are_left_out_and_complex_ones_refused() -> None:
     for given in ((xs, xs, loss + 1j), (xs + 0j, xs, loss)):
         with pytest.raises(ValueError, match="must be real numbers"):
             convexity.scores(*given)
+
+
+@pytest.mark.parametrize("wrong", [[["a", "b"]], [[1.0, 2.0], [3.0]], "loss", [[{}]], np.datetime64("2026-01-01")])
+def test_what_are_no_numbers_is_told_so(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="coordinates and losses must be real numbers; got "):
+        grids.real(wrong)
+
+
+@pytest.mark.parametrize("bad", ["1", None, True, [1.0, 2.0], np.ones(1), np.nan, np.inf, -1.0])
+def test_a_factor_that_is_no_number_is_told_so(bad: Any, rng: np.random.Generator) -> None:
+    xs, loss = np.arange(5), rng.random((5, 5))
+    scores = inspect.unwrap(convexity.scores)
+    with pytest.raises(ValueError, match="rtol must be a number, finite and >= 0; got"):
+        scores(xs, xs, loss, rtol=bad)
+    if bad is not None:
+        with pytest.raises(ValueError, match="zero_loss must be finite and > 0"):
+            scores(xs, xs, loss, zero_loss=bad)
+    for one in (np.float32(1), np.asarray(1.0), 1):
+        assert scores(xs, xs, loss, zero_loss=one, rtol=0).zero_loss == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, -1e-9])
+def test_errors_that_are_none_are_refused_and_not_dropped(bad: float, rng: np.random.Generator) -> None:
+    loss, error = rng.random((5, 6)), np.full((5, 6), 0.01)
+    error[rng.integers(5), rng.integers(6)] = bad
+    curvature = functools.partial(inspect.unwrap(convexity.curvature), np.arange(6), np.arange(5), loss)
+    midpoints = functools.partial(inspect.unwrap(convexity.midpoint_violations), loss)
+    for call in (curvature, midpoints):
+        with pytest.raises(ValueError, match="error must be at least 0 everywhere, and never NaN"):
+            call(error)
+        with pytest.raises(ValueError, match=r"error must have the shape of the losses, \(5, 6\); got \(\)"):
+            call(0.01)
+        call(np.abs(np.nan_to_num(error)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("t", "z"), [([2.0, 1, 0], [1.0, 5, 1]), ([0.0, 0, 1], [1.0, 2, 3]), ([0.0, 1], [1.0]), ([0.0, 1], [0.0, np.nan])]
+)
+def test_a_lower_hull_of_points_out_of_order_is_refused(t: Any, z: Any) -> None:
+    hull = inspect.unwrap(convexity.lower_hull)
+    with pytest.raises(ValueError, match="strictly increasing"):
+        hull(t, z)
+    np.testing.assert_array_equal(hull([0, 1, 2, 4], [3, 1, 2, 0]), [0, 1, 3])
 
 
 def test_masked_ends_and_pairs_count_for_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
-from dualgap_jax import landscape
+from dualgap_jax import evaluation, landscape
+from dualgap_jax.config import ConfigError
 from dualgap_jax.data import Dataset
 from dualgap_jax.files import load_npz, save_npz
 from dualgap_jax.identity import IdentityError
@@ -1010,10 +1012,54 @@ def test_misuse_of_evaluate_is_named(rng: np.random.Generator) -> None:
     for xs, ys in (([], YS), (XS, []), (np.zeros((2, 2)), YS), (XS, 0.5)):
         with pytest.raises(ValueError, match="non-empty vectors"):
             landscape.evaluate.__wrapped__(case.net, case.loss, case.data, case.plane, xs, ys)
+    for bad in (np.nan, np.inf, np.ma.masked):
+        ticks = np.ma.masked_array(np.linspace(-1, 1, 4))
+        ticks[rng.integers(4)] = bad
+        for xs, ys in ((ticks, YS), (XS, ticks)):
+            with pytest.raises(
+                ValueError, match="xs and ys must be finite coordinates in the plane, none of them mask"
+            ):
+                landscape.evaluate.__wrapped__(case.net, case.loss, case.data, case.plane, xs, ys)
+    for number in (0, -3, 2.5, "3", None, True):
+        with pytest.raises(ValueError, match="number of points along an edge must be a positive integer, got"):
+            landscape.edges.__wrapped__(case.net, case.loss, case.data, case.plane, num_points=number)
+        with pytest.raises(ValueError, match="number of points along an edge must be a positive integer, got"):
+            landscape.survey.__wrapped__(case.net, case.loss, case.data, case.plane, XS, YS, edge_points=number)
+    with pytest.raises(ValueError, match="two ends"):
+        landscape.edges.__wrapped__(case.net, case.loss, case.data, case.plane, num_points=1)
     call = functools.partial(evaluate_points.__wrapped__, case.net, case.loss, case.data, case.plane)
-    for wrong in (np.zeros(4), np.zeros((2, 3))):
+    for wrong in (np.zeros(4), np.zeros((2, 3)), np.zeros((0, 2))):
         with pytest.raises(ValueError, match=r"points must have shape \[P, 2\]"):
             call(wrong)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_data_of_another_width_are_refused_by_shape(width: int, rng: np.random.Generator) -> None:
+    net, loss = multi_branch(mlp((2,), 1), 2), binary_hinge()
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    networks = [InMemory(*jax.jit(net.init)(jax.random.key(k), jnp.asarray(x))) for k in range(3)]
+    other = rng.standard_normal((6, width)).astype(np.float32), np.sign(x[:, 0])
+    for call in (
+        lambda: evaluation.evaluate(net, loss, other, networks[0]),
+        lambda: landscape.hessian(net, loss, other, networks[0]),
+        lambda: evaluate_points(net, loss, other, plane_through(networks), np.zeros((1, 2))),
+    ):
+        with pytest.raises(ConfigError, match=rf"does not take examples of shape \({width},\), as those of data set"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"filter_axis": 0.5}, {"filter_axis": "0"}, {"filter_axis": True}, {"branch_axes": -1}, {"branch_axes": 0.5}],
+)
+def test_random_planes_with_axes_that_are_none_are_refused(given: Any, rng: np.random.Generator) -> None:
+    net = multi_branch(mlp((2,), 1), 2)
+    network = InMemory(*net.init(jax.random.key(0), jnp.zeros((1, 3))))
+    with pytest.raises(ValueError, match="must be a whole number"):
+        inspect.unwrap(landscape.random_plane)(jax.random.key(0), network, **given)
+    for key in (0, None, "key", np.ones(3)):
+        with pytest.raises(TypeError, match=r"must be a key of JAX, such as jax.random.key\(0\)"):
+            inspect.unwrap(landscape.random_plane)(key, network)
 
 
 def test_a_random_plane_has_no_edges(rng: np.random.Generator) -> None:

@@ -34,11 +34,25 @@ def checked(xs: np.ndarray, ys: np.ndarray, values: np.ndarray) -> tuple[np.ndar
 
 
 def real(given: Any) -> Float64[np.ndarray, "..."]:
-    """Numbers as float64, NaN where an entry is masked.  Raises ValueError for complex ones."""
-    array = given if isinstance(given, np.ma.MaskedArray) else np.asarray(given)
-    if np.iscomplexobj(array):
-        raise ValueError("coordinates and losses must be real numbers; got complex ones.")
-    return np.ma.filled(array.astype(np.float64), np.nan)
+    """Numbers as float64, NaN where an entry is masked.  Raises ValueError for all else."""
+    try:
+        array = given if isinstance(given, np.ma.MaskedArray) else np.asarray(given)
+        if array.dtype.kind not in "cSUMm":
+            return np.ma.filled(array.astype(np.float64), np.nan)
+        what = "complex ones" if array.dtype.kind == "c" else f"an array of {array.dtype}"
+    except (TypeError, ValueError, OverflowError):
+        what = f"{given!r:.60}"
+    raise ValueError(f"coordinates and losses must be real numbers; got {what}.")
+
+
+def errors(given: Any, loss: np.ndarray) -> Float64[np.ndarray, "..."]:
+    """The errors allowed in losses.  Raises ValueError for another shape, and for NaN or numbers below 0."""
+    error = real(given)
+    if error.shape != loss.shape:
+        raise ValueError(f"error must have the shape of the losses, {loss.shape}; got {error.shape}.")
+    if not (error >= 0).all():
+        raise ValueError("error must be at least 0 everywhere, and never NaN.")
+    return error
 
 
 def power_of_two(values: np.ndarray) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from dualgap_jax.convexity.grids import UNIFORM, checked, power_of_two, real, step, times_power
+from dualgap_jax.convexity.grids import UNIFORM, checked, errors, power_of_two, real, step, times_power
 
 _EXACT_PAIRS = 1_000_000  # a grid with more pairs is sampled, by as many draws
 _STEPS = 50  # of second differences over the window
@@ -58,13 +58,12 @@ def midpoint_violations(values: np.ndarray, error: np.ndarray) -> Midpoints:
       error: the absolute error allowed in each loss, `[ny, nx]`.
 
     Raises:
-      ValueError: when the two shapes differ, or numbers are complex.
+      ValueError: when the two shapes differ, numbers are complex, or an error is NaN or below 0.
     """
-    values, error = real(values), real(error)
-    if values.ndim != 2 or error.shape != values.shape:
-        raise ValueError(
-            f"values and error must be two grids of one shape [ny, nx]; got {values.shape} and {error.shape}."
-        )
+    values = real(values)
+    if values.ndim != 2:
+        raise ValueError(f"values must be a grid [ny, nx]; got {values.shape}.")
+    error = errors(error, values)
     finite = np.isfinite(values)
     # Not finite becomes NaN, and comparisons with NaN are false; by a power of two, so that no sum overflows.
     size = power_of_two(values)
@@ -138,11 +137,11 @@ def curvature(xs: np.ndarray, ys: np.ndarray, loss: np.ndarray, error: np.ndarra
       the last reach the two ends of the window all the same.
 
     Raises:
-      ValueError: for bad axes or shapes, fewer than 3 points on an axis, or axes that are not uniform.
+      ValueError: for bad axes or shapes, fewer than 3 points on an axis, axes that are not uniform, or an error that is
+        NaN or below 0.
     """
     xs, ys, loss = checked(xs, ys, loss)
-    if error.shape != loss.shape:
-        raise ValueError(f"error must have the shape of loss, {loss.shape}; got {error.shape}.")
+    error = errors(error, loss)
     step("xs", xs), step("ys", ys)  # uniform
     kx, ky = (max(1, math.ceil((points - 1) / _STEPS - 0.5)) for points in (xs.size, ys.size))
     sx, sy = kx / (xs.size - 1), ky / (ys.size - 1)

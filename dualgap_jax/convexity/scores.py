@@ -118,12 +118,12 @@ def scores(
     xs, ys, loss = checked(xs, ys, loss)
     step("xs", xs)
     step("ys", ys)
-    if zero_loss is not None and not (np.asarray(zero_loss).dtype.kind in "fiu" and 0 < zero_loss < math.inf):
+    if zero_loss is not None and not (_is_number(zero_loss) and 0 < zero_loss < math.inf):
         raise ValueError(
-            f"zero_loss must be finite and > 0 (the loss of the zero network), or left out; got {zero_loss!r}."
+            f"zero_loss must be finite and > 0 (the loss of the zero network), or left out; got {zero_loss!r:.60}."
         )
-    if not (math.isfinite(rtol) and rtol >= 0):
-        raise ValueError(f"rtol must be finite and >= 0; got {rtol}.")
+    if not (_is_number(rtol) and 0 <= rtol < math.inf):
+        raise ValueError(f"rtol must be a number, finite and >= 0; got {rtol!r:.60}.")
     if (edge_t is None) != (edge_losses is None):
         raise ValueError("edge_t and edge_losses go together: give both or neither.")
 
@@ -178,3 +178,8 @@ def scores(
         rtol=float(rtol),
         status=status,
     )
+
+
+def _is_number(value: Any) -> bool:
+    array = np.asarray(value)
+    return array.ndim == 0 and array.dtype.kind in "fiu"

@@ -19,6 +19,7 @@ from dualgap_jax.landscape.products import DegeneratePlaneError, Products, coord
 from dualgap_jax.networks import upcast
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError, unknown
+from dualgap_jax.sizes import count
 from dualgap_jax.types import BranchSource, KeyArray, Params, PyTree, State
 
 AXES = ("authors", "orthonormal")
@@ -206,12 +207,19 @@ def random_plane(key: KeyArray, network: InMemory, *, filter_axis: int = 0, bran
       branch_axes: the number of leading branch axes: 1 for a network of `multi_branch`, 0 for a single branch.
 
     Raises:
-      TypeError: for what is no network in memory.
-      ValueError: for an axis that some kernel does not have.
+      TypeError: for what is no network in memory, or no key.
+      ValueError: for an axis that some kernel does not have or that is no whole number.
       DegeneratePlaneError: if nothing moves: no leaf has filters, or all of them are 0; or numbers are not finite.
     """
     if not isinstance(network, InMemory):
         raise TypeError(f"random_plane takes networks.InMemory(params, state), got {type(network).__name__}.")
+    branch_axes = count(branch_axes, "branch_axes")
+    if not isinstance(filter_axis, int | np.integer) or isinstance(filter_axis, bool):
+        raise ValueError(f"filter_axis={filter_axis!r:.60} must be a whole number, of an axis.")
+    try:
+        jax.random.fold_in(key, 0)
+    except TypeError as error:
+        raise TypeError(f"key={key!r:.60} must be a key of JAX, such as jax.random.key(0).") from error
     params, state = network.params, network.state
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         rank = leaf.ndim - branch_axes

@@ -14,8 +14,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from dualgap_jax.convexity.grids import real
 from dualgap_jax.data import Dataset, as_dataset, standardise
-from dualgap_jax.evaluation import check_fits, check_outputs
+from dualgap_jax.evaluation import check_fits, check_inputs, check_outputs
 from dualgap_jax.files import local_path
 from dualgap_jax.identity import arrays_digest, combined, function_digest, versions
 from dualgap_jax.landscape import kernels as compiled
@@ -101,12 +102,10 @@ def evaluate_points(
         raise ValueError(f"save_seconds={save_seconds!r} must be a number of seconds, at least 0.")
     _check(net, plane, route, state)
     check_fits(loss, dataset)
-    try:
-        points = np.asarray(points, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError("points must be numbers of shape [P, 2].") from None
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points must have shape [P, 2], got {points.shape}.")
+    check_inputs(net, plane.sources[0], dataset)
+    points = real(points)
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        raise ValueError(f"points must have shape [P, 2] with P >= 1, got {points.shape}.")
     work = _Evaluation(net, loss, dataset, plane, points, route == "plain", sample_chunk, branch_chunk, point_chunk)
     num_samples = len(dataset.y)
     chosen = np.unique(np.linspace(0, num_samples - 1, min(state_samples, num_samples)).round().astype(int))

@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from dualgap_jax import seeds, trees
 from dualgap_jax.data import Dataset, as_dataset, standardise
-from dualgap_jax.evaluation import check_fits, check_outputs
+from dualgap_jax.evaluation import check_fits, check_inputs, check_outputs
 from dualgap_jax.landscape.lanczos import Tridiagonal, lanczos
 from dualgap_jax.losses import Loss, as_loss, marked
 from dualgap_jax.machine import memory_available
@@ -119,6 +119,7 @@ def hessian(
     net, loss, dataset = check_network(net, "landscape.hessian").computed(), as_loss(loss), as_dataset(dataset)
     check_source(net, network)
     check_fits(loss, dataset)
+    check_inputs(net, network, dataset)
     k, probes, steps = positive(k, "k"), positive(probes, "probes"), positive(steps, "steps")
     batch_size, per_branch = positive(batch_size, "batch_size"), switch(per_branch, "per_branch")
     if not isinstance(tolerance, int | float | np.number) or not 0 <= tolerance < 1:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from dualgap_jax.convexity.grids import real
 from dualgap_jax.landscape.planes import Plane
 from dualgap_jax.landscape.points import evaluate_points
+from dualgap_jax.sizes import positive
 from dualgap_jax.types import Network
 
 
@@ -43,12 +45,11 @@ class Survey(NamedTuple):
 
 def _grid(xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The axes in float64 and the points `[ny nx, 2]` of the grid, row by row."""
-    try:
-        xs, ys = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError("xs and ys must be vectors of numbers.") from None
+    xs, ys = real(xs), real(ys)
     if xs.ndim != 1 or ys.ndim != 1 or not xs.size or not ys.size:
         raise ValueError(f"xs and ys must be non-empty vectors, got shapes {xs.shape} and {ys.shape}.")
+    if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
+        raise ValueError("xs and ys must be finite coordinates in the plane, none of them masked.")
     return xs, ys, np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
 
 
@@ -56,6 +57,9 @@ def _along_edges(plane: Plane, num_points: int) -> tuple[np.ndarray, np.ndarray]
     """`t [num_points]`, and the points `[3 num_points, 2]` on the edges 0-1, 1-2 and 2-0."""
     if len(plane.anchors) != 3:
         raise ValueError(f"edges need a plane through three solutions; this one has {len(plane.anchors)} anchor(s).")
+    num_points = positive(num_points, "the number of points along an edge")
+    if num_points < 2:
+        raise ValueError("an edge has two ends: give two points along it, or more.")
     t = np.linspace(0.0, 1.0, num_points)
     ends = [(plane.anchors[k], plane.anchors[(k + 1) % 3]) for k in range(3)]
     return t, np.concatenate([(1 - t)[:, None] * p + t[:, None] * q for p, q in ends])
@@ -82,7 +86,7 @@ def evaluate(
       A `Surface` whose `loss[j, i]` is the mean loss over the data set at `origin + xs[i] u + ys[j] v`.
 
     Raises:
-      ValueError: if xs or ys is not a non-empty vector, and as `evaluate_points` does.
+      ValueError: if xs or ys is not a non-empty vector of finite numbers, and as `evaluate_points` does.
     """
     xs, ys, grid = _grid(xs, ys)
     values = evaluate_points(net, loss, dataset, plane, grid, **options).reshape(len(ys), len(xs))
@@ -103,7 +107,8 @@ def edges(
       `t [num_points]` in [0, 1] and the losses `[3, num_points]`.
 
     Raises:
-      ValueError: for a plane that is not through three solutions, and as `evaluate_points` does.
+      ValueError: for a plane that is not through three solutions, fewer than two points along an edge, and as
+        `evaluate_points` does.
     """
     t, points = _along_edges(plane, num_points)
     return t, evaluate_points(net, loss, dataset, plane, points, **options).reshape(3, num_points)
