@@ -59,7 +59,7 @@ def check_inputs(net: Network, network: BranchSource, dataset: Dataset) -> None:
         ) from error
 
 
-def check_outputs(shape: tuple[int, ...], loss: Loss, dataset: Dataset) -> None:
+def check_outputs(outputs: jax.ShapeDtypeStruct | Array, loss: Loss, dataset: Dataset) -> None:
     """Refuses a network that is not for the labels of a data set.
 
     A loss that was made of a plain function takes outputs of every kind, if it takes these.
