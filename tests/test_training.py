@@ -951,6 +951,31 @@ def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path, rng: np.random
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("streaming", ["off", "on"])
+@pytest.mark.parametrize(("steps", "solutions"), [((5, 14), (2, 2)), ((1, 7, 16), (2, 1, 2)), ((8, 8, 10), (1, 2, 2))])
+def test_a_run_made_longer_looks_where_it_would_have_looked(
+    steps: tuple[int, ...], solutions: tuple[int, ...], streaming: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """From ends within a segment too: rates that hang on each look, the mean losses, the status and the metrics."""
+    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
+    plateau = Component("plateau", {"factor": 0.5, "min_delta": 10.0, "max_decays": 99, "patience": 1})
+
+    def call(name: str, max_steps: int, count: int) -> list[Solution]:
+        spec = spec_with(max_steps=max_steps, schedule=plateau, streaming=streaming)
+        with Metrics(tmp_path / f"{name}.jsonl") as metrics:
+            options = {"num_solutions": count, "checkpoints": tmp_path / name, "metrics": metrics}
+            return train_as(net, binary_hinge(), data, spec, **options)
+
+    for limit, count in zip(steps, solutions, strict=True):
+        longer = call("longer", limit, count)
+    fresh = call("fresh", steps[-1], solutions[-1])
+    for a, b in zip(longer, fresh, strict=True):
+        same_bits(a.network.read(0, 2), b.network.read(0, 2))
+        assert (a.steps, a.status, a.batch_loss) == (b.steps, b.status, b.batch_loss)
+    assert rows(tmp_path / "longer.jsonl") == rows(tmp_path / "fresh.jsonl")
+
+
+@pytest.mark.usefixtures("x64")
 def test_checkpoints_that_do_not_say_whose_they_are_are_refused(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

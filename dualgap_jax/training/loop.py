@@ -136,19 +136,21 @@ class Loop:
             pending = np.concatenate([pending, losses], axis=1)
             means = pending.mean(axis=1)
             progress.update(first, f"loss {' '.join(f'{means[lane]:.3g}' for lane in moving.values())}")
+            whole = pending.shape[1] == self.check_every
             # Where calls are cut short by the clock, what is looked at must not hang on where.
-            looked = pending.shape[1] == self.check_every or first >= self.max_steps
-            looked = looked or not (self.engine.any_length or np.isfinite(means).all())
+            looked = whole or first >= self.max_steps or not (self.engine.any_length or np.isfinite(means).all())
+            judged = schedule_state
             if looked:
                 start = first - pending.shape[1]
                 rates = {i: self._rate(item(schedule_state, lane), start) for i, lane in moving.items()}
                 speed, taken, seconds = taken / seconds, 0, 0.0
                 seen, least = (pending[:, -1], pending.min(1)) if self.schedule.single else (means, means)
-                schedule_state = self._update(schedule_state, jnp.asarray(seen, float))
-                pending = pending[:, :0]
+                judged = self._update(schedule_state, jnp.asarray(seen, float))
+            if whole:  # the last segment may be shorter; a longer run would not have looked there
+                schedule_state, pending = judged, pending[:, :0]
             for i, lane in moving.items():
                 loss = float(means[lane])
-                status = self._status(loss, float(least[lane]), item(schedule_state, lane)) if looked else "running"
+                status = self._status(loss, float(least[lane]), item(judged, lane)) if looked else "running"
                 if not has_steps_to_do(status, first, self.max_steps) and not self.engine.is_finite(lanes, lane):
                     status = "diverged"
                 runs[i] = runs[i]._replace(

@@ -174,7 +174,12 @@ def begin_run(
         if ended and not is_over(restored, max_steps):  # the last one is damaged, and the one before is taken
             restored = saver.restore_latest(template, engine.reader(False))
     if metrics is not None:
-        metrics.truncate_after(-1 if restored is None else restored.step, solution=solution)
+        looked = -1 if restored is None else restored.step
+        if restored is not None and not is_over(
+            restored, max_steps
+        ):  # of a segment cut short at its end there is a line
+            looked -= len(restored.meta["pending"])
+        metrics.truncate_after(looked, solution=solution)
     if restored is None:
         start = engine.start(keys[0])
         return Run(solution, keys[1:], start, schedule.init(), 0, "running", float("nan"), mark=mark)
