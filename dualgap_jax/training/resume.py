@@ -175,10 +175,8 @@ def begin_run(
             restored = saver.restore_latest(template, engine.reader(False))
     if metrics is not None:
         looked = -1 if restored is None else restored.step
-        if restored is not None and not is_over(
-            restored, max_steps
-        ):  # of a segment cut short at its end there is a line
-            looked -= len(restored.meta["pending"])
+        if restored is not None and not is_over(restored, max_steps):
+            looked -= len(restored.meta["pending"])  # of a segment cut short by the end of the run there is a line
         metrics.truncate_after(looked, solution=solution)
     if restored is None:
         start = engine.start(keys[0])
