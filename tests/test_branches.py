@@ -542,9 +542,11 @@ def test_from_linen_refuses_what_is_no_linen_module() -> None:
 
 
 def test_from_functions_passes_parameters_and_leaves_the_state_alone(rng: np.random.Generator) -> None:
-    branch = networks.from_functions(
-        lambda key, x: {"w": jax.random.normal(key, (x.shape[1], 2))}, lambda params, x: jnp.sin(x) @ params["w"]
+    functions = (
+        lambda key, x: {"w": jax.random.normal(key, (x.shape[1], 2))},
+        lambda params, x: jnp.sin(x) @ params["w"],
     )
+    branch = networks.from_functions(*functions)
     x = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
     params, state = jax.jit(branch.init)(jax.random.key(3), x)
     y, new = branch.apply(params, state, x, key=jax.random.key(0), train=True)
@@ -552,7 +554,7 @@ def test_from_functions_passes_parameters_and_leaves_the_state_alone(rng: np.ran
     np.testing.assert_array_equal(params["w"], jax.random.normal(jax.random.key(3), (3, 2)))
     assert new == state == ()
     assert branch.stem is None
-    assert networks.from_functions(branch.init, branch.apply, stem=networks.mlp().stem).stem is not None
+    assert networks.from_functions(*functions, stem=networks.mlp().stem).stem is not None
 
 
 # ------------------------------------------------------------------------------------------------------- conv and gru

@@ -300,7 +300,7 @@ def test_a_mixture_whose_functions_were_replaced_is_one_network() -> None:
 
 
 def test_a_network_without_branches_gets_the_transformation_itself() -> None:
-    network = from_functions(lambda key, x: ((), ()), lambda params, state, x, *, key, train: (x, state))
+    network = from_functions(lambda key, x: (), lambda params, x: x)
     rng = np.random.default_rng(1)
     params, gradients = tree(rng), [tree(rng)]
     expected = trained(optax.adam(0.1), params, gradients)
