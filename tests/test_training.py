@@ -1024,8 +1024,9 @@ def test_calls_cut_short_by_the_clock_change_no_bit(
     data, net = labelled(rng), network()
     spec = spec_with(batch_size=batch_size, max_steps=23, check_every=8)
     found, lengths = {}, {}
-    for seconds in (0.0, 1e9):
+    for name, seconds, cut in (("steps", 0.0, True), ("segments", 1e9, True), ("as on accelerators", 0.0, False)):
         monkeypatch.setattr(loop, "_SECONDS", seconds)
+        monkeypatch.setattr(together, "any_length", lambda cut=cut: cut)
         taken: list[int] = []
         advance = together.Together.advance
 
@@ -1033,13 +1034,14 @@ def test_calls_cut_short_by_the_clock_change_no_bit(
             taken.append(steps.length)
             return advance(self, carry, steps)
 
-        with monkeypatch.context() as patched, Metrics(tmp_path / f"{seconds}.jsonl") as metrics:
+        with monkeypatch.context() as patched, Metrics(tmp_path / f"{name}.jsonl") as metrics:
             patched.setattr(together.Together, "advance", watched)
-            found[seconds] = train_as(net, binary_hinge(), data, spec, num_solutions=2, metrics=metrics)
-        lengths[seconds] = taken
-    assert lengths == {0.0: [1] * 23, 1e9: [1, 2, 4, 1, 8, 7]}
-    same_solutions(found[0.0], found[1e9])
-    assert rows(tmp_path / "0.0.jsonl") == rows(tmp_path / "1000000000.0.jsonl")
+            found[name] = train_as(net, binary_hinge(), data, spec, num_solutions=2, metrics=metrics)
+        lengths[name] = taken
+    assert lengths == {"steps": [1] * 23, "segments": [1, 2, 4, 1, 8, 7], "as on accelerators": [8, 8, 7]}
+    for name in ("steps", "as on accelerators"):
+        same_solutions(found[name], found["segments"])
+        assert rows(tmp_path / f"{name}.jsonl") == rows(tmp_path / "segments.jsonl")
 
 
 @pytest.mark.usefixtures("x64")
