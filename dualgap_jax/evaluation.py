@@ -46,12 +46,12 @@ def check_fits(loss: Loss, dataset: Dataset) -> None:
 
 def check_inputs(net: Network, network: BranchSource, dataset: Dataset) -> None:
     """Raises ConfigError where a network does not take the examples of a data set, as of another width than it saw."""
-    first, run = dataset.x[:1], net.apply
+    first, run, count = dataset.x[:1], net.apply, network.num_branches
     if net.stacked is not None:
-        run = functools.partial(sum_branches, net.stacked.branch)
+        run, count = functools.partial(sum_branches, net.stacked.branch), 1  # one is like another
     try:
         x = jax.eval_shape(standardise, first, dataset.mean, dataset.std)
-        jax.eval_shape(run, *map(upcast, network.read(0, 1)), x)
+        jax.eval_shape(run, *map(upcast, network.read(0, count)), x)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the network does not take examples of shape {first.shape[1:]}, as those of data set {dataset.name!r} are:"
