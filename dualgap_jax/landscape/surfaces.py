@@ -53,7 +53,7 @@ def _grid(xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return xs, ys, np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
 
 
-def _along_edges(plane: Plane, num_points: int) -> tuple[np.ndarray, np.ndarray]:
+def _along_edges(plane: Plane, num_points: Any) -> tuple[np.ndarray, np.ndarray]:
     """`t [num_points]`, and the points `[3 num_points, 2]` on the edges 0-1, 1-2 and 2-0."""
     if len(plane.anchors) != 3:
         raise ValueError(f"edges need a plane through three solutions; this one has {len(plane.anchors)} anchor(s).")
