@@ -119,13 +119,13 @@ def hessian(
     net, loss, dataset = check_network(net, "landscape.hessian").computed(), as_loss(loss), as_dataset(dataset)
     check_source(net, network)
     check_fits(loss, dataset)
-    check_inputs(net, network, dataset)
     k, probes, steps = positive(k, "k"), positive(probes, "probes"), positive(steps, "steps")
     batch_size, per_branch = positive(batch_size, "batch_size"), switch(per_branch, "per_branch")
     if not isinstance(tolerance, int | float | np.number) or not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r} must lie in [0, 1).")
     if per_branch and net.stacked is None:
         raise ValueError("per_branch needs a network of multi_branch; this one is no sum of branches.")
+    check_inputs(net, network, dataset)
     params, state = (upcast(tree) for tree in network.read(0, network.num_branches))
     products = _Products(net, loss, dataset, params, state, per_branch, batch_size)
     groups, size = products.shape
