@@ -44,14 +44,20 @@ def check_fits(loss: Loss, dataset: Dataset) -> None:
     )
 
 
-def check_inputs(net: Network, network: BranchSource, dataset: Dataset) -> None:
-    """Raises ConfigError where a network does not take the examples of a data set, as of another width than it saw."""
-    first, run, count = dataset.x[:1], net.apply, network.num_branches
+def check_inputs(net: Network, params: Params, state: State, dataset: Dataset) -> None:
+    """Raises ConfigError where a network does not take the examples of a data set, as of another width than it saw.
+
+    Args:
+      net: the network's functions.
+      params, state: of the network; of a sum of branches, some of them are enough.
+      dataset: whose examples it is to take.
+    """
+    first, run = dataset.x[:1], net.apply
     if net.stacked is not None:
-        run, count = functools.partial(sum_branches, net.stacked.branch), 1  # one is like another
+        run = functools.partial(sum_branches, net.stacked.branch)
     try:
         x = jax.eval_shape(standardise, first, dataset.mean, dataset.std)
-        jax.eval_shape(run, *map(upcast, network.read(0, count)), x)
+        jax.eval_shape(run, upcast(params), upcast(state), x)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the network does not take examples of shape {first.shape[1:]}, as those of data set {dataset.name!r} are:"
@@ -124,12 +130,13 @@ def evaluate(
     check_fits(loss, dataset)
     batch_size, branch_chunk = positive(batch_size, "batch_size"), positive(branch_chunk, "branch_chunk")
     check_source(net, network)
-    check_inputs(net, network, dataset)
     stacked = net.stacked
+    head = network.read(0, network.num_branches if stacked is None else 1)
+    check_inputs(net, *head, dataset)
     batches = [slice(first, first + count) for first, count in blocks(len(dataset.y), batch_size)]
     branch_blocks = [(0, network.num_branches)]
     if stacked is not None:
-        branch_blocks = blocks(network.num_branches, block_size(net, network.read(0, 1), None, branch_chunk))
+        branch_blocks = blocks(network.num_branches, block_size(net, head, None, branch_chunk))
 
     def outputs(params: Params, state: State, x: Array) -> Array:
         if stacked is None:

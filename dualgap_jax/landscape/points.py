@@ -102,7 +102,6 @@ def evaluate_points(
         raise ValueError(f"save_seconds={save_seconds!r} must be a number of seconds, at least 0.")
     _check(net, plane, route, state)
     check_fits(loss, dataset)
-    check_inputs(net, plane.sources[0], dataset)
     points = real(points)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise ValueError(f"points must have shape [P, 2] with P >= 1, got {points.shape}.")
@@ -183,6 +182,7 @@ class _Evaluation:
         self._padded = [np.resize(points[which], (self.size, 2)) for which in self.points]
         self.batches = [slice(first, first + count) for first, count in blocks(len(dataset.y), sample_chunk)]
         self.head = plane.block(0, 1) if net.stacked is not None else plane.whole()
+        check_inputs(net, self.head.params[0], self.head.states[0], dataset)
         self.branches = [(0, plane.num_branches)]
         self.chunk = branch_chunk or compiled.chunk()
         if net.stacked is not None and not plain:

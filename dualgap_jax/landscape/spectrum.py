@@ -125,8 +125,8 @@ def hessian(
         raise ValueError(f"tolerance={tolerance!r} must lie in [0, 1).")
     if per_branch and net.stacked is None:
         raise ValueError("per_branch needs a network of multi_branch; this one is no sum of branches.")
-    check_inputs(net, network, dataset)
     params, state = (upcast(tree) for tree in network.read(0, network.num_branches))
+    check_inputs(net, params, state, dataset)
     products = _Products(net, loss, dataset, params, state, per_branch, batch_size)
     groups, size = products.shape
     if k > size:
