@@ -39,6 +39,11 @@ def positives(values: object, name: str) -> tuple[int, ...]:
     return tuple(positive(value, f"every entry of {name}={values!r}") for value in values)
 
 
+def is_whole(value: object) -> bool:
+    """Whether the value is a whole number, Python's or NumPy's, and no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def switch(value: object, name: str) -> bool:
     """The value as a bool, if it is True or False, of Python or NumPy; nothing else is taken for its truth value.
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from dualgap_jax import registry
-from dualgap_jax.sizes import count, switch
+from dualgap_jax.sizes import count, is_whole, switch
 
 TASKS = ("multiclass", "binary", "regression")
 
@@ -174,8 +174,7 @@ def take(dataset: Dataset, num_examples: int) -> Dataset:
       ValueError: for a number that is negative or above what there is.
     """
     n = len(dataset.x)
-    whole = isinstance(num_examples, int | np.integer) and not isinstance(num_examples, bool)
-    if not whole or not 0 <= num_examples <= n:
+    if not is_whole(num_examples) or not 0 <= num_examples <= n:
         raise ValueError(
             f"num_examples must be 0 (all) to {n} for data set {dataset.name!r}, got {num_examples!r:.60}."
         )

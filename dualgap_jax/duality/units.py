@@ -12,6 +12,7 @@ import numpy as np
 
 from dualgap_jax.convexity import lower_hull
 from dualgap_jax.duality.values import falling, number, uniform
+from dualgap_jax.sizes import is_whole
 
 
 class Units(NamedTuple):
@@ -73,7 +74,7 @@ def as_counts(num_branches: Any) -> list[int]:
     given = num_branches.tolist() if isinstance(num_branches, np.ndarray | np.generic) else num_branches
     counts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     for count in counts:
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        if not is_whole(count) or count < 1:
             raise ValueError(f"num_branches={count!r} must be a positive integer.")
     if not counts:
         raise ValueError("num_branches is empty; give one positive integer a class of branches.")

@@ -25,7 +25,7 @@ from dualgap_jax.landscape.symmetry import Parts, Permutation, Symmetry, Units, 
 from dualgap_jax.networks import check_network
 from dualgap_jax.networks.sources import blocks, check_source
 from dualgap_jax.registry import UnknownNameError, unknown
-from dualgap_jax.sizes import positive
+from dualgap_jax.sizes import is_whole, positive
 from dualgap_jax.terminal import Progress
 from dualgap_jax.types import BranchSource, Network
 
@@ -98,7 +98,7 @@ def align(
     net = check_network(net, "landscape.align")
     if not isinstance(networks, Sequence) or isinstance(networks, str | bytes):
         raise TypeError(f"align takes a list of trained networks, got {networks!r:.80}.")
-    if isinstance(to, bool) or not isinstance(to, int | np.integer) or not 0 <= to < len(networks) >= 2:
+    if not is_whole(to) or not 0 <= to < len(networks) >= 2:
         raise ValueError(f"align needs at least two networks and to={to!r} among them, got {len(networks)}.")
     known = exchangeable(net, x, over=over, by=by, units=units)
     for network in networks:

@@ -19,7 +19,7 @@ from dualgap_jax.landscape.products import DegeneratePlaneError, Products, coord
 from dualgap_jax.networks import upcast
 from dualgap_jax.networks.sources import InMemory
 from dualgap_jax.registry import UnknownNameError, unknown
-from dualgap_jax.sizes import count
+from dualgap_jax.sizes import count, is_whole
 from dualgap_jax.types import BranchSource, KeyArray, Params, PyTree, State
 
 AXES = ("authors", "orthonormal")
@@ -214,7 +214,7 @@ def random_plane(key: KeyArray, network: InMemory, *, filter_axis: int = 0, bran
     if not isinstance(network, InMemory):
         raise TypeError(f"random_plane takes networks.InMemory(params, state), got {type(network).__name__}.")
     branch_axes = count(branch_axes, "branch_axes")
-    if not isinstance(filter_axis, int | np.integer) or isinstance(filter_axis, bool):
+    if not is_whole(filter_axis):
         raise ValueError(f"filter_axis={filter_axis!r:.60} must be a whole number, of an axis.")
     try:
         jax.random.fold_in(key, 0)

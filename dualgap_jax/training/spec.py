@@ -12,6 +12,7 @@ from dualgap_jax import optimizers
 from dualgap_jax.config import Component, ConfigError, require
 from dualgap_jax.registry import unknown
 from dualgap_jax.schedules import SCHEDULES
+from dualgap_jax.sizes import is_whole
 from dualgap_jax.types import Network
 
 LearningRateScaling = Literal["branches", "none", "inverse_branches"]
@@ -47,8 +48,7 @@ def check(where: str = "", **settings: Any) -> None:
             require(isinstance(value, int | float | np.number), f"{where}{name}={value!r} must be {kind}.")
             limits = f"at least {least} and finite" if isinstance(value, float) else f"at least {least}"
             require(bool(least <= value < math.inf), f"{where}{name}={value} must be {limits}.")
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            require(whole or name in _REAL, f"{where}{name}={value!r} must be a whole number.")
+            require(is_whole(value) or name in _REAL, f"{where}{name}={value!r} must be a whole number.")
             require(name in _REAL or bool(value < 2**31), f"{where}{name}={value} must be below 2**31.")
         elif (allowed := _ALLOWED.get(name)) and value not in allowed:
             raise ConfigError(unknown(f"value of {where}{name}:", value, allowed))

@@ -19,6 +19,7 @@ from jaxtyping import Float64
 
 from dualgap_jax.certify.moments.covering import Effort, covered, effort_for, plain
 from dualgap_jax.certify.moments.proof import Multipliers, Points, prove, scaled_points
+from dualgap_jax.sizes import is_whole
 
 
 class Side(NamedTuple):
@@ -132,7 +133,7 @@ def checked_effort(effort: Effort | None, count: int) -> Effort:
         return effort_for(count)
     least = Effort(2, 1, 0, 1, 1, 1, 1)
     for name, value, low in zip(Effort._fields, effort, least, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+        if not is_whole(value) or value < low:
             raise ValueError(f"effort.{name}={value!r} must be an integer of at least {low}.")
     return effort
 
