@@ -52,12 +52,17 @@ def check_inputs(net: Network, params: Params, state: State, dataset: Dataset) -
       params, state: of the network; of a sum of branches, some of them are enough.
       dataset: whose examples it is to take.
     """
-    first, run = dataset.x[:1], net.apply
-    if net.stacked is not None:
-        run = functools.partial(sum_branches, net.stacked.branch)
+    first = dataset.x[:1]
+
+    def run(x: Array) -> Any:
+        if net.stacked is not None:
+            return sum_branches(net.stacked.branch, upcast(params), upcast(state), x)
+        if net.stem is not None:
+            return net.stem.preactivation(upcast(params), x)
+        return net.apply(upcast(params), upcast(state), x)
+
     try:
-        x = jax.eval_shape(standardise, first, dataset.mean, dataset.std)
-        jax.eval_shape(run, upcast(params), upcast(state), x)
+        jax.eval_shape(lambda: run(standardise(first, dataset.mean, dataset.std)))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the network does not take examples of shape {first.shape[1:]}, as those of data set {dataset.name!r} are:"

@@ -48,8 +48,6 @@ def _grid(xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     xs, ys = real(xs), real(ys)
     if xs.ndim != 1 or ys.ndim != 1 or not xs.size or not ys.size:
         raise ValueError(f"xs and ys must be non-empty vectors, got shapes {xs.shape} and {ys.shape}.")
-    if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
-        raise ValueError("xs and ys must be finite coordinates in the plane, none of them masked.")
     return xs, ys, np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
 
 
@@ -86,7 +84,7 @@ def evaluate(
       A `Surface` whose `loss[j, i]` is the mean loss over the data set at `origin + xs[i] u + ys[j] v`.
 
     Raises:
-      ValueError: if xs or ys is not a non-empty vector of finite numbers, and as `evaluate_points` does.
+      ValueError: if xs or ys is not a non-empty vector of numbers, and as `evaluate_points` does.
     """
     xs, ys, grid = _grid(xs, ys)
     values = evaluate_points(net, loss, dataset, plane, grid, **options).reshape(len(ys), len(xs))
