@@ -95,10 +95,13 @@ def _linear(
         table = _stacked(table, spent)
         right = np.append(right, most)
     sums = None if each is None else np.concatenate([each, np.zeros(slacks)])[None]
-    answer = scipy.optimize.linprog(
-        goal, A_ub=table, b_ub=right, A_eq=sums, b_eq=None if sums is None else np.ones(1), method="highs",
-        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
-    )  # fmt: skip
+    for method in ("highs", "highs-ipm"):  # the simplex method gives up now and then where the other does not
+        answer = scipy.optimize.linprog(
+            goal, A_ub=table, b_ub=right, A_eq=sums, b_eq=None if sums is None else np.ones(1), method=method,
+            options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+        )  # fmt: skip
+        if answer.status == 0:
+            break
     if answer.status != 0:
         raise ValueError(f"the linear program over {k} branches was not solved: {answer.message}")
     prices = -answer.ineqlin.marginals[: len(which)] * n
