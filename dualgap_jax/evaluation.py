@@ -54,15 +54,16 @@ def check_inputs(net: Network, params: Params, state: State, dataset: Dataset) -
     """
     first = dataset.x[:1]
 
-    def run(x: Array) -> Any:
+    def run(params: Params, state: State) -> Any:
+        x, params, state = standardise(first, dataset.mean, dataset.std), upcast(params), upcast(state)
         if net.stacked is not None:
-            return sum_branches(net.stacked.branch, upcast(params), upcast(state), x)
+            return sum_branches(net.stacked.branch, params, state, x)
         if net.stem is not None:
-            return net.stem.preactivation(upcast(params), x)
-        return net.apply(upcast(params), upcast(state), x)
+            return net.stem.preactivation(params, x)
+        return net.apply(params, state, x)
 
     try:
-        jax.eval_shape(lambda: run(standardise(first, dataset.mean, dataset.std)))
+        jax.eval_shape(run, params, state)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the network does not take examples of shape {first.shape[1:]}, as those of data set {dataset.name!r} are:"
