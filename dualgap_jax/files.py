@@ -54,6 +54,22 @@ def local_path(given: str | os.PathLike[str], what: str = "the path") -> Path:
     return Path(text)
 
 
+def local_folder(given: str | os.PathLike[str], what: str) -> Path:
+    """The path of a folder on the file systems of this machine, whole; it need not exist yet.
+
+    Args:
+      given: the path, which may begin with `~`.
+      what: what is there, to begin a sentence with.
+
+    Raises:
+      ConfigError: for a remote place, and where a file has its name or that of a folder above it.
+    """
+    folder = local_path(given, what).expanduser().resolve()
+    if not (top := next(p for p in (folder, *folder.parents) if p.exists())).is_dir():
+        raise ConfigError(f"{what} cannot be {folder}: {top} is a file. Name another.")
+    return folder
+
+
 # --- values as JSON ---------------------------------------------------------------------------------------------------
 
 

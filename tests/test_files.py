@@ -346,6 +346,18 @@ def test_a_remote_place_is_refused_and_no_folder_here(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_file_in_the_place_of_a_folder_of_checkpoints_is_named(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    place = file / below
+    with pytest.raises(ConfigError, match=rf"the folder of checkpoints cannot be .*: {file} is a file"):
+        train(NET, LOSSES["squared"](), DATA, optax.sgd(0.1), max_steps=1, checkpoints=place)
+    with pytest.raises(ConfigError, match="is a file"):
+        checkpoints.Checkpointer(place)
+    assert file.read_text() == "kept"
+
+
 @pytest.mark.parametrize("given", ["a:/b", "runs/a:/b", "run:1/x", "/tmp/x", "x"])
 def test_paths_of_this_machine_are_taken_as_they_are(given: str) -> None:
     assert files.local_path(given) == files.local_path(Path(given)) == Path(given)

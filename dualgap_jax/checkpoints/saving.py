@@ -16,7 +16,7 @@ from dualgap_jax.checkpoints import leaves, manifest
 from dualgap_jax.checkpoints.leaves import Pieces, Place
 from dualgap_jax.checkpoints.processes import Company
 from dualgap_jax.checkpoints.reading import Restored, newest_sound, restore, steps_in
-from dualgap_jax.files import jsonable, local_path
+from dualgap_jax.files import jsonable, local_folder
 from dualgap_jax.types import PyTree
 
 _log = logging.getLogger(__package__)
@@ -43,6 +43,7 @@ class Checkpointer:
 
     Raises:
       ValueError: if `keep` is not a positive integer, or in another process than 0 that is not together with it.
+      ConfigError: for a remote folder, and where a file has its name.
     """
 
     def __init__(self, path: str | Path, *, keep: int = 2, together: bool = False) -> None:
@@ -56,7 +57,7 @@ class Checkpointer:
             raise ValueError(f"process {jax.process_index()} makes a Checkpointer alone; give together=True in all")
         self._keep = keep
         self._company = Company(together)
-        self.path = local_path(path, "the folder of checkpoints").expanduser().resolve()
+        self.path = local_folder(path, "the folder of checkpoints")
         if self._company.is_first:
             self.path.mkdir(parents=True, exist_ok=True)
             for left in self.path.glob(f"*{_UNFINISHED}"):  # by a process that was killed

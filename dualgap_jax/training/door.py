@@ -16,7 +16,7 @@ from dualgap_jax.checkpoints import Checkpointer, Restored
 from dualgap_jax.config import require
 from dualgap_jax.data import as_dataset
 from dualgap_jax.evaluation import check_fits, check_outputs
-from dualgap_jax.files import local_path
+from dualgap_jax.files import local_folder
 from dualgap_jax.losses import as_loss
 from dualgap_jax.metrics import Metrics
 from dualgap_jax.networks import as_network
@@ -140,7 +140,7 @@ def train(
     """
     net, loss, dataset = as_network(net, "train"), as_loss(loss), as_dataset(data)
     mesh = MeshSpec() if mesh is None else mesh
-    folder = local_path(checkpoints, "the folder of checkpoints") if checkpoints is not None else None
+    folder = local_folder(checkpoints, "the folder of checkpoints") if checkpoints is not None else None
     seeds.check(seed)
     _check_kinds(mesh, schedule)
     schedule = schedule or constant(max_steps)
