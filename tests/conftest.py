@@ -27,6 +27,30 @@ jaxtyping.install_import_hook("dualgap_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A program is compiled in one piece instead of one for each core, here and in children: the same code, a tenth sooner.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1".strip()
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="compile without optimisation, a third of the work, and leave out the tests marked optimized",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("quick"):
+        os.environ["XLA_FLAGS"] += f" {QUICK}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked is about the code that users have: its bits, its rounding, its speed or its memory."""
+    if config.getoption("quick"):
+        left_out = [item for item in items if item.get_closest_marker("optimized")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("optimized")]
 
 
 @pytest.fixture(scope="session")

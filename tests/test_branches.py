@@ -725,6 +725,7 @@ FAMILIES: dict[str, tuple[Callable[[], Network], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_nan_in_any_parameter_or_input_reaches_the_outputs(family: str, rng: np.random.Generator) -> None:
     """In compiled batches of one and of many, whichever leaf it stands in; other examples of the batch stay clean."""

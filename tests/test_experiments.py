@@ -88,7 +88,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Workdir:
 # --- conformance ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.optimized] * bool(published.of_config(path.name)))
+        for path in CONFIGS
+    ],
+)
 def test_every_config_runs_at_smoke_size(path: Path, tfds_dir: Path, tmp_path: Path) -> None:
     config = config_lib.load(path, "smoke")
     report, workdir, was_complete = experiments.run(config, workdir=tmp_path / "w", name=path.stem)

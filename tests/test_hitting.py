@@ -205,6 +205,7 @@ def test_a_run_is_plain_sgd(case: str, x64: None) -> None:
     assert (outcome.losses[:, 0] != outcome.losses[:, -1]).all()
 
 
+@pytest.mark.optimized
 def test_the_looks_are_the_losses_on_the_way(x64: None) -> None:
     """The losses at looks are the final losses of shorter studies."""
     runs, loss = make_runs([3, 4], [0, 1], learning_rate=0.1), losses.binary_hinge()
@@ -218,6 +219,7 @@ def test_the_looks_are_the_losses_on_the_way(x64: None) -> None:
 # --- runs do not see one another --------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("batch_size", [7, 23])
 def test_a_run_alone_is_the_same_bit_for_bit(batch_size: int, rng: np.random.Generator) -> None:
     datasets, loss = [data(seed=s) for s in (3, 4)], losses.binary_hinge()
@@ -247,6 +249,7 @@ def test_runs_differ(rng: np.random.Generator) -> None:
 # --- runs that are over -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 def test_runs_at_rest_are_left_out_without_a_trace() -> None:
     """Stopping at rest changes nothing but the steps done; the lanes left free are filled by other runs."""
     loss, runs = losses.binary_hinge(), make_runs([4, 6], np.arange(20)[:, None], learning_rate=0.1)
@@ -293,6 +296,7 @@ def test_other_ends() -> None:
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 def test_an_interrupted_study_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, runs = losses.binary_hinge(), make_runs([4, 6], np.arange(12)[:, None], learning_rate=0.15)
     schedule = Component("plateau", {"min_delta": 0.01, "patience": 8, "max_decays": 4})
@@ -382,6 +386,7 @@ def test_unknown_minima_are_refused() -> None:
 # --- numbers that are none --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "loss", [losses.binary_hinge(), losses.logistic(), losses.squared()], ids=["hinge", "log", "sq"]
 )
@@ -496,6 +501,7 @@ def test_bad_runs_are_refused() -> None:
             train_runs(datasets, loss, runs, spec)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("count", [0, 1, 99, 100, 101, 257])
 def test_a_loop_of_loops_takes_the_same_steps(count: int) -> None:
     """The one that accelerators get, whose inner length the compiler knows."""

@@ -193,6 +193,7 @@ def magnitudes(name: str) -> np.ndarray:
     return np.concatenate([sizes, -sizes])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "part"), [(n, p) for p, t in (("value", WIDE), ("slope", SLOPES), ("curvature", CURVATURES)) for n in t]
 )
@@ -219,6 +220,7 @@ def long_erfc(x: np.ndarray) -> np.ndarray:
     return np.exp(-x * x) / np.sqrt(np.longdouble(np.pi)) / fraction
 
 
+@pytest.mark.optimized
 def test_the_complement_of_the_error_function_holds_its_value_far_out(x64: None, rng: np.random.Generator) -> None:
     """exp(-x^2) is as wrong as its rounded argument: by 250 units in the last place at 24."""
     if np.finfo(np.longdouble).eps > 1e-18:
@@ -234,6 +236,7 @@ def test_the_complement_of_the_error_function_holds_its_value_far_out(x64: None,
         assert (high - low <= 1e-11 * truth + np.longdouble(1e-298)).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "name", ["sinh", "cosh", "asinh", "atan", "log1p", "exp", "expm1", "tanh", "sqrt", "rsqrt", "cbrt"]
 )
@@ -253,6 +256,7 @@ def test_elementary_functions_hold_in_float32_at_every_size(name: str, part: str
     assert (truth <= high + np.longdouble(1e-44)).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["erf", "erfc"])
 def test_error_functions_hold_scipys_value_at_every_point(name: str, x64: None) -> None:
     x = magnitudes(name)
@@ -262,6 +266,7 @@ def test_error_functions_hold_scipys_value_at_every_point(name: str, x64: None) 
     assert (truth <= high).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("exponent", [2.5, 0.5, -1.5, 1 / 3, 7.25, -3.0, 5.0, 4.0])
 def test_powers_hold_the_true_value(exponent: float, x64: None) -> None:
     x = 10.0 ** np.linspace(-20, 20, 5000)
@@ -275,6 +280,7 @@ def test_powers_hold_the_true_value(exponent: float, x64: None) -> None:
         assert (truth <= high).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", sorted(elementary.FUNCTIONS))
 def test_ranges_over_intervals_hold_all_points_of_them(name: str, x64: None, rng: np.random.Generator) -> None:
     f = elementary.FUNCTIONS[name]
@@ -421,6 +427,7 @@ def test_ranges_of_random_programs(x64: None, rng: np.random.Generator) -> None:
             assert not (at[1:] - at[0] > np.maximum(*parts).sum(1) + slack).any()
 
 
+@pytest.mark.optimized
 def test_long_sums_do_not_lose_digits(x64: None, rng: np.random.Generator) -> None:
     """A sum of a million numbers of which nothing is left, and its exact value."""
     import math
@@ -523,6 +530,7 @@ def test_where_a_function_may_not_be_defined_nothing_is_claimed(f: Function, x64
     assert np.isneginf(r.first[0]).all()
 
 
+@pytest.mark.optimized
 def test_infinite_ends_are_never_nan(x64: None) -> None:
     inf = jnp.array([-jnp.inf, 0.0, jnp.inf, 1e308, -1e-310])
     a, b = Interval(jnp.minimum(inf, 0), jnp.maximum(inf, 0)), Interval(-jnp.abs(inf), jnp.abs(inf))

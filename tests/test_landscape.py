@@ -543,6 +543,7 @@ def root_net(width: int) -> Network:
     )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "loss",
     [binary_hinge(0.5), multi_margin(), crammer_singer(), logistic(), squared(), OWN_HINGE],

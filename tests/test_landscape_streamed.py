@@ -175,6 +175,7 @@ def test_degenerate_sources_are_refused(what: str, axes: str, tmp_path: Path, rn
         plane_through(sources, axes)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0])
 @pytest.mark.usefixtures("x64", "small_blocks")
 def test_heights_keep_their_digits_near_a_line(distance: float, rng: np.random.Generator) -> None:
@@ -208,6 +209,7 @@ def test_other_misuse_of_sources_is_named(tmp_path: Path, rng: np.random.Generat
 # --- surfaces ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "state", "dtype"),
     [
@@ -467,6 +469,7 @@ def test_writes_take_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: py
 # --- one solution -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.usefixtures("x64", "small_blocks")
 def test_evaluation_of_a_source_is_that_in_memory(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -575,6 +578,7 @@ print(read, peak_memory() - before)
 """
 
 
+@pytest.mark.optimized
 def test_the_solutions_are_never_in_memory() -> None:
     """Three networks of 230 MB each, made as they are read; the process grows by a small part of one."""
     command = [sys.executable, "-c", MEMORY]

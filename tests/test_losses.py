@@ -172,6 +172,7 @@ def test_integer_labels_are_as_good_as_float_ones(name: str, task: str, rng: np.
     assert a.dtype == jnp.float32
 
 
+@pytest.mark.optimized
 def test_large_outputs_stay_finite_and_non_finite_ones_stay_visible() -> None:
     huge = jnp.asarray([[1e30], [-1e30]])
     signs = jnp.asarray([1.0, -1.0])
@@ -199,6 +200,7 @@ def marked_losses() -> list[tuple[Loss, int]]:
     return [*built, (losses.binary_hinge(0.3), 1), (OWN, 1), (OWN_MAX, 17)]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("loss", "width"), marked_losses())
 def test_no_output_that_is_not_finite_is_lost_however_many_are_computed_together(
     loss: Loss, width: int, rng: np.random.Generator
@@ -219,6 +221,7 @@ def test_no_output_that_is_not_finite_is_lost_however_many_are_computed_together
         assert not hits[sample]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", HINGES)
 def test_a_hinge_keeps_nan_in_programs_of_any_size(name: str, rng: np.random.Generator) -> None:
     """Called on its own too, with the sum compiled around it."""
@@ -236,6 +239,7 @@ def test_a_hinge_keeps_nan_in_programs_of_any_size(name: str, rng: np.random.Gen
         assert np.isnan(jax.jit(lambda o, y, f=loss.per_example: jnp.sum(f(o, y)))(outputs, labels))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", HINGES)
 def test_finite_losses_and_gradients_are_those_of_a_maximum_bit_for_bit(name: str, rng: np.random.Generator) -> None:
     loss = LOSSES.build(name, tau=0.7)
@@ -265,6 +269,7 @@ def test_finite_losses_and_gradients_are_those_of_a_maximum_bit_for_bit(name: st
                 np.testing.assert_allclose(got, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.optimized
 def test_a_margin_that_is_not_a_number_is_seen_among_many() -> None:
     margins = jnp.zeros(20_000).at[12_345].set(jnp.nan)
     check = check_assumption_1(losses.binary_hinge(), margins, bound=0.5)

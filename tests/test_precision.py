@@ -88,6 +88,7 @@ def agree(actual: Any, expected: Any, ulp: float) -> None:
     assert np.mean(np.abs(a - b) <= 1e-5 * np.abs(b) + 2e-6 * size) > 0.98
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("hidden", "params_dtype", "compute"),
     [((), BF16, BF16), ((6,), F32, BF16), ((6,), BF16, F32), ((5, 4), BF16, BF16)],
@@ -130,6 +131,7 @@ def test_mlp_rounds_where_the_oracle_does(
     np.testing.assert_allclose(fast, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
+@pytest.mark.optimized
 def test_float32_is_the_plain_branch_bit_for_bit(rng: np.random.Generator) -> None:
     x = jnp.asarray(rng.standard_normal((6, 5, 4, 2)), jnp.float32)
     for plain in (networks.mlp((4,), 3), networks.conv((2,), 3, batch_norm=True)):
@@ -214,6 +216,7 @@ def equations(jaxpr: Any) -> Any:
                     yield from equations(inner)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("hidden", [(), (6,), (5, 4)])
 def test_no_sum_of_a_training_step_is_in_bfloat16(hidden: tuple[int, ...]) -> None:
     """On any platform: sums over batch and branches read float32, as the program is written."""
@@ -249,6 +252,7 @@ def linear_step(w: Array, slope: Array, rate: Array) -> Array:
     return step(net, loss, sgd, carry, x, jnp.ones(1), rate, jax.random.key(0))[0].params
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_the_new_weight_is_computed_in_float32_and_rounded_once(name: str, rng: np.random.Generator) -> None:
     """Under each schedule, whose rates are float32; in bfloat16 throughout other weights would come out."""
@@ -321,6 +325,7 @@ def test_the_regime_says_what_is_not_float32() -> None:
     assert len({id(net) for net in build(spec_with(F32, F32), TABLES)[1:3]}) == 1
 
 
+@pytest.mark.optimized
 def test_training_resumes_bit_for_bit_with_bfloat16_parameters(tmp_path: Path) -> None:
     spec = spec_with(BF16, BF16)
     dataset, _, net, loss = build(spec, TABLES)

@@ -105,6 +105,7 @@ def of_config(file: str) -> list[str]:
     return [name for name, (config, overrides, *_) in RUNS.items() if config == f"{file}:smoke" and not overrides]
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if name not in of_config(run[0].split(":")[0])])
 def test_numbers_are_as_published(name: str) -> None:

@@ -504,6 +504,7 @@ def test_an_order_refuses_a_batch_that_does_not_fit(batch: int) -> None:
 # --- several solutions ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
 @pytest.mark.usefixtures("x64")
 def test_solutions_do_not_depend_on_the_group_or_on_their_number(task: str, rng: np.random.Generator) -> None:
@@ -627,6 +628,7 @@ def test_a_huge_learning_rate_is_named_diverged(tmp_path: Path, rng: np.random.G
     same_solutions(finished(tmp_path, call), [got])  # as restored
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("streaming", "bad"), [*(("off", bad) for bad in (np.nan, np.inf, -np.inf)), ("on", np.nan)])
 def test_a_network_whose_outputs_are_not_finite_has_diverged(
     streaming: str, bad: float, rng: np.random.Generator
@@ -705,6 +707,7 @@ def test_the_full_batch_is_a_batch_of_all_examples(rng: np.random.Generator) -> 
         close(a.params, b.params, 1e-11)
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("x64")
 def test_segments_do_not_change_the_run_and_the_last_may_be_short(tmp_path: Path, rng: np.random.Generator) -> None:
     data, net, spec = labelled(rng), network(), spec_with(max_steps=11)
@@ -786,6 +789,7 @@ def conv_case(seed: int) -> Callable[..., Any]:
     return lambda **files: train_as(net, logistic(), data, spec, seed=seed, num_solutions=1, **files)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("case", "seed", "kills"),
     [(mlp_case, 0, (7,)), (mlp_case, 1, (1, 5)), (conv_case, 2, (1,))],
@@ -801,6 +805,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
     assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("saves", "seconds"), [(4, 1e9), (5, 1e9), (4, 0.0), (5, 0.0), (8, 0.0)])
 def test_solutions_left_at_different_steps_catch_up_bit_for_bit(
     saves: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -932,6 +937,7 @@ def test_a_solution_in_the_place_of_another_is_refused(tmp_path: Path, rng: np.r
         train_as(network(), binary_hinge(), data, SPEC, num_solutions=2, checkpoints=tmp_path)
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("x64")
 def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path, rng: np.random.Generator) -> None:
     data, net = labelled(rng), network()
@@ -950,6 +956,7 @@ def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path, rng: np.random
         call(12, cosine, tmp_path / "b")
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("streaming", ["off", "on"])
 @pytest.mark.parametrize(("steps", "solutions"), [((5, 14), (2, 2)), ((1, 7, 16), (2, 1, 2)), ((8, 8, 10), (1, 2, 2))])
@@ -1017,6 +1024,7 @@ def test_the_rate_of_the_spec_is_scaled_by_the_number_of_branches(num_branches: 
         same_solutions(got, wanted)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("batch_size", [5, 0])
 def test_calls_cut_short_by_the_clock_change_no_bit(
     batch_size: int, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
