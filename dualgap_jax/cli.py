@@ -319,9 +319,7 @@ def errors_in_one_line() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if (interruption := interrupts.behind(error)) is not None:
             name, code = ("SIGTERM", 143) if isinstance(interruption, interrupts.Terminated) else ("Ctrl-C", 130)
-            interrupts.leave(code)
-            print(f"\n{name}: stopped; what is done is kept, and the same command goes on.", file=sys.stderr)
-            _exit(code)
+            interrupts.leave(code, f"\n{name}: stopped; what is done is kept, and the same command goes on.")
         if isinstance(error, BrokenPipeError):  # whoever reads the output has had enough
             terminal.reader_is_gone()
             return

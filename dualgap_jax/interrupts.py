@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 PATIENCE = 20.0  # seconds; clusters give 30 before they kill
 _LOOK_SECONDS = 0.25
@@ -88,24 +87,28 @@ def deferred() -> Iterator[None]:
             signal.raise_signal(waiting[-1])
 
 
-def leave(status: int, seconds: float = _LEAVE_SECONDS) -> None:
-    """For a process on its way out: further signals change neither that nor its exit status.
+def leave(status: int, words: str, seconds: float = _LEAVE_SECONDS) -> NoReturn:
+    """Ends the process with its last words; further signals change neither that nor its exit status.
 
-    Python takes its own handlers away before it is gone, so the signals are ignored.  An end that does not come in
-    time (a program in compilation cannot be interrupted) is forced; where Python no longer runs, by SIGALRM.
+    Nothing is waited for: not the program that a device still runs, beside which Python's own end may crash, nor
+    threads, nor a compilation, which cannot be interrupted.
 
     Args:
       status: the exit status.
-      seconds: how long the end may take.
+      words: a line for standard error.
+      seconds: how long nobody may read it before the process ends without.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     force = threading.Timer(seconds, os._exit, (status,))
     force.daemon = True
     force.start()
-    signal.alarm(math.ceil(3 * seconds))
+    with contextlib.suppress(OSError, ValueError):  # nobody reads, or the stream is closed
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        print(words, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 class _Handler:

@@ -277,7 +277,12 @@ def test_errors_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert capsys.readouterr().err == "ConfigError: what was given, what is allowed.\n"
     with pytest.raises(ValueError, match="a defect"), cli.errors_in_one_line():
         raise ValueError("a defect keeps its traceback")
-    monkeypatch.setattr(interrupts, "leave", lambda status: None)
+
+    def leave(status: int, words: str) -> None:
+        print(words, file=sys.stderr)
+        sys.exit(status)
+
+    monkeypatch.setattr(interrupts, "leave", leave)
     for error, code in ((KeyboardInterrupt(), 130), (Terminated("SIGTERM"), 143), (OSError(28, "No space"), 2)):
         with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
             raise error

@@ -172,23 +172,39 @@ def test_nothing_is_raised_where_no_signal_came() -> None:
 
 
 @pytest.mark.parametrize("status", [130, 143])
-@pytest.mark.parametrize("hang", ["thread", "atexit", "nothing"])
-def test_an_end_that_does_not_come_is_forced_with_its_status(hang: str, status: int) -> None:
-    """What cannot be interrupted, such as a compilation: a thread that Python waits for, a hook at its exit."""
+@pytest.mark.parametrize("hang", ["thread", "atexit", "compilation", "program"])
+def test_nothing_is_waited_for_at_the_end_nor_changes_its_status(hang: str, status: int) -> None:
+    """Python's own end waits for threads and hooks, and beside a program that still runs it may crash."""
+    busy = {
+        "thread": "threading.Thread(target=time.sleep, args=(60,)).start()",
+        "atexit": "atexit.register(time.sleep, 60)",
+        "compilation": "threading.Thread(target=jax.jit(unrolled).lower(x).compile, daemon=True).start()",
+        "program": "y = jax.jit(lambda x, k: jax.lax.fori_loop(0, k, lambda i, x: jnp.sin(x @ x), x))(x, 10**9)",
+    }[hang]
     program = f"""
 import atexit, sys, threading, time
+import jax, jax.numpy as jnp
 from dualgap_jax import interrupts
-if {hang!r} == "thread":
-    threading.Thread(target=time.sleep, args=(60,)).start()
-elif {hang!r} == "atexit":
-    atexit.register(time.sleep, 60)
-interrupts.leave({status}, seconds=2)
-sys.exit({status})
+def unrolled(x):
+    for _ in range(3000):
+        x = jnp.sin(x @ x) + 1
+    return x
+x = jnp.ones((8, 8))
+{busy}
+print("so far")
+interrupts.leave({status}, "the last words")
 """
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
-    assert done.returncode == status, done.stderr
-    assert time.monotonic() - began < 30
+    assert (done.returncode, done.stdout) == (status, "so far\n")
+    assert done.stderr.endswith("the last words\n")
+    assert time.monotonic() - began < 40
+
+
+def test_last_words_that_nobody_reads_are_not_waited_for() -> None:
+    program = 'from dualgap_jax import interrupts; interrupts.leave(143, "x" * 10**6, seconds=1)'
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) as process:
+        assert process.wait(timeout=50) == 143
 
 
 def started(body: str, patience: str) -> subprocess.Popen[str]:
