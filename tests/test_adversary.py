@@ -12,6 +12,8 @@ import pytest
 from dualgap_jax.duality import ValueFunction, closed_forms
 from dualgap_jax.duality import verdict as verdict_module
 
+pytestmark = pytest.mark.optimized
+
 DOORS = {"shape": 1, "wide": True, "dtype": "float64"}  # one shape, so that few programs are compiled
 
 
@@ -20,7 +22,6 @@ def narrowed(case: dict[str, Any]) -> dict[str, Any]:
     return {**case, **DOORS, "door": door, "kinds": case["kinds"]}
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("family", "instances", "strategy"),
     [
@@ -37,7 +38,6 @@ def test_no_certified_claim_is_contradicted(family: str, instances: int, strateg
     assert adversary.COUNTS[family] - before > instances
 
 
-@pytest.mark.optimized
 def test_the_search_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound that is off by a few roundings, and one by a step of the grid."""
     real = closed_forms.homogeneous_value_function
@@ -57,7 +57,6 @@ def test_the_search_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
         adversary.attack("choices", 200, seed=1)
 
 
-@pytest.mark.optimized
 def test_the_oracles_know_what_is_known() -> None:
     assert float(adversary._best_units(np.array([[1.0, 0.0], [0.0, 1.0]]), np.ones(2))) == pytest.approx(2**-0.5)
     assert float(adversary._best_units(np.array([[3.0], [-4.0]]), np.array([1.0, -1.0]))) == 2.0

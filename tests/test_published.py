@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("published.json")
 _CERTIFIED = 1e-5  # relative; of numbers that stand between two bounds
@@ -105,7 +107,6 @@ def of_config(file: str) -> list[str]:
     return [name for name, (config, overrides, *_) in RUNS.items() if config == f"{file}:smoke" and not overrides]
 
 
-@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if name not in of_config(run[0].split(":")[0])])
 def test_numbers_are_as_published(name: str) -> None:
