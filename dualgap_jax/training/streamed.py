@@ -34,6 +34,7 @@ from dualgap_jax.training.plan import Estimate
 from dualgap_jax.trees import num_bytes
 from dualgap_jax.types import BranchSource, KeyArray, Network, Stacked
 
+_LARGE = 2**24  # bytes of a carry below which what the compiler holds does not matter
 _STEPS_AHEAD = 32  # steps that are handed to a device before their losses are waited for
 
 
@@ -167,9 +168,10 @@ class Streamed:
 
     def start(self, key: KeyArray) -> Carry:
         """The carry at step 0.  Branch i is drawn with `fold_in(key, i)`, so the mesh does not change it."""
-        draw, _ = self._draw, self.compiled  # the compiler's memory is given back before the parameters take theirs
-        gc.collect()
-        _give_back()
+        draw, _ = self._draw, self.compiled
+        if num_bytes(self.shapes) > _LARGE:  # the compiler's memory is given back before the parameters take theirs
+            gc.collect()
+            _give_back()
         return draw(self._placement.everywhere(jax.random.key_data(key)))
 
     def step(
@@ -247,15 +249,17 @@ class Streamed:
     def estimate(self) -> Estimate:
         """Memory from the compiler, time from a network of two chunks on each device."""
         chunks = min(self.layout.slots, 2 * self.chunk)
-        probe = Streamed(
-            multi_branch(self.stacked.branch, chunks * self.layout.shards),
-            self._loss,
-            self._transformation,
-            self._dataset,
-            self._batch,
-            mesh=self._mesh_spec,
-            chunk=self.chunk,
-        )
+        probe = self
+        if chunks < self.layout.slots:
+            probe = Streamed(
+                multi_branch(self.stacked.branch, chunks * self.layout.shards),
+                self._loss,
+                self._transformation,
+                self._dataset,
+                self._batch,
+                mesh=self._mesh_spec,
+                chunk=self.chunk,
+            )
         picked, key = np.arange(self._batch), jax.random.key(0)
         carry = probe.start(key)
 
