@@ -34,8 +34,6 @@ from dualgap_jax.training.placement import Placement
 from dualgap_jax.training.streamed import Streamed
 from dualgap_jax.training.together import step
 
-pytestmark = pytest.mark.optimized
-
 ROOT = Path(__file__).resolve().parents[1]
 
 BRANCHES: dict[str, Callable[[], Any]] = {
@@ -151,6 +149,7 @@ def test_a_chunk_takes_a_share_of_an_accelerator_and_the_cache_of_a_cpu() -> Non
     assert with_adam[1] == sizes[1]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "count", "chunk", "chain"),
     [(n, *size, c) for c in CHAINS for n, size in (("mlp", (390, 30)), ("conv", (401, 37)))]
@@ -209,6 +208,7 @@ def test_streamed_training_is_plain_training(batch_size: int, tmp_path: Path, rn
         assert (stored.steps, stored.status, stored.batch_loss) == (other.steps, other.status, other.batch_loss)
 
 
+@pytest.mark.optimized
 def test_steps_that_are_not_waited_for_are_the_same(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     net, dataset = multi_branch(mlp((3,), 3), 5), images(rng)
     spec = spec_with(batch_size=8, streaming="on", branch_chunk=2, optimizer=sgd(0.9), max_steps=13, check_every=7)
@@ -232,6 +232,7 @@ class Killed(Exception):
     """Stands for the end of a process."""
 
 
+@pytest.mark.optimized
 def test_a_kill_in_mid_segment_is_made_good_bit_for_bit(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +320,7 @@ def spoilt_steps(loss: Any, outputs: int, batch: int) -> list[Callable[..., Any]
     return [jax.jit(f) for f in (plain, lanes, streamed)]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("loss", "outputs"),
     [(binary_hinge(), 1), (logistic(), 1), (squared(), 1), (multi_margin(), 3), (crammer_singer(), 3), (logistic(), 3)],
@@ -477,6 +479,7 @@ def test_every_branch_lies_on_one_shard(seed: int) -> None:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_one_number_that_is_not_finite_is_found_anywhere(rng: np.random.Generator, dtype: str, bad: float) -> None:
@@ -488,6 +491,7 @@ def test_one_number_that_is_not_finite_is_found_anywhere(rng: np.random.Generato
         assert not all_finite(tree | {"a": tree["a"].ravel().at[place].set(bad)})
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("shape", [(4, 5), (1,), ()])
 def test_of_several_lanes_the_one_that_is_not_finite_is_found(rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     last = (1, *(size - 1 for size in shape))
@@ -525,6 +529,7 @@ _MEMORY = """
 """
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_training_with_checkpoints_needs_little_more_than_the_parameters(tmp_path: Path) -> None:
     """In a fresh process: 397 MB of parameters, two solutions, a checkpoint at every step; programs were warmed up."""
