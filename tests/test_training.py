@@ -982,6 +982,39 @@ def test_a_run_made_longer_looks_where_it_would_have_looked(
     assert rows(tmp_path / "longer.jsonl") == rows(tmp_path / "fresh.jsonl")
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("streaming", ["off", "on"])
+@pytest.mark.parametrize("end", ["converged", "plateau"])
+def test_a_run_that_ended_in_a_segment_cut_short_goes_on_where_it_is_made_longer(
+    end: str, streaming: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The longer run would not have looked there; asked for again at its own length it has ended."""
+    data, net = labelled(rng), multi_branch(mlp((4,), 1), 2)
+    ends = {"factor": 0.5, "min_delta": 10.0, "max_decays": 1, "patience": 1}
+    changes: dict[str, Any] = {
+        "converged": {"tolerance": 1e6},
+        "plateau": {"schedule": Component("plateau", ends)},
+    }[end]
+    whole = {"converged": 4, "plateau": 12}[end]  # steps at the look that ends the run, every 4th
+    cut = whole - 1
+
+    def call(name: str, max_steps: int) -> Solution:
+        spec = spec_with(max_steps=max_steps, streaming=streaming, check_every=4, **changes)
+        with Metrics(tmp_path / f"{name}.jsonl") as metrics:
+            options = {"num_solutions": 1, "checkpoints": tmp_path / name, "metrics": metrics}
+            (solution,) = train_as(net, binary_hinge(), data, spec, **options)
+        return solution
+
+    for _ in range(2):
+        shorter = call("longer", cut)
+        assert (shorter.steps, shorter.status) == (cut, end)
+    longer, fresh = call("longer", 20), call("fresh", 20)
+    assert (longer.steps, longer.status, longer.batch_loss) == (fresh.steps, fresh.status, fresh.batch_loss)
+    assert (fresh.steps, fresh.status) == (whole, end)
+    same_bits(longer.network.read(0, 2), fresh.network.read(0, 2))
+    assert rows(tmp_path / "longer.jsonl") == rows(tmp_path / "fresh.jsonl")
+
+
 @pytest.mark.usefixtures("x64")
 def test_checkpoints_that_do_not_say_whose_they_are_are_refused(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch

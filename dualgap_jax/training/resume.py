@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from dualgap_jax.training.together import draw
 from dualgap_jax.types import KeyArray, Network, Params, PyTree, State
 
 _log = logging.getLogger(__name__)
+_ENDS = ("converged", "plateau")  # as looks find them; what has diverged stays so
 
 
 class Run(NamedTuple):
@@ -133,14 +134,20 @@ def newest(folder: Path, mark: Mapping[str, Any], max_steps: int) -> Restored | 
     return found
 
 
-def has_steps_to_do(status: str, steps: int, max_steps: int) -> bool:
-    """Whether a run is under way."""
-    return status == "running" and steps < max_steps
+def has_steps_to_do(status: str, steps: int, max_steps: int, pending: Sequence[float] = ()) -> bool:
+    """Whether a run is under way.
+
+    So is one that was found at an end only because its last steps were looked at before their segment was whole, where
+    it is made longer: the longer run would not have looked there.
+    """
+    return steps < max_steps and (status == "running" or (status in _ENDS and bool(pending)))
 
 
 def is_over(restored: Restored | None, max_steps: int) -> bool:
     """Whether a checkpoint is the end of its run."""
-    return restored is not None and not has_steps_to_do(restored.meta["status"], restored.step, max_steps)
+    if restored is None:
+        return False
+    return not has_steps_to_do(restored.meta["status"], restored.step, max_steps, restored.meta["pending"])
 
 
 def begin_run(
@@ -188,7 +195,7 @@ def begin_run(
         saved["carry"],
         saved["schedule"],
         restored.step,
-        meta["status"],
+        meta["status"] if is_over(restored, max_steps) else "running",
         float(meta["batch_loss"]),
         tuple(meta["pending"]),
         mark,
