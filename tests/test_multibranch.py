@@ -250,17 +250,18 @@ def test_a_branch_is_traced_a_few_times_whatever_i_and_never_again() -> None:
         params2, _ = net.init(jax.random.key(1), x)
         apply(params2, state, x + 1)
         assert traces[0] == after
-        assert apply._cache_size() == 1
     assert seen[0] <= 4
     assert seen[1] <= seen[0]
 
 
 def test_a_training_loop_compiles_once_and_carries_its_state(x64: None, rng: np.random.Generator) -> None:
     branch, params, state, x = random_instance("nnx", 5, rng)
-    net = multi_branch(branch, 5)
+    net, traced = multi_branch(branch, 5), []
 
     @jax.jit
     def step(params: Any, state: Any, key: Array) -> tuple[Any, Any]:
+        traced.append(None)
+
         def risk(p: Any) -> tuple[Array, Any]:
             y, new = net.apply(p, state, x, key=key, train=True)
             return jnp.mean(y**2), new
@@ -274,9 +275,10 @@ def test_a_training_loop_compiles_once_and_carries_its_state(x64: None, rng: np.
     keys = jax.random.split(jax.random.key(0), 3)
     looped, _ = lax.scan(body, (params, state), keys)
     carry = (params, state)
+    traced.clear()
     for key in keys:
         carry = step(*carry, key)
-    assert step._cache_size() == 1
+    assert len(traced) <= 1  # none where that of the loop serves
     assert_trees_close(carry, looped, 1e-10)
 
 
