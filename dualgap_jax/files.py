@@ -65,9 +65,15 @@ def local_folder(given: str | os.PathLike[str], what: str) -> Path:
       ConfigError: for a remote place, and where a file has its name or that of a folder above it.
     """
     folder = local_path(given, what).expanduser().resolve()
-    if not (top := next(p for p in (folder, *folder.parents) if p.exists())).is_dir():
-        raise ConfigError(f"{what} cannot be {folder}: {top} is a file. Name another.")
+    if (file := file_in_the_way(folder)) is not None:
+        raise ConfigError(f"{what} cannot be {folder}: {file} is a file. Name another.")
     return folder
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """The file that has the name of a folder, or of one above it, so that it cannot be made; None where it can."""
+    top = next(p for p in (folder, *folder.parents) if p.exists())
+    return None if top.is_dir() else top
 
 
 # --- values as JSON ---------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from dualgap_jax.config import ConfigError
 from dualgap_jax.files import (
     DamagedFileError,
     canonical,
+    file_in_the_way,
     is_temporary,
     jsonable,
     leaves,
@@ -107,14 +108,13 @@ class Workdir:
           command: the command line, for `run.json`.
 
         Raises:
-          WorkdirError: if the folder holds another experiment or configuration (each difference is listed) or files
-            that are not of a workdir.
+          WorkdirError: if it holds another experiment or configuration (each difference is listed), or other files.
           TypeError: if JSON cannot hold `config`.
         """
         try:
             folder = local_path(path, "the work folder").expanduser().resolve()
-            if not (top := next(p for p in (folder, *folder.parents) if p.exists())).is_dir():
-                raise WorkdirError(f"cannot write in {folder} (NotADirectoryError: {top} is a file); change --workdir")
+            if (file := file_in_the_way(folder)) is not None:
+                raise WorkdirError(f"cannot write in {folder} (NotADirectoryError: {file} is a file); change --workdir")
             workdir = cls(folder, config, command)
             workdir._check_config()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte
