@@ -33,24 +33,13 @@ QUICK = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--quick",
-        action="store_true",
-        help="compile without optimisation, a third of the work, and leave out the tests marked optimized",
-    )
+    text = "compile without optimisation, a quarter of the work; for tests that are not marked optimized"
+    parser.addoption("--quick", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("quick"):
         os.environ["XLA_FLAGS"] += f" {QUICK}"
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked is about the code that users have: its bits, its rounding, its speed or its memory."""
-    if config.getoption("quick"):
-        left_out = [item for item in items if item.get_closest_marker("optimized")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("optimized")]
 
 
 @pytest.fixture(scope="session")
